@@ -1,0 +1,3 @@
+"""ffnscope: which FFN channels of a language model carry the loss, and how to remove the others."""
+
+__version__ = "0.1.0"

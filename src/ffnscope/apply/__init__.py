@@ -1,0 +1,1 @@
+"""Change a model by a plan: mask, slice, export."""

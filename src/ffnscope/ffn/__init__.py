@@ -1,0 +1,1 @@
+"""Where the FFNs of a model are."""

@@ -1,0 +1,160 @@
+"""Named extension points: statistics, metrics and allocators, by decorator or by entry point."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from ffnscope.errors import UsageError, unknown_name
+from ffnscope.types import Reduction
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A sum or maximum over tokens: ``fn(*signals) -> tensor``.
+
+    ``reads`` names the signals in the order of ``fn``'s arguments, each [n, ...] over n counted tokens:
+    ``h`` channel activations [n, d_ff], ``g`` their gradient [n, d_ff]. ``every`` = k reads only each k-th token of a
+    window. A statistic that reads ``g`` is divided by the number of predicted tokens.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    reads: tuple[str, ...]
+    reduce: Reduction
+    shape: tuple[int | str, ...]
+    every: int
+    summary: str
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a backward pass is needed."""
+        return "g" in self.reads
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A scoring rule: ``fn(stats, weights, **params) -> [d_ff]``, high = keep."""
+
+    name: str
+    fn: Callable[..., Any]
+    needs: tuple[str, ...]
+    source: str
+    natural_sign: Literal[1, -1]
+    family: str
+    summary: str
+
+    @property
+    def params(self) -> dict[str, inspect.Parameter]:
+        """Typed keyword-only parameters of the metric."""
+        found = inspect.signature(self.fn).parameters.items()
+        return {k: p for k, p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+@dataclass(frozen=True, slots=True)
+class Allocator:
+    """A rule that decides the kept width of every site: ``fn(scores, budget) -> {site: width}``."""
+
+    name: str
+    fn: Callable[..., Any]
+    summary: str
+
+
+class Registry(Generic[T]):
+    """Names -> items of one kind. Built-in modules and entry points are imported at the first look-up."""
+
+    def __init__(self, kind: str, builtin: Iterable[str], group: str):
+        self.kind = kind
+        self.group = group
+        self._builtin = tuple(builtin)
+        self._items: dict[str, T] = {}
+        self._loaded = False
+
+    def add(self, name: str, item: T) -> None:
+        """Register an item; a name can be taken once."""
+        if name in self._items:
+            raise UsageError(f"{self.kind} {name!r} is already registered; choose another name.")
+        self._items[name] = item
+
+    def get(self, name: str) -> T:
+        """Return the item; raises UnknownNameError with a suggestion."""
+        self._load()
+        if name not in self._items:
+            raise unknown_name(self.kind, name, self._items)
+        return self._items[name]
+
+    def names(self) -> list[str]:
+        """All names in order of registration."""
+        self._load()
+        return list(self._items)
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        for module in self._builtin:
+            importlib.import_module(module)
+        for point in importlib.metadata.entry_points(group=self.group):
+            point.load()
+
+
+STATISTICS: Registry[Statistic] = Registry("statistic", ("ffnscope.calibrate.statistics",), "ffnscope.statistics")
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    ("ffnscope.metrics.activation", "ffnscope.metrics.gradient", "ffnscope.metrics.weight"),
+    "ffnscope.metrics",
+)
+ALLOCATORS: Registry[Allocator] = Registry("allocator", ("ffnscope.plan.allocate",), "ffnscope.allocators")
+
+
+def statistic(
+    name: str, *, reads: tuple[str, ...], reduce: Reduction, shape: tuple[int | str, ...] = ("d_ff",), every: int = 1
+) -> Callable[[F], F]:
+    """Register a statistic (see `Statistic`)."""
+
+    def add(fn: F) -> F:
+        STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn)))
+        return fn
+
+    return add
+
+
+def metric(
+    name: str, *, needs: tuple[str, ...] = (), source: str = "", natural_sign: Literal[1, -1] = 1
+) -> Callable[[F], F]:
+    """Register a metric (see `Metric`). Keyword-only arguments of the function are its parameters."""
+
+    def add(fn: F) -> F:
+        family = fn.__module__.rsplit(".", 1)[-1]
+        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, family, _first_line(fn)))
+        return fn
+
+    return add
+
+
+def allocator(name: str) -> Callable[[F], F]:
+    """Register an allocator (see `Allocator`)."""
+
+    def add(fn: F) -> F:
+        ALLOCATORS.add(name, Allocator(name, fn, _first_line(fn)))
+        return fn
+
+    return add
+
+
+def cost_of(item: Metric) -> Literal["weights", "forward", "backward"]:
+    """What a metric costs: weights only, a forward pass, or forward and backward."""
+    if not item.needs:
+        return "weights"
+    return "backward" if any(STATISTICS.get(n).needs_gradient for n in item.needs) else "forward"
+
+
+def _first_line(fn: Callable[..., Any]) -> str:
+    return (inspect.getdoc(fn) or "").split("\n", 1)[0]

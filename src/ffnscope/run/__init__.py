@@ -1,0 +1,1 @@
+"""The YAML runner: schema, stages, resume."""

@@ -1,0 +1,272 @@
+"""The nouns of ffnscope: frozen values that stages hand to each other. Invariants are checked when one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ffnscope.errors import NonFiniteError, UsageError
+
+Reduction = Literal["sum", "max"]
+Fused = Literal["gate_up", "up_gate"]
+
+
+@dataclass(frozen=True, slots=True)
+class FFNSite:
+    """One FFN of one layer: where it is and how wide it is.
+
+    Attributes:
+        layer: index of the decoder layer.
+        path: module path of the nearest module that contains all projections.
+        gate: module path of the gate projection relative to ``path``, or None for a plain two-matrix FFN.
+        up: module path of the up projection relative to ``path``; equal to ``gate`` when ``fused`` is set.
+        down: module path of the down projection relative to ``path``.
+        d_model: width of the residual stream.
+        d_ff: number of channels.
+        activation: name of the activation function as the config tells it, or "unknown".
+        fused: order of the halves when one projection holds gate and up, else None.
+        expert: index of the expert, or None for a dense FFN.
+    """
+
+    layer: int
+    path: str
+    gate: str | None
+    up: str
+    down: str
+    d_model: int
+    d_ff: int
+    activation: str = "unknown"
+    fused: Fused | None = None
+    expert: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1 or self.d_ff < 1:
+            raise UsageError(f"{self.path}: d_model and d_ff must be positive; got {self.d_model} and {self.d_ff}.")
+        if (self.fused is not None) != (self.gate is not None and self.gate == self.up):
+            raise UsageError(f"{self.path}: 'fused' must be set exactly when gate and up are one projection.")
+
+    @property
+    def name(self) -> str:
+        """Unique name of the site, used as key in every file."""
+        return self.path if self.expert is None else f"{self.path}.experts.{self.expert}"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Full module paths of the distinct projections, gate first."""
+        names = dict.fromkeys(n for n in (self.gate, self.up, self.down) if n is not None)
+        return tuple(f"{self.path}.{n}" if self.path else n for n in names)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FFNWeights:
+    """Canonical views of one site's weights: ``gate``/``up`` are [d_ff, d_model], ``down`` is [d_model, d_ff].
+
+    ``gate`` is None for a plain FFN; biases are [d_ff], [d_ff] and [d_model] or None. Views, not copies: a change in
+    place changes the model.
+    """
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        d_ff, d_model = self.up.shape
+        if self.down.shape != (d_model, d_ff) or (self.gate is not None and self.gate.shape != (d_ff, d_model)):
+            gate = None if self.gate is None else tuple(self.gate.shape)
+            raise UsageError(
+                f"FFN weights disagree: gate {gate}, up {tuple(self.up.shape)}, down {tuple(self.down.shape)}; "
+                "expected [d_ff, d_model], [d_ff, d_model], [d_model, d_ff]."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelStats:
+    """Sums and maxima over calibration tokens for one site.
+
+    Attributes:
+        site: the FFN that was observed.
+        values: statistic name -> tensor, [d_ff] unless the statistic declares another shape.
+        counts: statistic name -> number of tokens that its sum is divided by (``mean``).
+        reductions: statistic name -> how two parts are joined.
+    """
+
+    site: FFNSite
+    values: Mapping[str, Tensor]
+    counts: Mapping[str, int]
+    reductions: Mapping[str, Reduction]
+
+    def __post_init__(self) -> None:
+        if not (self.values.keys() == self.counts.keys() == self.reductions.keys()):
+            raise UsageError(f"{self.site.name}: values, counts and reductions must name the same statistics.")
+
+    @property
+    def n_tokens(self) -> int:
+        """Largest number of tokens that any statistic has seen."""
+        return max(self.counts.values(), default=0)
+
+    def total(self, name: str) -> Tensor:
+        """Sum (or maximum) of a statistic; raises when this calibration did not collect it."""
+        if name not in self.values:
+            found = ", ".join(sorted(self.values)) or "none"
+            raise UsageError(
+                f"statistic {name!r} was not collected for {self.site.name} (collected: {found}). "
+                f"Calibrate again and ask for a metric that needs it."
+            )
+        return self.values[name]
+
+    def mean(self, name: str) -> Tensor:
+        """Sum of a statistic divided by the tokens counted for it."""
+        total = self.total(name)
+        if self.counts[name] < 1:
+            raise UsageError(f"{self.site.name}: statistic {name!r} has seen no token, so it has no mean.")
+        return total / self.counts[name]
+
+    def merge(self, other: ChannelStats) -> ChannelStats:
+        """Join two disjoint parts of a calibration; exact, whatever the split."""
+        if other.site != self.site or other.reductions != self.reductions:
+            raise UsageError(f"cannot merge statistics of {self.site.name} with those of {other.site.name}.")
+        join = {"sum": torch.add, "max": torch.maximum}
+        values = {k: join[self.reductions[k]](v, other.values[k]) for k, v in self.values.items()}
+        return ChannelStats(
+            self.site, values, {k: n + other.counts[k] for k, n in self.counts.items()}, self.reductions
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """One finite value per channel of every site; high = keep.
+
+    Attributes:
+        metric: name of the metric.
+        values: site -> [d_ff].
+        facts: how it was made (parameters, calibration, hashes); written beside the scores.
+    """
+
+    metric: str
+    values: Mapping[FFNSite, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        for site, value in self.values.items():
+            if value.shape != (site.d_ff,):
+                raise UsageError(
+                    f"metric {self.metric!r} returned shape {tuple(value.shape)} for {site.name}; "
+                    f"expected ({site.d_ff},) = (d_ff,)."
+                )
+            bad = int((~torch.isfinite(value)).sum())
+            if bad:
+                raise NonFiniteError(
+                    f"metric {self.metric!r} is NaN or infinite for {bad} of {site.d_ff} channels of {site.name}."
+                )
+
+    @property
+    def sites(self) -> tuple[FFNSite, ...]:
+        """Sites in the order of the model."""
+        return tuple(self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much to remove.
+
+    Attributes:
+        sparsity: fraction of channels to remove, in [0, 1).
+        multiple_of: kept widths are multiples of this (kernels like 64 or 128).
+        min_width: no site keeps fewer channels than this.
+    """
+
+    sparsity: float
+    multiple_of: int = 1
+    min_width: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity < 1.0:
+            raise UsageError(f"sparsity must be in [0, 1), the fraction of channels to remove; got {self.sparsity:g}.")
+        if self.multiple_of < 1 or self.min_width < 1:
+            raise UsageError(
+                f"multiple_of and min_width must be at least 1; got {self.multiple_of} and {self.min_width}."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PruningPlan:
+    """Which channels stay. Data, not action: save it, diff it, edit it, apply it later.
+
+    Attributes:
+        kept: site -> sorted indices of kept channels (int64).
+        metric: metric that ranked the channels.
+        allocator: allocator that chose the widths.
+        budget: what was asked.
+        protected: site -> indices that were kept whatever their score.
+        provenance: scores, calibration and model that it came from.
+    """
+
+    kept: Mapping[FFNSite, Tensor]
+    metric: str
+    allocator: str
+    budget: Budget
+    protected: Mapping[FFNSite, Tensor] = field(default_factory=dict[FFNSite, Tensor])
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        for site, index in self.kept.items():
+            if index.dtype != torch.int64 or index.dim() != 1 or index.numel() < 1:
+                raise UsageError(f"plan for {site.name}: kept channels must be at least one int64 index in one dimension.")
+            if int(index[0]) < 0 or int(index[-1]) >= site.d_ff or bool((index[1:] <= index[:-1]).any()):
+                raise UsageError(
+                    f"plan for {site.name}: kept channels must be unique, sorted and in [0, {site.d_ff}); "
+                    f"got {index.numel()} from {int(index.min())} to {int(index.max())}."
+                )
+
+    @property
+    def widths(self) -> dict[FFNSite, int]:
+        """Number of kept channels per site."""
+        return {site: index.numel() for site, index in self.kept.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved sparsity: removed channels over all channels of the plan's sites."""
+        total = sum(site.d_ff for site in self.kept)
+        return 1.0 - sum(self.widths.values()) / total if total else 0.0
+
+    def removed(self, site: FFNSite) -> Tensor:
+        """Sorted indices of the removed channels of one site."""
+        return self.mask(site).logical_not().nonzero().flatten()
+
+    def mask(self, site: FFNSite) -> Tensor:
+        """Boolean mask [d_ff] of one site, True = keep."""
+        mask = torch.zeros(site.d_ff, dtype=torch.bool)
+        mask[self.kept[site]] = True
+        return mask
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """One measured number. There are no stand-in values: an evaluation that fails raises.
+
+    Attributes:
+        name: what was measured, e.g. "perplexity".
+        value: the number.
+        unit: its unit, e.g. "1" or "nats/token".
+        stderr: standard error over independent pieces (blocks), or None where it is not defined.
+        n: number of tokens (or items) behind it.
+        dataset: text that it was measured on.
+        protocol: how, in one line.
+        seed: seed of any random choice, or None.
+    """
+
+    name: str
+    value: float
+    unit: str
+    stderr: float | None
+    n: int
+    dataset: str
+    protocol: str
+    seed: int | None = None
