@@ -100,7 +100,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ArtifactError(f"{path} is a safetensors file, but ffnscope did not write it.")
     facts = json.loads(header["ffnscope"])
     if facts.get("schema", 0) > SCHEMA:
-        raise ArtifactError(f"{path} has schema {facts['schema']}; this ffnscope reads up to {SCHEMA}. Update ffnscope.")
+        raise ArtifactError(f"{path} has schema {facts['schema']}; this version reads up to {SCHEMA}: update ffnscope.")
     return tensors, facts
 
 

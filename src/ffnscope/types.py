@@ -218,7 +218,7 @@ class PruningPlan:
     def __post_init__(self) -> None:
         for site, index in self.kept.items():
             if index.dtype != torch.int64 or index.dim() != 1 or index.numel() < 1:
-                raise UsageError(f"plan for {site.name}: kept channels must be at least one int64 index in one dimension.")
+                raise UsageError(f"plan for {site.name}: expected a one-dimensional, non-empty int64 index.")
             if int(index[0]) < 0 or int(index[-1]) >= site.d_ff or bool((index[1:] <= index[:-1]).any()):
                 raise UsageError(
                     f"plan for {site.name}: kept channels must be unique, sorted and in [0, {site.d_ff}); "

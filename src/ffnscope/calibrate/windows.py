@@ -1,0 +1,89 @@
+"""Token windows: the one form in which text reaches a model, in calibration and in evaluation alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ffnscope.errors import UsageError
+from ffnscope.io import hash_tensors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows:
+    """Equal-length rows of tokens.
+
+    Attributes:
+        input_ids: [n, T] int64.
+        valid: [n, T] bool, False = padding (never counted); always right-padded. All True in contiguous mode.
+        targets: [n, T] bool, True = the prediction of this token counts in the loss. Column 0 is never True.
+        document: [n] int64, index of the document that a window starts in.
+        source: where the text came from, in words.
+    """
+
+    input_ids: Tensor
+    valid: Tensor
+    targets: Tensor
+    document: Tensor
+    source: str
+
+    def __post_init__(self) -> None:
+        shape = self.input_ids.shape
+        if len(shape) != 2 or self.valid.shape != shape or self.targets.shape != shape:
+            raise UsageError("windows: input_ids, valid and targets must share one shape [n, T].")
+        if bool((self.targets & ~self.valid).any()) or bool(self.targets[:, 0].any()):
+            raise UsageError("windows: a target must be a valid token and cannot be the first of its window.")
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens per window, T, padding included."""
+        return self.input_ids.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Valid tokens."""
+        return int(self.valid.sum())
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens whose prediction counts in the loss."""
+        return int(self.targets.sum())
+
+    @property
+    def hash(self) -> str:
+        """Hash of the token ids and masks: equal hash, equal text."""
+        return hash_tensors([("ids", self.input_ids), ("valid", self.valid), ("targets", self.targets)])
+
+    def __getitem__(self, rows: slice) -> Windows:
+        return Windows(self.input_ids[rows], self.valid[rows], self.targets[rows], self.document[rows], self.source)
+
+    def cut(self, length: int) -> Windows:
+        """Return the same windows, cut to at most ``length`` tokens."""
+        if length < 2:
+            raise UsageError(f"windows of {length} token(s) predict nothing; max_length must be at least 2.")
+        ids, valid, targets = (t[:, :length] for t in (self.input_ids, self.valid, self.targets))
+        return Windows(ids, valid, targets, self.document, self.source)
+
+    def batches(self, size: int) -> Iterator[Windows]:
+        """Yield consecutive batches of at most ``size`` windows, right padding trimmed to the longest row."""
+        if size < 1:
+            raise UsageError(f"batch size must be at least 1; got {size}.")
+        for start in range(0, len(self), size):
+            batch = self[slice(start, start + size)]
+            longest = int(batch.valid.sum(1).max())
+            yield batch if longest == self.length else batch.cut(max(longest, 2))
+
+
+def contiguous_windows(ids: Tensor, source: str, document: Tensor | None = None) -> Windows:
+    """Make windows without padding from token ids [n, T]: every token but the first of a row is a target."""
+    targets = torch.ones_like(ids, dtype=torch.bool)
+    targets[:, 0] = False
+    if document is None:
+        document = torch.arange(ids.shape[0])
+    return Windows(ids, torch.ones_like(targets), targets, document, source)
