@@ -225,7 +225,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, value in tensors:
         digest.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
         flat = value.detach().cpu().contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
