@@ -1,0 +1,70 @@
+"""Reversible removal: zero the coupled weights of removed channels and put them back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+import torch
+from torch import Tensor, nn
+
+from ffnscope.errors import UsageError
+from ffnscope.ffn.projection import Coupled, coupled, down_projection, in_width
+from ffnscope.types import PruningPlan
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, plan: PruningPlan) -> Generator[nn.Module]:
+    """Within the block, every removed channel contributes nothing: its gate and up rows, biases and down column are 0.
+
+    The logits equal those of the sliced model. On exit the saved entries are copied back, so the model is
+    bit-identical, also after an exception or Ctrl-C. Contexts nest.
+
+    Raises:
+        UsageError: the plan was made for a model of other shapes.
+    """
+    check_plan(model, plan)
+    saved: list[tuple[Coupled, Tensor]] = []
+    try:
+        for site in plan.kept:
+            removed = plan.removed(site)
+            if removed.numel():
+                for entry in coupled(model, site, removed):
+                    _zero(entry, saved)
+        yield model
+    finally:
+        _restore(saved)
+
+
+def check_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Raise unless every site of the plan is in the model with the width that the plan was made for."""
+    for site in plan.kept:
+        found = in_width(down_projection(model, site))
+        if found != site.d_ff:
+            raise UsageError(
+                f"the plan was made for {site.name} with {site.d_ff} channels; this model has {found} there. "
+                "Use the model that was scored."
+            )
+
+
+@torch.no_grad()
+def _zero(entry: Coupled, saved: list[tuple[Coupled, Tensor]]) -> None:
+    parameter = entry.parameter
+    index = entry.index.to(parameter.device)
+    saved.append((entry, parameter.index_select(entry.axis, index)))
+    parameter.index_fill_(entry.axis, index, 0)
+
+
+@torch.no_grad()
+def _restore(saved: list[tuple[Coupled, Tensor]]) -> None:
+    """Copy everything back, last first; an interrupt in the middle is raised only when all is back."""
+    interrupt: KeyboardInterrupt | None = None
+    while saved:
+        entry, values = saved[-1]
+        try:
+            entry.parameter.index_copy_(entry.axis, entry.index.to(values.device), values)
+            saved.pop()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -1,0 +1,70 @@
+"""Statistics: sums and maxima over tokens, from which every metric is computed.
+
+Signals: ``h`` [n, d_ff] channel activations (the input of the down projection), ``g`` [n, d_ff] the gradient of the
+summed token NLL with respect to ``h``. Parts of a batch are reduced in the model's dtype (at least float32) and
+accumulated in float64 (counts in int64), so results do not depend on how text is split into batches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ffnscope.metrics.histogram import BINS, FIRST_OCTAVE
+from ffnscope.registry import statistic
+
+_MANTISSA_BITS = 2  # 4 = 2^2 bins per octave
+_SHIFT = 23 - _MANTISSA_BITS
+_OFFSET = (127 + FIRST_OCTAVE) << _MANTISSA_BITS
+
+
+@statistic("act_sum", reads=("h",), reduce="sum")
+def act_sum(h: Tensor) -> Tensor:
+    """Sum of h."""
+    return h.sum(0)
+
+
+@statistic("act_abs", reads=("h",), reduce="sum")
+def act_abs(h: Tensor) -> Tensor:
+    """Sum of |h|."""
+    return h.abs().sum(0)
+
+
+@statistic("act_sq", reads=("h",), reduce="sum")
+def act_sq(h: Tensor) -> Tensor:
+    """Sum of h^2."""
+    return h.square().sum(0)
+
+
+@statistic("act_hist", reads=("h",), reduce="sum", shape=(BINS, "d_ff"), every=4)
+def act_hist(h: Tensor) -> Tensor:
+    """Histogram of |h| over every 4th token: 4 bins per octave from 2^-20 to 2^12, the ends take the rest.
+
+    Bin b holds |h| in [edge(b), edge(b + 1)), see `ffnscope.metrics.histogram.bin_edges`. Within an octave the 4 bins have equal width (they are
+    the two leading mantissa bits), so a bin is at most 25 % wide relative to its lower edge. Every 4th token keeps the
+    cost of the pass within a few per cent of a bare forward.
+    """
+    d_ff = h.shape[1]
+    bits = h.float().view(torch.int32).bitwise_and(0x7FFFFFFF).bitwise_right_shift_(_SHIFT)
+    flat = bits.clamp_(_OFFSET, _OFFSET + BINS - 1).sub_(_OFFSET).mul_(d_ff)
+    index = flat.add_(torch.arange(d_ff, dtype=torch.int32, device=h.device)).flatten().long()
+    counts = torch.zeros(BINS * d_ff, dtype=torch.int32, device=h.device)
+    return counts.scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32)).view(BINS, d_ff)
+
+
+@statistic("grad_sq", reads=("g",), reduce="sum")
+def grad_sq(g: Tensor) -> Tensor:
+    """Sum of g^2."""
+    return g.square().sum(0)
+
+
+@statistic("taylor_abs", reads=("h", "g"), reduce="sum")
+def taylor_abs(h: Tensor, g: Tensor) -> Tensor:
+    """Sum of |h g|."""
+    return (h * g).abs_().sum(0)
+
+
+@statistic("taylor_sq", reads=("h", "g"), reduce="sum")
+def taylor_sq(h: Tensor, g: Tensor) -> Tensor:
+    """Sum of (h g)^2."""
+    return (h * g).square_().sum(0)

@@ -1,0 +1,129 @@
+"""The FFN sites of a model, and the selection of some of them by pattern."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffnscope.errors import LayoutError, UsageError
+from ffnscope.ffn.probe import Found, probe
+from ffnscope.ffn.projection import in_width, out_width
+from ffnscope.types import FFNSite
+
+PROBE_TOKENS = 8
+
+
+def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[FFNSite]:
+    """Find every dense FFN of a causal LM, in the order of its layers.
+
+    Args:
+        model: a `transformers` causal LM, on any device. It is run once on 8 tokens and left as it was.
+        tracked: patterns that select sites (see `select_sites`); None selects all.
+
+    Raises:
+        LayoutError: the model has no FFN that this version can address, or is a mixture of experts.
+        UsageError: a pattern matches nothing.
+    """
+    _refuse_experts(model)
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ids = torch.arange(PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None] % text.vocab_size  # type: ignore[operator,union-attr]
+    sites = [_site(model, f, _activation(text)) for f in probe(model, ids)]
+    if not sites:
+        raise LayoutError(
+            f"no FFN with channels was found in {type(model).__name__} (model_type {text.model_type!r}): no projection "
+            "reads an element-wise function of other projections. Run `ffnscope inspect` on a supported layout, or "
+            "report the architecture."
+        )
+    return sites if tracked is None else select_sites(sites, tracked)
+
+
+def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNSite]:
+    """Select the sites that any pattern matches.
+
+    A pattern is a module path of any projection, or of the FFN itself; ``*`` stands for digits, ``[a-b]`` for an
+    integer range (both ends included). Leading wrapper parts (``model.``) may be added or left out.
+
+    Raises:
+        UsageError: a pattern matches no site, or a range is malformed.
+    """
+    chosen: set[FFNSite] = set()
+    for pattern in patterns:
+        hits = [s for s in sites if any(_matches(pattern, name) for name in (*s.projections, s.path))]
+        if not hits:
+            example = sites[0].projections[-1] if sites else "none"
+            raise UsageError(
+                f"tracked layer pattern {pattern!r} matches no FFN projection of this model; a name looks like "
+                f"{example!r} ('*' = any number, '[0-3]' = a range)."
+            )
+        chosen.update(hits)
+    return [s for s in sites if s in chosen]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    parts = pattern.split(".")
+    wanted = name.split(".")
+    # with or without wrapper prefix: the shorter must be a suffix of the longer, and what is left must be 'model'-like
+    for extra in range(len(parts)):
+        if all(p in ("model", "module", "transformer") for p in parts[:extra]) and _parts_match(parts[extra:], wanted):
+            return True
+    for extra in range(1, len(wanted)):
+        if wanted[extra - 1] in ("model", "module", "transformer", "decoder") and _parts_match(parts, wanted[extra:]):
+            return True
+    return False
+
+
+def _parts_match(parts: list[str], wanted: list[str]) -> bool:
+    return len(parts) == len(wanted) and all(_part_matches(p, w) for p, w in zip(parts, wanted, strict=True))
+
+
+def _part_matches(part: str, wanted: str) -> bool:
+    bounds = re.fullmatch(r"\[(\d+)-(\d+)\]", part)
+    if bounds:
+        return wanted.isdigit() and int(bounds[1]) <= int(wanted) <= int(bounds[2])
+    if "[" in part or "]" in part:
+        raise UsageError(f"{part!r} is not a range of layers; write '[a-b]' with two integers, for example '[0-7]'.")
+    if part == "*":
+        return wanted.isdigit()
+    return re.fullmatch(re.escape(part).replace(r"\*", r"\d+"), wanted) is not None
+
+
+def _site(model: nn.Module, found: Found, activation: str) -> FFNSite:
+    names = [n for n in (found.gate, found.up, found.down) if n is not None]
+    path = os.path.commonprefix([n.rsplit(".", 1)[0].split(".") for n in names])
+    cut = len(path)
+    relative = [None if n is None else ".".join(n.split(".")[cut:]) for n in (found.gate, found.up, found.down)]
+    down = model.get_submodule(found.down)
+    return FFNSite(
+        layer=int(found.layer.rsplit(".", 1)[-1]),
+        path=".".join(path),
+        gate=relative[0],
+        up=relative[1] or "",
+        down=relative[2] or "",
+        d_model=out_width(down),
+        d_ff=in_width(down),
+        activation=activation,
+        fused=found.fused,
+    )
+
+
+def _activation(text_config: Any) -> str:
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, str):
+            return value
+    return "unknown"
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and re.search(r"(^|\.)\d+\.", name) and "expert" in name:
+            raise LayoutError(
+                f"{type(model).__name__} is a mixture of experts ({name} {tuple(parameter.shape)}); channels of "
+                "experts are not available in this version."
+            )
