@@ -35,9 +35,10 @@ class Accumulator:
 
     def observe(self, site: FFNSite, h: Tensor) -> None:
         """Take h [batch, T, d_ff] of one batch."""
+        strides = dict.fromkeys(s.every for s in self.forward)
+        rows = {every: self._rows(h, every) for every in strides}
         for statistic in self.forward:
-            rows = self._rows(h, statistic.every)
-            self._add(site, statistic, (rows,), rows.shape[0])
+            self._add(site, statistic, (rows[statistic.every],), rows[statistic.every].shape[0])
 
     def observe_gradient(self, site: FFNSite, h: Tensor, g: Tensor) -> None:
         """Take h and g [batch, T, d_ff] of one batch."""
@@ -53,8 +54,8 @@ class Accumulator:
                 if value is not None and value.is_floating_point() and not bool(torch.isfinite(value).all()):
                     what = "gradient" if statistic.needs_gradient else "activation"
                     raise NonFiniteError(
-                        f"a channel {what} of {site.name} is NaN or infinite (statistic {statistic.name!r}). In float16 "
-                        "this is usually an overflow: load the model in bfloat16 or float32 (model.dtype); otherwise "
+                        f"a channel {what} of {site.name} is NaN or infinite (statistic {statistic.name!r}). "
+                        "In float16 this is usually an overflow: load the model in bfloat16 or float32 (model.dtype); otherwise "
                         "look for NaN in the checkpoint."
                     )
 

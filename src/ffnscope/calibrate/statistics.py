@@ -40,9 +40,9 @@ def act_sq(h: Tensor) -> Tensor:
 def act_hist(h: Tensor) -> Tensor:
     """Histogram of |h| over every 4th token: 4 bins per octave from 2^-20 to 2^12, the ends take the rest.
 
-    Bin b holds |h| in [edge(b), edge(b + 1)), see `ffnscope.metrics.histogram.bin_edges`. Within an octave the 4 bins have equal width (they are
-    the two leading mantissa bits), so a bin is at most 25 % wide relative to its lower edge. Every 4th token keeps the
-    cost of the pass within a few per cent of a bare forward.
+    Bin b holds |h| in [edge(b), edge(b + 1)), see `ffnscope.metrics.histogram.bin_edges`. Within an octave the 4 bins
+    have equal width (they are the two leading mantissa bits), so a bin is at most 25 % wide relative to its lower
+    edge. Every 4th token keeps the cost of the pass within a few per cent of a bare forward.
     """
     d_ff = h.shape[1]
     bits = h.float().view(torch.int32).bitwise_and(0x7FFFFFFF).bitwise_right_shift_(_SHIFT)

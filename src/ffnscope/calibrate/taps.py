@@ -56,6 +56,10 @@ def frozen(model: nn.Module) -> Generator[None]:
 
 
 def _forward_hook(site: FFNSite, on_activation: OnActivation | None, on_gradient: OnGradient | None) -> Any:
+    def watch(h: Tensor, values: Tensor, call: OnGradient) -> None:
+        # the closure holds the detached values: holding h itself would be a reference cycle
+        h.register_hook(lambda g: call(site, values, g))
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         h: Tensor = args[0]
         values = h.detach()
@@ -66,8 +70,7 @@ def _forward_hook(site: FFNSite, on_activation: OnActivation | None, on_gradient
         if not h.requires_grad:
             h = values.requires_grad_()
             values = h.detach()
-        # the closure holds the detached values: holding h itself would be a reference cycle
-        h.register_hook(lambda g: on_gradient(site, values, g))
+        watch(h, values, on_gradient)
         return (h, *args[1:])
 
     return hook

@@ -143,8 +143,9 @@ def _ffns_of_layer(model: nn.Module, layer: str, reads: dict[str, Tensor], write
 def _producers(x: Tensor, writes: dict[str, Tensor]) -> list[str]:
     if not x.requires_grad:
         return []
-    grads = torch.autograd.grad(
-        (x * torch.randn_like(x)).sum(), list(writes.values()), retain_graph=True, allow_unused=True
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+        (x * weight).sum(), list(writes.values()), retain_graph=True, allow_unused=True
     )
     return [name for name, g in zip(writes, grads, strict=True) if g is not None and bool((g != 0).any())]
 
@@ -196,10 +197,8 @@ def _which_is_gate(x: Tensor, outputs: tuple[Tensor, Tensor], derivatives: tuple
     """0 or 1: x is linear in up, x = up * dx/dup. When both are (a ReLU gate), dx/dgate is 0 where gate < 0."""
     tolerance = 50 * torch.finfo(x.dtype).eps
     size = x.detach()
-    misfit = [
-        float((size - o.detach() * d).abs().mean() / size.abs().mean())
-        for o, d in zip(outputs, derivatives, strict=True)
-    ]
+    rebuilt = [o.detach() * d for o, d in zip(outputs, derivatives, strict=True)]
+    misfit = [float((size - r).abs().mean() / size.abs().mean()) for r in rebuilt]
     linear = [m < tolerance for m in misfit]
     if linear == [True, False]:
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -95,13 +94,14 @@ def _part_matches(part: str, wanted: str) -> bool:
 
 def _site(model: nn.Module, found: Found, activation: str) -> FFNSite:
     names = [n for n in (found.gate, found.up, found.down) if n is not None]
-    path = os.path.commonprefix([n.rsplit(".", 1)[0].split(".") for n in names])
-    cut = len(path)
+    parents = [n.split(".")[:-1] for n in names]
+    shortest = min(len(p) for p in parents)
+    cut = next((i for i in range(shortest) if len({p[i] for p in parents}) > 1), shortest)
     relative = [None if n is None else ".".join(n.split(".")[cut:]) for n in (found.gate, found.up, found.down)]
     down = model.get_submodule(found.down)
     return FFNSite(
         layer=int(found.layer.rsplit(".", 1)[-1]),
-        path=".".join(path),
+        path=".".join(parents[0][:cut]),
         gate=relative[0],
         up=relative[1] or "",
         down=relative[2] or "",

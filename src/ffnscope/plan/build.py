@@ -1,0 +1,109 @@
+"""Build a pruning plan: protection, allocation, then top-k with stable ties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffnscope.errors import UsageError
+from ffnscope.registry import ALLOCATORS
+from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
+
+
+def build_plan(
+    scores: Scores,
+    budget: Budget | float,
+    allocator: str = "local",
+    *,
+    protected: Mapping[FFNSite, Tensor] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> PruningPlan:
+    """Decide which channels stay.
+
+    Args:
+        scores: high = keep.
+        budget: how much to remove; a number is a sparsity.
+        allocator: registered rule for the widths.
+        protected: site -> channels that stay whatever their score (see `top_core`).
+        provenance: recorded with the plan.
+
+    Equal scores are kept in order of channel index, and of site for a global ranking, so a plan is reproducible.
+
+    Raises:
+        UsageError: an impossible budget, or more protected channels than a site keeps.
+    """
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    protected = dict(protected or {})
+    lifted = _lift(scores, protected)
+    widths: dict[FFNSite, int] = ALLOCATORS.get(allocator).fn(lifted, budget)
+    kept: dict[FFNSite, Tensor] = {}
+    for site, value in lifted.values.items():
+        width = widths[site]
+        if site in protected and width < protected[site].numel():
+            raise UsageError(
+                f"{site.name} keeps {width} channels at sparsity {budget.sparsity:g}, fewer than its "
+                f"{protected[site].numel()} protected ones. Lower the sparsity or the core fraction."
+            )
+        order = torch.sort(value, descending=True, stable=True).indices
+        kept[site] = order[:width].sort().values
+    return PruningPlan(kept, scores.metric, allocator, budget, protected, {**scores.facts, **(provenance or {})})
+
+
+def top_core(scores: Scores, fraction: float = 0.01, *, count: int | None = None) -> dict[FFNSite, Tensor]:
+    """Return the supernode core: the highest-scoring channels of each site, as sorted indices.
+
+    Args:
+        scores: what defines the core, usually ``scar_loss_proxy``.
+        fraction: share of each site's channels, in (0, 1]; rounded to the nearest count, at least 1.
+        count: absolute number per site instead of a fraction.
+    """
+    if count is None and not 0 < fraction <= 1:
+        raise UsageError(f"core fraction must be in (0, 1], the share of channels in the core; got {fraction:g}.")
+    if count is not None and count < 1:
+        raise UsageError(f"the core must have at least 1 channel per site; got {count}.")
+    core: dict[FFNSite, Tensor] = {}
+    for site, value in scores.values.items():
+        size = min(count, site.d_ff) if count is not None else max(1, round(fraction * site.d_ff))
+        core[site] = torch.sort(value, descending=True, stable=True).indices[:size].sort().values
+    return core
+
+
+def diff_plans(first: PruningPlan, second: PruningPlan) -> list[dict[str, Any]]:
+    """Compare two plans site by site: widths, channels that only one keeps, and the Jaccard index of the kept sets."""
+    rows: list[dict[str, Any]] = []
+    for site in {**first.kept, **second.kept}:
+        if site not in first.kept or site not in second.kept:
+            raise UsageError(f"{site.name} is in only one of the two plans; they are of different models or sites.")
+        a, b = first.mask(site), second.mask(site)
+        both, either = int((a & b).sum()), int((a | b).sum())
+        rows.append(
+            {
+                "site": site.name,
+                "width_a": int(a.sum()),
+                "width_b": int(b.sum()),
+                "only_a": int((a & ~b).sum()),
+                "only_b": int((b & ~a).sum()),
+                "jaccard": both / either,
+            }
+        )
+    return rows
+
+
+def _lift(scores: Scores, protected: Mapping[FFNSite, Tensor]) -> Scores:
+    """Raise protected channels above every score of every site, so that any allocator keeps them first."""
+    unknown = [s.name for s in protected if s not in scores.values]
+    if unknown:
+        raise UsageError(f"protected channels are given for {unknown[0]}, which has no scores.")
+    if not protected:
+        return scores
+    top = max(float(v.max()) for v in scores.values.values())
+    above = top + max(1.0, abs(top))
+    values = {s: v.double().clone() for s, v in scores.values.items()}
+    for site, index in protected.items():
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= site.d_ff):
+            raise UsageError(f"protected channels of {site.name} must be in [0, {site.d_ff}).")
+        values[site][index] = above
+    return Scores(scores.metric, values, scores.facts)
