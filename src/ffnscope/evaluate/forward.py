@@ -1,0 +1,95 @@
+"""One forward pass of an evaluation: logits of a batch of windows, and errors that say what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import DeviceError, NonFiniteError
+
+CHUNK_VALUES = 2**23  # logits that are held in fp32 at a time (32 MiB a copy)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Put every module in evaluation mode; give each its own mode back at the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def memory_errors(n_windows: int, length: int) -> Generator[None]:
+    """Turn an accelerator's out-of-memory error into a DeviceError that names what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        cure = "lower dataset.batch_size (batch_size)" if n_windows > 1 else "use shorter windows or a smaller dtype"
+        raise DeviceError(
+            f"out of memory while evaluating {n_windows} window(s) of {length} tokens at once; {cure}."
+        ) from error
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Device of the first parameter that is in memory."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def batch_logits(model: nn.Module, batch: Windows) -> Tensor:
+    """Logits [b, T, vocab] of a batch, in the model's dtype and on its device, without a graph.
+
+    The attention mask is passed only when the batch holds padding. The model must be in evaluation mode.
+    """
+    device = input_device(model)
+    mask = {} if bool(batch.valid.all()) else {"attention_mask": batch.valid.to(device, torch.int64)}
+    with torch.inference_mode():
+        return model(input_ids=batch.input_ids.to(device), use_cache=False, **mask).logits
+
+
+def target_chunks(targets: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (window index, column index) of the targets [b, T], few enough for `CHUNK_VALUES` logits at a time."""
+    windows, columns = targets.cpu().nonzero(as_tuple=True)
+    size = max(1, CHUNK_VALUES // vocab)
+    yield from zip(windows.split(size), columns.split(size), strict=True)
+
+
+def chunk_logits(logits: Tensor, windows: Tensor, columns: Tensor) -> Tensor:
+    """Logits [n, vocab] that predict the tokens at ``columns`` (one place to their left), in fp32, or fp64 if given."""
+    rows = logits[windows.to(logits.device), columns.to(logits.device) - 1]
+    return rows.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_finite(sums: Tensor, model: nn.Module, batch: Windows, first: int) -> None:
+    """Raise NonFiniteError unless every window's sum [b] is finite.
+
+    Args:
+        sums: one number per window of the batch.
+        model: where to look for the cause.
+        batch: the windows.
+        first: number of the batch's first window in the whole text.
+    """
+    bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
+    if bad:
+        more = f" (and {len(bad) - 1} more of its batch)" if len(bad) > 1 else ""
+        raise NonFiniteError(
+            f"window {first + bad[0]}{more} of {batch.source} has a loss that is NaN or infinite: {_cause(model)}"
+        )
+
+
+def _cause(model: nn.Module) -> str:
+    dtypes: set[torch.dtype] = set()
+    for name, parameter in model.named_parameters():
+        dtypes.add(parameter.dtype)
+        if parameter.device.type != "meta" and not bool(torch.isfinite(parameter.detach()).all()):
+            return f"the weight {name} holds NaN or infinity. Load the model again from an intact checkpoint."
+    if torch.float16 in dtypes:
+        return "the weights are finite, so a float16 activation probably overflowed. Load it in bfloat16 or float32."
+    return "the weights are finite, so an activation overflowed. Evaluate in float32, and check what was changed last."
