@@ -55,8 +55,8 @@ class Accumulator:
                     what = "gradient" if statistic.needs_gradient else "activation"
                     raise NonFiniteError(
                         f"a channel {what} of {site.name} is NaN or infinite (statistic {statistic.name!r}). "
-                        "In float16 this is usually an overflow: load the model in bfloat16 or float32 (model.dtype); otherwise "
-                        "look for NaN in the checkpoint."
+                        "In float16 this is usually an overflow: load the model in bfloat16 or float32 (model.dtype); "
+                        "otherwise look for NaN in the checkpoint."
                     )
 
     def result(self) -> dict[FFNSite, ChannelStats]:

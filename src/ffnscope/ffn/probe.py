@@ -144,9 +144,8 @@ def _producers(x: Tensor, writes: dict[str, Tensor]) -> list[str]:
     if not x.requires_grad:
         return []
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
-        (x * weight).sum(), list(writes.values()), retain_graph=True, allow_unused=True
-    )
+    total = (x * weight).sum()
+    grads: Any = torch.autograd.grad(total, list(writes.values()), retain_graph=True, allow_unused=True)
     return [name for name, g in zip(writes, grads, strict=True) if g is not None and bool((g != 0).any())]
 
 

@@ -1,0 +1,78 @@
+"""Real removal: rows of gate and up, columns of down and biases are cut out of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffnscope.apply.mask import check_plan
+from ffnscope.ffn.projection import coupled, down_projection, in_width, is_projection, out_axis, projection
+from ffnscope.ffn.sites import find_sites
+from ffnscope.types import FFNSite, PruningPlan
+
+WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ff_dim", "inner_size", "d_ff")
+
+
+def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Remove the channels that a plan does not keep, in place, and return the model.
+
+    Weights and biases shrink, widths that modules remember follow, and the config's width follows when all sites of
+    the model now agree. Unequal widths work in memory; saving them needs `save_model(..., pad_to_widest=True)`.
+
+    Raises:
+        UsageError: the plan was made for a model of other shapes; the model is then unchanged.
+    """
+    check_plan(model, plan)
+    for site, kept in plan.kept.items():
+        if kept.numel() < site.d_ff:
+            _slice_site(model, site, kept)
+    _update_config(model, plan)
+    return model
+
+
+@torch.no_grad()
+def _slice_site(model: nn.Module, site: FFNSite, kept: torch.Tensor) -> None:
+    for entry in coupled(model, site, kept):
+        old = entry.parameter
+        new = old.index_select(entry.axis, entry.index.to(old.device)).contiguous()
+        setattr(entry.module, entry.name, nn.Parameter(new, requires_grad=old.requires_grad))
+    for name in dict.fromkeys((site.gate, site.up, site.down)):
+        if name is not None:
+            _remember_shape(projection(model, site, name))
+    parents = {site.path, f"{site.path}.{site.down}".rsplit(".", 1)[0], f"{site.path}.{site.up}".rsplit(".", 1)[0]}
+    for path in parents:
+        _remember_width(model.get_submodule(path), site.d_ff, kept.numel())
+
+
+def _remember_shape(module: Any) -> None:
+    """Keep the width attributes of a projection true: Linear has in_features/out_features, Conv1D has nx/nf."""
+    axis = out_axis(module)
+    out, into = module.weight.shape[axis], module.weight.shape[1 - axis]
+    names = ("in_features", "out_features") if isinstance(module, nn.Linear) else ("nx", "nf")
+    for name, width in zip(names, (into, out), strict=True):
+        if hasattr(module, name):
+            setattr(module, name, width)
+
+
+def _remember_width(parent: nn.Module, old: int, new: int) -> None:
+    """Follow integers by which an FFN module remembers its own width, such as ``intermediate_size``."""
+    if is_projection(parent):
+        return
+    for name, value in list(vars(parent).items()):
+        if name in WIDTH_FIELDS and isinstance(value, int) and value == old:
+            setattr(parent, name, new)
+
+
+def _update_config(model: nn.Module, plan: PruningPlan) -> None:
+    widths = {in_width(down_projection(model, s)) for s in find_sites(model)}
+    if len(widths) != 1:
+        return
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    old = {s.d_ff for s in plan.kept}
+    for name in WIDTH_FIELDS:
+        if hasattr(text, name) and (getattr(text, name) in old or getattr(text, name) is None):
+            setattr(text, name, widths.pop())
+            return
