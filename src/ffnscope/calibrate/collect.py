@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffnscope.calibrate.accumulate import Accumulator
+from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.taps import channel_taps, frozen
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import DeviceError, UsageError
@@ -170,15 +170,6 @@ def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Ac
         raise DeviceError(
             f"out of memory in the calibration pass ({len(batch)} windows of {batch.length} tokens). Lower {key}."
         ) from error
-
-
-def forward_logits(model: nn.Module, batch: Windows) -> Tensor:
-    """Logits [batch, T, vocab] of one batch; the attention mask is passed only when there is padding."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device)}
-    if not bool(batch.valid.all()):
-        inputs["attention_mask"] = batch.valid.long().to(device)
-    return model(**inputs, use_cache=False).logits
 
 
 class _Saver:

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor, nn
 
+from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import DeviceError, NonFiniteError
 
@@ -38,20 +39,10 @@ def memory_errors(n_windows: int, length: int) -> Generator[None]:
         ) from error
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter that is in memory."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
 def batch_logits(model: nn.Module, batch: Windows) -> Tensor:
-    """Logits [b, T, vocab] of a batch, in the model's dtype and on its device, without a graph.
-
-    The attention mask is passed only when the batch holds padding. The model must be in evaluation mode.
-    """
-    device = input_device(model)
-    mask = {} if bool(batch.valid.all()) else {"attention_mask": batch.valid.to(device, torch.int64)}
+    """Logits [b, T, vocab] of a batch without a graph. The model must be in evaluation mode."""
     with torch.inference_mode():
-        return model(input_ids=batch.input_ids.to(device), use_cache=False, **mask).logits
+        return forward_logits(model, batch)
 
 
 def target_chunks(targets: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:

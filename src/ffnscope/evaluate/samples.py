@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
-from ffnscope.evaluate.forward import evaluating, input_device, memory_errors
+from ffnscope.calibrate.forward import input_device
+from ffnscope.evaluate.forward import evaluating, memory_errors
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
