@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ffnscope.errors import UsageError
 from ffnscope.calibrate.forward import input_device
+from ffnscope.errors import UsageError
 from ffnscope.evaluate.forward import evaluating, memory_errors
 
 if TYPE_CHECKING:
