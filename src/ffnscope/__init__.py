@@ -1,3 +1,85 @@
-"""ffnscope: which FFN channels of a language model carry the loss, and how to remove the others."""
+"""ffnscope: which FFN channels of a language model carry the loss, and how to remove the others.
+
+The pieces compose as functions: `load_model`, `load_windows`, `calibrate`, `score`, `build_plan`, then `masked`,
+`slice_` or `prune_`, and `perplexity` or `compare_plans`. The YAML runner is `ffnscope.run`.
+"""
 
 __version__ = "0.1.0"
+
+from ffnscope.apply.export import check_reloadable, prune_, save_model
+from ffnscope.apply.mask import masked
+from ffnscope.apply.slice import slice_
+from ffnscope.calibrate.collect import PassOptions, calibrate, weights_hash
+from ffnscope.calibrate.pack import make_windows
+from ffnscope.calibrate.text import TextSource, load_documents, load_windows
+from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import FFNScopeError
+from ffnscope.evaluate.compare import EvalRow, compare_plans
+from ffnscope.evaluate.perplexity import perplexity
+from ffnscope.evaluate.samples import generate_samples
+from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
+from ffnscope.ffn.projection import weights_of
+from ffnscope.ffn.sites import find_sites, select_sites
+from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_scores, write_stats
+from ffnscope.plan.build import build_plan, diff_plans, top_core
+from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
+from ffnscope.scoring import score
+from ffnscope.types import (
+    Budget,
+    ChannelStats,
+    EvalResult,
+    FFNSite,
+    FFNWeights,
+    PruningPlan,
+    Scores,
+)
+
+__all__ = [
+    "ALLOCATORS",
+    "METRICS",
+    "STATISTICS",
+    "Budget",
+    "ChannelStats",
+    "EvalResult",
+    "EvalRow",
+    "FFNScopeError",
+    "FFNSite",
+    "FFNWeights",
+    "LoadedModel",
+    "ModelSource",
+    "PassOptions",
+    "PruningPlan",
+    "Scores",
+    "TextSource",
+    "Windows",
+    "allocator",
+    "build_plan",
+    "calibrate",
+    "check_reloadable",
+    "compare_plans",
+    "diff_plans",
+    "find_sites",
+    "generate_samples",
+    "load_documents",
+    "load_model",
+    "load_windows",
+    "make_windows",
+    "masked",
+    "metric",
+    "perplexity",
+    "prune_",
+    "read_plan",
+    "read_scores",
+    "read_stats",
+    "save_model",
+    "score",
+    "select_sites",
+    "slice_",
+    "statistic",
+    "top_core",
+    "weights_hash",
+    "weights_of",
+    "write_plan",
+    "write_scores",
+    "write_stats",
+]

@@ -99,10 +99,14 @@ class Registry(Generic[T]):
         if self._loaded:
             return
         self._loaded = True
-        for module in self._builtin:
-            importlib.import_module(module)
-        for point in importlib.metadata.entry_points(group=self.group):
-            point.load()
+        try:
+            for module in self._builtin:
+                importlib.import_module(module)
+            for point in importlib.metadata.entry_points(group=self.group):
+                point.load()
+        except BaseException:
+            self._loaded = False  # a failed import must fail again, not leave half a registry
+            raise
 
 
 STATISTICS: Registry[Statistic] = Registry("statistic", ("ffnscope.calibrate.statistics",), "ffnscope.statistics")
