@@ -1,0 +1,214 @@
+"""What has to hold between the blocks of a configuration. Each rule yields problems; none raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ffnscope.calibrate.corpora import SPLITS
+from ffnscope.registry import METRICS
+from ffnscope.run.document import KeyPath, Problem, show
+from ffnscope.run.explain import explain, unknown_key
+from ffnscope.run.metric_arguments import parse_arguments
+from ffnscope.run.planned import PLANNED_KEYS, not_available, planned_metrics
+from ffnscope.run.schema import RunConfig
+from ffnscope.run.texts import SHIPPED_TEXTS, TextSource
+
+_LOADER_KEYS = ("revision", "dtype", "torch_dtype", "device_map", "trust_remote_code")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A problem, and the keys that it was derived from: it is void when one of these is itself wrong."""
+
+    problem: Problem
+    reads: tuple[KeyPath, ...]
+
+
+def check_all(config: RunConfig) -> Iterator[Finding]:
+    """Yield every problem between the blocks."""
+    for rule in (
+        _planned,
+        _dependency,
+        _scar_sizes,
+        _scar_off,
+        _chat,
+        _core,
+        _model_kwargs,
+        _text_keys,
+        _splits,
+        _held_out,
+    ):
+        yield from rule(config)
+    yield from _metric_blocks(config)
+
+
+def _finding(path: KeyPath, message: str, *reads: KeyPath) -> Finding:
+    return Finding(Problem(path, message), (path, *reads))
+
+
+def _planned(config: RunConfig) -> Iterator[Finding]:
+    for dotted, supported in PLANNED_KEYS.items():
+        block, key = dotted.split(".")
+        value = getattr(getattr(config, block), key)
+        if value != supported:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield _finding((block, key), not_available(f"'{key}: {shown}'"))
+
+
+def _dependency(config: RunConfig) -> Iterator[Finding]:
+    if not config.pruning.dependency_aware:
+        yield _finding(
+            ("pruning", "dependency_aware"),
+            "cannot be false: a channel is its coupled weights (its rows of gate and up, its column of down), "
+            "so they are removed together. Remove this key",
+        )
+
+
+def _scar_sizes(config: RunConfig) -> Iterator[Finding]:
+    for key in ("num_samples", "max_length"):
+        asked, limit = getattr(config.metrics.scar, key), getattr(config.calibration, key)
+        if asked is not None and asked > limit:
+            yield _finding(
+                ("metrics", "scar", key),
+                f"must be at most calibration.{key} = {limit}, because the backward pass runs on the calibration's "
+                f"windows; got {asked}",
+                ("calibration", key),
+            )
+
+
+def _used_metrics(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
+    yield from ((("metrics", "enabled", i), name) for i, name in enumerate(config.metrics.enabled))
+    if config.pruning.enabled:
+        yield from ((("pruning", "algorithms", i), name) for i, name in enumerate(config.pruning.algorithms))
+    if config.supernode.enabled:
+        yield ("supernode", "score_metric"), config.supernode.score_metric
+
+
+def _scar_off(config: RunConfig) -> Iterator[Finding]:
+    if config.metrics.scar.enabled:
+        return
+    for path, name in _used_metrics(config):
+        if name.startswith("scar_"):
+            message = f"{name!r} needs the backward pass, but metrics.scar.enabled is false. Set it to true"
+            yield _finding(path, f"{message} or choose another metric", ("metrics", "scar", "enabled"), path[:2])
+
+
+def _chat(config: RunConfig) -> Iterator[Finding]:
+    if config.calibration.answers_only and config.calibration.mode != "chat":
+        yield _finding(
+            ("calibration", "answers_only"),
+            f"needs 'mode: chat', the only one that knows which tokens are answers; got {config.calibration.mode!r}",
+            ("calibration", "mode"),
+        )
+
+
+def _core(config: RunConfig) -> Iterator[Finding]:
+    core = config.supernode
+    if core.core_fraction is not None and core.top_k is not None:
+        yield _finding(("supernode", "top_k"), "replaces core_fraction, and both are given. Keep one")
+        return
+    if not (core.enabled and core.protect_core and config.pruning.enabled) or core.core_fraction is None:
+        return
+    for i, sparsity in enumerate(config.pruning.ratios):
+        if sparsity + core.core_fraction > 1:
+            yield _finding(
+                ("pruning", "ratios", i),
+                f"cannot remove {sparsity:g} of the channels while supernode.protect_core keeps {core.core_fraction:g}",
+                ("supernode",),
+                ("pruning", "ratios"),
+            )
+
+
+def _model_kwargs(config: RunConfig) -> Iterator[Finding]:
+    for block in ("model_kwargs", "tokenizer_kwargs"):
+        for key in getattr(config.model, block):
+            if key in _LOADER_KEYS:
+                own = "dtype" if key == "torch_dtype" else key
+                yield _finding(("model", block, key), f"is set by model.{own}. Write it there")
+
+
+def _text_keys(config: RunConfig) -> Iterator[Finding]:
+    texts: list[tuple[KeyPath, Any, str]] = [(("dataset",), config.dataset, config.dataset.name)]
+    if config.evaluation.enabled:
+        texts.append((("evaluation",), config.evaluation, config.evaluation_text.name))
+        texts += [(("evaluation", "extra", i), text, text.name) for i, text in enumerate(config.evaluation.extra)]
+    for path, block, name in texts:
+        for key in _useless_keys(TextSource(name=name)):
+            if key in block.model_fields_set and getattr(block, key):
+                kind = "a local file" if TextSource(name=name).is_file else "a text that ships with ffnscope"
+                yield _finding(
+                    (*path, key),
+                    f"has no meaning for {name!r}, {kind}. Remove it",
+                    (*path, "name"),
+                    ("dataset", "name"),
+                )
+
+
+def _splits(config: RunConfig) -> Iterator[Finding]:
+    texts: list[tuple[KeyPath, TextSource]] = [(("dataset",), config.calibration_text)]
+    if config.evaluation.enabled:
+        texts += zip(_held_out_paths(config), config.evaluation_texts, strict=True)
+    for path, text in texts:
+        if text.name in SHIPPED_TEXTS and text.split not in (None, *SPLITS):
+            message = f"{text.name!r} has no split {text.split!r}. Known: {', '.join(SPLITS)}"
+            yield _finding((*path, "split"), message, (*path, "name"), ("dataset", "name"))
+
+
+def _held_out_paths(config: RunConfig) -> list[KeyPath]:
+    return [("evaluation",), *(("evaluation", "extra", i) for i in range(len(config.evaluation.extra)))]
+
+
+def _useless_keys(text: TextSource) -> tuple[str, ...]:
+    if text.is_file:
+        column = () if text.name.endswith(".jsonl") else ("text_field",)
+        return ("subset", "split", "streaming", "revision", *column)
+    return ("subset", "streaming", "revision", "text_field") if text.name in SHIPPED_TEXTS else ()
+
+
+def _held_out(config: RunConfig) -> Iterator[Finding]:
+    if not config.evaluation.enabled:
+        return
+    seen = {config.calibration_text.identity: "dataset (the calibration)"}
+    for path, text in zip(_held_out_paths(config), config.evaluation_texts, strict=True):
+        reads: tuple[KeyPath, ...] = (("dataset",), ("evaluation",))
+        if text.split is None and not text.is_file:
+            message = f"no held-out split of {text.name!r} is known"
+            yield _finding(
+                path, f"{message}. Give {show((*path, 'split'))}, or another {show((*path, 'name'))}", *reads
+            )
+        elif text.identity in seen:
+            cure = show((*path, "name")) + ("" if text.is_file else f" or {show((*path, 'split'))}")
+            message = f"the held-out text {text.words!r} is the same as that of {seen[text.identity]}"
+            yield _finding(path, f"{message}. Give another {cure}", *reads)
+        seen.setdefault(text.identity, show(path))
+
+
+def _metric_blocks(config: RunConfig) -> Iterator[Finding]:
+    given = config.metrics.params
+    for name in given:
+        if name in planned_metrics():
+            yield _finding(("metrics", name), not_available(f"metric {name!r}"))
+        elif name not in METRICS.names():
+            yield _finding(("metrics", name), unknown_key(("metrics", name)))
+    used = dict.fromkeys([*given, *(name for _, name in _used_metrics(config))])
+    for name in used:
+        if name in METRICS.names():
+            yield from _arguments(name, given.get(name, {}))
+
+
+def _arguments(name: str, given: dict[str, Any]) -> Iterator[Finding]:
+    metric = METRICS.get(name)
+    try:
+        parse_arguments(metric, given)
+    except ValidationError as error:
+        for item in error.errors():
+            path: KeyPath = ("metrics", name, *item["loc"])
+            if item["type"] != "extra_forbidden":
+                yield _finding(path, explain(item))
+                continue
+            known = ", ".join(metric.params) or "none"
+            yield _finding(path, f"metric {name!r} has no parameter {str(path[-1])!r}. Known: {known}")

@@ -1,0 +1,306 @@
+"""The YAML contract: one frozen block per mapping, and what the runner asks of the whole.
+
+A `RunConfig` is made by `ffnscope.run.load`, which also checks what needs several blocks (`ffnscope.run.checks`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StrictBool
+
+from ffnscope.registry import METRICS
+from ffnscope.run.fields import (
+    AllocatorName,
+    Block,
+    Count,
+    Device,
+    DeviceMap,
+    Distinct,
+    FolderName,
+    Fraction,
+    Keywords,
+    Length,
+    MetricName,
+    NotEmpty,
+    Seed,
+    Sparsity,
+    Text,
+)
+from ffnscope.run.metric_arguments import parse_arguments
+from ffnscope.run.texts import TextSource, held_out_split
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+PROMPTS = ("The president of the United States", "The most important thing about science is", "Once upon a time")
+
+
+class Experiment(Block):
+    """What the run is called, where it computes, and its seed."""
+
+    name: FolderName = "ffnscope_run"
+    """Name of the run; results go to runs/<name> unless output.dir says otherwise."""
+    type: Literal["llm_alignment", "llm_supernode", "llm"] = "llm_alignment"
+    """Kind of experiment as the guide names it; all three run the same stages."""
+    device: Device = "auto"
+    """auto (CUDA when there is one, else CPU), cpu, cuda, cuda:N or mps."""
+    seed: Seed = 42
+    """Seed of everything that is drawn at random."""
+
+
+class Model(Block):
+    """Which model is loaded, and how."""
+
+    name: Literal["hf_causal_lm"] = "hf_causal_lm"
+    """Kind of model: a causal language model of Hugging Face transformers."""
+    model_id: Text
+    """Hub id, local directory, .gguf file, or package:DIST for the GGUF file inside an installed distribution."""
+    revision: Text | None = None
+    """Commit, tag or branch on the hub."""
+    dtype: Dtype = "auto"
+    """Floating-point type of the weights; auto takes the checkpoint's."""
+    device_map: DeviceMap = None
+    """Placement over devices as transformers takes it ("auto", ...); null: everything on experiment.device."""
+    trust_remote_code: StrictBool = False
+    """Allow Python code that comes with the checkpoint to run."""
+    tracked_layers: Annotated[tuple[Text, ...], NotEmpty] | None = None
+    """Patterns of projection names (`*`, `[a-b]`): an FFN is analysed when a projection of it matches. null: all."""
+    tokenizer_kwargs: Keywords = Field(default_factory=dict)
+    """Further arguments of AutoTokenizer.from_pretrained."""
+    model_kwargs: Keywords = Field(default_factory=dict)
+    """Further arguments of AutoModelForCausalLM.from_pretrained."""
+    reference_id: Text | None = None
+    """Model before fine-tuning, for delta_alignment (not available in this version)."""
+
+
+class Dataset(TextSource):
+    """Text that calibrates; also the base of the evaluation text."""
+
+    name: Text = "sotu"
+    """Shipped text (sotu, pydoc_topics, ...), hub dataset (wikitext, allenai/c4, ...), local folder, .txt or .jsonl."""
+    split: Text | None = "train"
+    """Part of the text that calibrates; a local file has none."""
+    batch_size: Count = 1
+    """Windows per forward pass of the evaluation."""
+
+
+class Calibration(Block):
+    """How many tokens the statistics are summed over, and how they are cut."""
+
+    num_samples: Count = 64
+    """Token windows."""
+    max_length: Length = 512
+    """Tokens per window."""
+    batch_size: Count = 4
+    """Windows per forward pass; changes memory and speed, not the statistics."""
+    mode: Literal["contiguous", "lines", "chat"] = "contiguous"
+    """contiguous: blocks without padding; lines: one text row per window; chat: rows through the chat template."""
+    answers_only: StrictBool = False
+    """Count the loss on the assistant's turns only (mode chat)."""
+    seed: Seed | None = None
+    """Seed that chooses the windows; null: experiment.seed."""
+    checkpoint_every: Count = 8
+    """Batches between two saved states of the sums, from which an interrupted pass goes on."""
+
+
+class Scar(Block):
+    """The SCAR metrics, which need a backward pass."""
+
+    enabled: StrictBool = True
+    """Score the scar_* metrics."""
+    num_samples: Count | None = None
+    """How many of the calibration windows also run backward; null: all."""
+    max_length: Length | None = None
+    """Tokens that these windows are cut to; null: calibration.max_length."""
+
+
+class Metrics(Block):
+    """Metrics to score beyond those that prune. A further key is the name of a metric and holds its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any] | None] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    enabled: Annotated[tuple[MetricName, ...], Distinct] = ()
+    """Further metrics to score and report."""
+    scar: Scar = Field(default_factory=Scar)
+    """The SCAR metrics."""
+
+    @property
+    def params(self) -> dict[str, dict[str, Any]]:
+        """Metric name -> its parameters as the YAML gives them."""
+        return {name: dict(block or {}) for name, block in (self.__pydantic_extra__ or {}).items()}
+
+
+class Supernode(Block):
+    """The channels that carry most of the loss: how they are found, and whether pruning may touch them."""
+
+    enabled: StrictBool = False
+    """Find the core of every FFN."""
+    score_metric: MetricName = "scar_loss_proxy"
+    """Metric whose top channels are the core."""
+    core_fraction: Fraction | None = None
+    """Share of the channels that is the core; 0.01 unless top_k is given."""
+    top_k: Count | None = None
+    """Number of core channels per FFN, in place of core_fraction."""
+    halo_fraction: Fraction | None = None
+    """Share of the channels around the core (not available in this version)."""
+    protect_core: StrictBool = True
+    """Keep the core in every pruning plan, whatever the metric."""
+
+
+class Pruning(Block):
+    """Which metrics prune, and how much."""
+
+    enabled: StrictBool = False
+    """Prune and evaluate each algorithm at each sparsity."""
+    ratios: Annotated[tuple[Sparsity, ...], NotEmpty, Distinct] = (0.1, 0.3, 0.5)
+    """Sparsities: fractions of channels to remove, in [0, 1)."""
+    algorithms: Annotated[tuple[MetricName, ...], NotEmpty, Distinct] = ("scar_loss_proxy",)
+    """Metrics that rank the channels; the lowest are removed."""
+    structured: StrictBool = True
+    """Remove whole channels (false: not available in this version)."""
+    dependency_aware: StrictBool = True
+    """Remove a channel from all coupled projections; nothing else is a channel."""
+    allocator: AllocatorName = "local"
+    """How the sparsity is spread over the FFNs: local (equal everywhere), global (one ranking), ..."""
+    multiple_of: Count = 1
+    """Kept widths are multiples of this (kernels like 64 or 128)."""
+    min_width: Count = 1
+    """No FFN keeps fewer channels than this."""
+
+
+class Samples(Block):
+    """Texts that the dense and the pruned models continue, to be read side by side."""
+
+    enabled: StrictBool = True
+    """Generate samples."""
+    prompts: Annotated[tuple[Text, ...], NotEmpty] = PROMPTS
+    """Beginnings of the texts."""
+    max_new_tokens: Count = 40
+    """Tokens generated after each prompt."""
+
+
+class ExtraText(TextSource):
+    """A further held-out text, for rows out of the calibration's domain."""
+
+
+class Evaluation(Block):
+    """Held-out text and what is measured on it."""
+
+    enabled: StrictBool = True
+    """Evaluate the dense and every pruned model."""
+    name: Text | None = None
+    """Held-out text; null: dataset.name."""
+    subset: Text | None = None
+    """Configuration of a hub dataset; null: dataset.subset when the dataset is the same."""
+    split: Text | None = None
+    """Part of the text; null: the held-out split of a known dataset (test, for c4 validation)."""
+    streaming: StrictBool | None = None
+    """Read row by row; null: dataset.streaming when the dataset is the same."""
+    text_field: Text | None = None
+    """Column that holds the text; null: dataset.text_field when the dataset is the same."""
+    revision: Text | None = None
+    """Commit, tag or branch of a hub dataset; null: dataset.revision when the dataset is the same."""
+    num_samples: Count = 64
+    """Token windows of each held-out text; a text that has fewer is an error."""
+    max_length: Length | None = None
+    """Tokens per window; null: calibration.max_length."""
+    extra: tuple[ExtraText, ...] = ()
+    """Further held-out texts."""
+    samples: Samples = Field(default_factory=Samples)
+    """Generated samples."""
+
+
+class Output(Block):
+    """Where results go."""
+
+    dir: Text | None = None
+    """Folder of the results; null: runs/<experiment.name>."""
+    plots: StrictBool = True
+    """Draw the plots."""
+
+
+class RunConfig(Block):
+    """One YAML file."""
+
+    experiment: Experiment = Field(default_factory=Experiment)
+    model: Model
+    dataset: Dataset = Field(default_factory=Dataset)
+    calibration: Calibration = Field(default_factory=Calibration)
+    metrics: Metrics = Field(default_factory=Metrics)
+    supernode: Supernode = Field(default_factory=Supernode)
+    pruning: Pruning = Field(default_factory=Pruning)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    output: Output = Field(default_factory=Output)
+
+    @property
+    def seed(self) -> int:
+        """Seed that chooses the calibration windows."""
+        return self.experiment.seed if self.calibration.seed is None else self.calibration.seed
+
+    @property
+    def scar_num_samples(self) -> int:
+        """Calibration windows that also run backward."""
+        return self.metrics.scar.num_samples or self.calibration.num_samples
+
+    @property
+    def scar_max_length(self) -> int:
+        """Tokens that the windows of the backward pass are cut to."""
+        return self.metrics.scar.max_length or self.calibration.max_length
+
+    @property
+    def evaluation_max_length(self) -> int:
+        """Tokens per window of the held-out texts."""
+        return self.evaluation.max_length or self.calibration.max_length
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the results."""
+        return Path(self.output.dir or f"runs/{self.experiment.name}").expanduser()
+
+    @property
+    def calibration_text(self) -> TextSource:
+        """Text that calibrates."""
+        return _source(self.dataset, self.dataset.split)
+
+    @property
+    def evaluation_text(self) -> TextSource:
+        """Held-out text: what ``evaluation`` says, and for the same dataset what ``dataset`` says otherwise."""
+        asked, base = self.evaluation, self.dataset
+        name = asked.name or base.name
+        same = name == base.name
+        return _source(
+            TextSource(
+                name=name,
+                subset=asked.subset or (base.subset if same else None),
+                streaming=(same and base.streaming) if asked.streaming is None else asked.streaming,
+                text_field=asked.text_field or (base.text_field if same else None),
+                revision=asked.revision or (base.revision if same else None),
+            ),
+            asked.split,
+            held_out_split(name),
+        )
+
+    @property
+    def evaluation_texts(self) -> tuple[TextSource, ...]:
+        """Every held-out text, the main one first."""
+        extra = (_source(text, text.split, held_out_split(text.name)) for text in self.evaluation.extra)
+        return (self.evaluation_text, *extra)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Every metric to score, once: those of enabled parts only, the pruning ones first."""
+        names = [*self.pruning.algorithms] if self.pruning.enabled else []
+        names += [self.supernode.score_metric] if self.supernode.enabled else []
+        names += self.metrics.enabled
+        names += [name for name in METRICS.names() if name.startswith("scar_") and self.metrics.scar.enabled]
+        return tuple(dict.fromkeys(names))
+
+    def metric_arguments(self, name: str) -> dict[str, Any]:
+        """Keyword arguments of a metric, checked and converted to the types that it declares."""
+        return parse_arguments(METRICS.get(name), self.metrics.params.get(name, {}))
+
+
+def _source(text: TextSource, split: str | None, default: str | None = None) -> TextSource:
+    fields: dict[str, Any] = {key: getattr(text, key) for key in TextSource.model_fields}
+    return TextSource.model_validate({**fields, "split": None if text.is_file else split or default})
