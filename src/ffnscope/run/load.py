@@ -141,8 +141,8 @@ def _in_data(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
     """Cut what pydantic adds to a place (the type that it tried) and the user never wrote."""
     path: list[str | int] = []
     for n, key in enumerate(loc, 1):
-        rows = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, (list, tuple)) else {}
-        if key in rows:
+        rows: Any = dict(enumerate(data)) if isinstance(data, (list, tuple)) else data
+        if isinstance(rows, dict) and key in rows:
             data = rows[key]
         elif n < len(loc) or not (data is None or isinstance(data, dict)):
             continue

@@ -7,17 +7,18 @@ from pathlib import Path
 from pydantic import StrictBool
 
 from ffnscope.calibrate.corpora import corpus_names
+from ffnscope.calibrate.text import HUB_NAMES
 from ffnscope.run.fields import Block, Text
 
 SHIPPED_TEXTS: tuple[str, ...] = tuple(corpus_names())
 """Texts that every installation has; each has the splits of `ffnscope.calibrate.corpora.SPLITS`."""
 
+_DEFAULT_SUBSETS = dict(HUB_NAMES.values())
+
 HELD_OUT: dict[str, str] = {
     **dict.fromkeys(SHIPPED_TEXTS, "test"),
-    "wikitext": "test",
-    "Salesforce/wikitext": "test",
-    "c4": "validation",
-    "allenai/c4": "validation",
+    **dict.fromkeys(("wikitext", HUB_NAMES["wikitext"][0]), "test"),
+    **dict.fromkeys(("c4", HUB_NAMES["c4"][0]), "validation"),
 }
 """Text name -> the split that is read for evaluation unless the YAML says another."""
 
@@ -50,7 +51,11 @@ class TextSource(Block):
         """Equal for two sources exactly when they mean the same text."""
         if self.is_file:
             return (str(Path(self.name).expanduser().resolve()), self.text_field)
-        return (self.name, self.subset, self.split, self.text_field, self.revision)
+        path = Path(self.name).expanduser()
+        if self.name not in SHIPPED_TEXTS and path.is_dir():
+            return (str(path.resolve()), self.subset, self.split, self.text_field)
+        name, subset = HUB_NAMES.get(self.name, (self.name, _DEFAULT_SUBSETS.get(self.name)))
+        return (name, self.subset or subset, self.split, self.text_field, self.revision)
 
     @property
     def words(self) -> str:

@@ -98,6 +98,19 @@ def test_local_file_has_no_split():
     assert config.evaluation_texts[1].words == "c.jsonl"
 
 
+def test_two_names_of_one_text(tmp_path, monkeypatch):
+    calibration = {"name": "wikitext", "split": "test"}
+    subset = {"subset": "wikitext-2-raw-v1"}
+    (problem,) = refused(dataset=calibration, evaluation={"name": "Salesforce/wikitext", **subset})
+    assert "'Salesforce/wikitext wikitext-2-raw-v1 test' is the same as that of dataset (the calibration)" in problem
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (problem,) = refused(dataset={"name": "rows"}, evaluation={"name": "./rows", "split": "train"})
+    assert "the held-out text './rows train' is the same" in problem
+    (problem,) = refused(dataset={"name": "a.txt"}, evaluation={"name": str(tmp_path / "a.txt")})
+    assert "is the same as that of dataset" in problem
+
+
 def test_extra_texts_get_their_held_out_split():
     config = make(evaluation={"extra": [{"name": "pydoc_topics"}, {"name": "c4", "subset": "en"}]})
     assert [text.split for text in config.evaluation_texts] == ["test", "test", "validation"]
