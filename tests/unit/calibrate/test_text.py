@@ -302,5 +302,5 @@ class TestLoadWindows:
 
     @pytest.mark.parametrize("name", ["c4", "allenai/c4"])
     def test_all_windows_of_an_endless_text_are_refused(self, tokenizer, name):
-        with pytest.raises(TextError, match="all windows of .*c4 would take days; give n, or max_documents"):
+        with pytest.raises(TextError, match=r"all windows of .*c4 would take days; give n, or max_documents"):
             load_windows(TextSource(name), tokenizer, n=None, length=8)
