@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.projection import weights_of
-from ffnscope.registry import METRICS
-from ffnscope.types import ChannelStats, FFNSite, Scores
+from ffnscope.registry import METRICS, Metric
+from ffnscope.types import ChannelStats, FFNSite, FFNWeights, Scores
 
 
 def score(
@@ -41,6 +43,20 @@ def score(
     parts = stats if isinstance(stats, Mapping) else {s: ChannelStats(s, {}, {}, {}) for s in stats}
     if not parts:
         raise UsageError("there is no FFN site to score.")
-    values = {site: rule.fn(part, weights_of(model, site), **params).double().cpu() for site, part in parts.items()}
+    values = {site: _values(rule, part, weights_of(model, site), params) for site, part in parts.items()}
     defaults = {k: p.default for k, p in rule.params.items()}
     return Scores(metric, values, {"params": {**defaults, **params}, "source": rule.source, **(facts or {})})
+
+
+def _values(rule: Metric, stats: ChannelStats, weights: FFNWeights, params: Mapping[str, Any]) -> Tensor:
+    """Run one metric with statistics and weights on one device; [d_ff] float64 on the CPU."""
+    device = weights.down.device
+    if device.type == "mps":  # no float64 there
+        tensors: list[Any] = [getattr(weights, f.name) for f in fields(weights)]
+        resident: list[Any] = [None if t is None else t.cpu() for t in tensors]
+        weights = FFNWeights(*resident)
+    else:
+        moved = {k: v.to(device) for k, v in stats.values.items()}
+        stats = ChannelStats(stats.site, moved, stats.counts, stats.reductions)
+    with torch.no_grad():
+        return rule.fn(stats, weights, **params).double().cpu()

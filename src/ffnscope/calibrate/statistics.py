@@ -38,7 +38,7 @@ def act_sq(h: Tensor) -> Tensor:
 
 @statistic("act_hist", reads=("h",), reduce="sum", shape=(BINS, "d_ff"), every=4)
 def act_hist(h: Tensor) -> Tensor:
-    """Histogram of |h| over every 4th token: 4 bins per octave from 2^-20 to 2^12, the ends take the rest.
+    """Histogram of |h| over every 4th token: 4 bins per octave from 2^-16 to 2^16, the ends take the rest.
 
     Bin b holds |h| in [edge(b), edge(b + 1)), see `ffnscope.metrics.histogram.bin_edges`. Within an octave the 4 bins
     have equal width (they are the two leading mantissa bits), so a bin is at most 25 % wide relative to its lower

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.metrics.histogram import quantile_from_counts
+from ffnscope.metrics.norms import row_norms
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -48,7 +49,7 @@ def activation_outlier_index(stats: ChannelStats, weights: FFNWeights) -> Tensor
 
     [d_ff]; 0 for a channel that is never active. The quantile comes from a fixed histogram of every 4th token and is
     the geometric middle of its bin: bins span at most a factor 1.25, so the quantile is within 12 % of the sample's.
-    Below 1,000 histogram tokens it is the largest bin seen. Values under 2^-20 or over 2^12 fall into the end bins.
+    Below 1,000 histogram tokens it is the largest bin seen. Values under 2^-16 or over 2^16 fall into the end bins.
     """
     mean = stats.mean("act_abs")
     quantile = quantile_from_counts(stats.total("act_hist"), QUANTILE)
@@ -62,5 +63,4 @@ def wanda(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     [d_ff]. The sum over output rows of Wanda's |W_ij| * ||x_j||, with the norm over tokens divided by the square root
     of their number. Reads the down projection only: its input norms are those of one signal, so terms are comparable.
     """
-    column = torch.linalg.vector_norm(weights.down, 1, dim=0, dtype=torch.float32)
-    return stats.mean("act_sq").sqrt() * column
+    return stats.mean("act_sq").sqrt() * row_norms(weights.down.T, 1)

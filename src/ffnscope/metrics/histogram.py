@@ -8,12 +8,12 @@ from torch import Tensor
 from ffnscope.errors import UsageError
 
 BINS_PER_OCTAVE = 4
-FIRST_OCTAVE = -20
+FIRST_OCTAVE = -16  # up to 2^16, past the largest float16
 BINS = 128
 
 
 def bin_edges() -> Tensor:
-    """Edges of the bins, [BINS + 1] float64: 4 equal steps per octave from 2^-20 to 2^12."""
+    """Edges of the bins, [BINS + 1] float64: 4 equal steps per octave from 2^-16 to 2^16."""
     steps = torch.arange(BINS + 1, dtype=torch.float64)
     octave = torch.floor(steps / BINS_PER_OCTAVE)
     return torch.exp2(octave + FIRST_OCTAVE) * (1 + (steps / BINS_PER_OCTAVE - octave))

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from ffnscope.metrics.norms import channel_norms
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -14,7 +15,7 @@ from ffnscope.types import ChannelStats, FFNWeights
 @metric("weight_magnitude", source="arXiv:2604.23475 (baseline)")
 def weight_magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Sum of the L2 norms of the channel's gate row, up row and down column; [d_ff]. Biases are not counted."""
-    return torch.stack(_norms(weights)).sum(0)
+    return channel_norms(weights).sum(0)
 
 
 @metric("magnitude", source="norm product, as in structured magnitude pruning (arXiv:2312.11983, baseline)")
@@ -23,7 +24,7 @@ def magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
 
     Unlike the sum it does not change when up is scaled by c and down by 1/c, which leaves the function as it is.
     """
-    return torch.stack(_norms(weights)).prod(0)
+    return channel_norms(weights).prod(0)
 
 
 @metric("random", source="uniform noise, the floor of every comparison")
@@ -32,9 +33,3 @@ def random(stats: ChannelStats, weights: FFNWeights, *, seed: int = 0) -> Tensor
     digest = hashlib.sha256(f"{seed}:{stats.site.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.rand(stats.site.d_ff, generator=generator, dtype=torch.float64)
-
-
-def _norms(weights: FFNWeights) -> list[Tensor]:
-    rows = [w for w in (weights.gate, weights.up) if w is not None]
-    norms = [torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) for w in rows]
-    return [*norms, torch.linalg.vector_norm(weights.down, dim=0, dtype=torch.float32)]

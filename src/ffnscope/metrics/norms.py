@@ -1,0 +1,20 @@
+"""Norms of a channel's weights, summed in at least float32 whatever the weights' dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ffnscope.types import FFNWeights
+
+
+def row_norms(weight: Tensor, order: float = 2) -> Tensor:
+    """Norm of each row of ``weight`` [d_ff, d_model]: [d_ff]. Pass ``down.T`` for the columns of down."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, order, dim=1, dtype=dtype)
+
+
+def channel_norms(weights: FFNWeights) -> Tensor:
+    """L2 norms of every channel's gate row (if there is one), up row and down column: [3 or 2, d_ff]."""
+    parts = (weights.gate, weights.up, weights.down.T)
+    return torch.stack([row_norms(p) for p in parts if p is not None])
