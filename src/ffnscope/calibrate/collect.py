@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ffnscope.calibrate.accumulate import Accumulator
-from ffnscope.calibrate.forward import forward_logits
-from ffnscope.calibrate.taps import channel_taps, frozen
+from ffnscope.calibrate.checkpoint import Checkpoint
+from ffnscope.calibrate.observe import not_finite, observe_batch
+from ffnscope.calibrate.taps import frozen
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import DeviceError, UsageError
+from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import hash_json, hash_tensors, read_stats, write_stats
+from ffnscope.io import hash_json, hash_tensors
 from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.types import ChannelStats, FFNSite
 
@@ -95,18 +96,19 @@ def calibrate(
     steps = plan_steps(windows, names, options)
     total = sum(s.batch.n_tokens for s in steps)
     done = 0
-    saver = _Saver(model, windows, names, sites, options) if options.checkpoint and steps else None
+    saver = _checkpoint(model, windows, names, sites, options) if steps else None
     start = saver.resume(accumulator) if saver else 0
     with frozen(model):
         for i, step in enumerate(steps):
             if i >= start:
                 _run(model, sites, step, accumulator)
-                accumulator.check_finite()
                 if saver:
-                    saver.after(i, step, accumulator, last=i + 1 == len(steps))
+                    saver.after(i, len(step.batch), accumulator)
             done += step.batch.n_tokens
-            if on_batch and i + 1 >= start:
+            if on_batch and i >= start:
                 on_batch(done, total)
+    if saver:
+        saver.finish()
     return accumulator.result()
 
 
@@ -134,18 +136,12 @@ def plan_steps(windows: Windows, statistics: Sequence[str], options: PassOptions
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of all weights: names, shapes, dtypes and bytes. Offloaded (meta) weights count by shape."""
-    resident = ((k, v if v.device.type != "meta" else torch.zeros(0)) for k, v in model.state_dict().items())
+    """Hash of all weights: names, shapes, dtypes and bytes. Offloaded (meta) weights count by shape and dtype."""
+    resident = (
+        (f"{k}:meta:{tuple(v.shape)}:{v.dtype}", torch.zeros(0)) if v.device.type == "meta" else (k, v)
+        for k, v in model.state_dict().items()
+    )
     return hash_tensors(resident)
-
-
-def sum_nll(logits: Tensor, batch: Windows) -> Tensor:
-    """Sum of the negative log-likelihood (nats) of all target tokens of a batch; logits [batch, T, vocab]."""
-    targets = batch.targets[:, 1:].to(logits.device)
-    picked = logits[:, :-1][targets]
-    labels = batch.input_ids[:, 1:].to(logits.device)[targets]
-    dtype = torch.promote_types(picked.dtype, torch.float32)
-    return nn.functional.cross_entropy(picked.to(dtype), labels, reduction="sum")
 
 
 def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Iterator[Step]:
@@ -154,58 +150,25 @@ def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Ite
 
 
 def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator) -> None:
-    batch = step.batch
-    accumulator.begin(batch.valid, batch.n_targets)
+    accumulator.begin(step.batch.valid, step.batch.n_targets)
     observe = accumulator.observe if step.forward and accumulator.forward else None
     observe_gradient = accumulator.observe_gradient if step.backward else None
-    try:
-        if step.backward:
-            with torch.enable_grad(), channel_taps(model, sites, observe, observe_gradient):
-                sum_nll(forward_logits(model, batch), batch).backward()
-        else:
-            with torch.inference_mode(), channel_taps(model, sites, observe):
-                forward_logits(model, batch)
-    except torch.OutOfMemoryError as error:
-        key = "metrics.scar.max_length or calibration.batch_size" if step.backward else "calibration.batch_size"
-        raise DeviceError(
-            f"out of memory in the calibration pass ({len(batch)} windows of {batch.length} tokens). Lower {key}."
-        ) from error
+    observe_batch(model, sites, step.batch, observe, observe_gradient)
+    suspect = accumulator.first_not_finite()
+    if suspect is not None:
+        raise not_finite(model, sites, step.batch, suspect)
 
 
-class _Saver:
-    """Keeps the sums of an unfinished pass in one file, with a key of everything that they depend on."""
-
-    def __init__(
-        self, model: nn.Module, windows: Windows, names: list[str], sites: Sequence[FFNSite], options: PassOptions
-    ):
-        assert options.checkpoint is not None
-        self.path = options.checkpoint
-        self.every = options.checkpoint_every
-        self.key = hash_json(
-            {
-                "model": weights_hash(model),
-                "windows": windows.hash,
-                "statistics": names,
-                "sites": [asdict(s) for s in sites],
-                "sizes": [options.batch_size, options.gradient_windows, options.gradient_length],
-            }
-        )
-        self.pending = 0
-
-    def resume(self, accumulator: Accumulator) -> int:
-        """Return the first step that is still to run; a file of another pass is ignored."""
-        if not self.path.exists():
-            return 0
-        stats, facts = read_stats(self.path)
-        if facts.get("key") != self.key:
-            return 0
-        accumulator.restore(stats.values())
-        return int(facts["next_step"])
-
-    def after(self, index: int, step: Step, accumulator: Accumulator, *, last: bool) -> None:
-        self.pending += len(step.batch)
-        if last:
-            self.path.unlink(missing_ok=True)
-        elif self.pending >= self.every:
-            write_stats(self.path, accumulator.result().values(), {"key": self.key, "next_step": index + 1})
-            self.pending = 0
+def _checkpoint(
+    model: nn.Module, windows: Windows, names: list[str], sites: Sequence[FFNSite], options: PassOptions
+) -> Checkpoint | None:
+    if options.checkpoint is None:
+        return None
+    facts = {
+        "model": [weights_hash(model), repr(getattr(model, "config", type(model).__name__))],
+        "windows": windows.hash,
+        "statistics": names,
+        "sites": [asdict(s) for s in sites],
+        "sizes": [options.batch_size, options.gradient_windows, options.gradient_length],
+    }
+    return Checkpoint(options.checkpoint, options.checkpoint_every, hash_json(facts))

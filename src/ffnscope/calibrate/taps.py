@@ -24,6 +24,8 @@ def channel_taps(
 ) -> Generator[None]:
     """Call back with h [batch, T, d_ff] in the forward, and with h and its gradient in the backward.
 
+    A model that flattens tokens before its FFN (OPT) gives [batch * T, d_ff]. h and g are views: do not change them.
+
     When gradients are wanted and nothing before a site needs one (weights are frozen), its h starts the autograd
     graph: the backward ends at the first tapped site. All hooks are removed on exit, also after an exception.
     """
