@@ -56,6 +56,10 @@ class ArtifactError(FFNScopeError, OSError):
     """A result file is missing, damaged, of another schema, or would be overwritten."""
 
 
+class ContractError(FFNScopeError, AssertionError):
+    """A metric or allocator breaks a law of its kind (see `ffnscope.testing`)."""
+
+
 def unknown_name(kind: str, asked: str, known: Iterable[str]) -> UnknownNameError:
     """Build the error for a name that is not known, with the nearest known one as a suggestion."""
     names = sorted(known)
