@@ -1,0 +1,201 @@
+"""The laws of a metric, checked on synthetic statistics of a gated and a plain FFN."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffnscope.calibrate.accumulate import Accumulator
+from ffnscope.errors import ContractError, UsageError
+from ffnscope.registry import METRICS, Metric
+from ffnscope.types import ChannelStats, FFNSite, FFNWeights
+
+WINDOWS, LENGTH, D_MODEL, D_FF = 4, 32, 8, 12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Case:
+    """One synthetic FFN: h and g [WINDOWS, LENGTH, D_FF] and weights, all float64."""
+
+    site: FFNSite
+    h: Tensor
+    g: Tensor
+    weights: FFNWeights
+
+    def stats(self, rule: Metric, first: int = 0, last: int = WINDOWS) -> ChannelStats:
+        """Statistics that the metric needs, over windows ``first`` to ``last``."""
+        sums = Accumulator([self.site], rule.needs)
+        n = last - first
+        sums.begin(torch.ones(n, LENGTH, dtype=torch.bool), n * (LENGTH - 1))
+        if sums.forward:
+            sums.observe(self.site, self.h[first:last])
+        if sums.backward:
+            sums.observe_gradient(self.site, self.h[first:last], self.g[first:last])
+        return sums.result()[self.site]
+
+
+def check_metric(metric: str | Metric) -> None:
+    """Check that a metric keeps the laws of its kind; silent when it does.
+
+    The laws: parameters are keyword-only and typed, with defaults; only declared statistics are read; one finite value
+    per channel, also for channels that are never active, have no gradient or zero weights; statistics and weights are
+    not changed; the same arguments give the same scores, whatever the global random state, which is left alone;
+    statistics gathered in parts give the scores of the whole; channels in another order give the scores in that
+    order; bfloat16 and float32 weights give the scores of the same values in float64 (to 0.1 %); CUDA gives the
+    scores of the CPU, where there is one.
+
+    A metric with a parameter ``seed`` is random by design: it is excused from the order of channels, and two seeds
+    must give different scores.
+
+    Args:
+        metric: a registered name, or an unregistered `Metric`.
+
+    Raises:
+        ContractError: a law is broken; the message names it.
+        UnknownNameError: no metric or needed statistic of that name.
+    """
+    rule = METRICS.get(metric) if isinstance(metric, str) else metric
+    _check_parameters(rule)
+    for gated in (True, False):
+        case = _case(gated)
+        stats = case.stats(rule)
+        values = _check_purity(rule, stats, case.weights)
+        _check_values(rule, values)
+        _check_determinism(rule, stats, case.weights)
+        _check_split(rule, case, values)
+        _check_order(rule, case, values)
+        _check_dtypes(rule, stats, case.weights)
+        if torch.cuda.is_available():
+            _check_cuda(rule, stats, case.weights, values)
+
+
+def _case(gated: bool) -> _Case:
+    """Random signals and weights, with channel 0 never active, 1 without gradient, 2 with zero weights."""
+    random = torch.Generator().manual_seed(17 + gated)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    spread = torch.linspace(-2, 2, D_FF, dtype=torch.float64).exp2()
+    h, g = draw(WINDOWS, LENGTH, D_FF) * spread + 0.1, draw(WINDOWS, LENGTH, D_FF) * 0.01
+    h[..., 0] = 0
+    g[..., 1] = 0
+    g[:, -1] = 0  # nothing is predicted from the last token
+    gate, up, down = draw(D_FF, D_MODEL), draw(D_FF, D_MODEL), draw(D_MODEL, D_FF)
+    gate[2], up[2], down[:, 2] = 0, 0, 0
+    names = ("gate", "up", "down") if gated else (None, "up", "down")
+    site = FFNSite(0, "layers.0.mlp", *names, D_MODEL, D_FF)
+    gate_bias = draw(D_FF) if gated else None
+    return _Case(site, h, g, FFNWeights(gate if gated else None, up, down, gate_bias, draw(D_FF), draw(D_MODEL)))
+
+
+def _check_parameters(rule: Metric) -> None:
+    extra = list(inspect.signature(rule.fn).parameters.values())[2:]
+    for p in extra:
+        if p.kind is not p.KEYWORD_ONLY or p.annotation is p.empty or p.default is p.empty:
+            raise _broken(rule, "typed parameters", f"{p.name!r} must be keyword-only, with a type and a default")
+
+
+def _check_values(rule: Metric, values: Any) -> None:
+    if not isinstance(values, Tensor) or values.shape != (D_FF,) or not values.is_floating_point():
+        found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise _broken(rule, "shape", f"returned {found}; expected floating ({D_FF},) = (d_ff,)")
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if bad:
+        why = {0: "is never active", 1: "has no gradient", 2: "has zero weights"}.get(bad[0], "is an ordinary one")
+        raise _broken(rule, "finite scores", f"channel {bad[0]}, which {why}, got {float(values[bad[0]])}")
+
+
+def _check_purity(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> Tensor:
+    """Return the scores of the first call; a later one would not show a change that is made only once."""
+    tensors = [*stats.values.values(), *_present(weights)]
+    before, state = [t.clone() for t in tensors], torch.get_rng_state()
+    values = _call(rule, stats, weights)
+    if not all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)):
+        raise _broken(rule, "purity", "it changed its statistics or weights; work on a copy")
+    if not torch.equal(state, torch.get_rng_state()):
+        raise _broken(rule, "purity", "it changed the global random state; draw from a torch.Generator of its own")
+    return values
+
+
+def _check_determinism(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> None:
+    with torch.random.fork_rng():
+        found: list[Tensor] = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            found.append(_call(rule, stats, weights))
+    if not torch.equal(*found):
+        raise _broken(rule, "determinism", "two calls with the same arguments gave different scores")
+    if _is_seeded(rule) and torch.equal(found[0], rule.fn(stats, weights, seed=rule.params["seed"].default + 1)):
+        raise _broken(rule, "determinism", "two seeds gave the same scores; a metric without chance has no 'seed'")
+
+
+def _check_split(rule: Metric, case: _Case, values: Tensor) -> None:
+    joined = case.stats(rule, 0, 1).merge(case.stats(rule, 1, WINDOWS))
+    if not _near(_call(rule, joined, case.weights), values, 1e-9):
+        what = f"statistics {list(rule.needs)} gathered in two parts and merged gave other scores than the whole"
+        raise _broken(rule, "batch split", f"{what}; a statistic must be a sum or a maximum over tokens")
+
+
+def _check_order(rule: Metric, case: _Case, values: Tensor) -> None:
+    if _is_seeded(rule):
+        return
+    order = torch.randperm(D_FF, generator=torch.Generator().manual_seed(3))
+    w = case.weights
+    rows = [None if t is None else t[order] for t in (w.gate, w.up, w.gate_bias, w.up_bias)]
+    weights = replace(w, gate=rows[0], up=rows[1], down=w.down[:, order], gate_bias=rows[2], up_bias=rows[3])
+    moved = replace(case, h=case.h[..., order], g=case.g[..., order], weights=weights)
+    if not _near(_call(rule, moved.stats(rule), weights), values[order], 1e-9):
+        raise _broken(rule, "order of channels", "channels in another order did not give the scores in that order")
+
+
+def _check_dtypes(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        low = _cast(weights, dtype=dtype)
+        values, exact = _call(rule, stats, low), _call(rule, stats, _cast(low, dtype=torch.float64))
+        _check_values(rule, values)
+        if not _near(values.double(), exact, 1e-3):
+            what = f"{dtype} weights gave scores that differ by more than 0.1 % from the same values in float64"
+            raise _broken(rule, "weight dtype", f"{what}; reduce in float32")
+
+
+def _check_cuda(rule: Metric, stats: ChannelStats, weights: FFNWeights, values: Tensor) -> None:
+    moved = ChannelStats(stats.site, {k: v.cuda() for k, v in stats.values.items()}, stats.counts, stats.reductions)
+    if not _near(_call(rule, moved, _cast(weights, device="cuda")).cpu(), values, 1e-6):
+        raise _broken(rule, "device", "CUDA gave other scores than the CPU")
+
+
+def _call(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> Tensor:
+    try:
+        return rule.fn(stats, weights)
+    except UsageError as error:
+        raise _broken(rule, "declared needs", f"with statistics {list(rule.needs)} it raised: {error}") from error
+
+
+def _present(weights: FFNWeights) -> list[Tensor]:
+    tensors: list[Tensor | None] = [getattr(weights, f.name) for f in fields(weights)]
+    return [t for t in tensors if t is not None]
+
+
+def _cast(weights: FFNWeights, **to: Any) -> FFNWeights:
+    tensors: list[Any] = [getattr(weights, f.name) for f in fields(weights)]
+    cast: list[Any] = [None if t is None else t.to(**to) for t in tensors]
+    return FFNWeights(*cast)
+
+
+def _is_seeded(rule: Metric) -> bool:
+    return "seed" in rule.params
+
+
+def _near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Within ``tolerance`` of each value, or of a thousandth of the largest."""
+    floor = tolerance * 1e-3 * float(expected.abs().max())
+    return torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=floor)
+
+
+def _broken(rule: Metric, law: str, what: str) -> ContractError:
+    return ContractError(f"metric {rule.name!r} breaks the law of {law}: {what}.")
