@@ -103,10 +103,20 @@ class Registry(Generic[T]):
             for module in self._builtin:
                 importlib.import_module(module)
             for point in importlib.metadata.entry_points(group=self.group):
-                point.load()
+                self._load_point(point)
         except BaseException:
             self._loaded = False  # a failed import must fail again, not leave half a registry
             raise
+
+    def _load_point(self, point: importlib.metadata.EntryPoint) -> None:
+        try:
+            point.load()
+        except (ImportError, AttributeError) as error:
+            owner = point.dist.name if point.dist else "an installed package"
+            raise UsageError(
+                f"{owner} announces a {self.kind} {point.name!r} at {point.value!r} that cannot be imported: {error}. "
+                "Repair or uninstall that package."
+            ) from error
 
 
 STATISTICS: Registry[Statistic] = Registry("statistic", ("ffnscope.calibrate.statistics",), "ffnscope.statistics")

@@ -122,8 +122,10 @@ class ChannelStats:
         return self.values[name]
 
     def mean(self, name: str) -> Tensor:
-        """Sum of a statistic divided by the tokens counted for it."""
+        """Sum of a statistic divided by the tokens counted for it; a maximum has no mean."""
         total = self.total(name)
+        if self.reductions[name] != "sum":
+            raise UsageError(f"statistic {name!r} is a maximum over tokens, which has no mean; use total().")
         if self.counts[name] < 1:
             raise UsageError(f"{self.site.name}: statistic {name!r} has seen no token, so it has no mean.")
         return total / self.counts[name]
@@ -234,7 +236,7 @@ class PruningPlan:
     def sparsity(self) -> float:
         """Achieved sparsity: removed channels over all channels of the plan's sites."""
         total = sum(site.d_ff for site in self.kept)
-        return 1.0 - sum(self.widths.values()) / total if total else 0.0
+        return (total - sum(self.widths.values())) / total if total else 0.0
 
     def removed(self, site: FFNSite) -> Tensor:
         """Sorted indices of the removed channels of one site."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
-from ffnscope.ffn.projection import Coupled, coupled, down_projection, in_width
-from ffnscope.types import PruningPlan
+from ffnscope.ffn.projection import Coupled, check_resident, coupled, down_projection, in_width, out_width, projection
+from ffnscope.types import FFNSite, PruningPlan
 
 
 @contextlib.contextmanager
@@ -22,6 +22,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Generator[nn.Module]:
 
     Raises:
         UsageError: the plan was made for a model of other shapes.
+        ModelError: a weight is offloaded.
     """
     check_plan(model, plan)
     saved: list[tuple[Coupled, Tensor]] = []
@@ -37,12 +38,25 @@ def masked(model: nn.Module, plan: PruningPlan) -> Generator[nn.Module]:
 
 
 def check_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Raise unless every site of the plan is in the model with the width that the plan was made for."""
+    """Raise unless every site of the plan is in the model, resident, with the shapes that the plan was made for."""
     for site in plan.kept:
-        found = in_width(down_projection(model, site))
-        if found != site.d_ff:
+        found, d_model = (width(down_projection(model, site)) for width in (in_width, out_width))
+        if (found, d_model) != (site.d_ff, site.d_model):
             raise UsageError(
-                f"the plan was made for {site.name} with {site.d_ff} channels; this model has {found} there. "
+                f"the plan was made for {site.name} with {site.d_ff} channels of width {site.d_model}; this model has "
+                f"{found} of width {d_model} there. Use the model that was scored."
+            )
+        _check_producers(model, site)
+        check_resident(model, site)
+
+
+def _check_producers(model: nn.Module, site: FFNSite) -> None:
+    expected = (2 if site.fused else 1) * site.d_ff
+    for name in dict.fromkeys(n for n in (site.gate, site.up) if n is not None):
+        found = out_width(projection(model, site, name))
+        if found != expected:
+            raise UsageError(
+                f"the plan was made for {site.name} with {expected} outputs of {name}; this model has {found}. "
                 "Use the model that was scored."
             )
 
@@ -60,10 +74,11 @@ def _restore(saved: list[tuple[Coupled, Tensor]]) -> None:
     """Copy everything back, last first; an interrupt in the middle is raised only when all is back."""
     interrupt: KeyboardInterrupt | None = None
     while saved:
-        entry, values = saved[-1]
         try:
-            entry.parameter.index_copy_(entry.axis, entry.index.to(values.device), values)
-            saved.pop()
+            while saved:
+                entry, values = saved[-1]
+                entry.parameter.index_copy_(entry.axis, entry.index.to(values.device), values)
+                saved.pop()
         except KeyboardInterrupt as error:
             interrupt = error
     if interrupt is not None:

@@ -8,21 +8,32 @@ import torch
 from torch import nn
 
 from ffnscope.apply.mask import check_plan
-from ffnscope.ffn.projection import coupled, down_projection, in_width, is_projection, out_axis, projection
+from ffnscope.ffn.projection import coupled, is_projection, out_axis, projection
 from ffnscope.ffn.sites import find_sites
 from ffnscope.types import FFNSite, PruningPlan
 
-WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "ff_dim", "inner_size", "d_ff")
+# names by which configs and FFN modules of `transformers` call d_ff
+WIDTH_FIELDS = (
+    "intermediate_size",
+    "ffn_dim",
+    "decoder_ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "dff",
+    "dim_ff",
+    "feed_forward_size",
+)
 
 
 def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Remove the channels that a plan does not keep, in place, and return the model.
 
     Weights and biases shrink, widths that modules remember follow, and the config's width follows when all sites of
-    the model now agree. Unequal widths work in memory; saving them needs `save_model(..., pad_to_widest=True)`.
+    the model now agree. Unequal widths work in memory; for saving see `prune_`.
 
     Raises:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
+        ModelError: a weight is offloaded; the model is then unchanged.
     """
     check_plan(model, plan)
     for site, kept in plan.kept.items():
@@ -66,13 +77,15 @@ def _remember_width(parent: nn.Module, old: int, new: int) -> None:
 
 
 def _update_config(model: nn.Module, plan: PruningPlan) -> None:
-    widths = {in_width(down_projection(model, s)) for s in find_sites(model)}
+    """Write the width that all sites now share into every field that held the old one, else into an unset one."""
+    widths = {site.d_ff for site in find_sites(model)}
     if len(widths) != 1:
         return
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    old = {s.d_ff for s in plan.kept}
-    for name in WIDTH_FIELDS:
-        if hasattr(text, name) and (getattr(text, name) in old or getattr(text, name) is None):
-            setattr(text, name, widths.pop())
-            return
+    old = {site.d_ff for site in plan.kept}
+    present = [name for name in WIDTH_FIELDS if hasattr(text, name)]
+    held = [name for name in present if getattr(text, name) in old]
+    unset = [name for name in present if getattr(text, name) is None]
+    for name in held or unset[:1]:
+        setattr(text, name, min(widths))

@@ -30,7 +30,7 @@ def check_model(model: nn.Module) -> None:
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         check_config(model.config, name)
         raise ModelError(f"{name} is quantised; its channels are not plain weights. {_CURE_QUANTISED}")
-    packed = next((n for n, m in model.named_modules() if type(m).__module__.startswith(_QUANTISERS)), None)
+    packed = next((n for n, m in model.named_modules() if _is_packed(m)), None)
     if packed is not None:
         raise ModelError(f"{packed} of {name} is a quantised layer. {_CURE_QUANTISED}")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
@@ -45,6 +45,11 @@ def check_model(model: nn.Module) -> None:
         )
     if type(model).__name__ == "OptimizedModule":
         raise ModelError("the model is wrapped by torch.compile, which hides its FFNs. Pass the original model.")
+
+
+def _is_packed(module: nn.Module) -> bool:
+    kinds = [type(module), *(type(p) for p in module.parameters(recurse=False))]
+    return any(kind.__module__.startswith(_QUANTISERS) for kind in kinds)
 
 
 _QUANTISERS = ("bitsandbytes", "gptqmodel", "auto_gptq", "awq", "autoawq", "optimum.quanto", "torchao", "hqq")

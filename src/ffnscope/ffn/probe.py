@@ -5,10 +5,11 @@ graph. What a projection D reads is then a function of the outputs of a few othe
 is the down projection of an FFN. It is, when its input is
 
 * position-wise and channel-diagonal in the outputs of its producers (this rejects attention and norms),
-* not linear in a single producer (this rejects low-rank pairs),
+* not linear in its producers together (this rejects low-rank pairs and sums),
 * the only use of those outputs (this rejects everything on the residual stream).
 
-Weights are never read, so zero or NaN weights do not matter, and offloaded models work.
+Weights are never read, so zero or NaN weights do not matter, and offloaded models work. The forward runs outside any
+``no_grad`` or ``inference_mode`` of the caller.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ def layer_path(name: str) -> str | None:
 def probe(model: nn.Module, input_ids: Tensor) -> list[Found]:
     """Run the probe on ``input_ids`` [1, T], T >= 4, and return the FFNs in the order of the model."""
     trace = _Trace()
-    with _cut(model, trace), torch.enable_grad():
-        model(input_ids=input_ids, use_cache=False)
     found: list[Found] = []
-    for layer, reads in trace.reads.items():
-        found += _ffns_of_layer(model, layer, reads, trace.writes[layer])
-    return found
+    with torch.inference_mode(False), torch.enable_grad():
+        with _cut(model, trace):
+            model(input_ids=input_ids, use_cache=False)
+        for layer, reads in trace.reads.items():
+            found += _ffns_of_layer(model, layer, reads, trace.writes[layer])
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda f: order[f.down])
 
 
 @contextlib.contextmanager
@@ -73,7 +76,7 @@ def _cut(model: nn.Module, trace: _Trace) -> Generator[None]:
     names = {name: layer_path(name) for name, module in model.named_modules() if is_projection(module)}
     last = list(dict.fromkeys(p for p in names.values() if p is not None))[-1:]
     grads = {p: p.requires_grad for p in model.parameters()}
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         for parameter in grads:
@@ -92,7 +95,8 @@ def _cut(model: nn.Module, trace: _Trace) -> Generator[None]:
             handle.remove()
         for parameter, flag in grads.items():
             parameter.requires_grad_(flag)
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _replacer(trace: _Trace, layer: str, name: str, random: torch.Generator) -> Any:
@@ -160,15 +164,19 @@ def _classify(layer: str, down: str, x: Tensor, writes: dict[str, Tensor]) -> Fo
             return None
         derivative = _derivative(x, outputs)[0].unflatten(-1, (2, d_ff))
         first, second = outputs[0].unflatten(-1, (2, d_ff)).unbind(-2)
-        gate = _which_is_gate(x, (first, second), (derivative[..., 0, :], derivative[..., 1, :]))
+        derivatives = [derivative[..., 0, :], derivative[..., 1, :]]
+        if all(_is_constant(d) for d in derivatives):
+            return None
+        gate = _which_is_gate(x, [first, second], derivatives)
         return Found(layer, names[0], names[0], down, "gate_up" if gate == 0 else "up_gate")
     if any(w != d_ff for w in widths) or not _is_diagonal(x, outputs, halves=1):
         return None
     derivatives = _derivative(x, outputs)
+    if all(_is_constant(d) for d in derivatives):
+        return None
     if len(names) == 1:
-        linear = bool(torch.allclose(derivatives[0], derivatives[0][:, :1].expand_as(derivatives[0])))
-        return None if linear else Found(layer, None, names[0], down, None)
-    gate = _which_is_gate(x, (outputs[0], outputs[1]), (derivatives[0], derivatives[1]))
+        return Found(layer, None, names[0], down, None)
+    gate = _which_is_gate(x, outputs, derivatives)
     return Found(layer, names[gate], names[1 - gate], down, None)
 
 
@@ -192,16 +200,17 @@ def _is_diagonal(x: Tensor, outputs: list[Tensor], halves: int) -> bool:
     return all(float(t.float().mean()) > 0.8 for t in touched)
 
 
-def _which_is_gate(x: Tensor, outputs: tuple[Tensor, Tensor], derivatives: tuple[Tensor, Tensor]) -> int:
+def _is_constant(derivative: Tensor) -> bool:
+    """Whether a derivative is the same for all tokens, as that of a linear map is."""
+    return bool(torch.allclose(derivative, derivative[:, :1].expand_as(derivative)))
+
+
+def _which_is_gate(x: Tensor, outputs: list[Tensor], derivatives: list[Tensor]) -> int:
     """0 or 1: x is linear in up, x = up * dx/dup. When both are (a ReLU gate), dx/dgate is 0 where gate < 0."""
-    tolerance = 50 * torch.finfo(x.dtype).eps
     size = x.detach()
     rebuilt = [o.detach() * d for o, d in zip(outputs, derivatives, strict=True)]
     misfit = [float((size - r).abs().mean() / size.abs().mean()) for r in rebuilt]
-    linear = [m < tolerance for m in misfit]
-    if linear == [True, False]:
-        return 1
-    if linear == [True, True]:
+    if max(misfit) < 8 * torch.finfo(x.dtype).eps:
         dead = [float((d[o < 0] == 0).float().mean()) for o, d in zip(outputs, derivatives, strict=True)]
         return 0 if dead[0] >= dead[1] else 1
-    return 0
+    return 0 if misfit[0] >= misfit[1] else 1

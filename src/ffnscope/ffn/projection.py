@@ -74,6 +74,7 @@ def weights_of(model: nn.Module, site: FFNSite) -> FFNWeights:
         ModelError: a weight is not resident (offloaded to disk or CPU by accelerate).
         LayoutError: the site is not in this model.
     """
+    check_resident(model, site)
     up_weight, up_bias = _canonical(projection(model, site, site.up))
     down_weight, down_bias = _canonical(projection(model, site, site.down))
     if site.gate is None:
@@ -104,13 +105,17 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
     yield Coupled(down, "weight", 1 - out_axis(down), channels)
 
 
+def check_resident(model: nn.Module, site: FFNSite) -> None:
+    """Raise ModelError when a weight of the site is offloaded: changing it on the meta device would do nothing."""
+    for name in dict.fromkeys(n for n in (site.gate, site.up, site.down) if n is not None):
+        if any(p.device.type == "meta" for p in projection(model, site, name).parameters(recurse=False)):
+            raise ModelError(
+                f"the weights of {site.path}.{name} are offloaded and cannot be read or changed in place. Load the "
+                "model without CPU or disk offload (model.device_map), or on a device with more memory."
+            )
+
+
 def _canonical(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if weight.device.type == "meta":
-        raise ModelError(
-            "a weight is offloaded and cannot be read in place. Load the model without CPU or disk offload "
-            "(model.device_map), or on a device with more memory."
-        )
+    weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
     bias: Tensor | None = getattr(module, "bias", None)
-    weight = weight.detach()
     return (weight if out_axis(module) == 0 else weight.T), None if bias is None else bias.detach()

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from ffnscope.errors import LayoutError, UsageError
+from ffnscope.ffn.guard import check_model
 from ffnscope.ffn.probe import Found, probe
 from ffnscope.ffn.projection import in_width, out_width
 from ffnscope.types import FFNSite
 
 PROBE_TOKENS = 8
+WRAPPERS = ("model", "module", "base_model", "language_model", "transformer")
 
 
 def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[FFNSite]:
@@ -26,12 +28,14 @@ def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[F
 
     Raises:
         LayoutError: the model has no FFN that this version can address, or is a mixture of experts.
+        ModelError: a quantised, adapter-wrapped, tensor-parallel or compiled model.
         UsageError: a pattern matches nothing.
     """
+    check_model(model)
     _refuse_experts(model)
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.arange(PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None] % text.vocab_size  # type: ignore[operator,union-attr]
+    ids = torch.arange(PROBE_TOKENS, device=_input_device(model))[None] % text.vocab_size
     sites = [_site(model, f, _activation(text)) for f in probe(model, ids)]
     if not sites:
         raise LayoutError(
@@ -46,7 +50,8 @@ def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNS
     """Select the sites that any pattern matches.
 
     A pattern is a module path of any projection, or of the FFN itself; ``*`` stands for digits, ``[a-b]`` for an
-    integer range (both ends included). Leading wrapper parts (``model.``) may be added or left out.
+    integer range (both ends included). Whatever stands before the list of layers (``model.``) may be left out, and
+    wrappers may be added.
 
     Raises:
         UsageError: a pattern matches no site, or a range is malformed.
@@ -64,17 +69,24 @@ def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNS
     return [s for s in sites if s in chosen]
 
 
+def _input_device(model: Any) -> torch.device:
+    """Where token ids go; an offloaded embedding (on meta) takes them from the CPU."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _matches(pattern: str, name: str) -> bool:
-    parts = pattern.split(".")
-    wanted = name.split(".")
-    # with or without wrapper prefix: the shorter must be a suffix of the longer, and what is left must be 'model'-like
-    for extra in range(len(parts)):
-        if all(p in ("model", "module", "transformer") for p in parts[:extra]) and _parts_match(parts[extra:], wanted):
-            return True
-    for extra in range(1, len(wanted)):
-        if wanted[extra - 1] in ("model", "module", "transformer", "decoder") and _parts_match(parts, wanted[extra:]):
-            return True
-    return False
+    prefix, rest = _split(pattern)
+    found_prefix, found = _split(name)
+    return prefix in ([], found_prefix) and _parts_match(rest, found)
+
+
+def _split(name: str) -> tuple[list[str], list[str]]:
+    """Split at the list of layers: what is before it, without wrappers, and the list with all that follows."""
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit() or "*" in part or "[" in part), 0)
+    start = max(index - 1, 0)
+    return [p for p in parts[:start] if p not in WRAPPERS], parts[start:]
 
 
 def _parts_match(parts: list[str], wanted: list[str]) -> bool:
@@ -113,7 +125,7 @@ def _site(model: nn.Module, found: Found, activation: str) -> FFNSite:
 
 
 def _activation(text_config: Any) -> str:
-    for name in ("hidden_act", "hidden_activation", "activation_function"):
+    for name in ("hidden_act", "hidden_activation", "activation_function", "activation"):
         value = getattr(text_config, name, None)
         if isinstance(value, str):
             return value

@@ -54,11 +54,11 @@ def global_(scores: Scores, budget: Budget) -> dict[FFNSite, int]:
     """
     sites = list(scores.values)
     target = kept_count(sum(s.d_ff for s in sites), budget.sparsity)
-    floors = {s: min(budget.min_width, s.d_ff) for s in sites}
-    if sum(floors.values()) > target:
+    floors = {s: round_width(1, s.d_ff, budget) for s in sites}
+    if 2 * (sum(floors.values()) - target) > budget.multiple_of:
         raise UsageError(
-            f"min_width {budget.min_width} in {len(sites)} sites needs {sum(floors.values())} channels; a sparsity of "
-            f"{budget.sparsity:g} leaves {target}. Lower one of them."
+            f"min_width {budget.min_width} and multiple_of {budget.multiple_of} need {sum(floors.values())} channels "
+            f"in {len(sites)} sites; a sparsity of {budget.sparsity:g} leaves {target}. Lower one of them."
         )
     values = torch.cat([scores.values[s].double() for s in sites])
     lifted = torch.cat([_floor_first(scores.values[s].double(), floors[s]) for s in sites])

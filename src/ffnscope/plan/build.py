@@ -36,7 +36,7 @@ def build_plan(
         UsageError: an impossible budget, or more protected channels than a site keeps.
     """
     budget = budget if isinstance(budget, Budget) else Budget(budget)
-    protected = dict(protected or {})
+    protected = {site: torch.unique(index) for site, index in (protected or {}).items()}
     lifted = _lift(scores, protected)
     widths: dict[FFNSite, int] = ALLOCATORS.get(allocator).fn(lifted, budget)
     kept: dict[FFNSite, Tensor] = {}
