@@ -87,7 +87,7 @@ class Accumulator:
             self._add(site, statistic, (rows[statistic.every],), rows[statistic.every].shape[0])
             for statistic in self.forward
         ]
-        if not any(v.is_floating_point() for v in values):  # counts cannot show NaN
+        if values and not any(v.is_floating_point() for v in values):  # counts cannot show NaN
             self._finite[site] = torch.stack([torch.isfinite(r).all() for r in rows.values()]).all()
 
     def observe_gradient(self, site: FFNSite, h: Tensor, g: Tensor) -> None:

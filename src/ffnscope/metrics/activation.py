@@ -3,6 +3,10 @@
 All are means over tokens, so neither the amount nor a duplication of text changes their scale. The public NodeLens code
 computes several of these names on token-averaged pre-activations of whichever projection comes first; here every one
 of them reads h itself.
+
+Scaling a channel's up row (and bias) by c > 0 and its down column by 1/c leaves a gated FFN as it is, but makes h
+c times larger. Each docstring tells what that does to the score: a metric that changes ranks channels partly by an
+arbitrary choice of units.
 """
 
 from __future__ import annotations
@@ -22,14 +26,18 @@ QUANTILE = 0.999
 def activation_l2_norm(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Root mean square activation, sqrt(E[h^2]).
 
-    [d_ff]. The L2 norm over tokens divided by the square root of their number, so that text length cancels.
+    [d_ff]. The L2 norm over tokens divided by the square root of their number, so that text length cancels. Scales with
+    c under up * c, down / c.
     """
     return stats.mean("act_sq").sqrt()
 
 
 @metric("activation_mean", needs=("act_abs",), source="arXiv:2604.23475 (baseline), on h per token")
 def activation_mean(stats: ChannelStats, weights: FFNWeights) -> Tensor:
-    """Mean absolute activation, E[|h|]; [d_ff]. The absolute value is taken per token, so signs do not cancel."""
+    """Mean absolute activation, E[|h|].
+
+    [d_ff]. The absolute value is taken per token, so signs do not cancel. Scales with c under up * c, down / c.
+    """
     return stats.mean("act_abs")
 
 
@@ -38,7 +46,8 @@ def activation_variance(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Variance of the activation over tokens, E[h^2] - E[h]^2.
 
     [d_ff], population form. Computed from sums: its absolute error is about 1e-6 of E[h^2] for a float32 model, so the
-    variance of a nearly constant channel is only known to that precision; negative rounding is clamped to 0.
+    variance of a nearly constant channel is only known to that precision; negative rounding is clamped to 0. Scales
+    with c^2 under up * c, down / c.
     """
     return (stats.mean("act_sq") - stats.mean("act_sum").square()).clamp_min(0)
 
@@ -50,6 +59,7 @@ def activation_outlier_index(stats: ChannelStats, weights: FFNWeights) -> Tensor
     [d_ff]; 0 for a channel that is never active. The quantile comes from a fixed histogram of every 4th token and is
     the geometric middle of its bin: bins span at most a factor 1.25, so the quantile is within 12 % of the sample's.
     Below 1,000 histogram tokens it is the largest bin seen. Values under 2^-16 or over 2^16 fall into the end bins.
+    Invariant under up * c, down / c, to the same 12 %.
     """
     mean = stats.mean("act_abs")
     quantile = quantile_from_counts(stats.total("act_hist"), QUANTILE)
@@ -62,5 +72,6 @@ def wanda(stats: ChannelStats, weights: FFNWeights) -> Tensor:
 
     [d_ff]. The sum over output rows of Wanda's |W_ij| * ||x_j||, with the norm over tokens divided by the square root
     of their number. Reads the down projection only: its input norms are those of one signal, so terms are comparable.
+    Invariant under up * c, down / c.
     """
     return stats.mean("act_sq").sqrt() * row_norms(weights.down.T, 1)

@@ -14,7 +14,10 @@ from ffnscope.types import ChannelStats, FFNWeights
 
 @metric("weight_magnitude", source="arXiv:2604.23475 (baseline)")
 def weight_magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
-    """Sum of the L2 norms of the channel's gate row, up row and down column; [d_ff]. Biases are not counted."""
+    """Sum of the L2 norms of the channel's gate row, up row and down column.
+
+    [d_ff]. Biases are not counted. Changes when up is scaled by c and down by 1/c, which leaves the function as it is.
+    """
     return channel_norms(weights).sum(0)
 
 
