@@ -146,7 +146,7 @@ def draw_perplexity(rows: Sequence[EvalRow], title: str = "") -> Figure:
     shown: dict[str, tuple[float, Any]] = {}
     for index, panel in enumerate(found):
         axes = figure.add_subplot(1, len(found), index + 1)
-        axes.set_title(panel.dataset, fontsize=9, color=INK, parse_math=False)
+        axes.set_title(textwrap.fill(panel.dataset, 46), fontsize=9, color=INK, parse_math=False)
         for name, line in panel.lines.items():
             curve, last = _curve(axes, list(line.values()), looks[name])
             shown.setdefault(name, (last, curve))

@@ -226,7 +226,7 @@ def evaluate_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[EvalRow]:
 def _compare(job: Job, plans: Mapping[str, PruningPlan], windows: Windows, state: Path) -> None:
     size = job.config.dataset.batch_size
     per_batch = size * windows.length * (1 + len(plans))
-    with job.reporter.task(f"evaluate on {windows.source}", "tokens") as update:
+    with job.reporter.task(f"evaluate on {windows.source.split(':')[0]}", "tokens") as update:
         compare_plans(
             job.loaded.model,
             plans,

@@ -1,0 +1,5 @@
+"""``python -m ffnscope`` is the command ``ffnscope``."""
+
+from ffnscope.cli import main
+
+main()

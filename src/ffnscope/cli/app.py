@@ -1,0 +1,183 @@
+"""The commands that look: run, metrics, inspect, plan show, plan diff; and how errors end the process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ffnscope import __version__
+from ffnscope.cli import channels
+from ffnscope.cli.options import Device, Dtype, Model, Overwrite, Remote, open_model
+from ffnscope.errors import FFNScopeError, UsageError
+from ffnscope.ffn.sites import find_sites
+from ffnscope.io import read_plan
+from ffnscope.plan.build import diff_plans
+from ffnscope.registry import METRICS, cost_of
+from ffnscope.run.progress import Reporter
+from ffnscope.types import PruningPlan
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+plan_app = typer.Typer(no_args_is_help=True, help="Look at pruning plans.")
+app.add_typer(plan_app, name="plan")
+app.command("score")(channels.score_command)
+app.command("prune")(channels.prune_command)
+app.command("eval")(channels.eval_command)
+OUT = Console()
+
+
+def main() -> None:
+    """Run the command line; an error of ffnscope ends it with one message and status 1, Ctrl-C with 130."""
+    try:
+        app()
+    except FFNScopeError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again: finished work is kept.", style="red")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Which FFN channels of a language model carry the loss, and how to remove the others."""
+    if version:
+        print(__version__)  # noqa: T201
+        raise typer.Exit
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value; repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long it would take.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Analyse, prune and evaluate a model as a YAML file says; an interrupted run continues."""
+    from ffnscope.report.tables import print_results
+    from ffnscope.run import load_config, run
+    from ffnscope.run.estimate import print_estimate
+
+    loaded = load_config(config, overrides or ())
+    if dry_run:
+        print_estimate(loaded, OUT)
+        return
+    result = run(loaded, overwrite=overwrite)
+    if result.rows:
+        print_results(result.rows, OUT)
+
+
+@app.command("metrics")
+def metrics_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the metrics: what they need and cost, their natural sign, parameters and source."""
+    rows = [_metric_row(name) for name in METRICS.names()]
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        params = "".join(f" {k}={v}" for k, v in row["parameters"].items())
+        sign = "high = keep" if row["natural_sign"] > 0 else "low = keep"
+        needs = ", ".join(row["needs"]) or "weights only"
+        OUT.print(Text.assemble((row["name"], "bold"), (params, "cyan")))
+        OUT.print(Text(f"    {row['summary']}"))
+        OUT.print(Text(f"    cost {row['cost']}; {sign}; needs {needs}; source {row['source']}", style="dim"))
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model,
+    tracked: Annotated[list[str] | None, typer.Option("--tracked", help="Pattern of layers; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Remote = False,
+) -> None:
+    """Show the FFNs that were found in a model."""
+    from dataclasses import asdict
+
+    loaded = open_model(Reporter(), model, device, dtype, trust_remote_code)
+    sites = find_sites(loaded.model, tracked)
+    if as_json:
+        _print_json([asdict(s) for s in sites])
+        return
+    table = Table("layer", "path", "gate", "up", "down", "d_model", "d_ff", "activation")
+    for s in sites:
+        gate = f"{s.gate} ({s.fused})" if s.fused else s.gate or "-"
+        table.add_row(str(s.layer), s.path, gate, s.up, s.down, str(s.d_model), str(s.d_ff), s.activation)
+    OUT.print(table)
+    channels_in_all = sum(s.d_ff for s in sites)
+    OUT.print(f"{type(loaded.model).__name__}: {len(sites)} FFNs, {channels_in_all:,} channels")
+
+
+@plan_app.command("show")
+def plan_show(
+    file: Annotated[Path, typer.Argument(help="Plan file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a plan: widths per site, and where it came from."""
+    plan = read_plan(file)
+    rows = [_plan_row(plan, site) for site in plan.kept]
+    if as_json:
+        _print_json({"metric": plan.metric, "allocator": plan.allocator, "sparsity": plan.sparsity, "sites": rows})
+        return
+    table = Table("site", "d_ff", "kept", "sparsity", "protected")
+    for row in rows:
+        table.add_row(row["site"], str(row["d_ff"]), str(row["width"]), f"{row['sparsity']:.1%}", str(row["protected"]))
+    OUT.print(table)
+    OUT.print(
+        f"metric {plan.metric}, allocator {plan.allocator}, asked {plan.budget.sparsity:g}, got {plan.sparsity:.4f}"
+    )
+
+
+@plan_app.command("diff")
+def plan_diff(
+    first: Annotated[Path, typer.Argument(help="Plan file.")],
+    second: Annotated[Path, typer.Argument(help="Plan file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two plans site by site."""
+    rows = diff_plans(read_plan(first), read_plan(second))
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("site", "width a", "width b", "only a", "only b", "Jaccard")
+    for row in rows:
+        numbers = (row["width_a"], row["width_b"], row["only_a"], row["only_b"])
+        table.add_row(row["site"], *map(str, numbers), f"{row['jaccard']:.3f}")
+    OUT.print(table)
+
+
+def _plan_row(plan: PruningPlan, site: Any) -> dict[str, Any]:
+    width = plan.widths[site]
+    protected = plan.protected[site].numel() if site in plan.protected else 0
+    return {
+        "site": site.name,
+        "d_ff": site.d_ff,
+        "width": width,
+        "sparsity": 1 - width / site.d_ff,
+        "protected": protected,
+    }
+
+
+def _metric_row(name: str) -> dict[str, Any]:
+    rule = METRICS.get(name)
+    return {
+        "name": name,
+        "family": rule.family,
+        "summary": rule.summary,
+        "cost": cost_of(rule),
+        "needs": list(rule.needs),
+        "natural_sign": rule.natural_sign,
+        "parameters": {k: p.default for k, p in rule.params.items()},
+        "source": rule.source,
+    }
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))  # noqa: T201
