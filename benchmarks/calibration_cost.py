@@ -2,9 +2,9 @@
 
     python benchmarks/calibration_cost.py [--windows 8] [--length 256] [--repeats 5]
 
-Runs alternate (bare, pass, bare, pass, ...), and every pair gives one ratio. The bare forward + backward is the cheapest
-possible: weights frozen, the graph starts at the first FFN's channels, no statistic is taken. Peak memory is that of a
-child process each.
+Runs alternate (bare, pass, pass, bare, ...); every pair gives one ratio. The bare forward + backward is the cheapest
+possible: weights frozen, the graph starts at the first FFN's channels, no statistic is taken. Peak memory is that of
+a child process each.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import time
 import torch
 
 import ffnscope
-from ffnscope.calibrate.collect import sum_nll
 from ffnscope.calibrate.forward import forward_logits
+from ffnscope.calibrate.observe import sum_nll
 from ffnscope.calibrate.taps import channel_taps, frozen
 from ffnscope.registry import METRICS, cost_of
 
@@ -105,9 +105,8 @@ def main():
         return
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{MODEL}: {args.windows} windows x {args.length} tokens, batch {args.batch_size}")
-    print(
-        f"metrics without gradients: {', '.join(metrics(False))}; with: + {', '.join(set(metrics(True)) - set(metrics(False)))}"
-    )
+    print(f"without gradients: {', '.join(metrics(False))}")
+    print(f"with gradients also: {', '.join(m for m in metrics(True) if m not in metrics(False))}")
     for backward in (False, True):
         compare(args, backward, context)
     for backward in (False, True):

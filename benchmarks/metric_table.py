@@ -46,8 +46,8 @@ def main():
             loaded.model, plans, windows, batch_size=8, state=state, on_batch=lambda a, b: print(a, b, flush=True)
         )
     head = (
-        f"Made by `benchmarks/metric_table.py`. {MODEL}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}."
-        f" Calibration: {text.source}.\n\n"
+        f"Made by `benchmarks/metric_table.py`. {MODEL}, {torch.get_num_threads()} CPU threads, "
+        f"torch {torch.__version__}. Calibration: {text.source}.\n\n"
     )
     write_text(args.out, head + results_markdown(rows))
     for domain in ("sotu", "pydoc_topics"):
