@@ -91,5 +91,6 @@ def _round_all(widths: Mapping[FFNSite, int], target: int, budget: Budget) -> di
         room = [s for s in rounded if low[s] <= rounded[s] + sign * step <= high[s]]
         if not room:
             return rounded
-        best = max(room, key=lambda s: sign * (widths[s] - rounded[s]))
+        first_gains = room if sign > 0 else room[::-1]  # equal errors: the earlier site keeps more
+        best = max(first_gains, key=lambda s: sign * (widths[s] - rounded[s]))
         rounded[best] += sign * step

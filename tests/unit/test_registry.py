@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ffnscope import registry
+from ffnscope.errors import UnknownNameError, UsageError
+from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, Registry
+
+PLUGIN = """
+from ffnscope.registry import metric
+
+@metric("from_plugin", source="here")
+def from_plugin(stats, weights):
+    \"\"\"What a plug-in scores.\"\"\"
+    return weights.up.sum(1)
+"""
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Whatever a test registers is gone afterwards; the built-in names are there before and after."""
+    for found in (STATISTICS, METRICS, ALLOCATORS):
+        found.names()
+    before = {id(r): (r, dict(r._items), r._loaded) for r in (STATISTICS, METRICS, ALLOCATORS)}
+    yield
+    for found, items, loaded in before.values():
+        found._items.clear()
+        found._items.update(items)
+        found._loaded = loaded
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, entry: str, code: str = PLUGIN) -> None:
+    """Install a distribution with one entry point and one module, as pip would lay it out."""
+    (folder / "ffnscope_plugin.py").write_text(code)
+    info = folder / "a_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[ffnscope.metrics]\n{entry}\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "ffnscope_plugin", raising=False)
+    importlib.invalidate_caches()
+
+
+def test_built_in_names() -> None:
+    assert {"local", "global"} <= set(ALLOCATORS.names())
+    assert {"random", "wanda", "magnitude", "scar_loss_proxy"} <= set(METRICS.names())
+    assert {"act_sq", "taylor_sq"} <= set(STATISTICS.names())
+
+
+def test_every_metric_needs_registered_statistics_and_says_where_it_is_from() -> None:
+    for name in METRICS.names():
+        item = METRICS.get(name)
+        assert set(item.needs) <= set(STATISTICS.names())
+        assert item.source
+        assert item.summary
+
+
+def test_did_you_mean() -> None:
+    with pytest.raises(UnknownNameError, match=r"Unknown metric 'wandas'. Did you mean 'wanda'\? Known: "):
+        METRICS.get("wandas")
+    with pytest.raises(UnknownNameError, match=r"Unknown allocator 'locale'. Did you mean 'local'\?"):
+        ALLOCATORS.get("locale")
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(UsageError, match="metric 'wanda' is already registered; choose another name"):
+        registry.metric("wanda")(lambda stats, weights: weights.up)
+
+
+def test_a_metric_is_one_decorated_function() -> None:
+    @registry.metric("mine", needs=("act_sq",), source="here", natural_sign=-1)
+    def mine(stats: object, weights: object, *, power: float = 2.0) -> None:
+        """First line.
+
+        More.
+        """
+
+    item = METRICS.get("mine")
+    assert item.fn is mine
+    assert (item.needs, item.source, item.natural_sign) == (("act_sq",), "here", -1)
+    assert item.summary == "First line."
+    assert [p.default for p in item.params.values()] == [2.0]
+    assert registry.cost_of(item) == "forward"
+
+
+def test_costs() -> None:
+    costs = {name: registry.cost_of(METRICS.get(name)) for name in ("random", "wanda", "scar_loss_proxy")}
+    assert costs == {"random": "weights", "wanda": "forward", "scar_loss_proxy": "backward"}
+
+
+def test_a_statistic_and_an_allocator() -> None:
+    @registry.statistic("cube", reads=("h", "g"), reduce="max", shape=("d_ff", 2), every=4)
+    def cube(h: object, g: object) -> None:
+        """Cubes."""
+
+    @registry.allocator("mine")
+    def mine(scores: object, budget: object) -> None:
+        """Mine."""
+
+    found = STATISTICS.get("cube")
+    assert (found.reads, found.reduce, found.shape, found.every) == (("h", "g"), "max", ("d_ff", 2), 4)
+    assert found.needs_gradient and not STATISTICS.get("act_sq").needs_gradient
+    assert ALLOCATORS.get("mine").summary == "Mine."
+
+
+def test_an_installed_package_brings_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "from_plugin = ffnscope_plugin:from_plugin")
+    METRICS._loaded = False
+    assert "from_plugin" in METRICS.names()
+    assert METRICS.get("from_plugin").summary == "What a plug-in scores."
+
+
+@pytest.mark.parametrize(
+    ("entry", "code"),
+    [
+        ("broken = ffnscope_plugin:missing", "x = 1"),
+        ("broken = ffnscope_plugin:x", "import a_module_that_is_not_there"),
+    ],
+)
+def test_a_broken_package_is_named_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, code: str
+) -> None:
+    install(tmp_path, monkeypatch, entry, code)
+    METRICS._loaded = False
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"a-plugin announces a metric 'broken' at 'ffnscope_plugin:.*Repair or"):
+            METRICS.names()
+
+
+def test_built_in_modules_are_imported_at_the_first_look_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lazy_module_of_a_test.py").write_text("LOADED = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    lazy: Registry[int] = Registry("thing", ("lazy_module_of_a_test",), "ffnscope.no_such_group")
+    lazy.add("one", 1)
+    assert "lazy_module_of_a_test" not in sys.modules
+    assert lazy.get("one") == 1
+    assert "lazy_module_of_a_test" in sys.modules
