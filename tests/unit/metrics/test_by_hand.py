@@ -21,18 +21,9 @@ from math import sqrt
 import pytest
 import torch
 
-from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.registry import METRICS
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
-
-H = torch.tensor([[1.0, -2.0], [3.0, 0.0], [-2.0, 6.0]])
-G = torch.tensor([[0.5, 1.0], [-1.0, 2.0], [0.0, 0.0]])
-GATE = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-UP = torch.tensor([[1.0, 0.0], [6.0, 8.0]])
-DOWN = torch.tensor([[5.0, -3.0], [12.0, 4.0]])
-GATED = FFNWeights(GATE, UP, DOWN, torch.ones(2), torch.ones(2), torch.ones(2))
-PLAIN = FFNWeights(None, UP, DOWN, None, torch.ones(2), torch.ones(2))
-SITE = FFNSite(0, "layers.0.mlp", "gate_proj", "up_proj", "down_proj", 2, 2)
+from hand_example import GATED, PLAIN, SITE, G, H, stats_of
 
 EXPECTED = {
     "activation_l2_norm": (sqrt(14 / 3), sqrt(40 / 3)),
@@ -50,14 +41,6 @@ EXPECTED = {
     "magnitude": (65.0, 50.0),
 }
 EXPECTED_PLAIN = EXPECTED | {"weight_magnitude": (14.0, 15.0), "magnitude": (13.0, 50.0)}
-
-
-def stats_of(rule, h, g) -> ChannelStats:
-    sums = Accumulator([SITE], rule.needs)
-    sums.begin(torch.ones(1, 3, dtype=torch.bool), 2)
-    sums.observe(SITE, h[None])
-    sums.observe_gradient(SITE, h[None], g[None])
-    return sums.result()[SITE]
 
 
 @pytest.mark.parametrize("weights", [GATED, PLAIN], ids=["gated", "plain"])

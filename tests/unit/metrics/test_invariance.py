@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_by_hand import DOWN, GATE, UP, G, H, stats_of
 from torch.nn.functional import silu
 
 from ffnscope.registry import METRICS
 from ffnscope.types import FFNWeights
+from hand_example import DOWN, GATE, UP, G, H, stats_of
 
 # metric -> power of c that its score is multiplied by; None = it changes, but not by a power of c
 TABLE = {
