@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -256,7 +257,7 @@ def _explained(model_id: str) -> Generator[None]:
         raise ModelError(
             f"cannot load {model_id!r}: {_first_line(error)}. Look at model.model_kwargs and model.tokenizer_kwargs."
         ) from error
-    except (ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError) as error:
         raise ModelError(f"cannot load {model_id!r}: {_first_line(error)}.") from error
 
 

@@ -159,30 +159,43 @@ def _classify(layer: str, down: str, x: Tensor, writes: dict[str, Tensor]) -> Fo
     if any(o.shape[:-1] != x.shape[:-1] for o in outputs):
         return None
     widths = [o.shape[-1] for o in outputs]
-    if widths == [2 * d_ff]:
-        if not _is_diagonal(x, outputs, halves=2):
-            return None
-        derivative = _derivative(x, outputs)[0].unflatten(-1, (2, d_ff))
-        first, second = outputs[0].unflatten(-1, (2, d_ff)).unbind(-2)
-        derivatives = [derivative[..., 0, :], derivative[..., 1, :]]
-        if all(_is_constant(d) for d in derivatives):
-            return None
-        gate = _which_is_gate(x, [first, second], derivatives)
-        return Found(layer, names[0], names[0], down, "gate_up" if gate == 0 else "up_gate")
-    if any(w != d_ff for w in widths) or not _is_diagonal(x, outputs, halves=1):
+    fused = widths == [2 * d_ff]
+    if not fused and any(w != d_ff for w in widths):
         return None
-    derivatives = _derivative(x, outputs)
-    if all(_is_constant(d) for d in derivatives):
+    if not _is_diagonal(x, outputs, halves=2 if fused else 1):
         return None
-    if len(names) == 1:
+    halves = (slice(0, d_ff), slice(d_ff, 2 * d_ff))
+    factors = _factors(x, [(outputs[0], h) for h in halves] if fused else [(o, slice(None)) for o in outputs])
+    if all(_is_constant(f.derivative) for f in factors):
+        return None
+    if len(factors) == 1:
         return Found(layer, None, names[0], down, None)
-    gate = _which_is_gate(x, outputs, derivatives)
+    gate = _which_is_gate(factors)
+    if fused:
+        return Found(layer, names[0], names[0], down, "gate_up" if gate == 0 else "up_gate")
     return Found(layer, names[gate], names[1 - gate], down, None)
 
 
-def _derivative(x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    """dx/doutput of a channel-diagonal x: one value per element of each output."""
-    return list(torch.autograd.grad(x.sum(), outputs, retain_graph=True))
+@dataclass(frozen=True, slots=True, eq=False)
+class _Factor:
+    """What x is computed from, with dx/dvalue per element and the mean size of the second derivative."""
+
+    value: Tensor
+    derivative: Tensor
+    curvature: float
+
+
+def _factors(x: Tensor, parts: list[tuple[Tensor, slice]]) -> list[_Factor]:
+    """Differentiate a channel-diagonal x twice by each part of an output."""
+    factors: list[_Factor] = []
+    for output, part in parts:
+        (first,) = torch.autograd.grad(x.sum(), output, create_graph=True)
+        derivative, curvature = first[..., part], 0.0
+        if derivative.requires_grad:
+            second: Any = torch.autograd.grad(derivative.sum(), output, retain_graph=True, allow_unused=True)[0]
+            curvature = 0.0 if second is None else float(second[..., part].abs().mean())
+        factors.append(_Factor(output.detach()[..., part], derivative.detach(), curvature))
+    return factors
 
 
 def _is_diagonal(x: Tensor, outputs: list[Tensor], halves: int) -> bool:
@@ -205,12 +218,10 @@ def _is_constant(derivative: Tensor) -> bool:
     return bool(torch.allclose(derivative, derivative[:, :1].expand_as(derivative)))
 
 
-def _which_is_gate(x: Tensor, outputs: list[Tensor], derivatives: list[Tensor]) -> int:
-    """0 or 1: x is linear in up, x = up * dx/dup. When both are (a ReLU gate), dx/dgate is 0 where gate < 0."""
-    size = x.detach()
-    rebuilt = [o.detach() * d for o, d in zip(outputs, derivatives, strict=True)]
-    misfit = [float((size - r).abs().mean() / size.abs().mean()) for r in rebuilt]
-    if max(misfit) < 8 * torch.finfo(x.dtype).eps:
-        dead = [float((d[o < 0] == 0).float().mean()) for o, d in zip(outputs, derivatives, strict=True)]
+def _which_is_gate(factors: list[_Factor]) -> int:
+    """0 or 1: x is linear in up and curved in gate; a ReLU gate is not curved, but x is dead where it is negative."""
+    first, second = factors
+    if first.curvature == second.curvature == 0:
+        dead = [float((f.derivative[f.value < 0] == 0).float().mean()) for f in factors]
         return 0 if dead[0] >= dead[1] else 1
-    return 0 if misfit[0] >= misfit[1] else 1
+    return 0 if first.curvature >= second.curvature else 1
