@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from faults import small_files
+from ffnscope.apply.export import CARD, check_reloadable, prune_, save_model
+from ffnscope.apply.mask import masked
+from ffnscope.apply.slice import slice_
+from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
+from ffnscope.ffn.sites import find_sites
+from ffnscope.io import read_plan
+from ffnscope.types import PruningPlan
+from tiny import logits, tiny
+
+MakePlan = Callable[..., PruningPlan]
+
+
+def widths(model: Any) -> list[int]:
+    return [s.d_ff for s in find_sites(model)]
+
+
+class TestPrune:
+    def test_equal_widths_are_sliced(self, llama: Any, random_plan: MakePlan) -> None:
+        assert prune_(llama, random_plan(llama)) is llama
+        assert widths(llama) == [36, 36]
+
+    def test_equal_widths_are_not_padded(self, llama: Any, random_plan: MakePlan) -> None:
+        assert widths(prune_(llama, random_plan(llama), pad_to_widest=True)) == [36, 36]
+
+    def test_a_plan_for_some_layers(self, llama: Any, random_plan: MakePlan) -> None:
+        whole = random_plan(llama)
+        site = next(iter(whole.kept))
+        plan = replace(whole, kept={site: whole.kept[site]})
+        with pytest.raises(
+            NotAvailableError, match=r"unequal widths \(36 to 48 channels\).*Use allocator 'local', or pad"
+        ):
+            prune_(llama, plan)
+        with masked(llama, plan):
+            expected = logits(llama)
+        prune_(llama, plan, pad_to_widest=True)
+        assert widths(llama) == [48, 48]
+        torch.testing.assert_close(logits(llama), expected)
+
+    def test_padding_zeroes_what_it_cannot_remove(self, llama: Any, random_plan: MakePlan) -> None:
+        plan = random_plan(llama, 0.51, allocator="global")
+        narrow, wide = sorted(plan.widths.values())
+        prune_(llama, plan, pad_to_widest=True)
+        assert widths(llama) == [wide, wide]
+        (layer,) = [layer for layer in llama.model.layers if not layer.mlp.up_proj.weight.any(1).all()]
+        dead = ~layer.mlp.up_proj.weight.any(1)
+        assert int(dead.sum()) == wide - narrow
+        assert torch.equal(dead, ~layer.mlp.down_proj.weight.any(0))
+        assert torch.equal(dead, ~layer.mlp.gate_proj.weight.any(1))
+
+    def test_another_model(self, random_plan: MakePlan) -> None:
+        with pytest.raises(UsageError, match="Use the model that was scored"):
+            prune_(tiny("llama", intermediate_size=64), random_plan(tiny("llama")))
+
+
+class TestSave:
+    def test_model_tokenizer_and_plan(self, llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:
+        plan = random_plan(llama)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 5}, unk_token="a")))
+        path = tmp_path / "new" / "out"
+        save_model(prune_(llama, plan), tokenizer, path, plan=plan)
+        again = AutoModelForCausalLM.from_pretrained(path)
+        assert torch.equal(logits(again), logits(llama))
+        assert AutoTokenizer.from_pretrained(path).encode("a") == [5]
+        back = read_plan(path / CARD)
+        assert all(torch.equal(back.kept[s], k) for s, k in plan.kept.items())
+        assert list(path.parent.iterdir()) == [path]
+        plain = tmp_path / "plain"
+        plain.mkdir()
+        assert path.stat().st_mode == plain.stat().st_mode
+
+    def test_in_bfloat16(self, random_plan: MakePlan, tmp_path: Path) -> None:
+        model = tiny("llama", dtype=torch.bfloat16)
+        save_model(prune_(model, random_plan(model)), None, tmp_path / "out")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert again.dtype == torch.bfloat16 and torch.equal(logits(again), logits(model))
+
+    def test_what_exists_is_kept_unless_asked(self, llama: Any, tmp_path: Path) -> None:
+        path = tmp_path / "out"
+        path.mkdir()
+        (path / "old").touch()
+        with pytest.raises(ArtifactError, match=r"out already exists. Choose another output, or pass --overwrite"):
+            save_model(llama, None, path)
+        assert [p.name for p in path.iterdir()] == ["old"]
+        save_model(llama, None, path, overwrite=True)
+        assert (path / "config.json").exists() and not (path / "old").exists()
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_file_in_its_place(self, llama: Any, tmp_path: Path) -> None:
+        path = tmp_path / "out"
+        path.touch()
+        save_model(llama, None, path, overwrite=True)
+        assert (path / "config.json").exists()
+        assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("exists", [False, True])
+    @pytest.mark.parametrize("limit", [100, 10_000])
+    def test_a_full_disk_leaves_what_was_there(self, llama: Any, tmp_path: Path, exists: bool, limit: int) -> None:
+        path = tmp_path / "out"
+        if exists:
+            path.mkdir()
+            (path / "old").touch()
+        with small_files(limit), pytest.raises(ArtifactError, match=r"cannot write .*out: .*[Ff]ile too large"):
+            save_model(llama, None, path, overwrite=True)
+        assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == (
+            ["out", "out/old"] if exists else []
+        )
+
+    def test_an_interrupt_while_swapping_puts_the_old_folder_back(
+        self, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, replace_, calls = tmp_path / "out", Path.replace, []
+        path.mkdir()
+        (path / "old").touch()
+
+        def interrupted(self: Path, target: Path) -> Path:
+            calls.append(target)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return replace_(self, target)
+
+        monkeypatch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(llama, None, path, overwrite=True)
+        assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["out", "out/old"]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_no_permission(self, llama: Any, tmp_path: Path) -> None:
+        tmp_path.chmod(0o500)
+        with pytest.raises(ArtifactError, match=r"cannot write .*out: Permission denied"):
+            save_model(llama, None, tmp_path / "out")
+
+
+class TestReloadable:
+    def test_the_dense_model(self, llama: Any) -> None:
+        check_reloadable(llama)
+
+    def test_unequal_widths(self, llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:
+        slice_(llama, random_plan(llama, 0.51, allocator="global"))
+        message = (
+            r"the checkpoint would not load: model.layers.0.mlp.gate_proj.weight has shape .*builds \(48, 32\). Prune"
+        )
+        with pytest.raises(UsageError, match=message):
+            save_model(llama, None, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_it_needs_no_memory_and_changes_nothing(self, llama: Any) -> None:
+        torch.manual_seed(3)
+        random, before = torch.get_rng_state(), {k: v.clone() for k, v in llama.state_dict().items()}
+        check_reloadable(llama)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
