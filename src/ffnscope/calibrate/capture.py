@@ -155,7 +155,7 @@ class _Recorder:
         rows = self._rows.take(site, signal)
         index = self.chosen[site]
         wanted = rows if index is None else rows.index_select(1, index.to(rows.device))
-        return wanted.to("cpu", copy=True)
+        return wanted.cpu()
 
 
 def _chosen(
