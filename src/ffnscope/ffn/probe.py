@@ -6,6 +6,8 @@ is the down projection of an FFN. It is, when its input is
 
 * position-wise and channel-diagonal in the outputs of its producers (this rejects attention and norms),
 * not linear in its producers together (this rejects low-rank pairs and sums),
+* a function of those outputs alone (this rejects products with other inputs of the layer): the first two tokens get
+  the same random numbers, so it must agree there,
 * the only use of those outputs (this rejects everything on the residual stream).
 
 Weights are never read, so zero or NaN weights do not matter, and offloaded models work. The forward runs outside any
@@ -101,7 +103,10 @@ def _cut(model: nn.Module, trace: _Trace) -> Generator[None]:
 
 def _replacer(trace: _Trace, layer: str, name: str, random: torch.Generator) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        noise = torch.randn(output.shape, generator=random).to(output).requires_grad_()
+        noise = torch.randn(output.shape, generator=random).to(output)
+        tokens = noise.view(-1, output.shape[-1])
+        tokens[1:2] = tokens[:1]
+        noise.requires_grad_()
         reads, writes = trace.reads.setdefault(layer, {}), trace.writes.setdefault(layer, {})
         if name not in reads and args:
             reads[name] = args[0]
@@ -162,12 +167,12 @@ def _classify(layer: str, down: str, x: Tensor, writes: dict[str, Tensor]) -> Fo
     fused = widths == [2 * d_ff]
     if not fused and any(w != d_ff for w in widths):
         return None
-    if not _is_diagonal(x, outputs, halves=2 if fused else 1):
+    if not _alike(x.flatten(0, -2)[:2]) or not _is_diagonal(x, outputs, halves=2 if fused else 1):
         return None
     halves = (slice(0, d_ff), slice(d_ff, 2 * d_ff))
     factors = _factors(x, [(outputs[0], h) for h in halves] if fused else [(o, slice(None)) for o in outputs])
-    if all(_is_constant(f.derivative) for f in factors):
-        return None
+    if all(_alike(f.derivative.flatten(0, -2)) for f in factors):
+        return None  # linear
     if len(factors) == 1:
         return Found(layer, None, names[0], down, None)
     gate = _which_is_gate(factors)
@@ -213,9 +218,9 @@ def _is_diagonal(x: Tensor, outputs: list[Tensor], halves: int) -> bool:
     return all(float(t.float().mean()) > 0.8 for t in touched)
 
 
-def _is_constant(derivative: Tensor) -> bool:
-    """Whether a derivative is the same for all tokens, as that of a linear map is."""
-    return bool(torch.allclose(derivative, derivative[:, :1].expand_as(derivative)))
+def _alike(tokens: Tensor) -> bool:
+    """Whether all rows are the same."""
+    return bool(torch.allclose(tokens, tokens[:1].expand_as(tokens)))
 
 
 def _which_is_gate(factors: list[_Factor]) -> int:

@@ -11,8 +11,8 @@ from torch import nn
 
 from ffnscope.errors import LayoutError, UsageError
 from ffnscope.ffn.guard import check_model
-from ffnscope.ffn.probe import Found, probe
-from ffnscope.ffn.projection import in_width, out_width
+from ffnscope.ffn.probe import Found, layer_path, probe
+from ffnscope.ffn.projection import in_width, is_projection, out_width
 from ffnscope.types import FFNSite
 
 PROBE_TOKENS = 8
@@ -43,6 +43,8 @@ def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[F
             "reads an element-wise function of other projections. Run `ffnscope inspect` on a supported layout, or "
             "report the architecture."
         )
+    _refuse_partial(model, sites)
+    _refuse_shared(model, sites)
     return sites if tracked is None else select_sites(sites, tracked)
 
 
@@ -71,7 +73,7 @@ def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNS
 
 def _input_device(model: Any) -> torch.device:
     """Where token ids go; an offloaded embedding (on meta) takes them from the CPU."""
-    device: torch.device = model.get_input_embeddings().weight.device
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -139,3 +141,35 @@ def _refuse_experts(model: nn.Module) -> None:
                 f"{type(model).__name__} is a mixture of experts ({name} {tuple(parameter.shape)}); channels of "
                 "experts are not available in this version."
             )
+
+
+def _refuse_partial(model: nn.Module, sites: Sequence[FFNSite]) -> None:
+    """A layer whose FFN has the names of the others but does not compute like them would be left out silently."""
+    found = {site.projections[-1] for site in sites}
+    wanted = {_in_any_layer(name) for name in found}
+    for name, module in model.named_modules():
+        if is_projection(module) and name not in found and _in_any_layer(name) in wanted:
+            raise LayoutError(
+                f"{name} of {type(model).__name__} is named like the down projection of other layers, but its channels "
+                "are not independent of each other; pruning only the other layers is not available in this version."
+            )
+
+
+def _in_any_layer(name: str) -> tuple[str, str]:
+    """List of layers that a module is in, and its path inside the layer."""
+    layer = layer_path(name) or ""
+    return layer.rpartition(".")[0], name.removeprefix(layer)
+
+
+def _refuse_shared(model: nn.Module, sites: Sequence[FFNSite]) -> None:
+    """Two sites that share a weight cannot lose different channels, and masking one would change the other."""
+    owners: dict[int, str] = {}
+    for site in sites:
+        for name in site.projections:
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                other = owners.setdefault(id(parameter), name)
+                if other != name:
+                    raise LayoutError(
+                        f"{other} and {name} of {type(model).__name__} share their weights; FFNs that several layers "
+                        "share are not available in this version."
+                    )

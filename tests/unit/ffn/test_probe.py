@@ -130,6 +130,10 @@ REJECTED: dict[str, tuple[Block, dict[str, tuple[int, int]]]] = {
     ),
     "a value used twice": (lambda m, x: m.c(h := silu(m.a(x))) + m.d(h), {"a": IN, "c": OUT, "d": OUT}),
     "a value that also leaves": (lambda m, x: m.c(silu(y := m.a(x))) + y[..., :WIDTH], {"a": IN, "c": OUT}),
+    "a product with another input": (
+        lambda m, x: m.c(silu(m.a(x)) * torch.linspace(1, 2, x.shape[1])[:, None]),
+        {"a": IN, "c": OUT},
+    ),
     "another width": (lambda m, x: m.c(silu(m.a(x))).mean(-1, keepdim=True) + x, {"a": IN, "c": (CHANNELS, 5)}),
 }
 

@@ -230,6 +230,21 @@ class TestRefusals:
         ):
             find_sites(model)
 
+    def test_weights_that_layers_share(self, llama: Any) -> None:
+        first, second = (layer.mlp for layer in llama.model.layers)
+        second.up_proj.weight = first.up_proj.weight
+        message = r"model.layers.0.mlp.up_proj and model.layers.1.mlp.up_proj of LlamaForCausalLM share their weights"
+        with pytest.raises(LayoutError, match=message):
+            find_sites(llama)
+
+    def test_a_layer_that_would_be_left_out(self, llama: Any) -> None:
+        mlp = llama.model.layers[1].mlp
+        mlp.act_fn = torch.nn.Softmax(-1)  # its channels interact
+        with pytest.raises(
+            LayoutError, match=r"model.layers.1.mlp.down_proj of LlamaForCausalLM is named like the down"
+        ):
+            find_sites(llama)
+
     def test_an_adapter(self, llama: Any) -> None:
         llama.peft_config = {}
         with pytest.raises(ModelError, match=r"carries an adapter \(PEFT\)"):
