@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ffnscope.calibrate.collect import PassOptions, plan_steps, required_statistics
+from ffnscope.calibrate.collect import Step, plan_steps, required_statistics
+from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import STATISTICS
-from ffnscope.run import stages
+from ffnscope.run.folder import check_folder
+from ffnscope.run.outputs import check_plots
 from ffnscope.run.runner import model_source
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.stages import pass_options
+from ffnscope.run.windows import calibration_windows, evaluation_windows
 from ffnscope.types import FFNSite
 
 EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole forward reaches
@@ -24,11 +30,11 @@ EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole forward 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One stage: what it reads, and how long it would take (seconds; None = seconds at most)."""
+    """One stage: what it reads, and how long it would take (None = seconds)."""
 
     stage: str
     what: str
-    seconds: float | None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,60 +46,82 @@ class Estimate:
     statistics: list[str]
 
 
-def estimate(config: RunConfig) -> Estimate:
+def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     """Load model and text, run nothing, and estimate from shapes and a short probe of the machine's speed.
 
-    Texts are cut into their windows, so a text that is missing or too short fails here.
+    What would stop the run at once stops this too: a folder that is not this run's, a model or a text that is missing,
+    a text that is too short. Stages whose results are there already are counted as if they ran.
     """
+    check_plots(config)
+    check_folder(config, overwrite=overwrite)
     loaded = load_model(model_source(config))
     sites = find_sites(loaded.model, config.model.tracked_layers)
-    calibration = stages.calibration_windows(config, loaded.tokenizer)
-    held_out = stages.evaluation_windows(config, loaded.tokenizer) if config.evaluation.enabled else []
+    calibration = calibration_windows(config, loaded.tokenizer)
+    held_out = evaluation_windows(config, loaded.tokenizer)
     names = required_statistics(config.metric_names)
-    scar = config.metrics.scar
-    options = PassOptions(config.calibration.batch_size, scar.num_samples, scar.max_length)
-    steps = plan_steps(calibration, names, options)
-    forward = sum(s.batch.n_tokens for s in steps)
-    backward = sum(s.batch.n_tokens for s in steps if s.backward)
-    seconds = _seconds_per_token(loaded.model, sites)
-    n_plans = len(config.pruning.algorithms) * len(config.pruning.ratios) if config.pruning.enabled else 0
-    lines = [Line("calibrate", _passes(forward, backward), (forward + backward) * seconds)]
-    lines.append(Line("score", f"{len(config.metric_names)} metrics x {sum(s.d_ff for s in sites):,} channels", None))
-    lines.append(Line("plan", f"{n_plans} plans", None))
-    for windows in held_out:
-        tokens = windows.n_tokens * (1 + n_plans)
-        what = f"{1 + n_plans} models x {windows.n_tokens:,} tokens of {windows.source}"
-        lines.append(Line("evaluate", what, tokens * seconds))
-    samples = config.evaluation.samples
-    if config.evaluation.enabled and samples.enabled:
-        what = f"{(1 + n_plans) * len(samples.prompts)} texts of up to {samples.max_new_tokens} tokens"
-        lines.append(Line("samples", what, None))
-    batch = max((s.batch for s in steps if s.backward), key=lambda b: b.input_ids.numel(), default=None)
-    tokens_at_once = batch.input_ids.numel() if batch is not None else 0
-    return Estimate(lines, _peak_bytes(loaded.model, sites, names, tokens_at_once), names)
+    steps = plan_steps(calibration, names, pass_options(config))
+    speed = _seconds_per_token(loaded.model, sites)
+    lines = [
+        _calibrate_line(steps, speed),
+        *_decision_lines(config, sites),
+        *_evaluation_lines(config, held_out, speed),
+    ]
+    batches = [w[: config.dataset.batch_size] for w in held_out]
+    return Estimate(lines, _peak_bytes(loaded.model, sites, names, steps, batches), names)
 
 
-def print_estimate(config: RunConfig, console: Console) -> None:
+def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = False) -> None:
     """Print the estimate as a table."""
     with quiet_transformers():
-        found = estimate(config)
-    table = Table("stage", "what", "about", title=f"{config.experiment.name}: nothing was computed (--dry-run)")
+        found = estimate(config, overwrite=overwrite)
+    table = Table("stage", "what", "about", title=Text(f"{config.experiment.name}: nothing was computed (--dry-run)"))
     for line in found.lines:
-        table.add_row(line.stage, line.what, "seconds" if line.seconds is None else _duration(line.seconds))
+        table.add_row(line.stage, Text(line.what), "seconds" if line.seconds is None else _duration(line.seconds))
     console.print(table)
-    console.print(f"1 calibration pass collects: {', '.join(found.statistics) or 'nothing'}")
-    console.print(f"peak memory about {found.peak_bytes / 2**30:.1f} GiB; output in {config.output_dir}")
+    names = ", ".join(found.statistics) or "nothing"
+    console.print(Text(f"1 calibration pass collects: {names}" if found.statistics else "no calibration pass"))
+    console.print(Text(f"peak memory about {found.peak_bytes / 2**30:.1f} GiB; output in {config.output_dir}"))
 
 
-def _passes(forward: int, backward: int) -> str:
+def _calibrate_line(steps: Sequence[Step], speed: float) -> Line:
+    forward = sum(s.batch.n_tokens for s in steps)
+    backward = sum(s.batch.n_tokens for s in steps if s.backward)
     if not forward:
-        return "no pass: every metric reads weights only"
-    return f"1 pass: {forward:,} tokens forward" + (f", {backward:,} of them backward" if backward else "")
+        return Line("calibrate", "no pass: every metric reads weights only")
+    what = f"1 pass: {forward:,} tokens forward" + (f", {backward:,} of them backward" if backward else "")
+    return Line("calibrate", what, (forward + backward) * speed)
 
 
-def _seconds_per_token(model: Any, sites: list[FFNSite]) -> float:
+def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
+    channels = sum(s.d_ff for s in sites)
+    scores = Line("score", f"{len(config.metric_names)} metrics x {channels:,} channels of {len(sites)} FFNs")
+    return [scores, Line("plan", f"{_n_plans(config)} plans")]
+
+
+def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float) -> list[Line]:
+    models = 1 + _n_plans(config)
+    lines = [
+        Line("evaluate", f"{models} models x {w.n_tokens:,} tokens of {w.source}", models * w.n_tokens * speed)
+        for w in held_out
+    ]
+    asked = config.evaluation.samples
+    if held_out and asked.enabled:
+        what = f"{models * len(asked.prompts)} texts of up to {asked.max_new_tokens} tokens"
+        lines.append(Line("samples", what, models * asked.max_new_tokens * speed * _TOKENS_OF_ONE_STEP))
+    return lines
+
+
+_TOKENS_OF_ONE_STEP = 8
+"""A step of generation reads every weight for a few tokens: it takes about as long as a pass over this many tokens."""
+
+
+def _n_plans(config: RunConfig) -> int:
+    return len(config.pruning.algorithms) * len(config.pruning.ratios) if config.pruning.enabled else 0
+
+
+def _seconds_per_token(model: Any, sites: Sequence[FFNSite]) -> float:
     """Time of one token's forward: 2 FLOP per weight at the measured speed of a matrix product of the FFN's shape."""
-    weight = next(p for p in model.parameters() if p.dim() == 2)
+    weight = next(p for p in model.parameters() if p.dim() == 2 and p.device.type != "meta")
     a = torch.randn(1024, sites[0].d_model, device=weight.device, dtype=weight.dtype)
     b = torch.randn(sites[0].d_model, sites[0].d_ff, device=weight.device, dtype=weight.dtype)
     times: list[float] = []
@@ -105,18 +133,22 @@ def _seconds_per_token(model: Any, sites: list[FFNSite]) -> float:
     return 2 * sum(p.numel() for p in model.parameters()) / (speed * EFFICIENCY)
 
 
-def _peak_bytes(model: Any, sites: list[FFNSite], names: list[str], tokens: int) -> int:
-    """Weights, saved activations of one backward batch, logits, and the sums."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+def _peak_bytes(
+    model: Any, sites: Sequence[FFNSite], names: Sequence[str], steps: Sequence[Step], held_out: Sequence[Windows]
+) -> int:
+    """Weights, the sums, and the larger of a calibration batch (saved activations, logits) and an evaluation batch."""
     size = next(iter(model.parameters())).element_size()
-    per_token = sum(4 * s.d_ff + 12 * s.d_model for s in sites) * size
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     vocab = model.get_input_embeddings().weight.shape[0]
+    saved = sum(4 * s.d_ff + 12 * s.d_model for s in sites) * size
+    logits = 3 * 4 * vocab  # in the model's dtype, and in float32 for the loss
+    calibrate = [s.batch.input_ids.numel() * ((saved if s.backward else 0) + logits) for s in steps]
+    evaluate = [w.input_ids.numel() * 2 * size * vocab for w in held_out]  # dense and pruned logits
     sums = 0
     for name in names:
-        fixed = [n for n in STATISTICS.get(name).shape if isinstance(n, int)]
-        rows = fixed[0] if fixed else 1
+        rows = next((n for n in STATISTICS.get(name).shape if isinstance(n, int)), 1)
         sums += sum(8 * rows * s.d_ff for s in sites)
-    return int(weights + tokens * (per_token + 3 * 4 * vocab) + 2 * sums)
+    return int(weights + 2 * sums + max([0, *calibrate, *evaluate]))
 
 
 def _duration(seconds: float) -> str:

@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ffnscope.errors import ArtifactError
-from ffnscope.io import write_text
+from ffnscope.io import read_json, write_json, write_text, writing
 from ffnscope.run.load import dump_config
 from ffnscope.run.schema import RunConfig
 
 CONFIG = "experiment_config.yaml"
+LOG_FILE = "run.log"
 
 
-def open_folder(config: RunConfig, *, overwrite: bool = False) -> Path:
-    """Make the run folder, or continue one of the same configuration.
+@contextlib.contextmanager
+def open_folder(config: RunConfig, *, overwrite: bool = False) -> Generator[Path]:
+    """Make the run folder, or continue one of the same configuration, and hold it for this process.
 
     Raises:
-        ArtifactError: the folder holds something else, or results of another configuration, and ``overwrite`` is not
-            set. With it, stages whose inputs did not change are kept and the others are replaced.
+        ArtifactError: as `check_folder`; or another process runs in the folder, or it cannot be written.
+    """
+    check_folder(config, overwrite=overwrite)
+    folder = config.output_dir
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder):
+        _sweep(folder)
+        path, text = folder / CONFIG, dump_config(config)
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_text(path, text)
+        yield folder
+
+
+def check_folder(config: RunConfig, *, overwrite: bool = False) -> None:
+    """Refuse a folder that is not this run's; nothing is written.
+
+    A folder in which no stage was begun holds nothing to protect, so a configuration that failed at once can be
+    mended and run again.
+
+    Raises:
+        ArtifactError: it is a file, or ``overwrite`` is not set and it holds something else, or results of another
+            configuration. With ``overwrite``, stages whose inputs did not change are kept and the others replaced.
     """
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; output.dir must be a folder.")
-    known = folder / CONFIG
-    text = dump_config(config)
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        if not known.exists():
-            raise ArtifactError(
-                f"{folder} is not empty and holds no {CONFIG}, so it is not a run of ffnscope. Choose another "
-                "output.dir, or pass --overwrite to write into it."
-            )
-        changed = differing(yaml.safe_load(known.read_text(encoding="utf-8")), yaml.safe_load(text))
-        if changed:
-            raise ArtifactError(
-                f"{folder} holds a run of another configuration (different: {', '.join(changed[:6])}"
-                f"{' ...' if len(changed) > 6 else ''}). Choose another output.dir, or pass --overwrite to bring it up "
-                "to date: stages whose inputs did not change are kept."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(known, text)
-    return folder
+    with writing(folder):
+        held = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    if overwrite or held <= {CONFIG, LOG_FILE}:
+        return
+    if CONFIG not in held:
+        raise ArtifactError(
+            f"{folder} is not empty and holds no {CONFIG}, so it is not a run of ffnscope. Choose another output.dir, "
+            "or pass --overwrite to write into it."
+        )
+    changed = differing(_read(folder / CONFIG), yaml.safe_load(dump_config(config)))
+    if changed:
+        raise ArtifactError(
+            f"{folder} holds a run of another configuration (different: {', '.join(changed[:6])}"
+            f"{' ...' if len(changed) > 6 else ''}). Choose another output.dir, or pass --overwrite to bring it up "
+            "to date: stages whose inputs did not change are kept."
+        )
 
 
 def differing(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -54,3 +79,46 @@ def differing(old: Any, new: Any, prefix: str = "") -> list[str]:
         dotted = f"{prefix}.{key}" if prefix else str(key)
         found += differing(old.get(key), new.get(key), dotted)
     return found
+
+
+def write_if_changed(path: Path, value: Any) -> None:
+    """Write strict JSON, unless the file holds the same already."""
+    with contextlib.suppress(ArtifactError):
+        if read_json(path) == value:
+            return
+    write_json(path, value)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read, so it is not known what the folder holds ({str(error).splitlines()[0]}). Choose "
+            "another output.dir, or pass --overwrite: stages whose inputs did not change are kept."
+        ) from error
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Generator[None]:
+    """Lock the folder until the block or the process ends, however it ends; no file is made for it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"another process is at work in {folder}. Wait, or choose another output.dir."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete the unfinished files of a process that was killed while it wrote."""
+    unfinished = f".*.{'[0-9a-f]' * 32}.tmp"  # as `ffnscope.io.replacing` names them
+    for path in (*folder.glob(unfinished), *folder.glob(f"*/{unfinished}")):
+        path.unlink(missing_ok=True)

@@ -8,12 +8,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ffnscope.io import writing
 
 LOG = logging.getLogger("ffnscope.run")
 QUIET_SECONDS = 15.0
@@ -33,32 +35,30 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print one line and log it."""
         LOG.info(text)
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, name: str, unit: str) -> Generator[Update]:
         """Yield ``update(done, total)`` for one stage; ``unit`` is what is counted, e.g. "tokens"."""
         start = time.perf_counter()
-        counted = [0]
+        meter = _Meter()
         LOG.info("%s: started", name)
-        with self._bar(name, unit) as show:
+        with self._bar(name, unit, meter) as show:
 
             def update(done: int, total: int) -> None:
-                counted[0] = done
+                meter.note(done)
                 show(done, total)
 
             yield update
-        seconds = time.perf_counter() - start
-        rate = f", {counted[0] / seconds:,.0f} {unit}/s" if counted[0] and seconds > 0 else ""
-        self.say(f"{name}: {seconds:.1f} s{rate}")
+        self.say(f"{name}: {time.perf_counter() - start:.1f} s" + (f", {meter.rate:,.0f} {unit}/s" * (meter.rate > 0)))
 
     @contextlib.contextmanager
-    def _bar(self, name: str, unit: str) -> Generator[Update]:
+    def _bar(self, name: str, unit: str, meter: _Meter) -> Generator[Update]:
         if not self.console.is_terminal:
-            yield self._lines(name, unit)
+            yield self._lines(name, unit, meter)
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -70,30 +70,61 @@ class Reporter:
             bar = progress.add_task(name, total=None, rate="")
 
             def show(done: int, total: int) -> None:
-                speed = progress.tasks[0].speed
-                rate = f"{speed:,.0f} {unit}/s" if speed else ""
+                rate = f"{meter.rate:,.0f} {unit}/s" if meter.rate else ""
                 progress.update(bar, completed=done, total=total, rate=rate)
 
             yield show
 
-    def _lines(self, name: str, unit: str) -> Update:
-        start = last = time.perf_counter()
+    def _lines(self, name: str, unit: str, meter: _Meter) -> Update:
+        last = time.perf_counter()
 
         def show(done: int, total: int) -> None:
             nonlocal last
             now = time.perf_counter()
-            if now - last >= QUIET_SECONDS and done:
+            if now - last >= QUIET_SECONDS:
                 last = now
-                left = (now - start) * (total - done) / done
-                self.say(f"{name}: {done:,} of {total:,} {unit}, about {left:.0f} s left")
+                left = f", about {(total - done) / meter.rate:.0f} s left" if meter.rate else ""
+                self.say(f"{name}: {done:,} of {total:,} {unit}{left}")
 
         return show
 
 
+@dataclass(slots=True)
+class _Meter:
+    """Rate since the first update: a stage that goes on begins with what an earlier process did."""
+
+    begun: tuple[float, int] | None = None
+    rate: float = 0.0
+
+    def note(self, done: int) -> None:
+        now = time.perf_counter()
+        if self.begun is None:
+            self.begun = (now, done)
+        elif now > self.begun[0]:
+            self.rate = (done - self.begun[1]) / (now - self.begun[0])
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written (full disk) neither stops the run nor fills the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on without this line."""
+
+    def close(self) -> None:
+        """Close the file; what could not be written is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def logging_to(path: Path) -> Generator[None]:
-    """Append what the run says, and every warning of Python's log, to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Append what the run says, every warning of Python's log, and what stopped the run, to a file.
+
+    Raises:
+        ArtifactError: the file cannot be opened.
+    """
+    with writing(path):
+        handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = LOG.level
@@ -101,6 +132,9 @@ def logging_to(path: Path) -> Generator[None]:
     LOG.setLevel(logging.INFO)
     try:
         yield
+    except BaseException as error:
+        LOG.error("stopped by %s: %s", type(error).__name__, error)
+        raise
     finally:
         LOG.setLevel(level)
         root.removeHandler(handler)
@@ -108,9 +142,9 @@ def logging_to(path: Path) -> Generator[None]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process so far, in bytes: resident, and on the accelerator where there is one."""
+    """Peak memory of this process so far, in bytes: resident, and on the accelerators where there are any."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found: dict[str, Any] = {"resident": peak if sys.platform == "darwin" else peak * 1024}
+    found = {"resident": peak if sys.platform == "darwin" else peak * 1024}
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.max_memory_allocated()
+        found["cuda"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return found

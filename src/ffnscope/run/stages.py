@@ -14,8 +14,8 @@ import torch
 import ffnscope
 from ffnscope.apply.mask import masked
 from ffnscope.calibrate.collect import PassOptions, calibrate, required_statistics, weights_hash
-from ffnscope.calibrate.text import TextSource, load_windows
 from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.samples import generate_samples
 from ffnscope.ffn.load import LoadedModel
@@ -32,11 +32,12 @@ from ffnscope.io import (
     write_stats,
 )
 from ffnscope.plan.build import build_plan, top_core
+from ffnscope.registry import METRICS
 from ffnscope.report.summary import correlation_summary, score_summary
-from ffnscope.run import texts
 from ffnscope.run.ledger import Ledger
 from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.windows import calibration_windows, describe_windows, evaluation_windows
 from ffnscope.scoring import score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
@@ -50,10 +51,11 @@ class Job:
     ledger: Ledger
     reporter: Reporter
     loaded: LoadedModel
-    sites: list[FFNSite] = field(default_factory=list[FFNSite])
-    model_hash: str = ""
+    sites: list[FFNSite]
+    model_hash: str
+    calibration: Windows
+    held_out: list[Windows]
     keys: dict[str, str] = field(default_factory=dict[str, str])
-    texts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
     def stage(self, name: str, depends: Any, files: Sequence[Path], make: Callable[[], None]) -> None:
         """Run ``make`` unless the files of this stage are current; record files, seconds and peak memory."""
@@ -62,6 +64,7 @@ class Job:
         if self.ledger.current(name, key):
             self.reporter.say(f"{name}: already done")
             return
+        self.ledger.begin(name, files)
         start = time.perf_counter()
         make()
         seconds = round(time.perf_counter() - start, 3)
@@ -69,106 +72,68 @@ class Job:
 
 
 def open_job(config: RunConfig, folder: Path, reporter: Reporter, loaded: LoadedModel) -> Job:
-    """Find the FFNs and hash the weights."""
-    job = Job(config, folder, Ledger(folder), reporter, loaded)
-    job.sites = find_sites(loaded.model, config.model.tracked_layers)
-    job.model_hash = weights_hash(loaded.model)
-    return job
+    """Find the FFNs, hash the weights and cut all texts, so that what is missing shows before anything long starts."""
+    ledger = Ledger(folder)
+    sites = find_sites(loaded.model, config.model.tracked_layers)
+    with reporter.task("read texts", "texts"):
+        calibration = calibration_windows(config, loaded.tokenizer)
+        held_out = evaluation_windows(config, loaded.tokenizer)
+    return Job(config, folder, ledger, reporter, loaded, sites, weights_hash(loaded.model), calibration, held_out)
 
 
-def calibration_windows(config: RunConfig, tokenizer: Any) -> Windows:
-    """Cut the calibration text into the windows that the configuration asks for."""
+def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptions:
+    """Sizes of the calibration pass."""
     asked = config.calibration
-    return load_windows(
-        text_source(config.calibration_text),
-        tokenizer,
-        n=asked.num_samples,
-        length=asked.max_length,
-        mode=asked.mode,
-        seed=config.seed,
-        answers_only=asked.answers_only,
+    return PassOptions(
+        batch_size=asked.batch_size,
+        gradient_windows=config.scar_num_samples,
+        gradient_length=config.scar_max_length,
+        checkpoint=checkpoint,
+        checkpoint_every=asked.checkpoint_every * asked.batch_size,
     )
-
-
-def evaluation_windows(config: RunConfig, tokenizer: Any) -> list[Windows]:
-    """Windows of every held-out text: contiguous blocks, or chats when the calibration is on chats."""
-    chat = config.calibration.mode == "chat"
-    return [
-        load_windows(
-            text_source(text),
-            tokenizer,
-            n=config.evaluation.num_samples,
-            length=config.evaluation_max_length,
-            mode="chat" if chat else "contiguous",
-            seed=config.seed,
-            answers_only=chat and config.calibration.answers_only,
-        )
-        for text in config.evaluation_texts
-    ]
-
-
-def text_source(text: texts.TextSource) -> TextSource:
-    """Turn the YAML's text into the loader's."""
-    return TextSource(**{name: getattr(text, name) for name in type(text).model_fields})
-
-
-def describe_windows(windows: Windows) -> dict[str, Any]:
-    """Facts of a text for the record."""
-    return {
-        "text": windows.source,
-        "windows": len(windows),
-        "length": windows.length,
-        "tokens": windows.n_tokens,
-        "predicted_tokens": windows.n_targets,
-        "hash": windows.hash,
-    }
 
 
 def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
     """Collect the statistics of all metrics in one pass: ``statistics.safetensors``."""
-    config = job.config
-    windows = calibration_windows(config, job.loaded.tokenizer)
-    facts = describe_windows(windows)
-    job.texts["calibration"] = facts
     path, part = job.folder / "statistics.safetensors", job.folder / "statistics.part.safetensors"
-    scar = config.metrics.scar
-    options = PassOptions(
-        batch_size=config.calibration.batch_size,
-        gradient_windows=scar.num_samples,
-        gradient_length=scar.max_length,
-        checkpoint=part,
-        checkpoint_every=config.calibration.checkpoint_every * config.calibration.batch_size,
-    )
-    names = required_statistics(config.metric_names)
-    sizes = {"gradient_windows": scar.num_samples, "gradient_length": scar.max_length}
-    depends = [job.model_hash, facts["hash"], names, sizes, [asdict(s) for s in job.sites]]
+    options = pass_options(job.config, part)
+    metrics = job.config.metric_names
+    facts = describe_windows(job.calibration)
+    sizes = {"gradient_windows": options.gradient_windows, "gradient_length": options.gradient_length}
 
     def make() -> None:
+        _discard_damaged(job, part, read_stats)
         with job.reporter.task("calibrate", "tokens") as update:
             stats = calibrate(
-                job.loaded.model, windows, config.metric_names, sites=job.sites, options=options, on_batch=update
+                job.loaded.model, job.calibration, metrics, sites=job.sites, options=options, on_batch=update
             )
         write_stats(path, stats.values(), {"model": job.model_hash, "calibration": facts, **sizes})
-        part.unlink(missing_ok=True)
 
+    names = sorted(required_statistics(metrics))
+    depends = [job.model_hash, facts["hash"], names, sizes, [asdict(s) for s in job.sites]]
     job.stage("calibrate", depends, [path], make)
     return read_stats(path)[0]
 
 
 def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Scores]:
     """Score every channel with every metric: ``scores.safetensors`` and ``scores.json``."""
-    config = job.config
     path, summary = job.folder / "scores.safetensors", job.folder / "scores.json"
-    params = {name: config.metric_arguments(name) for name in config.metric_names}
+    params = {name: metric_params(job.config, name) for name in job.config.metric_names}
 
     def make() -> None:
-        facts = {"model": job.model_hash, "calibration": job.texts["calibration"]}
+        facts = {"model": job.model_hash, "calibration": describe_windows(job.calibration)}
         found = {n: score(job.loaded.model, stats, n, facts=facts, **p) for n, p in params.items()}
         write_scores(path, found.values(), facts)
         write_json(summary, {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)})
 
     job.stage("score", [job.keys["calibrate"], params], [path, summary], make)
     return read_scores(path)[0]
+
+
+def metric_params(config: RunConfig, name: str) -> dict[str, Any]:
+    """Arguments of a metric as the YAML gives them; one that draws at random takes the experiment's seed."""
+    given = config.metric_arguments(name)
+    return {"seed": config.experiment.seed, **given} if "seed" in METRICS.get(name).params else given
 
 
 def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]:
@@ -179,7 +144,7 @@ def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]
         return {}
     asked = config.pruning
     budgets = {r: Budget(r, asked.multiple_of, asked.min_width) for r in asked.ratios}
-    names = {f"{metric}-{ratio:g}": (metric, ratio) for metric in asked.algorithms for ratio in asked.ratios}
+    names = {f"{metric}-{r}".removesuffix(".0"): (metric, r) for metric in asked.algorithms for r in asked.ratios}
     paths = {label: job.folder / "plans" / f"{label}.json" for label in names}
 
     def make() -> None:
@@ -209,23 +174,20 @@ def find_core(config: RunConfig, scores: Mapping[str, Scores]) -> dict[FFNSite, 
 def evaluate_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[EvalRow]:
     """Evaluate the dense model and every plan on every held-out text, window by window."""
     rows: list[EvalRow] = []
-    if not job.config.evaluation.enabled:
-        return rows
-    plan_keys = job.keys.get("plan", "")
-    for i, windows in enumerate(evaluation_windows(job.config, job.loaded.tokenizer)):
-        facts = describe_windows(windows)
-        job.texts[f"evaluation_{i}"] = facts
+    for i, windows in enumerate(job.held_out):
         state = job.folder / "evaluation" / f"windows_{i}.json"
-        name = f"evaluate {i + 1}"
-        depends = [job.model_hash, plan_keys, facts["hash"]]
-        job.stage(name, depends, [state], partial(_compare, job, plans, windows, state))
-        rows += compare_plans(job.loaded.model, plans, windows, batch_size=job.config.dataset.batch_size, state=state)
+        depends = [job.model_hash, job.keys.get("plan", ""), windows.hash]
+        job.stage(f"evaluate {i + 1}", depends, [state], partial(_compare, job, plans, windows, state))
+        rows += compare_plans(
+            job.loaded.model, plans, windows, batch_size=job.config.dataset.batch_size, state=state
+        )  # reads the state: every number is there
     return rows
 
 
 def _compare(job: Job, plans: Mapping[str, PruningPlan], windows: Windows, state: Path) -> None:
     size = job.config.dataset.batch_size
     per_batch = size * windows.length * (1 + len(plans))
+    _discard_damaged(job, state, read_json)
     with job.reporter.task(f"evaluate on {windows.source.split(':')[0]}", "tokens") as update:
         compare_plans(
             job.loaded.model,
@@ -246,17 +208,28 @@ def samples_stage(job: Job, plans: Mapping[str, PruningPlan]) -> dict[str, list[
     prompts = list(asked.prompts)
     model: Any = job.loaded.model
 
+    def write() -> list[str]:
+        return generate_samples(model, job.loaded.tokenizer, prompts, max_new_tokens=asked.max_new_tokens)
+
     def make() -> None:
-        found: dict[str, list[str]] = {}
         with job.reporter.task("generate samples", "texts") as update:
-            found["dense"] = generate_samples(model, job.loaded.tokenizer, prompts, max_new_tokens=asked.max_new_tokens)
-            for i, (label, plan) in enumerate(plans.items()):
+            found = {"dense": write()}
+            for label, plan in plans.items():
+                update(len(found) * len(prompts), (1 + len(plans)) * len(prompts))
                 with masked(model, plan):
-                    found[label] = generate_samples(
-                        model, job.loaded.tokenizer, prompts, max_new_tokens=asked.max_new_tokens
-                    )
-                update((i + 2) * len(prompts), (1 + len(plans)) * len(prompts))
+                    found[label] = write()
         write_json(path, {"prompts": prompts, "max_new_tokens": asked.max_new_tokens, "texts": found})
 
     job.stage("samples", [job.model_hash, job.keys.get("plan", ""), asked.model_dump()], [path], make)
     return read_json(path)["texts"]
+
+
+def _discard_damaged(job: Job, path: Path, read: Callable[[Path], Any]) -> None:
+    """Delete the state of an unfinished stage that cannot be read, so that the stage starts anew."""
+    if not path.exists():
+        return
+    try:
+        read(path)
+    except (ArtifactError, ArithmeticError, ValueError) as error:
+        job.reporter.say(f"{error} It is made again.")
+        path.unlink()

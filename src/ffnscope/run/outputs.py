@@ -1,0 +1,127 @@
+"""What a run writes for its readers: tables, plots, and the summary of what was done with what."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ffnscope
+from ffnscope.errors import UsageError
+from ffnscope.evaluate.compare import EvalRow
+from ffnscope.io import SCHEMA, write_csv, write_json, write_text
+from ffnscope.report.summary import rank_correlation
+from ffnscope.report.tables import results_markdown, results_rows
+from ffnscope.run.schema import RunConfig
+from ffnscope.run.stages import Job, find_core
+from ffnscope.run.windows import describe_windows
+from ffnscope.types import FFNSite, PruningPlan, Scores
+
+
+def check_plots(config: RunConfig) -> None:
+    """Raise UsageError when plots are asked for and cannot be drawn: at the start, not after all the work."""
+    if config.output.plots and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "output.plots needs matplotlib, which is not installed: pip install 'ffnscope[plots]', or set "
+            "output.plots: false."
+        )
+
+
+def report_stage(job: Job, scores: Mapping[str, Scores], rows: Sequence[EvalRow]) -> None:
+    """Write tables and plots: ``pruning_results.json``/``.csv``, ``results.md``, ``plots/``."""
+    names = ("pruning_results.json", "pruning_results.csv", "results.md") if rows else ()
+    tables = [job.folder / name for name in names]
+    plots = _plot_files(job, scores, rows)
+    flat = results_rows(rows)
+
+    def make() -> None:
+        if tables:
+            write_json(tables[0], {"rows": flat})
+            write_csv(tables[1], flat)
+            write_text(tables[2], f"# {job.config.experiment.name}\n\n{results_markdown(rows)}")
+        if plots:
+            with job.reporter.task("plots", "files"):
+                _draw(job, scores, rows, plots)
+
+    shown = [job.config.experiment.name, job.config.model.model_id, job.config.supernode.model_dump()]
+    job.stage("report", [job.keys["score"], flat, sorted(plots), shown], [*tables, *plots.values()], make)
+
+
+def summary(job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow]) -> dict[str, Any]:
+    """Collect what a reader of the results must know: versions, model, texts, seeds, timings, memory, results."""
+    held_out = {f"evaluation_{i}": describe_windows(windows) for i, windows in enumerate(job.held_out)}
+    return {
+        "schema": SCHEMA,
+        "name": job.config.experiment.name,
+        "versions": _versions(),
+        "model": _model(job),
+        "texts": {"calibration": describe_windows(job.calibration), **held_out},
+        "seeds": {"experiment": job.config.experiment.seed, "calibration": job.config.seed},
+        "stages": {
+            name: {k: v for k, v in job.ledger.stages[name].items() if k in ("seconds", "peak_memory_bytes")}
+            for name in job.keys
+        },
+        "plans": {label: {"sparsity": plan.sparsity, "metric": plan.metric} for label, plan in plans.items()},
+        "results": results_rows(rows),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "ffnscope": ffnscope.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _model(job: Job) -> dict[str, Any]:
+    model: Any = job.loaded.model
+    parameters = list(model.parameters())
+    return {
+        "model_id": job.config.model.model_id,
+        "class": type(model).__name__,
+        "revision": getattr(model.config, "_commit_hash", None) or job.config.model.revision,
+        "weights_hash": job.model_hash,
+        "parameters": sum(p.numel() for p in parameters),
+        "ffn_parameters_per_channel": _channel_parameters(job.sites[0]),
+        "dtype": str(parameters[0].dtype).removeprefix("torch."),
+        "device": str(parameters[0].device),
+        "sites": [asdict(s) for s in job.sites],
+    }
+
+
+def _channel_parameters(site: FFNSite) -> int:
+    """Weights that one channel is made of: its rows of gate and up, and its column of down."""
+    return site.d_model * (2 if site.gate is None else 3)
+
+
+def _plot_files(job: Job, scores: Mapping[str, Scores], rows: Sequence[EvalRow]) -> dict[str, Path]:
+    if not job.config.output.plots:
+        return {}
+    names = ["heatmap", *(f"scores_{metric}" for metric in scores)] if scores else []
+    names += ["rank_correlation"] if len(scores) > 1 else []
+    names += ["perplexity"] if any(row.metric for row in rows) else []
+    return {name: job.folder / "plots" / f"{name}.png" for name in names}
+
+
+def _draw(job: Job, scores: Mapping[str, Scores], rows: Sequence[EvalRow], files: Mapping[str, Path]) -> None:
+    from ffnscope.report import plots
+
+    title = f"{job.config.model.model_id}, {job.calibration.n_tokens:,} tokens of {job.calibration.source}"
+    core = find_core(job.config, scores)
+    if "heatmap" in files:
+        plots.plot_heatmap(scores, files["heatmap"], title)
+    for metric, one in scores.items():
+        plots.plot_score_distributions(one, files[f"scores_{metric}"], core, title)
+    if "rank_correlation" in files:
+        plots.plot_rank_correlation(*rank_correlation(scores), files["rank_correlation"], title)
+    if "perplexity" in files:
+        plots.plot_perplexity(rows, files["perplexity"], job.config.model.model_id)

@@ -1,0 +1,64 @@
+"""The texts of a run, cut into token windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ffnscope.calibrate.text import TextSource, load_documents, load_windows
+from ffnscope.calibrate.windows import Windows
+from ffnscope.run import texts
+from ffnscope.run.schema import RunConfig
+
+
+def calibration_windows(config: RunConfig, tokenizer: Any) -> Windows:
+    """Cut the calibration text into the windows that the configuration asks for."""
+    asked = config.calibration
+    return load_windows(
+        text_source(config.calibration_text),
+        tokenizer,
+        n=asked.num_samples,
+        length=asked.max_length,
+        mode=asked.mode,
+        seed=config.seed,
+        answers_only=asked.answers_only,
+    )
+
+
+def evaluation_windows(config: RunConfig, tokenizer: Any) -> list[Windows]:
+    """Cut every held-out text: contiguous blocks of a text, whole conversations of a text of chats.
+
+    The seed is the experiment's, so that runs that differ in their calibration sample are measured on one text.
+    """
+    sources = [text_source(text) for text in config.evaluation_texts] if config.evaluation.enabled else []
+    return [
+        load_windows(
+            source,
+            tokenizer,
+            n=config.evaluation.num_samples,
+            length=config.evaluation_max_length,
+            seed=config.experiment.seed,
+            answers_only=config.calibration.answers_only and _holds_chats(source),
+        )
+        for source in sources
+    ]
+
+
+def text_source(text: texts.TextSource) -> TextSource:
+    """Turn the YAML's text into the loader's."""
+    return TextSource(**{name: getattr(text, name) for name in texts.TextSource.model_fields})
+
+
+def describe_windows(windows: Windows) -> dict[str, Any]:
+    """Facts of a text for the record."""
+    return {
+        "text": windows.source,
+        "windows": len(windows),
+        "length": windows.length,
+        "tokens": windows.n_tokens,
+        "predicted_tokens": windows.n_targets,
+        "hash": windows.hash,
+    }
+
+
+def _holds_chats(source: TextSource) -> bool:
+    return not isinstance(next(load_documents(source), ""), str)
