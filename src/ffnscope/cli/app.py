@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ffnscope import __version__
-from ffnscope.cli import channels
+from ffnscope.cli.channels import OUT, eval_command, score_command
 from ffnscope.cli.options import Device, Dtype, Model, Overwrite, Remote, open_model
+from ffnscope.cli.prune import prune_command
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_plan
@@ -26,10 +27,10 @@ from ffnscope.types import PruningPlan
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 plan_app = typer.Typer(no_args_is_help=True, help="Look at pruning plans.")
 app.add_typer(plan_app, name="plan")
-app.command("score")(channels.score_command)
-app.command("prune")(channels.prune_command)
-app.command("eval")(channels.eval_command)
-OUT = Console()
+app.command("score")(score_command)
+app.command("prune")(prune_command)
+app.command("eval")(eval_command)
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 def main() -> None:
@@ -37,11 +38,12 @@ def main() -> None:
     try:
         app()
     except FFNScopeError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; run the same command again: finished work is kept.", style="red")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _say("interrupted. Called again, `run` and `score` go on where they stopped.")
+        raise
 
 
 @app.callback(invoke_without_command=True)
@@ -66,7 +68,7 @@ def run_command(
 
     loaded = load_config(config, overrides or ())
     if dry_run:
-        print_estimate(loaded, OUT)
+        print_estimate(loaded, OUT, overwrite=overwrite)
         return
     result = run(loaded, overwrite=overwrite)
     if result.rows:
@@ -112,7 +114,7 @@ def inspect_command(
         table.add_row(str(s.layer), s.path, gate, s.up, s.down, str(s.d_model), str(s.d_ff), s.activation)
     OUT.print(table)
     channels_in_all = sum(s.d_ff for s in sites)
-    OUT.print(f"{type(loaded.model).__name__}: {len(sites)} FFNs, {channels_in_all:,} channels")
+    OUT.print(Text(f"{type(loaded.model).__name__}: {len(sites)} FFNs, {channels_in_all:,} channels"))
 
 
 @plan_app.command("show")
@@ -130,9 +132,8 @@ def plan_show(
     for row in rows:
         table.add_row(row["site"], str(row["d_ff"]), str(row["width"]), f"{row['sparsity']:.1%}", str(row["protected"]))
     OUT.print(table)
-    OUT.print(
-        f"metric {plan.metric}, allocator {plan.allocator}, asked {plan.budget.sparsity:g}, got {plan.sparsity:.4f}"
-    )
+    asked = f"metric {plan.metric}, allocator {plan.allocator}, asked {plan.budget.sparsity:g}"
+    OUT.print(Text(f"{asked}, got {plan.sparsity:.4f}"))
 
 
 @plan_app.command("diff")
@@ -151,6 +152,10 @@ def plan_diff(
         numbers = (row["width_a"], row["width_b"], row["only_a"], row["only_b"])
         table.add_row(row["site"], *map(str, numbers), f"{row['jaccard']:.3f}")
     OUT.print(table)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _plan_row(plan: PruningPlan, site: Any) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
+from pydantic import ValidationError
 
 from ffnscope.calibrate.text import TextSource, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
 from ffnscope.registry import METRICS
+from ffnscope.run.document import DocumentError, parse_value
+from ffnscope.run.explain import explain
 from ffnscope.run.metric_arguments import parse_arguments
 from ffnscope.run.progress import Reporter
 from ffnscope.run.texts import held_out_split
@@ -68,7 +70,7 @@ def metric_params(given: list[str] | None, metrics: list[str]) -> dict[str, dict
     """Parse ``METRIC.NAME=VALUE`` options into typed arguments per metric.
 
     Raises:
-        UsageError: malformed, or for a metric that is not asked for.
+        UsageError: malformed, of a wrong type, missing, or for a metric that is not asked for.
     """
     raw: dict[str, dict[str, Any]] = {m: {} for m in metrics}
     for item in given or ():
@@ -81,5 +83,21 @@ def metric_params(given: list[str] | None, metrics: list[str]) -> dict[str, dict
         rule = METRICS.get(name)
         if key not in rule.params:
             raise unknown_name(f"parameter of metric {name!r}", key, rule.params)
-        raw[name][key] = yaml.safe_load(value)
-    return {name: parse_arguments(METRICS.get(name), values) for name, values in raw.items()}
+        raw[name][key] = _value(item, value)
+    return {name: _arguments(name, values) for name, values in raw.items()}
+
+
+def _value(item: str, text: str) -> Any:
+    try:
+        return parse_value(text)
+    except DocumentError as error:
+        raise UsageError(f"--param {item}: {error}.") from error
+
+
+def _arguments(metric: str, values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return parse_arguments(METRICS.get(metric), values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join((metric, *map(str, first["loc"])))
+        raise UsageError(f"--param {name}: {explain(first)}.") from error
