@@ -127,6 +127,8 @@ def _keeper(trace: _Trace, layer: str) -> Any:
 
 
 def _detach_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give every layer a graph of its own; else each derivative would walk through all layers before it."""
+
     def cut(value: Any) -> Any:
         return value.detach() if isinstance(value, Tensor) else value
 

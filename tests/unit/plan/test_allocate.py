@@ -109,9 +109,7 @@ class TestGlobal:
                 global_(scores, Budget(sparsity, 1, least))
             return
         kept = [
-            (i, j)
-            for i, row in enumerate(values)
-            for j in sorted(range(len(row)), key=lambda j: (-row[j], j))[:least]
+            (i, j) for i, row in enumerate(values) for j in sorted(range(len(row)), key=lambda j: (-row[j], j))[:least]
         ]
         rest = [(i, j) for i, row in enumerate(values) for j in range(len(row)) if (i, j) not in kept]
         kept += sorted(rest, key=lambda place: (-values[place[0]][place[1]], place))[: target - len(kept)]

@@ -31,6 +31,9 @@ class TestBuild:
 
     def test_equal_scores_stay_in_order_of_index(self) -> None:
         assert kept(build_plan(scores_of([1.0] * 6), 0.5)) == [[0, 1, 2]]
+        assert kept(build_plan(scores_of([1.0, 2.0] * 5000), 0.25)) == [
+            sorted([*range(1, 10000, 2), *range(0, 5000, 2)])
+        ]
         assert kept(build_plan(scores_of([1.0] * 4, [1.0] * 4), 0.5, "global")) == [[0, 1, 2], [0]]
 
     def test_global_keeps_the_highest_of_the_model(self) -> None:
@@ -83,6 +86,12 @@ class TestProtection:
         assert plan.protected[scores.sites[0]].tolist() == [0, 1]
         assert plan.sparsity == 0.5
         assert torch.equal(scores.values[scores.sites[0]], torch.tensor([0.0, 1.0, 2.0, 3.0]) + shift)
+
+    def test_a_protected_channel_is_above_the_best_of_the_others(self) -> None:
+        scores = scores_of([5.0, 5.0, 5.0, 0.0], [5.0] * 4)
+        core = {scores.sites[0]: torch.tensor([3])}
+        assert kept(build_plan(scores, 0.5, protected=core)) == [[0, 3], [0, 1]]
+        assert kept(build_plan(scores, 0.5, "global", protected=core)) == [[0, 1, 3], [0]]
 
     def test_more_protected_than_kept(self) -> None:
         scores = scores_of([1.0] * 8)
