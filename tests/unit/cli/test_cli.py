@@ -1,0 +1,325 @@
+"""The commands run, inspect, metrics, score, plan and eval; errors and exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+
+import ffnscope
+from checkpoints import make_checkpoint
+from ffnscope.calibrate import collect
+from ffnscope.io import read_plan, read_scores, write_plan
+from ffnscope.plan.build import build_plan
+from ffnscope.registry import METRICS
+from runs import small_run, strict_json
+from tiny import D_FF, HIDDEN, LAYERS
+
+Ok = Callable[..., Result]
+Fails = Callable[..., str]
+SMALL = ("--num-samples", 4, "--max-length", 32, "--batch-size", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def plans(checkpoint: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the plans a.json (25 %) and b.json (50 %) of the checkpoint."""
+    folder = tmp_path_factory.mktemp("plans")
+    loaded = ffnscope.load_model(str(checkpoint))
+    scores = ffnscope.score(loaded.model, ffnscope.find_sites(loaded.model), "weight_magnitude")
+    for name, sparsity in (("a", 0.25), ("b", 0.5)):
+        write_plan(folder / f"{name}.json", build_plan(scores, sparsity, protected=ffnscope.top_core(scores, count=2)))
+    return folder
+
+
+@pytest.fixture
+def config_file(checkpoint: Path, texts: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(small_run(checkpoint, texts, tmp_path / "out")))
+    return path
+
+
+# --- the program ---
+
+
+def test_version(ok: Ok) -> None:
+    assert ok("--version").stdout == f"{ffnscope.__version__}\n"
+
+
+def test_help_names_every_command(ok: Ok) -> None:
+    text = ok("--help").stdout
+    for name in ("run", "score", "plan", "prune", "eval", "inspect", "metrics"):
+        assert f" {name} " in text
+
+
+@pytest.mark.parametrize("command", [["run"], ["score"], ["plan", "show"], ["plan", "diff"], ["prune"], ["eval"]])
+def test_help_of_every_command(ok: Ok, command: list[str]) -> None:
+    assert "Usage:" in ok(*command, "--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["run"], ["run", "x.yaml", "--nonsense"], ["plan", "nonsense"]])
+def test_wrong_use_ends_with_2(fails: Fails, arguments: list[str]) -> None:
+    assert "Usage:" in fails(2, *arguments)
+
+
+def python_m(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ffnscope", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_python_m_runs_and_prints_results(config_file: Path, tmp_path: Path) -> None:
+    done = python_m("run", config_file, "--set", "pruning.ratios=[0.5]")
+    assert done.returncode == 0, done.stderr
+    assert "Perplexity on" in done.stdout
+    assert f"results in {tmp_path / 'out'}" in done.stderr
+    assert (tmp_path / "out" / "plans" / "random-0.5.json").is_file()
+
+
+def test_python_m_ends_an_error_without_a_traceback(tmp_path: Path) -> None:
+    done = python_m("run", tmp_path / "missing.yaml")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path}/missing.yaml: 1 problem\n")
+    assert "Traceback" not in done.stderr
+
+
+# --- run ---
+
+
+def test_run_and_run_again(ok: Ok, config_file: Path) -> None:
+    first, second = ok("run", config_file), ok("run", config_file)
+    assert first.stdout == second.stdout
+    assert "random (floor)" in first.stdout
+    assert "calibrate: already done" in second.stderr
+
+
+def test_run_of_another_configuration(ok: Ok, fails: Fails, config_file: Path) -> None:
+    ok("run", config_file)
+    change = ("--set", "experiment.seed=1")
+    assert "different: experiment.seed" in fails(1, "run", config_file, *change)
+    ok("run", config_file, *change, "--overwrite")
+
+
+def test_dry_run_writes_nothing(ok: Ok, fails: Fails, config_file: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    text = ok("run", config_file, "--dry-run").stdout
+    for words in ("192 tokens forward, 192 of them backward", "4 plans", "5 models x 128 tokens", "peak memory about"):
+        assert words in text
+    assert sorted(tmp_path.rglob("*")) == before
+    ok("run", config_file)
+    change = ("--set", "experiment.seed=1", "--dry-run")
+    assert "another configuration" in fails(1, "run", config_file, *change)
+    ok("run", config_file, *change, "--overwrite")
+
+
+def test_all_problems_of_a_file_at_once(fails: Fails, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {model_id: m}\npruning: {ratio: [0.1]}\nmetrics: {enabled: [wandas]}\n")
+    text = fails(2, "run", path, "--set", "calibration.num_samples=0")
+    assert "3 problems" in text
+    assert "line 2: pruning.ratio: unknown key 'ratio'. Did you mean 'ratios'?" in text
+    assert "line 3: metrics.enabled[0]: unknown metric 'wandas'. Did you mean 'wanda'?" in text
+    assert "--set calibration.num_samples: calibration.num_samples: must be at least 1; got 0." in text
+
+
+def test_nan_in_a_checkpoint_ends_with_1(fails: Fails, config_file: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    text = fails(1, "run", config_file, "--set", f"model.model_id={folder}")
+    assert text.count("error: ") == 1
+    assert "model.layers.1.mlp is NaN or infinite" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_missing_device_ends_with_1(fails: Fails, config_file: Path) -> None:
+    assert "Use device: auto or cpu." in fails(1, "run", config_file, "--set", "experiment.device=cuda")
+
+
+def test_ctrl_c_ends_with_130(fails: Fails, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect, "observe_batch", stop)
+    assert "interrupted. Called again, `run` and `score` go on where they stopped." in fails(130, "run", config_file)
+
+
+# --- looking ---
+
+
+def test_inspect(ok: Ok, fails: Fails, checkpoint: Path) -> None:
+    text = ok("inspect", checkpoint).stdout
+    assert "model.layers.1.mlp" in text
+    assert f"LlamaForCausalLM: {LAYERS} FFNs, {LAYERS * D_FF} channels" in text
+    (row,) = json.loads(ok("inspect", checkpoint, "--json", "--tracked", "layers.1.mlp.down_proj").stdout)
+    assert (row["layer"], row["gate"], row["d_model"], row["d_ff"]) == (1, "gate_proj", HIDDEN, D_FF)
+    assert "pattern 'nothing' matches no FFN" in fails(2, "inspect", checkpoint, "--tracked", "nothing")
+    assert "error: nothing does not exist; model_id may be" in fails(2, "inspect", "./nothing")
+
+
+def test_inspect_gpt2(ok: Ok, tmp_path: Path) -> None:
+    text = ok("inspect", make_checkpoint(tmp_path / "gpt2", "gpt2")).stdout
+    assert "transformer.h.0.mlp" in text
+    assert "c_fc" in text
+
+
+def test_metrics(ok: Ok) -> None:
+    rows = json.loads(ok("metrics", "--json").stdout)
+    assert [row["name"] for row in rows] == METRICS.names()
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["random"]["parameters"] == {"seed": 0}
+    assert (by_name["magnitude"]["cost"], by_name["magnitude"]["needs"]) == ("weights", [])
+    assert by_name["scar_loss_proxy"]["cost"] == "backward"
+    assert by_name["wanda"]["cost"] == "forward"
+    text = ok("metrics").stdout
+    for row in rows:
+        assert row["name"] in text
+        assert row["summary"] in text  # with its brackets: E[h^2] is no markup
+        assert row["source"] in text
+    assert any("E[" in row["summary"] for row in rows)
+    assert "random seed=0" in text
+
+
+def test_plan_show(ok: Ok, fails: Fails, plans: Path, tmp_path: Path) -> None:
+    text = ok("plan", "show", plans / "a.json").stdout
+    assert "model.layers.0.mlp" in text
+    assert "25.0%" in text
+    assert "metric weight_magnitude, allocator local, asked 0.25, got 0.2500" in text
+    value = json.loads(ok("plan", "show", plans / "a.json", "--json").stdout)
+    assert value["sparsity"] == 0.25
+    row = {"site": "model.layers.0.mlp", "d_ff": D_FF, "width": 36, "sparsity": 0.25, "protected": 2}
+    assert value["sites"][0] == row
+    assert "does not exist" in fails(1, "plan", "show", tmp_path / "none.json")
+    (tmp_path / "x.json").write_text('{"kind": "scores"}')
+    assert "expected a file of kind 'plan'" in fails(1, "plan", "show", tmp_path / "x.json")
+
+
+def test_plan_diff(ok: Ok, plans: Path) -> None:
+    assert "Jaccard" in ok("plan", "diff", plans / "a.json", plans / "b.json").stdout
+    rows = json.loads(ok("plan", "diff", plans / "a.json", plans / "b.json", "--json").stdout)
+    assert [(row["width_a"], row["width_b"], row["only_b"]) for row in rows] == [(36, 24, 0)] * LAYERS
+    assert rows[0]["jaccard"] == pytest.approx(24 / 36)
+
+
+# --- score ---
+
+
+def test_score(ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    names = ("-m", "wanda", "-m", "random", "--param", "random.seed=3", "--tracked", "model.layers.[1-1].mlp.up_proj")
+    ok("score", checkpoint, *names, "--text", texts / "train.txt", "--out", out, *SMALL)
+    assert {path.name for path in out.iterdir()} == {"scores.safetensors", "scores.json", "statistics.safetensors"}
+    found, facts = read_scores(out / "scores.safetensors")
+    assert [[site.layer for site in one.values] for one in found.values()] == [[1], [1]]
+    assert found["random"].facts["params"] == {"seed": 3}
+    assert facts["calibration"]["tokens"] == 4 * 32
+    assert list(strict_json(out / "scores.json")["metrics"]) == ["wanda", "random"]
+
+
+def test_score_goes_on_after_ctrl_c(
+    ok: Ok, fails: Fails, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = collect.observe_batch, []
+    options = ("score", checkpoint, "-m", "wanda", "--text", texts / "train.txt", "--num-samples", 40)
+    options += ("--max-length", 32, "--batch-size", 8, "--out", tmp_path / "out")
+
+    def stop_at_the_fifth(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(collect, "observe_batch", stop_at_the_fifth)
+    fails(130, *options)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["statistics.part.safetensors"]
+    ok(*options)
+    assert len(calls) == 4 + 1 + 1
+    whole = (*options[:-1], tmp_path / "whole")
+    ok(*whole)
+    files = ("scores.safetensors", "statistics.safetensors")
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["-m", "wandas"], "Unknown metric 'wandas'. Did you mean 'wanda'?"),
+        (["-m", "random", "--param", "random.sead=3"], "Did you mean 'seed'?"),
+        (["-m", "random", "--param", "wanda.seed=3"], "Unknown metric of --param 'wanda'"),
+        (["-m", "random", "--param", "seed=3"], "is not METRIC.NAME=VALUE"),
+        (["-m", "random", "--param", "random.seed=x"], "--param random.seed: expected a whole number; got 'x'."),
+        (["-m", "random", "--param", "random.seed=["], "--param random.seed=[: "),
+        (["-m", "random", "--num-samples", "0"], "must be at least 1"),
+        (["-m", "random", "--num-samples", "100000"], "windows of 512 tokens were asked of"),
+        (["-m", "random", "--dtype", "int8"], "dtype 'int8' is not known"),
+        (["-m", "random", "--device", "tpu"], "device"),
+    ],
+)
+def test_score_refuses(
+    fails: Fails, checkpoint: Path, texts: Path, tmp_path: Path, options: list[str], text: str
+) -> None:
+    arguments = ("--text", texts / "train.txt", "--out", tmp_path / "out")
+    assert text in fails(2, "score", checkpoint, *options, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_score_refuses_an_existing_output(fails: Fails, ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    options = ("score", checkpoint, "-m", "random", "--text", texts / "train.txt", "--out", tmp_path / "out", *SMALL)
+    assert "already exists" in fails(1, *options)
+    ok(*options, "--overwrite")
+    assert (tmp_path / "out" / "mine").exists()
+
+
+# --- eval ---
+
+
+def test_eval_of_plans(ok: Ok, checkpoint: Path, texts: Path, plans: Path, tmp_path: Path) -> None:
+    options = ["eval", checkpoint, "--text", texts / "test.txt", *SMALL]
+    options += ["--plan", plans / "a.json", "--plan", plans / "b.json"]
+    text = ok(*options, "--out", tmp_path / "rows.json").stdout
+    assert "Perplexity on" in text
+    rows = strict_json(tmp_path / "rows.json")["rows"]
+    assert [row["label"] for row in rows] == ["dense", "a", "b"]
+    assert [row["sparsity"] for row in rows] == [0.0, 0.25, 0.5]
+    assert rows[1]["kl_to_dense"] > 0
+    ok(*options, "--out", tmp_path / "new" / "rows.csv")
+    with (tmp_path / "new" / "rows.csv").open(newline="") as file:
+        assert [float(row["perplexity"]) for row in csv.DictReader(file)] == [row["perplexity"] for row in rows]
+
+
+def test_eval_of_a_shipped_text_takes_its_held_out_split(ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
+    ok("eval", checkpoint, "--text", "pydoc_topics", *SMALL, "--out", tmp_path / "rows.json")
+    (row,) = strict_json(tmp_path / "rows.json")["rows"]
+    assert "split test" in row["dataset"]
+    assert row["n_tokens"] == 4 * 31
+
+
+def test_eval_refuses(fails: Fails, checkpoint: Path, texts: Path, plans: Path, tmp_path: Path) -> None:
+    options = ("eval", checkpoint, "--text", texts / "test.txt", *SMALL)
+    assert "must end in .json or .csv" in fails(2, *options, "--out", tmp_path / "rows.txt")
+    (tmp_path / "rows.csv").touch()
+    assert "already exists" in fails(1, *options, "--out", tmp_path / "rows.csv")
+    twice = ("--plan", plans / "a.json", "--plan", plans / ".." / plans.name / "a.json")
+    assert "two plan files have the same name" in fails(2, *options, *twice)
+    assert "does not exist" in fails(1, *options, "--plan", tmp_path / "a.json")
+
+
+def test_eval_refuses_a_plan_of_another_model(fails: Fails, texts: Path, plans: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", intermediate_size=64)
+    options = ("--text", texts / "test.txt", "--plan", plans / "a.json", *SMALL)
+    assert "a: the plan was made for model.layers.0.mlp with 48 channels" in fails(2, "eval", other, *options)
+    assert read_plan(plans / "a.json").sparsity == 0.25

@@ -1,0 +1,189 @@
+"""The command prune: every way to a checkpoint that plain transformers loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ffnscope
+from checkpoints import make_checkpoint
+from ffnscope.io import read_plan, write_plan
+from tiny import D_FF, HIDDEN, LAYERS, tokens
+
+Ok = Callable[..., Result]
+Fails = Callable[..., str]
+SMALL = ("--num-samples", 4, "--max-length", 32, "--batch-size", 2, "--device", "cpu")
+
+
+@pytest.fixture
+def base(checkpoint: Path, texts: Path, tmp_path: Path) -> tuple[Any, ...]:
+    """Arguments of a small pruning into ``out``, without the evaluation."""
+    return ("prune", checkpoint, "--out", tmp_path / "out", "--text", texts / "train.txt", "--no-evaluate", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def scored(checkpoint: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scores of the checkpoint."""
+    loaded = ffnscope.load_model(str(checkpoint))
+    text = ffnscope.TextSource(str(texts / "train.txt"))
+    windows = ffnscope.load_windows(text, loaded.tokenizer, n=4, length=32)
+    names = ["scar_loss_proxy", "wanda"]
+    stats = ffnscope.calibrate(loaded.model, windows, names)
+    path = tmp_path_factory.mktemp("scored") / "scores.safetensors"
+    facts = {"model": ffnscope.weights_hash(loaded.model)}
+    ffnscope.write_scores(path, [ffnscope.score(loaded.model, stats, name) for name in names], facts)
+    return path
+
+
+def reload(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def said(result: Result) -> tuple[int, int]:
+    """Parameters before and after, as printed."""
+    before, after = re.findall(r"([\d,]+) -> ([\d,]+) parameters", result.stderr)[-1]
+    return int(before.replace(",", "")), int(after.replace(",", ""))
+
+
+def test_prune_to_a_sparsity(ok: Ok, base: tuple[Any, ...], checkpoint: Path, tmp_path: Path) -> None:
+    result = ok(*base, "--sparsity", 0.25)
+    pruned, dense = reload(tmp_path / "out"), reload(checkpoint)
+    assert said(result) == (parameters(dense), parameters(pruned))
+    assert parameters(dense) - parameters(pruned) == LAYERS * 12 * 3 * HIDDEN
+    assert pruned.config.intermediate_size == 36
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size > 250
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
+    assert (plan.metric, plan.allocator, plan.sparsity) == ("scar_loss_proxy", "local", 0.25)
+    with torch.no_grad(), ffnscope.masked(dense, plan):
+        expected = dense(input_ids=tokens()).logits
+        assert torch.allclose(pruned(input_ids=tokens()).logits, expected, atol=1e-4)
+
+
+def test_prune_by_a_plan(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
+    ok(*base, "--sparsity", 0.5, "-m", "wanda", "--multiple-of", 16)
+    plan = tmp_path / "out" / "ffnscope_plan.json"
+    assert set(read_plan(plan).widths.values()) == {32}  # 24 rounded to a multiple of 16, halves up
+    ok(*base, "--plan", plan, "--out", tmp_path / "again")
+    first, second = (reload(tmp_path / name).state_dict() for name in ("out", "again"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_prune_by_scores(ok: Ok, base: tuple[Any, ...], scored: Path, tmp_path: Path) -> None:
+    result = ok(*base, "--sparsity", 0.5, "--scores", scored, "-m", "wanda", "--core-fraction", 0.1)
+    assert "calibrate" not in result.stderr
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
+    assert plan.metric == "wanda"
+    assert {index.numel() for index in plan.protected.values()} == {5}
+
+
+def test_prune_with_a_parameter(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
+    for seed in (1, 2):
+        out = tmp_path / str(seed)
+        ok(*base, "--sparsity", 0.5, "-m", "random", "--param", f"random.seed={seed}", "--out", out)
+    one, two = (read_plan(tmp_path / str(seed) / "ffnscope_plan.json") for seed in (1, 2))
+    assert any(one.kept[site].tolist() != two.kept[site].tolist() for site in one.kept)
+
+
+def test_unequal_widths_need_padding(
+    ok: Ok, fails: Fails, base: tuple[Any, ...], scored: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = (*base, "--sparsity", 0.5, "--allocator", "global", "--scores", scored)
+    assert "--pad-to-widest" in fails(2, *options)
+    assert not (tmp_path / "out").exists()
+    result = ok(*options, "--pad-to-widest")
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
+    pruned, dense = reload(tmp_path / "out"), reload(checkpoint)
+    assert pruned.config.intermediate_size == max(plan.widths.values()) < D_FF
+    assert said(result)[1] == parameters(pruned)
+    with torch.no_grad(), ffnscope.masked(dense, plan):
+        expected = dense(input_ids=tokens()).logits
+        assert torch.allclose(pruned(input_ids=tokens()).logits, expected, atol=1e-4)
+
+
+def test_unequal_plan_is_refused_before_the_evaluation(
+    fails: Fails, base: tuple[Any, ...], ok: Ok, scored: Path, tmp_path: Path
+) -> None:
+    ok(*base, "--sparsity", 0.5, "--allocator", "global", "--scores", scored, "--pad-to-widest")
+    plan = tmp_path / "out" / "ffnscope_plan.json"
+    options = [value for value in base if value != "--no-evaluate"]
+    options[options.index("--text") + 1] = "sotu"
+    written = fails(2, *options, "--plan", plan, "--out", tmp_path / "again")
+    assert "evaluate" not in written
+
+
+def test_before_and_after_on_held_out_text(ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--sparsity", 0.25, "-m", "weight_magnitude", "--out", tmp_path / "out", "--text", "pydoc_topics")
+    result = ok("prune", checkpoint, *options, *SMALL)
+    assert "dense" in result.stdout
+    assert "weight_magnitude" in result.stdout
+    assert "Perplexity on pydoc_topics" in result.stdout
+    assert re.search(r"split\s+test: 4 of", result.stdout)
+
+
+def test_prune_gpt2(ok: Ok, texts: Path, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "gpt2", "gpt2")
+    options = ("--sparsity", 0.25, "--out", tmp_path / "out", "--text", texts / "train.txt", "--no-evaluate", *SMALL)
+    ok("prune", model, *options)
+    assert reload(tmp_path / "out").config.n_inner == 36
+
+
+def test_overwrite_replaces_a_checkpoint(ok: Ok, fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
+    ok(*base, "--sparsity", 0.25, "-m", "magnitude")
+    assert "already exists" in fails(1, *base, "--sparsity", 0.5, "-m", "magnitude")
+    assert reload(tmp_path / "out").config.intermediate_size == 36
+    ok(*base, "--sparsity", 0.5, "-m", "magnitude", "--overwrite")
+    assert reload(tmp_path / "out").config.intermediate_size == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "give either --sparsity (make a plan) or --plan FILE (apply one)."),
+        (["--sparsity", "0.5", "--plan", "p.json"], "give either --sparsity"),
+        (["--sparsity", "30"], "sparsity must be in [0, 1), the fraction of channels to remove; got 30."),
+        (["--sparsity", "0.5", "-m", "wandas"], "Did you mean 'wanda'?"),
+        (["--sparsity", "0.5", "--allocator", "globl"], "Did you mean 'global'?"),
+        (["--sparsity", "0.5", "--multiple-of", "0"], "multiple_of and min_width must be at least 1"),
+        (["--sparsity", "0.5", "--multiple-of", "64"], "no width of at least 1 that is a multiple of 64 fits"),
+        (["--sparsity", "0.5", "--core-fraction", "2"], "core fraction must be in (0, 1]"),
+        (["--plan", "p.json", "-m", "wanda"], "--metric would do nothing with --plan p.json"),
+        (["--plan", "p.json", "--allocator", "global", "--core-fraction", "0.1"], "--allocator, --core-fraction would"),
+        (["--sparsity", "0.5", "--scores", "s", "--split", "train"], "--split would do nothing with --scores s"),
+    ],
+)
+def test_refused_options(fails: Fails, base: tuple[Any, ...], tmp_path: Path, options: list[str], text: str) -> None:
+    assert text in fails(2, *base, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_texts(fails: Fails, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    options = ("prune", checkpoint, "--sparsity", 0.5, "--out", tmp_path / "out", "--text")
+    assert "Pass --no-evaluate" in fails(2, *options, texts / "train.txt")
+    assert "--split test is the held-out split of sotu" in fails(2, *options, "sotu", "--split", "test")
+
+
+def test_refused_scores(fails: Fails, base: tuple[Any, ...], scored: Path, texts: Path, tmp_path: Path) -> None:
+    options = ("--sparsity", 0.5, "--scores", scored)
+    assert "'magnitude' is not among them" in fails(2, *base, *options, "-m", "magnitude")
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    assert "was made from other weights" in fails(2, "prune", other, *base[2:], *options)
+    assert "does not exist" in fails(1, *base, "--sparsity", 0.5, "--scores", tmp_path / "none")
+
+
+def test_a_plan_of_another_model(fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
+    other = ffnscope.load_model(str(make_checkpoint(tmp_path / "other", intermediate_size=64))).model
+    scores = ffnscope.score(other, ffnscope.find_sites(other), "magnitude")
+    write_plan(tmp_path / "plan.json", ffnscope.build_plan(scores, 0.5))
+    assert "this model has 48" in fails(2, *base, "--plan", tmp_path / "plan.json")
+    assert not (tmp_path / "out").exists()
