@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 from ffnscope.apply.export import check_reloadable, prune_, save_model
 from ffnscope.apply.mask import masked
 from ffnscope.apply.slice import slice_
+from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
+from ffnscope.calibrate.captured import Capture, read_capture
 from ffnscope.calibrate.collect import PassOptions, calibrate, weights_hash
 from ffnscope.calibrate.pack import make_windows
 from ffnscope.calibrate.text import TextSource, load_documents, load_windows
@@ -39,6 +41,8 @@ __all__ = [
     "METRICS",
     "STATISTICS",
     "Budget",
+    "Capture",
+    "CaptureOptions",
     "ChannelStats",
     "EvalResult",
     "EvalRow",
@@ -55,6 +59,8 @@ __all__ = [
     "allocator",
     "build_plan",
     "calibrate",
+    "capture",
+    "capture_size",
     "check_reloadable",
     "compare_plans",
     "diff_plans",
@@ -68,6 +74,7 @@ __all__ = [
     "metric",
     "perplexity",
     "prune_",
+    "read_capture",
     "read_plan",
     "read_scores",
     "read_stats",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ class PassOptions:
 
     Attributes:
         batch_size: windows per forward; changes speed and memory, not results.
-        gradient_windows: how many of the windows (the first) also run backward; None = all.
+        gradient_windows: how many of the windows, spread evenly over the text, also run backward; None = all.
         gradient_length: cuts only the windows that run backward; None = whole windows.
         checkpoint: file that keeps the sums of an unfinished pass; None = an interrupted pass starts again.
         checkpoint_every: windows between two savings of the sums.
@@ -73,8 +73,8 @@ def calibrate(
 ) -> dict[FFNSite, ChannelStats]:
     """Run the model over ``windows`` once and return the statistics that ``metrics`` need.
 
-    Without a gradient metric there is no backward, and everything runs under ``inference_mode``. Otherwise the first
-    ``gradient_windows`` also run backward, with gradients for channel activations only: no weight gradient exists at
+    Without a gradient metric there is no backward, and everything runs under ``inference_mode``. Otherwise
+    ``gradient_windows`` of them also run backward, with gradients for channel activations only: no weight gradient exists at
     any time. Sums are float64 and do not depend on the batch size.
 
     Args:
@@ -120,7 +120,8 @@ def plan_steps(windows: Windows, statistics: Sequence[str], options: PassOptions
     if len(windows) == 0:
         raise UsageError("there is no calibration window; give a text of at least one window.")
     split = min(options.gradient_windows or len(windows), len(windows)) if any(needs_g) else 0
-    head, tail = windows[slice(0, split)], windows[slice(split, None)]
+    chosen = spread(len(windows), split)
+    head, tail = windows[chosen], windows[~chosen]
     forward = not all(needs_g)
     cut = options.gradient_length is not None and options.gradient_length < windows.length
     if split and cut:
@@ -133,6 +134,13 @@ def plan_steps(windows: Windows, statistics: Sequence[str], options: PassOptions
         *_steps(head, options.batch_size, forward=forward, backward=True),
         *(_steps(tail, options.batch_size, forward=True, backward=False) if forward else ()),
     ]
+
+
+def spread(total: int, count: int) -> Tensor:
+    """Mask [total] that chooses ``count`` windows evenly; windows are in text order, so the first would be one part."""
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[[i * total // count for i in range(count)]] = True
+    return mask
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -60,7 +60,7 @@ class Windows:
         """Hash of the token ids and masks: equal hash, equal text."""
         return hash_tensors([("ids", self.input_ids), ("valid", self.valid), ("targets", self.targets)])
 
-    def __getitem__(self, rows: slice) -> Windows:
+    def __getitem__(self, rows: slice | Tensor) -> Windows:
         return Windows(self.input_ids[rows], self.valid[rows], self.targets[rows], self.document[rows], self.source)
 
     def cut(self, length: int) -> Windows:
