@@ -74,8 +74,8 @@ def calibrate(
     """Run the model over ``windows`` once and return the statistics that ``metrics`` need.
 
     Without a gradient metric there is no backward, and everything runs under ``inference_mode``. Otherwise
-    ``gradient_windows`` of them also run backward, with gradients for channel activations only: no weight gradient exists at
-    any time. Sums are float64 and do not depend on the batch size.
+    ``gradient_windows`` of them also run backward, with gradients for channel activations only: no weight gradient
+    exists at any time. Sums are float64 and do not depend on the batch size.
 
     Args:
         model: a causal LM; left as it was.
