@@ -38,7 +38,10 @@ def build_plan(
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     protected = {site: torch.unique(index) for site, index in (protected or {}).items()}
     lifted = _lift(scores, protected)
-    widths: dict[FFNSite, int] = ALLOCATORS.get(allocator).fn(lifted, budget)
+    rule = ALLOCATORS.get(allocator)
+    # nothing to remove: a width that is no multiple stays as it is
+    nothing = {site: site.d_ff for site in lifted.values}
+    widths: dict[FFNSite, int] = rule.fn(lifted, budget) if budget.sparsity else nothing
     kept: dict[FFNSite, Tensor] = {}
     for site, value in lifted.values.items():
         width = widths[site]

@@ -45,6 +45,8 @@ class TestBuild:
     def test_no_sparsity_keeps_all(self) -> None:
         for allocator in ("local", "global"):
             assert kept(build_plan(scores_of([1.0, 2.0], [3.0]), 0.0, allocator)) == [[0, 1], [0]]
+            whole = build_plan(scores_of([1.0] * 10), Budget(0.0, multiple_of=4), allocator)
+            assert kept(whole) == [list(range(10))]
 
     def test_what_is_recorded(self) -> None:
         plan = build_plan(scores_of([1.0, 2.0]), Budget(0.5, 1, 1), provenance={"model": "m"})
