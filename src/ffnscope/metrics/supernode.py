@@ -68,8 +68,8 @@ def supernode_connectivity_score(
 def connectivity(weights: FFNWeights, core: Tensor, support: int) -> Tensor:
     """Conn: the share of a channel's L1 write norm that goes to the core's main residual dimensions; [d_ff].
 
-    The core's main dimensions are the ``support`` ones with the largest sum of |W_down| over its channels. A zero column
-    has Conn 0.
+    The core's main dimensions are the ``support`` ones with the largest sum of |W_down| over its channels. A zero
+    column has Conn 0.
     """
     if support < 1:
         raise UsageError(f"support must be at least 1 residual dimension; got {support}.")
