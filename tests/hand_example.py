@@ -20,7 +20,7 @@ SITE = FFNSite(0, "layers.0.mlp", "gate_proj", "up_proj", "down_proj", 2, 2)
 
 def stats_of(rule: Metric, h: torch.Tensor = H, g: torch.Tensor = G) -> ChannelStats:
     """Statistics that a metric needs, of h and g [3, 2] as one window with two predicted tokens."""
-    sums = Accumulator([SITE], rule.needs)
+    sums = Accumulator([SITE], rule.needed({}))
     sums.begin(torch.ones(1, 3, dtype=torch.bool), 2)
     sums.observe(SITE, h[None])
     sums.observe_gradient(SITE, h[None], g[None])

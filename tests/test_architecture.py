@@ -19,6 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 RANK = {
     "errors": -1,
+    "display": -1,
     "types": 0,
     **dict.fromkeys(("registry", "io"), 1),
     **dict.fromkeys(("ffn", "metrics"), 2),

@@ -28,7 +28,7 @@ def metrics_page() -> str:
         rule = METRICS.get(name)
         sign = "high = keep" if rule.natural_sign > 0 else "low = keep"
         params = ", ".join(f"`{p}`" for p in rule.params.values()) or "–"
-        needs = ", ".join(f"`{n}`" for n in rule.needs) or "weights only"
+        needs = ", ".join(f"`{n}`" for n in rule.needed({})) or "weights only"
         lines.append(f"| [`{name}`](#{name}) | {cost_of(rule)} | {needs} | {sign} | {params} | {rule.source} |")
     for name in METRICS.names():
         lines += ["", f"## {name}", "", inspect.getdoc(METRICS.get(name).fn) or ""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -16,13 +16,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
+SIGNALS = ("x", "h", "y", "dy", "g")
+"""What a statistic may read, in the order in which one batch brings it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Statistic:
     """A sum or maximum over tokens: ``fn(*signals) -> tensor``.
 
-    ``reads`` names the signals in the order of ``fn``'s arguments, each [n, ...] over n counted tokens:
-    ``h`` channel activations [n, d_ff], ``g`` their gradient [n, d_ff]. ``every`` = k reads only each k-th token of a
-    window. A statistic that reads ``g`` is divided by the number of predicted tokens.
+    ``reads`` names the signals in the order of ``fn``'s arguments, each over the n counted tokens of a batch: ``x`` FFN
+    input [n, d_model], ``h`` channel activations [n, d_ff], ``y`` FFN output [n, d_model], ``dy`` and ``g`` the
+    gradients of the summed token NLL with respect to y and h; and ``core``, the indices of the site's supernode core,
+    which must be known before the pass. ``shape`` says how large the result is, in numbers or d_ff, d_model, core.
+    ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the number of
+    predicted tokens.
     """
 
     name: str
@@ -36,18 +43,29 @@ class Statistic:
     @property
     def needs_gradient(self) -> bool:
         """Whether a backward pass is needed."""
-        return "g" in self.reads
+        return "g" in self.reads or "dy" in self.reads
+
+    @property
+    def needs_core(self) -> bool:
+        """Whether the supernode core must be known before the pass."""
+        return "core" in self.reads
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A scoring rule: ``fn(stats, weights, **params) -> [d_ff]``, high = keep."""
+    """A scoring rule: ``fn(stats, weights, **params) -> [d_ff]``, high = keep.
+
+    ``inputs`` names what it gets beyond statistics and weights, as keyword arguments: ``core`` (indices of the site's
+    supernode core) or ``reference`` (FFNWeights of a reference checkpoint). ``needs`` may be a function of the
+    parameters.
+    """
 
     name: str
     fn: Callable[..., Any]
-    needs: tuple[str, ...]
+    needs: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
     source: str
     natural_sign: Literal[1, -1]
+    inputs: tuple[str, ...]
     family: str
     summary: str
 
@@ -55,7 +73,11 @@ class Metric:
     def params(self) -> dict[str, inspect.Parameter]:
         """Typed keyword-only parameters of the metric."""
         found = inspect.signature(self.fn).parameters.items()
-        return {k: p for k, p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return {k: p for k, p in found if p.kind is inspect.Parameter.KEYWORD_ONLY and k not in self.inputs}
+
+    def needed(self, params: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the statistics that the metric needs with these parameters."""
+        return self.needs(params) if callable(self.needs) else self.needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +144,19 @@ class Registry(Generic[T]):
 STATISTICS: Registry[Statistic] = Registry("statistic", ("ffnscope.calibrate.statistics",), "ffnscope.statistics")
 METRICS: Registry[Metric] = Registry(
     "metric",
-    ("ffnscope.metrics.activation", "ffnscope.metrics.gradient", "ffnscope.metrics.weight"),
+    tuple(
+        f"ffnscope.metrics.{room}"
+        for room in (
+            "activation",
+            "gradient",
+            "weight",
+            "alignment",
+            "information",
+            "reconstruction",
+            "supernode",
+            "combine",
+        )
+    ),
     "ffnscope.metrics",
 )
 ALLOCATORS: Registry[Allocator] = Registry("allocator", ("ffnscope.plan.allocate",), "ffnscope.allocators")
@@ -133,6 +167,10 @@ def statistic(
 ) -> Callable[[F], F]:
     """Register a statistic (see `Statistic`)."""
 
+    for read in reads:
+        if read not in (*SIGNALS, "core"):
+            raise unknown_name(f"signal of statistic {name!r}", read, (*SIGNALS, "core"))
+
     def add(fn: F) -> F:
         STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn)))
         return fn
@@ -141,13 +179,18 @@ def statistic(
 
 
 def metric(
-    name: str, *, needs: tuple[str, ...] = (), source: str = "", natural_sign: Literal[1, -1] = 1
+    name: str,
+    *,
+    needs: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]] = (),
+    source: str = "",
+    natural_sign: Literal[1, -1] = 1,
+    inputs: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
-    """Register a metric (see `Metric`). Keyword-only arguments of the function are its parameters."""
+    """Register a metric (see `Metric`). Keyword-only arguments of the function but ``inputs`` are its parameters."""
 
     def add(fn: F) -> F:
         family = fn.__module__.rsplit(".", 1)[-1]
-        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, family, _first_line(fn)))
+        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, inputs, family, _first_line(fn)))
         return fn
 
     return add
@@ -163,8 +206,10 @@ def allocator(name: str) -> Callable[[F], F]:
     return add
 
 
-def cost_of(item: Metric) -> Literal["weights", "forward", "backward"]:
-    """What a metric costs: weights only, a forward pass, or forward and backward."""
+def cost_of(item: Metric) -> Literal["weights", "forward", "backward", "depends"]:
+    """What a metric costs: weights only, a forward pass, forward and backward, or it depends on its parameters."""
+    if callable(item.needs):
+        return "depends"
     if not item.needs:
         return "weights"
     return "backward" if any(STATISTICS.get(n).needs_gradient for n in item.needs) else "forward"

@@ -20,6 +20,9 @@ def score(
     stats: Mapping[FFNSite, ChannelStats] | Sequence[FFNSite],
     metric: str,
     facts: Mapping[str, Any] | None = None,
+    *,
+    core: Mapping[FFNSite, Tensor] | None = None,
+    reference: nn.Module | None = None,
     **params: Any,
 ) -> Scores:
     """Score every channel with one metric; high = keep.
@@ -29,6 +32,8 @@ def score(
         stats: what `calibrate` returned, or only the sites for a metric that needs no text.
         metric: a registered metric.
         facts: recorded with the scores (calibration text, hashes).
+        core: supernode core per site, for a metric that needs it (see `top_core`).
+        reference: the model before fine-tuning, for a metric that needs it.
         **params: the metric's own typed parameters.
 
     Raises:
@@ -43,9 +48,36 @@ def score(
     parts = stats if isinstance(stats, Mapping) else {s: ChannelStats(s, {}, {}, {}) for s in stats}
     if not parts:
         raise UsageError("there is no FFN site to score.")
-    values = {site: _values(rule, part, weights_of(model, site), params) for site, part in parts.items()}
-    defaults = {k: p.default for k, p in rule.params.items()}
+    values: dict[FFNSite, Tensor] = {}
+    for site, part in parts.items():
+        extra = {name: _input(rule, name, site, core, reference) for name in rule.inputs}
+        values[site] = _values(rule, part, weights_of(model, site), {**params, **extra})
+    defaults = {k: p.default for k, p in rule.params.items() if p.default is not p.empty}
     return Scores(metric, values, {"params": {**defaults, **params}, "source": rule.source, **(facts or {})})
+
+
+def _input(
+    rule: Metric, name: str, site: FFNSite, core: Mapping[FFNSite, Tensor] | None, reference: nn.Module | None
+) -> Any:
+    """Fetch what a metric needs beyond statistics and weights, for one site."""
+    if name == "core":
+        if core is None or site not in core:
+            raise UsageError(
+                f"metric {rule.name!r} needs the supernode core of {site.name}: pass core=top_core(scores of "
+                "scar_loss_proxy)."
+            )
+        return core[site]
+    if reference is None:
+        raise UsageError(
+            f"metric {rule.name!r} needs the model before fine-tuning: set model.reference_id, or pass reference=."
+        )
+    weights = weights_of(reference, site)
+    if weights.up.shape != (site.d_ff, site.d_model):
+        raise UsageError(
+            f"the reference model has {tuple(weights.up.shape)} at {site.name}; expected {(site.d_ff, site.d_model)}. "
+            "It must be the same architecture before fine-tuning."
+        )
+    return weights
 
 
 def _values(rule: Metric, stats: ChannelStats, weights: FFNWeights, params: Mapping[str, Any]) -> Tensor:

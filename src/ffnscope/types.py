@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ffnscope.display import frame, html_table
 from ffnscope.errors import NonFiniteError, UsageError
 
 Reduction = Literal["sum", "max"]
@@ -173,6 +175,27 @@ class Scores:
         """Sites in the order of the model."""
         return tuple(self.values)
 
+    def to_pandas(self) -> Any:
+        """One row per channel: site, layer, channel, score."""
+        rows = {
+            "site": [s.name for s in self.values for _ in range(s.d_ff)],
+            "layer": [s.layer for s in self.values for _ in range(s.d_ff)],
+            "channel": [c for s in self.values for c in range(s.d_ff)],
+            "score": [float(v) for value in self.values.values() for v in value],
+        }
+        return frame(rows)
+
+    def _repr_html_(self) -> str:
+        """Summary per site, for notebooks."""
+        rows = {
+            "site": [s.name for s in self.values],
+            "channels": [s.d_ff for s in self.values],
+            "mean": [float(v.double().mean()) for v in self.values.values()],
+            "max": [float(v.max()) for v in self.values.values()],
+            "best channel": [int(v.argmax()) for v in self.values.values()],
+        }
+        return f"<p><b>{html.escape(self.metric)}</b>: high = keep</p>{html_table(rows)}"
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -241,6 +264,25 @@ class PruningPlan:
     def removed(self, site: FFNSite) -> Tensor:
         """Sorted indices of the removed channels of one site."""
         return self.mask(site).logical_not().nonzero().flatten()
+
+    def to_pandas(self) -> Any:
+        """One row per site: site, layer, d_ff, kept width, sparsity, number of protected channels."""
+        return frame(self._rows())
+
+    def _repr_html_(self) -> str:
+        """Widths per site, for notebooks."""
+        what = f"{self.metric}, {self.allocator}: sparsity {self.sparsity:.4f} (asked {self.budget.sparsity:g})"
+        return f"<p><b>{html.escape(what)}</b></p>{html_table(self._rows())}"
+
+    def _rows(self) -> dict[str, list[Any]]:
+        return {
+            "site": [s.name for s in self.kept],
+            "layer": [s.layer for s in self.kept],
+            "d_ff": [s.d_ff for s in self.kept],
+            "kept": [k.numel() for k in self.kept.values()],
+            "sparsity": [1 - k.numel() / s.d_ff for s, k in self.kept.items()],
+            "protected": [self.protected[s].numel() if s in self.protected else 0 for s in self.kept],
+        }
 
     def mask(self, site: FFNSite) -> Tensor:
         """Boolean mask [d_ff] of one site, True = keep."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ffnscope.errors import LayoutError, UsageError
-from ffnscope.registry import STATISTICS, Statistic
+from ffnscope.registry import SIGNALS, STATISTICS, Statistic
 from ffnscope.types import ChannelStats, FFNSite
 
 
@@ -52,49 +52,66 @@ class TokenRows:
 class Accumulator:
     """Sums of the requested statistics for several sites.
 
-    ``observe`` and ``observe_gradient`` are the callbacks of the taps; ``begin`` sets the masks of the coming batch.
+    ``begin`` sets the masks of the coming batch; ``observe`` and ``observe_gradient`` are the callbacks of the taps for
+    h and g, ``observe_signal`` for x, y and dy. A statistic is taken when the last signal that it reads has come.
 
     Raises:
-        UsageError: a gradient statistic asks for every k-th token; its mean would have no fixed denominator.
+        UsageError: a gradient statistic asks for every k-th token (its mean would have no fixed denominator), or a
+            statistic reads the core, which was not given for every site.
     """
 
-    def __init__(self, sites: Sequence[FFNSite], names: Iterable[str]):
+    def __init__(self, sites: Sequence[FFNSite], names: Iterable[str], core: Mapping[FFNSite, Tensor] | None = None):
         self.sites = tuple(sites)
+        self.core = dict(core or {})
         statistics = [STATISTICS.get(n) for n in names]
         self.forward = [s for s in statistics if not s.needs_gradient]
         self.backward = [s for s in statistics if s.needs_gradient]
-        for statistic in self.backward:
-            if statistic.every != 1:
-                raise UsageError(
-                    f"statistic {statistic.name!r} reads gradients of every {statistic.every}th token; gradient "
-                    "statistics are divided by the predicted tokens, so they read all: register it with every=1."
-                )
+        for statistic in statistics:
+            self._check(statistic)
         self._sums: dict[tuple[FFNSite, str], Tensor] = {}
         self._counts: dict[tuple[FFNSite, str], int] = {}
         self._finite: dict[FFNSite, Tensor] = {}
+        self._held: dict[FFNSite, dict[str, Tensor]] = {}
+        self._active: list[Statistic] = statistics
         self._rows: TokenRows | None = None
         self._n_targets = 0
 
-    def begin(self, valid: Tensor, n_targets: int) -> None:
-        """Announce a batch: which tokens are not padding [batch, T], and how many are predicted."""
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Signals beyond h and g that the statistics of the coming batch read: of x, y and dy."""
+        read = {name for s in self._active for name in s.reads}
+        return tuple(name for name in ("x", "y", "dy") if name in read)
+
+    def begin(self, valid: Tensor, n_targets: int, *, forward: bool = True, backward: bool = True) -> None:
+        """Announce a batch: which tokens are not padding [batch, T], how many are predicted, what is observed."""
         self._rows = TokenRows(valid)
         self._n_targets = n_targets
+        self._held.clear()
+        self._active = [*(self.forward if forward else ()), *(self.backward if backward else ())]
 
     def observe(self, site: FFNSite, h: Tensor) -> None:
         """Take h [batch, T, d_ff] of one batch."""
-        rows = {every: self._take(site, h, every) for every in dict.fromkeys(s.every for s in self.forward)}
-        values = [
-            self._add(site, statistic, (rows[statistic.every],), rows[statistic.every].shape[0])
-            for statistic in self.forward
-        ]
-        if values and not any(v.is_floating_point() for v in values):  # counts cannot show NaN
-            self._finite[site] = torch.stack([torch.isfinite(r).all() for r in rows.values()]).all()
+        self.observe_signal(site, "h", h)
 
     def observe_gradient(self, site: FFNSite, h: Tensor, g: Tensor) -> None:
         """Take h and g [batch, T, d_ff] of one batch."""
-        signals = {"h": self._take(site, h), "g": self._take(site, g)}
-        for statistic in self.backward:
-            self._add(site, statistic, tuple(signals[r] for r in statistic.reads), self._n_targets)
+        self._held.setdefault(site, {})["h"] = h
+        self.observe_signal(site, "g", g)
+
+    def observe_signal(self, site: FFNSite, name: str, value: Tensor) -> None:
+        """Take one signal [batch, T, ...] of one batch, and every statistic that it completes."""
+        held = self._held.setdefault(site, {})
+        held[name] = value
+        due = [s for s in self._active if _last(s) == name]
+        rows: dict[tuple[str, int], Tensor] = {}
+        for read, every in dict.fromkeys((r, s.every) for s in due for r in s.reads if r != "core"):
+            rows[read, every] = self._take(site, held[read], every)
+        values = [self._add(site, s, rows) for s in due]
+        if values and not any(v.is_floating_point() for v in values):  # counts cannot show NaN
+            self._finite[site] = torch.stack([torch.isfinite(r).all() for r in rows.values()]).all()
+        later = {r for s in self._active if SIGNALS.index(_last(s)) > SIGNALS.index(name) for r in s.reads}
+        for done in [k for k in held if k not in later]:
+            del held[done]
 
     def first_not_finite(self) -> FFNSite | None:
         """Return the site where sums turned NaN or infinite, or None.
@@ -103,7 +120,7 @@ class Accumulator:
         ways that they flow.
         """
         sums = [v for v in self._sums.values() if v.is_floating_point()]
-        if _all_true([torch.isfinite(v).all() for v in sums] + list(self._finite.values())):
+        if _all_true([_finite(v) for v in sums] + list(self._finite.values())):
             return None
         forward, backward = [s.name for s in self.forward], [s.name for s in self.backward]
         bad = [s for s in self.sites if not self._is_finite(s, forward)]
@@ -135,25 +152,51 @@ class Accumulator:
         rows = self._rows.take(site, signal, every)
         return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
-    def _add(self, site: FFNSite, statistic: Statistic, signals: tuple[Tensor, ...], count: int) -> Tensor:
+    def _add(self, site: FFNSite, statistic: Statistic, rows: Mapping[tuple[str, int], Tensor]) -> Tensor:
         key = (site, statistic.name)
+        signals = [self.core[site] if r == "core" else rows[r, statistic.every] for r in statistic.reads]
         value: Tensor = statistic.fn(*signals)
         if value.device.type == "mps":
             value = value.cpu()  # no float64 there
-        wide = value.to(torch.float64 if value.is_floating_point() else torch.int64)
+        first = next(r for r in statistic.reads if r != "core")
+        count = self._n_targets if statistic.needs_gradient else rows[first, statistic.every].shape[0]
         if key not in self._sums:
+            wide = value.to(torch.float64 if value.is_floating_point() else torch.int64)
             self._sums[key] = wide.clone() if wide is value else wide  # a statistic may return a view of its signal
             self._counts[key] = count
-            return wide
-        total = self._sums[key].to(wide.device)
-        self._sums[key] = total.add_(wide) if statistic.reduce == "sum" else torch.maximum(total, wide)
+            return value
+        total = self._sums[key].to(value.device)
+        self._sums[key] = total.add_(value) if statistic.reduce == "sum" else torch.maximum(total, value.to(total))
         self._counts[key] += count
-        return wide
+        return value
+
+    def _check(self, statistic: Statistic) -> None:
+        if statistic.needs_gradient and statistic.every != 1:
+            raise UsageError(
+                f"statistic {statistic.name!r} reads gradients of every {statistic.every}th token; gradient "
+                "statistics are divided by the predicted tokens, so they read all: register it with every=1."
+            )
+        missing = [s.name for s in self.sites if s not in self.core]
+        if statistic.needs_core and missing:
+            raise UsageError(
+                f"statistic {statistic.name!r} reads the supernode core, which is not known for {missing[0]}. "
+                "Calibrate for scar_loss_proxy first, and pass core=top_core(scores) to a second pass."
+            )
 
     def _is_finite(self, site: FFNSite, names: Sequence[str]) -> bool:
         sums = [self._sums[site, n] for n in names if (site, n) in self._sums]
         seen = self._finite.get(site)
-        return all(bool(torch.isfinite(v).all()) for v in sums) and (seen is None or bool(seen))
+        return all(bool(_finite(v)) for v in sums) and (seen is None or bool(seen))
+
+
+def _last(statistic: Statistic) -> str:
+    """Signal that comes last of those that a statistic reads."""
+    return max((r for r in statistic.reads if r != "core"), key=SIGNALS.index)
+
+
+def _finite(value: Tensor) -> Tensor:
+    """Whether a sum is finite; NaN and infinity show in the total of a matrix, which is cheaper to look at."""
+    return torch.isfinite(value.sum() if value.dim() > 1 else value).all()
 
 
 def _all_true(flags: Sequence[Tensor]) -> bool:

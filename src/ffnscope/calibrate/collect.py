@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate.checkpoint import Checkpoint
 from ffnscope.calibrate.observe import not_finite, observe_batch
-from ffnscope.calibrate.taps import frozen
+from ffnscope.calibrate.taps import SignalTap, frozen
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
@@ -57,17 +59,34 @@ class Step:
     backward: bool
 
 
-def required_statistics(metrics: Iterable[str]) -> list[str]:
-    """Return the union of the statistics that metrics need, each once."""
-    return list(dict.fromkeys(need for name in metrics for need in METRICS.get(name).needs))
+MetricChoice = Sequence[str] | Mapping[str, Mapping[str, Any]]
+"""Metric names, or metric name -> its parameters (some metrics need other statistics for other parameters)."""
+
+
+def required_statistics(metrics: MetricChoice, *, core: bool | None = None) -> list[str]:
+    """Return the union of the statistics that metrics need, each once.
+
+    ``core`` chooses those that can only be taken once the supernode core is known (True), the others (False), or all.
+    """
+    chosen = metrics if isinstance(metrics, Mapping) else {name: {} for name in metrics}
+    names = dict.fromkeys(need for name, params in chosen.items() for need in METRICS.get(name).needed(params))
+    return [n for n in names if core is None or STATISTICS.get(n).needs_core is core]
+
+
+def statistics_bytes(sites: Sequence[FFNSite], statistics: Iterable[str], core_size: int = 0) -> int:
+    """Memory of the sums of a pass, in bytes: 8 per value."""
+    shapes = [STATISTICS.get(name).shape for name in statistics]
+    sizes = ({"d_ff": s.d_ff, "d_model": s.d_model, "core": core_size} for s in sites)
+    return sum(8 * math.prod(n if isinstance(n, int) else size[n] for n in shape) for size in sizes for shape in shapes)
 
 
 def calibrate(
     model: nn.Module,
     windows: Windows,
-    metrics: Sequence[str],
+    metrics: MetricChoice,
     *,
     sites: Sequence[FFNSite] | None = None,
+    core: Mapping[FFNSite, Tensor] | None = None,
     options: PassOptions | None = None,
     on_batch: OnBatch | None = None,
 ) -> dict[FFNSite, ChannelStats]:
@@ -80,8 +99,10 @@ def calibrate(
     Args:
         model: a causal LM; left as it was.
         windows: calibration text.
-        metrics: metric names; only their union of statistics is collected.
+        metrics: metric names, or names with parameters; only their union of statistics is collected.
         sites: FFNs to observe; None finds all.
+        core: supernode core per site (see `top_core`). Without it the pass takes what needs no core; with it, only what
+            does. Join the two results with `join_statistics`.
         options: sizes and checkpoint file.
         on_batch: called with (tokens done, tokens in all) after each batch.
 
@@ -91,12 +112,12 @@ def calibrate(
     """
     options = options or PassOptions()
     sites = list(sites) if sites is not None else find_sites(model)
-    names = required_statistics(metrics)
-    accumulator = Accumulator(sites, names)
+    names = required_statistics(metrics, core=core is not None)
+    accumulator = Accumulator(sites, names, core)
     steps = plan_steps(windows, names, options)
     total = sum(s.batch.n_tokens for s in steps)
     done = 0
-    saver = _checkpoint(model, windows, names, sites, options) if steps else None
+    saver = _checkpoint(model, windows, names, accumulator, options) if steps else None
     start = saver.resume(accumulator) if saver else 0
     with frozen(model):
         for i, step in enumerate(steps):
@@ -110,6 +131,19 @@ def calibrate(
     if saver:
         saver.finish()
     return accumulator.result()
+
+
+def join_statistics(
+    first: Mapping[FFNSite, ChannelStats], second: Mapping[FFNSite, ChannelStats]
+) -> dict[FFNSite, ChannelStats]:
+    """Join the statistics of two passes over the same sites (different statistics, not different text)."""
+    joined: dict[FFNSite, ChannelStats] = {}
+    for site, a in first.items():
+        b = second[site]
+        joined[site] = ChannelStats(
+            site, {**a.values, **b.values}, {**a.counts, **b.counts}, {**a.reductions, **b.reductions}
+        )
+    return joined
 
 
 def plan_steps(windows: Windows, statistics: Sequence[str], options: PassOptions) -> list[Step]:
@@ -158,17 +192,18 @@ def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Ite
 
 
 def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator) -> None:
-    accumulator.begin(step.batch.valid, step.batch.n_targets)
+    accumulator.begin(step.batch.valid, step.batch.n_targets, forward=step.forward, backward=step.backward)
     observe = accumulator.observe if step.forward and accumulator.forward else None
     observe_gradient = accumulator.observe_gradient if step.backward else None
-    observe_batch(model, sites, step.batch, observe, observe_gradient)
+    tap = SignalTap(accumulator.observe_signal, accumulator.signals) if accumulator.signals else None
+    observe_batch(model, sites, step.batch, observe, observe_gradient, tap)
     suspect = accumulator.first_not_finite()
     if suspect is not None:
         raise not_finite(model, sites, step.batch, suspect)
 
 
 def _checkpoint(
-    model: nn.Module, windows: Windows, names: list[str], sites: Sequence[FFNSite], options: PassOptions
+    model: nn.Module, windows: Windows, names: list[str], accumulator: Accumulator, options: PassOptions
 ) -> Checkpoint | None:
     if options.checkpoint is None:
         return None
@@ -176,7 +211,8 @@ def _checkpoint(
         "model": [weights_hash(model), repr(getattr(model, "config", type(model).__name__))],
         "windows": windows.hash,
         "statistics": names,
-        "sites": [asdict(s) for s in sites],
+        "sites": [asdict(s) for s in accumulator.sites],
+        "core": {s.name: index.tolist() for s, index in accumulator.core.items()},
         "sizes": [options.batch_size, options.gradient_windows, options.gradient_length],
     }
     return Checkpoint(options.checkpoint, options.checkpoint_every, hash_json(facts))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.accumulate import TokenRows
 from ffnscope.calibrate.forward import forward_logits
-from ffnscope.calibrate.taps import OnActivation, OnGradient, channel_taps
+from ffnscope.calibrate.taps import OnActivation, OnGradient, SignalTap, channel_taps
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import DeviceError, NonFiniteError
 from ffnscope.types import FFNSite
@@ -21,6 +21,7 @@ def observe_batch(
     batch: Windows,
     on_activation: OnActivation | None,
     on_gradient: OnGradient | None = None,
+    signal_tap: SignalTap | None = None,
 ) -> None:
     """Run one batch; call back with h, and with h and g = d(summed token NLL) / dh when ``on_gradient`` is given.
 
@@ -32,10 +33,10 @@ def observe_batch(
     """
     try:
         if on_gradient is None:
-            with torch.inference_mode(), channel_taps(model, sites, on_activation):
+            with torch.inference_mode(), channel_taps(model, sites, on_activation, None, signal_tap):
                 forward_logits(model, batch)
         else:
-            taps = channel_taps(model, sites, on_activation, on_gradient)
+            taps = channel_taps(model, sites, on_activation, on_gradient, signal_tap)
             with torch.inference_mode(False), torch.enable_grad(), taps:
                 sum_nll(forward_logits(model, batch), batch).backward()
     except torch.OutOfMemoryError as error:

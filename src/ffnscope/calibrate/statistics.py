@@ -1,8 +1,9 @@
 """Statistics: sums and maxima over tokens, from which every metric is computed.
 
-Signals: ``h`` [n, d_ff] channel activations (the input of the down projection), ``g`` [n, d_ff] the gradient of the
-summed token NLL with respect to ``h``. Parts of a batch are reduced in the model's dtype (at least float32) and
-accumulated in float64 (counts in int64), so results do not depend on how text is split into batches.
+Signals: ``x`` [n, d_model] FFN input, ``h`` [n, d_ff] channel activations (the input of the down projection), ``g``
+[n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``core`` [k] the indices of the supernode core.
+Parts of a batch are reduced in the model's dtype (at least float32) and accumulated in float64 (counts in int64), so
+results do not depend on how text is split into batches.
 """
 
 from __future__ import annotations
@@ -68,3 +69,40 @@ def taylor_abs(h: Tensor, g: Tensor) -> Tensor:
 def taylor_sq(h: Tensor, g: Tensor) -> Tensor:
     """Sum of (h g)^2."""
     return (h * g).square_().sum(0)
+
+
+@statistic("taylor_sum", reads=("h", "g"), reduce="sum")
+def taylor_sum(h: Tensor, g: Tensor) -> Tensor:
+    """Sum of h g, with sign."""
+    return (h * g).sum(0)
+
+
+@statistic("taylor_core", reads=("h", "g", "core"), reduce="sum", shape=("core", "d_ff"))
+def taylor_core(h: Tensor, g: Tensor, core: Tensor) -> Tensor:
+    """Sum of q_s q_i over the core's channels s and all channels i, with q = h g."""
+    q = h * g
+    return q[:, core.to(q.device)].T @ q
+
+
+@statistic("x_sum", reads=("x",), reduce="sum", shape=("d_model",))
+def x_sum(x: Tensor) -> Tensor:
+    """Sum of the FFN input."""
+    return x.sum(0)
+
+
+@statistic("x_outer", reads=("x",), reduce="sum", shape=("d_model", "d_model"))
+def x_outer(x: Tensor) -> Tensor:
+    """Sum of x x^T, the second moment of the FFN input."""
+    return x.T @ x
+
+
+@statistic("xh_outer", reads=("x", "h"), reduce="sum", shape=("d_model", "d_ff"))
+def xh_outer(x: Tensor, h: Tensor) -> Tensor:
+    """Sum of x h^T, the cross moment of FFN input and channels."""
+    return x.T @ h
+
+
+@statistic("h_outer", reads=("h",), reduce="sum", shape=("d_ff", "d_ff"))
+def h_outer(h: Tensor) -> Tensor:
+    """Sum of h h^T, the second moment of the channels."""
+    return h.T @ h

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ffnscope.ffn.projection import down_projection
+from ffnscope.ffn.projection import down_projection, projection
 from ffnscope.types import FFNSite
 
 OnActivation = Callable[[FFNSite, Tensor], None]
 OnGradient = Callable[[FFNSite, Tensor, Tensor], None]
+OnSignal = Callable[[FFNSite, str, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SignalTap:
+    """Also call back with the FFN's input "x", its output "y", or the gradient "dy" of its output, as named."""
+
+    call: OnSignal
+    names: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -21,10 +31,12 @@ def channel_taps(
     sites: Sequence[FFNSite],
     on_activation: OnActivation | None,
     on_gradient: OnGradient | None = None,
+    signal_tap: SignalTap | None = None,
 ) -> Generator[None]:
     """Call back with h [batch, T, d_ff] in the forward, and with h and its gradient in the backward.
 
     A model that flattens tokens before its FFN (OPT) gives [batch * T, d_ff]. h and g are views: do not change them.
+    ``signal_tap`` also brings x, y [batch, T, d_model] in the forward and dy, before g, in the backward.
 
     When gradients are wanted and nothing before a site needs one (weights are frozen), its h starts the autograd
     graph: the backward ends at the first tapped site. All hooks are removed on exit, also after an exception.
@@ -32,8 +44,14 @@ def channel_taps(
     handles: list[Any] = []
     try:
         for site in sites:
+            down = down_projection(model, site)
             hook = _forward_hook(site, on_activation, on_gradient)
-            handles.append(down_projection(model, site).register_forward_pre_hook(hook))
+            handles.append(down.register_forward_pre_hook(hook))
+            if signal_tap is not None and "x" in signal_tap.names:
+                up = projection(model, site, site.up)
+                handles.append(up.register_forward_pre_hook(_input_hook(site, signal_tap)))
+            if signal_tap is not None and {"y", "dy"} & set(signal_tap.names):
+                handles.append(down.register_forward_hook(_output_hook(site, signal_tap)))
         yield
     finally:
         for handle in handles:
@@ -74,5 +92,22 @@ def _forward_hook(site: FFNSite, on_activation: OnActivation | None, on_gradient
             values = h.detach()
         watch(h, values, on_gradient)
         return (h, *args[1:])
+
+    return hook
+
+
+def _input_hook(site: FFNSite, tap: SignalTap) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        tap.call(site, "x", args[0].detach())
+
+    return hook
+
+
+def _output_hook(site: FFNSite, tap: SignalTap) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if "y" in tap.names:
+            tap.call(site, "y", output.detach())
+        if "dy" in tap.names and output.requires_grad:
+            output.register_hook(lambda dy: tap.call(site, "dy", dy))
 
     return hook

@@ -177,7 +177,7 @@ def _metric_row(name: str) -> dict[str, Any]:
         "family": rule.family,
         "summary": rule.summary,
         "cost": cost_of(rule),
-        "needs": list(rule.needs),
+        "needs": list(rule.needed({})),
         "natural_sign": rule.natural_sign,
         "parameters": {k: p.default for k, p in rule.params.items()},
         "source": rule.source,

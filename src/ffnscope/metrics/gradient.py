@@ -58,3 +58,14 @@ def scar_loss_proxy_factored(stats: ChannelStats, weights: FFNWeights) -> Tensor
     calibration tokens, also those that did not run backward.
     """
     return 0.5 * stats.mean("act_sq") * stats.mean("grad_sq")
+
+
+@metric("llm_pruner", needs=("taylor_sum",), source="arXiv:2305.11627 (vector-wise Taylor), from signed token sums")
+def llm_pruner(stats: ChannelStats, weights: FFNWeights) -> Tensor:
+    """First-order effect of removing the channel, |E[h g]|; [d_ff], nats per predicted token.
+
+    The vector form of the Taylor score of the coupled weights: sum_o W_down[o, j] dL/dW_down[o, j] is the token sum of
+    h g, and so is the up row's sum of weight times gradient. No weight gradient is made. Unlike ``scar_taylor``, signs
+    cancel between tokens.
+    """
+    return stats.mean("taylor_sum").abs()

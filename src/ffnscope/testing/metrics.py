@@ -19,23 +19,32 @@ WINDOWS, LENGTH, D_MODEL, D_FF = 4, 32, 8, 12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Case:
-    """One synthetic FFN: h and g [WINDOWS, LENGTH, D_FF] and weights, all float64."""
+    """One synthetic FFN: x [WINDOWS, LENGTH, D_MODEL], h and g [WINDOWS, LENGTH, D_FF], weights and what a metric may
+    need beyond them, all float64."""
 
     site: FFNSite
+    x: Tensor
     h: Tensor
     g: Tensor
     weights: FFNWeights
+    core: Tensor
+    reference: FFNWeights
 
     def stats(self, rule: Metric, first: int = 0, last: int = WINDOWS) -> ChannelStats:
         """Statistics that the metric needs, over windows ``first`` to ``last``."""
-        sums = Accumulator([self.site], rule.needs)
+        sums = Accumulator([self.site], rule.needed({}), {self.site: self.core})
         n = last - first
         sums.begin(torch.ones(n, LENGTH, dtype=torch.bool), n * (LENGTH - 1))
-        if sums.forward:
-            sums.observe(self.site, self.h[first:last])
+        if "x" in sums.signals:
+            sums.observe_signal(self.site, "x", self.x[first:last])
+        sums.observe(self.site, self.h[first:last])
         if sums.backward:
             sums.observe_gradient(self.site, self.h[first:last], self.g[first:last])
         return sums.result()[self.site]
+
+    def inputs(self, rule: Metric) -> dict[str, Any]:
+        """What the metric gets beyond statistics and weights."""
+        return {name: {"core": self.core, "reference": self.reference}[name] for name in rule.inputs}
 
 
 def check_metric(metric: str | Metric) -> None:
@@ -63,14 +72,15 @@ def check_metric(metric: str | Metric) -> None:
     for gated in (True, False):
         case = _case(gated)
         stats = case.stats(rule)
-        values = _check_purity(rule, stats, case.weights)
+        inputs = case.inputs(rule)
+        values = _check_purity(rule, stats, case.weights, inputs)
         _check_values(rule, values)
-        _check_determinism(rule, stats, case.weights)
+        _check_determinism(rule, stats, case.weights, inputs)
         _check_split(rule, case, values)
         _check_order(rule, case, values)
-        _check_dtypes(rule, stats, case.weights)
+        _check_dtypes(rule, stats, case.weights, inputs)
         if torch.cuda.is_available():
-            _check_cuda(rule, stats, case.weights, values)
+            _check_cuda(rule, stats, case, values)
 
 
 def _case(gated: bool) -> _Case:
@@ -90,12 +100,16 @@ def _case(gated: bool) -> _Case:
     names = ("gate", "up", "down") if gated else (None, "up", "down")
     site = FFNSite(0, "layers.0.mlp", *names, D_MODEL, D_FF)
     gate_bias = draw(D_FF) if gated else None
-    return _Case(site, h, g, FFNWeights(gate if gated else None, up, down, gate_bias, draw(D_FF), draw(D_MODEL)))
+    weights = FFNWeights(gate if gated else None, up, down, gate_bias, draw(D_FF), draw(D_MODEL))
+    before = FFNWeights(gate + 0.1 * draw(D_FF, D_MODEL) if gated else None, up + 0.1 * draw(D_FF, D_MODEL), down)
+    return _Case(site, draw(WINDOWS, LENGTH, D_MODEL), h, g, weights, torch.tensor([5, 7]), before)
 
 
 def _check_parameters(rule: Metric) -> None:
     extra = list(inspect.signature(rule.fn).parameters.values())[2:]
     for p in extra:
+        if p.kind is p.KEYWORD_ONLY and p.name in rule.inputs:
+            continue
         if p.kind is not p.KEYWORD_ONLY or p.annotation is p.empty or p.default is p.empty:
             raise _broken(rule, "typed parameters", f"{p.name!r} must be keyword-only, with a type and a default")
 
@@ -110,11 +124,11 @@ def _check_values(rule: Metric, values: Any) -> None:
         raise _broken(rule, "finite scores", f"channel {bad[0]}, which {why}, got {float(values[bad[0]])}")
 
 
-def _check_purity(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> Tensor:
+def _check_purity(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs: dict[str, Any]) -> Tensor:
     """Return the scores of the first call; a later one would not show a change that is made only once."""
     tensors = [*stats.values.values(), *_present(weights)]
     before, state = [t.clone() for t in tensors], torch.get_rng_state()
-    values = _call(rule, stats, weights)
+    values = _call(rule, stats, weights, inputs)
     if not all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)):
         raise _broken(rule, "purity", "it changed its statistics or weights; work on a copy")
     if not torch.equal(state, torch.get_rng_state()):
@@ -122,22 +136,24 @@ def _check_purity(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> Ten
     return values
 
 
-def _check_determinism(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> None:
+def _check_determinism(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs: dict[str, Any]) -> None:
     with torch.random.fork_rng():
         found: list[Tensor] = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            found.append(_call(rule, stats, weights))
+            found.append(_call(rule, stats, weights, inputs))
     if not torch.equal(*found):
         raise _broken(rule, "determinism", "two calls with the same arguments gave different scores")
-    if _is_seeded(rule) and torch.equal(found[0], rule.fn(stats, weights, seed=rule.params["seed"].default + 1)):
+    if not _is_seeded(rule):
+        return
+    if torch.equal(found[0], rule.fn(stats, weights, seed=rule.params["seed"].default + 1, **inputs)):
         raise _broken(rule, "determinism", "two seeds gave the same scores; a metric without chance has no 'seed'")
 
 
 def _check_split(rule: Metric, case: _Case, values: Tensor) -> None:
     joined = case.stats(rule, 0, 1).merge(case.stats(rule, 1, WINDOWS))
-    if not _near(_call(rule, joined, case.weights), values, 1e-9):
-        what = f"statistics {list(rule.needs)} gathered in two parts and merged gave other scores than the whole"
+    if not _near(_call(rule, joined, case.weights, case.inputs(rule)), values, 1e-9):
+        what = f"statistics {list(rule.needed({}))} gathered in two parts and merged gave other scores than the whole"
         raise _broken(rule, "batch split", f"{what}; a statistic must be a sum or a maximum over tokens")
 
 
@@ -145,35 +161,41 @@ def _check_order(rule: Metric, case: _Case, values: Tensor) -> None:
     if _is_seeded(rule):
         return
     order = torch.randperm(D_FF, generator=torch.Generator().manual_seed(3))
-    w = case.weights
-    rows = [None if t is None else t[order] for t in (w.gate, w.up, w.gate_bias, w.up_bias)]
-    weights = replace(w, gate=rows[0], up=rows[1], down=w.down[:, order], gate_bias=rows[2], up_bias=rows[3])
-    moved = replace(case, h=case.h[..., order], g=case.g[..., order], weights=weights)
-    if not _near(_call(rule, moved.stats(rule), weights), values[order], 1e-9):
+    weights, core = _permuted(case.weights, order), torch.argsort(order)[case.core].sort().values
+    reference = _permuted(case.reference, order)
+    moved = replace(case, h=case.h[..., order], g=case.g[..., order], weights=weights, core=core, reference=reference)
+    if not _near(_call(rule, moved.stats(rule), weights, moved.inputs(rule)), values[order], 1e-9):
         raise _broken(rule, "order of channels", "channels in another order did not give the scores in that order")
 
 
-def _check_dtypes(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> None:
+def _permuted(w: FFNWeights, order: Tensor) -> FFNWeights:
+    rows = [None if t is None else t[order] for t in (w.gate, w.up, w.gate_bias, w.up_bias)]
+    return replace(w, gate=rows[0], up=rows[1], down=w.down[:, order], gate_bias=rows[2], up_bias=rows[3])
+
+
+def _check_dtypes(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs: dict[str, Any]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         low = _cast(weights, dtype=dtype)
-        values, exact = _call(rule, stats, low), _call(rule, stats, _cast(low, dtype=torch.float64))
+        values = _call(rule, stats, low, inputs)
+        exact = _call(rule, stats, _cast(low, dtype=torch.float64), inputs)
         _check_values(rule, values)
         if not _near(values.double(), exact, 1e-3):
             what = f"{dtype} weights gave scores that differ by more than 0.1 % from the same values in float64"
             raise _broken(rule, "weight dtype", f"{what}; reduce in float32")
 
 
-def _check_cuda(rule: Metric, stats: ChannelStats, weights: FFNWeights, values: Tensor) -> None:
+def _check_cuda(rule: Metric, stats: ChannelStats, case: _Case, values: Tensor) -> None:
     moved = ChannelStats(stats.site, {k: v.cuda() for k, v in stats.values.items()}, stats.counts, stats.reductions)
-    if not _near(_call(rule, moved, _cast(weights, device="cuda")).cpu(), values, 1e-6):
+    weights, inputs = _cast(case.weights, device="cuda"), case.inputs(rule)
+    if not _near(_call(rule, moved, weights, inputs).cpu(), values, 1e-6):
         raise _broken(rule, "device", "CUDA gave other scores than the CPU")
 
 
-def _call(rule: Metric, stats: ChannelStats, weights: FFNWeights) -> Tensor:
+def _call(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs: dict[str, Any]) -> Tensor:
     try:
-        return rule.fn(stats, weights)
+        return rule.fn(stats, weights, **inputs)
     except UsageError as error:
-        raise _broken(rule, "declared needs", f"with statistics {list(rule.needs)} it raised: {error}") from error
+        raise _broken(rule, "declared needs", f"with statistics {list(rule.needed({}))} it raised: {error}") from error
 
 
 def _present(weights: FFNWeights) -> list[Tensor]:

@@ -66,7 +66,7 @@ def outlier_index(h):
     """``h`` [n, d_ff] as one window whose every 4th token is a row of h, so that the histogram reads all rows."""
     rule = METRICS.get("activation_outlier_index")
     site = FFNSite(0, "mlp", None, "up", "down", 2, h.shape[1])
-    sums = Accumulator([site], rule.needs)
+    sums = Accumulator([site], rule.needed({}))
     window = h.repeat_interleave(4, 0)[None]
     sums.begin(torch.ones(window.shape[:2], dtype=torch.bool), 1)
     sums.observe(site, window)

@@ -1,0 +1,1 @@
+"""What scores and statistics say about a model, with how sure one can be."""

@@ -1,0 +1,131 @@
+"""SCAR-Prot and SCAR-Conn: the loss proxy, lowered for channels that repeat what the supernode core already writes.
+
+Ingredients (arXiv:2604.23475): the core is the set of channels with the largest loss proxy; Conn says how much of what
+a channel writes goes to the residual dimensions that the core writes to; the write halo is the channels with the
+largest Conn; redundancy is the correlation, over tokens, of q = h g with that of core channels.
+
+Where we differ from the public code: correlations divide by true variances. There an additive 1e-8 under the root
+swamps variances of 1e-13 to 1e-20, so that "redundancy" mostly repeats the channel's own variance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ffnscope.errors import UsageError
+from ffnscope.metrics.information import gaussian_information
+from ffnscope.registry import metric
+from ffnscope.types import ChannelStats, FFNWeights
+
+NEEDS = ("taylor_sum", "taylor_sq", "taylor_core")
+SOURCE = "arXiv:2604.23475, with true correlations"
+
+
+@metric("supernode_protection_score", needs=NEEDS, source=f"{SOURCE} (SCAR-Prot)", inputs=("core",))
+def supernode_protection_score(
+    stats: ChannelStats,
+    weights: FFNWeights,
+    *,
+    core: Tensor,
+    halo_fraction: float = 0.1,
+    support: int = 256,
+    power: float = 8.0,
+    floor: float = 0.2,
+) -> Tensor:
+    """SCAR-Prot: LP times Protect; [d_ff]. Core channels come first, one above all others.
+
+    Protect is 1 outside the write halo, and floor + (1 - floor)(1 - r^power) inside, where r in [0, 1] is the rank of
+    the channel's redundancy with the core among the halo.
+    """
+    conn = connectivity(weights, core, support)
+    protect = protection(stats, core, write_halo(conn, core, halo_fraction), power, floor)
+    return _core_first(0.5 * stats.mean("taylor_sq") * protect, core)
+
+
+@metric("supernode_connectivity_score", needs=NEEDS, source=f"{SOURCE} (SCAR-Conn)", inputs=("core",))
+def supernode_connectivity_score(
+    stats: ChannelStats,
+    weights: FFNWeights,
+    *,
+    core: Tensor,
+    halo_fraction: float = 0.1,
+    support: int = 256,
+    power: float = 8.0,
+    floor: float = 0.2,
+) -> Tensor:
+    """SCAR-Conn: LP times (1 - Conn) + Conn Protect; [d_ff]. Core channels come first, one above all others.
+
+    Like ``supernode_protection_score``, with the protection weighted by how much the channel writes where the core
+    writes.
+    """
+    conn = connectivity(weights, core, support)
+    protect = protection(stats, core, write_halo(conn, core, halo_fraction), power, floor)
+    conn = conn.to(protect)
+    return _core_first(0.5 * stats.mean("taylor_sq") * ((1 - conn) + conn * protect), core)
+
+
+def connectivity(weights: FFNWeights, core: Tensor, support: int) -> Tensor:
+    """Conn: the share of a channel's L1 write norm that goes to the core's main residual dimensions; [d_ff].
+
+    The core's main dimensions are the ``support`` ones with the largest sum of |W_down| over its channels. A zero
+    column has Conn 0.
+    """
+    if support < 1:
+        raise UsageError(f"support must be at least 1 residual dimension; got {support}.")
+    size = weights.down.to(torch.promote_types(weights.down.dtype, torch.float32)).abs()
+    main = size[:, core.to(size.device)].sum(1).topk(min(support, size.shape[0])).indices
+    total = size.sum(0)
+    return torch.where(total > 0, size[main].sum(0) / total.clamp_min(torch.finfo(size.dtype).tiny), 0 * total)
+
+
+def write_halo(conn: Tensor, core: Tensor, fraction: float) -> Tensor:
+    """Sorted indices of the ``fraction`` of non-core channels with the largest Conn; ties go to the lower index."""
+    if not 0 < fraction <= 1:
+        raise UsageError(f"halo_fraction must be in (0, 1], a share of the non-core channels; got {fraction:g}.")
+    order = torch.sort(conn, descending=True, stable=True).indices
+    outside = order[~torch.isin(order, core.to(order.device))]
+    return outside[: max(1, round(fraction * outside.numel()))].sort().values
+
+
+def redundancy_to_core(stats: ChannelStats, core: Tensor, top: int = 5) -> Tensor:
+    """Mean Gaussian information between q of a channel and its ``top`` most correlated core channels, nats; [d_ff].
+
+    Only positive correlations count: a channel that counters the core is not redundant with it.
+    """
+    mean, square = stats.mean("taylor_sum"), stats.mean("taylor_sq")
+    core = core.to(mean.device)
+    cross = stats.mean("taylor_core") - torch.outer(mean[core], mean)
+    variance = (square - mean.square()).clamp_min(0)
+    variance = torch.where(variance > 1e-6 * square, variance, torch.zeros_like(variance))
+    scale = torch.where(variance > 0, variance.sqrt().reciprocal(), torch.zeros_like(variance))
+    correlation = (cross * scale[core][:, None] * scale[None, :]).clamp(0, 1)
+    information = gaussian_information(correlation)
+    return information.topk(min(top, core.numel()), dim=0).values.mean(0)
+
+
+def protection(stats: ChannelStats, core: Tensor, halo: Tensor, power: float, floor: float) -> Tensor:
+    """Protect: 1 outside the halo; inside it falls with the rank of the redundancy to ``floor``; [d_ff]."""
+    if not 0 <= floor <= 1 or power <= 0:
+        raise UsageError(f"floor must be in [0, 1] and power positive; got {floor:g} and {power:g}.")
+    redundancy = redundancy_to_core(stats, core)
+    halo = halo.to(redundancy.device)
+    protect = torch.ones_like(redundancy)
+    rank = _rank(redundancy[halo])
+    protect[halo] = floor + (1 - floor) * (1 - rank.pow(power))
+    return protect
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Rank in [0, 1], equal values sharing their average rank; one value alone has rank 0."""
+    if values.numel() < 2:
+        return torch.zeros_like(values)
+    ordered = values.sort().values
+    low = torch.searchsorted(ordered, values, right=False)
+    high = torch.searchsorted(ordered, values, right=True) - 1
+    return (low + high).to(values) / 2 / (values.numel() - 1)
+
+
+def _core_first(score: Tensor, core: Tensor) -> Tensor:
+    score[core.to(score.device)] = score.max() + 1
+    return score
