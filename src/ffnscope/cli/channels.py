@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ffnscope.calibrate.collect import PassOptions, calibrate, weights_hash
+from ffnscope.analyze.levels import CoreRule, calibrate_all
+from ffnscope.analyze.stability import per_document, stability, stability_rows
+from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.compare import compare_plans
@@ -17,7 +19,7 @@ from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_plan, write_csv, write_json, write_scores, write_stats
 from ffnscope.report.summary import correlation_summary, score_summary
-from ffnscope.report.tables import print_results, results_rows
+from ffnscope.report.tables import print_results, print_stability, results_rows
 from ffnscope.run.progress import Reporter
 from ffnscope.run.windows import describe_windows
 from ffnscope.scoring import score
@@ -41,6 +43,10 @@ def score_command(
     seed: opt.Seed = 42,
     param: opt.Params = None,
     tracked: Tracked = None,
+    core_fraction: opt.CoreFraction = 0.01,
+    reference: opt.Reference = None,
+    repeats: Annotated[int, typer.Option(help="Calibrate with this many seeds and compare the rankings.")] = 1,
+    repeat_text: Annotated[list[str] | None, typer.Option(help="Also compare with this text; repeatable.")] = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.Remote = False,
@@ -54,8 +60,11 @@ def score_command(
     loaded = opt.open_model(reporter, model, device, dtype, trust_remote_code)
     choice = opt.TextChoice(text, split, num_samples, max_length, batch_size, seed)
     sites = find_sites(loaded.model, tracked)
-    found = score_all(loaded, sites, params, choice, reporter, out)
+    extras = opt.Extras(core_fraction, opt.open_reference(reference, loaded.source) if reference else None)
+    found = score_all(loaded, sites, params, choice, reporter, out, extras)
     write_json(out / "scores.json", {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)})
+    if repeats > 1 or repeat_text:
+        write_stability(loaded, sites, params, choice.repeats(repeats, repeat_text or []), reporter, out)
     reporter.say(f"scores of {len(found)} metric(s) in {out}")
 
 
@@ -113,15 +122,43 @@ def score_all(
     choice: opt.TextChoice,
     reporter: Reporter,
     folder: Path | None = None,
+    extras: opt.Extras | None = None,
 ) -> dict[str, Scores]:
-    """Calibrate once for all metrics and score; with a folder, also write scores and statistics."""
+    """Calibrate for all metrics (once, or twice when one needs the core) and score; with a folder, also write both."""
+    extras = extras or opt.Extras()
     windows = choice.calibration(loaded)
     options = PassOptions(batch_size=choice.batch_size, checkpoint=folder / PART if folder else None)
+    rule = CoreRule(fraction=extras.core_fraction)
     with reporter.task("calibrate", "tokens") as update:
-        stats = calibrate(loaded.model, windows, list(params), sites=sites, options=options, on_batch=update)
+        stats, core = calibrate_all(
+            loaded.model, windows, params, sites=sites, options=options, rule=rule, on_batch=update
+        )
     facts = {"model": weights_hash(loaded.model), "calibration": describe_windows(windows)}
-    found = {m: score(loaded.model, stats, m, facts=facts, **p) for m, p in params.items()}
+    given: dict[str, Any] = {"facts": facts, "core": core, "reference": extras.reference}
+    found = {m: score(loaded.model, stats, m, **given, **p) for m, p in params.items()}
     if folder:
         write_stats(folder / "statistics.safetensors", stats.values(), facts)
         write_scores(folder / "scores.safetensors", found.values(), facts)
     return found
+
+
+def write_stability(
+    loaded: LoadedModel,
+    sites: list[FFNSite],
+    params: Mapping[str, Mapping[str, Any]],
+    choices: Mapping[str, opt.TextChoice],
+    reporter: Reporter,
+    folder: Path,
+) -> None:
+    """Calibrate on every seed and text apart, and compare the rankings: ``stability.json`` and ``.csv``."""
+    calibrations: dict[str, Any] = {}
+    for label, choice in choices.items():
+        windows = choice.calibration(loaded)
+        options = PassOptions(batch_size=choice.batch_size)
+        with reporter.task(f"calibrate {label}", "tokens") as update:
+            calibrations[label] = per_document(loaded.model, windows, params, sites, options, update)
+    with reporter.task("bootstrap", "metrics"):
+        rows = stability_rows(stability(loaded.model, calibrations, params))
+    write_json(folder / "stability.json", {"rows": rows})
+    write_csv(folder / "stability.csv", rows)
+    print_stability(rows, OUT)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from torch import nn
 
 from ffnscope.calibrate.text import TextSource, load_windows
 from ffnscope.calibrate.windows import Windows
@@ -33,6 +35,22 @@ Seed = Annotated[int, typer.Option(help="Seed that chooses the windows.")]
 Params = Annotated[list[str] | None, typer.Option("--param", help="Metric parameter, METRIC.NAME=VALUE; repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Out = Annotated[Path, typer.Option("--out", help="Output; must not exist, unless --overwrite.")]
+
+CoreFraction = Annotated[float, typer.Option(help="Share of each FFN that is the core, for metrics that need one.")]
+Reference = Annotated[str | None, typer.Option(help="Model before fine-tuning, for delta_alignment.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What some metrics need beyond text and weights."""
+
+    core_fraction: float = 0.01
+    reference: nn.Module | None = None
+
+
+def open_reference(model: str, source: ModelSource) -> nn.Module:
+    """Load the model before fine-tuning, as the scored one was loaded."""
+    return load_model(replace(source, model_id=model, revision=None)).model
 
 
 def open_model(reporter: Reporter, model: str, device: str, dtype: str, trust_remote_code: bool) -> LoadedModel:
@@ -60,6 +78,11 @@ class TextChoice:
     def held_out(self, loaded: LoadedModel) -> Windows:
         """Windows to evaluate on: of the split asked for, else of the known held-out one."""
         return self._windows(loaded, self.split or held_out_split(self.name))
+
+    def repeats(self, seeds: int, texts: list[str]) -> Mapping[str, TextChoice]:
+        """Label -> the same choice with other seeds, and with other texts."""
+        found = {f"{self.name} seed {s}": replace(self, seed=s) for s in range(self.seed, self.seed + seeds)}
+        return found | {f"{text} seed {self.seed}": replace(self, name=text, split=None) for text in texts}
 
     def _windows(self, loaded: LoadedModel, split: str | None) -> Windows:
         source = TextSource(self.name, split=split)

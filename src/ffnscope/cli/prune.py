@@ -26,8 +26,8 @@ from ffnscope.run.texts import held_out_split
 from ffnscope.types import Budget, PruningPlan, Scores
 
 _USELESS = {
-    "plan": ("metric", "scores", "allocator", "multiple_of", "core_fraction", "param", "split"),
-    "scores": ("param", "split"),
+    "plan": ("metric", "scores", "allocator", "multiple_of", "core_fraction", "param", "split", "reference"),
+    "scores": ("param", "split", "reference"),
 }
 """Option -> options that have no meaning beside it."""
 
@@ -52,6 +52,7 @@ def prune_command(
     batch_size: opt.Batch = 4,
     seed: opt.Seed = 42,
     param: opt.Params = None,
+    reference: opt.Reference = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.Remote = False,
@@ -71,7 +72,9 @@ def prune_command(
     loaded = opt.open_model(reporter, model, device, dtype, trust_remote_code)
     choice = opt.TextChoice(text, split, num_samples, max_length, batch_size, seed)
     if given is None:
-        one = _of_this_model(*found, loaded) if found else _score(loaded, params, choice, reporter)
+        before_tuning = opt.open_reference(reference, loaded.source) if reference else None
+        extras = opt.Extras(core_fraction or 0.01, before_tuning)
+        one = _of_this_model(*found, loaded) if found else _score(loaded, params, choice, reporter, extras)
         core = None if core_fraction is None else top_core(one, core_fraction)
         given = build_plan(one, budget, allocator, protected=core)
     if len(set(given.widths.values())) > 1 and not pad_to_widest:
@@ -118,9 +121,13 @@ def _check_held_out(text: str, split: str | None) -> None:
 
 
 def _score(
-    loaded: LoadedModel, params: Mapping[str, Mapping[str, Any]], choice: opt.TextChoice, reporter: Reporter
+    loaded: LoadedModel,
+    params: Mapping[str, Mapping[str, Any]],
+    choice: opt.TextChoice,
+    reporter: Reporter,
+    extras: opt.Extras,
 ) -> Scores:
-    (found,) = score_all(loaded, find_sites(loaded.model), params, choice, reporter).values()
+    (found,) = score_all(loaded, find_sites(loaded.model), params, choice, reporter, None, extras).values()
     return found
 
 

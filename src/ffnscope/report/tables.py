@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,6 +85,24 @@ def print_results(rows: Sequence[EvalRow], console: Console) -> None:
         for note in grid.notes:
             console.print(Text(note, style="dim"))
         console.print()
+
+
+def print_stability(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the rows of `ffnscope.analyze.stability.stability_rows`: agreement of rankings, with 95 % intervals."""
+    from rich.table import Table
+
+    table = Table("metric", "calibration", "with", "Spearman", "top 1 % Jaccard", title="Agreement of rankings")
+    for row in rows:
+        cells = [
+            BLANK if row[name] is None else f"{row[name]:.3f} {_bounds(row[f'{name}_low'], row[f'{name}_high'])}"
+            for name in ("spearman", "top1_jaccard")
+        ]
+        table.add_row(row["metric"], row["first"], row["second"], *cells)
+    console.print(table)
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"({low:.3f} to {high:.3f})"
 
 
 def panels(rows: Sequence[EvalRow]) -> list[Panel]:

@@ -37,6 +37,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _scar_off,
         _chat,
         _core,
+        _inputs,
         _model_kwargs,
         _text_keys,
         _splits,
@@ -121,6 +122,22 @@ def _core(config: RunConfig) -> Iterator[Finding]:
                 ("supernode",),
                 ("pruning", "ratios"),
             )
+
+
+def _inputs(config: RunConfig) -> Iterator[Finding]:
+    """What metrics need beyond statistics and weights, and keys that nothing would read."""
+    used = dict(_used_metrics(config))
+    rules = {path: METRICS.get(name) for path, name in used.items() if name in METRICS.names()}
+    for path, rule in rules.items():
+        if "reference" in rule.inputs and config.model.reference_id is None:
+            yield _finding(path, f"{rule.name!r} needs model.reference_id, the model before fine-tuning")
+        if path == ("supernode", "score_metric") and rule.inputs:
+            yield _finding(path, f"{rule.name!r} itself needs the {rule.inputs[0]}; the core needs a metric without")
+    reads = {key for rule in rules.values() for key in (*rule.inputs, *rule.params)}
+    if config.model.reference_id is not None and "reference" not in reads:
+        yield _finding(("model", "reference_id"), "would do nothing: no metric that is scored reads a reference model")
+    if config.supernode.halo_fraction is not None and "halo_fraction" not in reads:
+        yield _finding(("supernode", "halo_fraction"), "would do nothing: no metric that is scored reads the halo")
 
 
 def _model_kwargs(config: RunConfig) -> Iterator[Finding]:

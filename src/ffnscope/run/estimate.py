@@ -17,9 +17,9 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import STATISTICS
+from ffnscope.run.choices import model_source
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
-from ffnscope.run.runner import model_source
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import pass_options
 from ffnscope.run.windows import calibration_windows, evaluation_windows

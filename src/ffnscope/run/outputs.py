@@ -17,8 +17,9 @@ from ffnscope.evaluate.compare import EvalRow
 from ffnscope.io import SCHEMA, write_csv, write_json, write_text
 from ffnscope.report.summary import rank_correlation
 from ffnscope.report.tables import results_markdown, results_rows
+from ffnscope.run.choices import find_core
 from ffnscope.run.schema import RunConfig
-from ffnscope.run.stages import Job, find_core
+from ffnscope.run.stages import Job
 from ffnscope.run.windows import describe_windows
 from ffnscope.types import FFNSite, PruningPlan, Scores
 

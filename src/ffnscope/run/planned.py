@@ -24,8 +24,6 @@ PLANNED_METRICS: tuple[str, ...] = (
 )
 
 PLANNED_KEYS: Mapping[str, object] = {
-    "model.reference_id": None,
-    "supernode.halo_fraction": None,
     "pruning.structured": True,
 }
 """Dotted path -> the only value that this version supports (the default)."""

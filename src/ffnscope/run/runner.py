@@ -7,8 +7,9 @@ from pathlib import Path
 
 import ffnscope
 from ffnscope.evaluate.compare import EvalRow
-from ffnscope.ffn.load import ModelSource, load_model
+from ffnscope.ffn.load import load_model
 from ffnscope.run import stages
+from ffnscope.run.choices import model_source
 from ffnscope.run.folder import LOG_FILE, open_folder, write_if_changed
 from ffnscope.run.outputs import check_plots, report_stage, summary
 from ffnscope.run.progress import Reporter, logging_to
@@ -56,18 +57,3 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         write_if_changed(folder / "summary.json", summary(job, plans, rows))
         reporter.say(f"results in {folder}")
     return RunResult(folder, scores, plans, rows, samples)
-
-
-def model_source(config: RunConfig) -> ModelSource:
-    """Translate the YAML's model block for the loader."""
-    asked = config.model
-    return ModelSource(
-        asked.model_id,
-        asked.revision,
-        asked.dtype,
-        config.experiment.device,
-        asked.device_map,
-        asked.trust_remote_code,
-        dict(asked.model_kwargs),
-        dict(asked.tokenizer_kwargs),
-    )

@@ -70,7 +70,7 @@ class Model(Block):
     model_kwargs: Keywords = Field(default_factory=dict)
     """Further arguments of AutoModelForCausalLM.from_pretrained."""
     reference_id: Text | None = None
-    """Model before fine-tuning, for delta_alignment (not available in this version)."""
+    """Model before fine-tuning, for delta_alignment: a model_id."""
 
 
 class Dataset(TextSource):
@@ -143,7 +143,7 @@ class Supernode(Block):
     top_k: Count | None = None
     """Number of core channels per FFN, in place of core_fraction."""
     halo_fraction: Fraction | None = None
-    """Share of the channels around the core (not available in this version)."""
+    """Share of the non-core channels that is the write halo, for the supernode_* metrics; null: 0.1."""
     protect_core: StrictBool = True
     """Keep the core in every pruning plan, whatever the metric."""
 

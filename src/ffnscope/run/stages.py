@@ -12,8 +12,15 @@ from typing import Any
 import torch
 
 import ffnscope
+from ffnscope.analyze.levels import first_level, needs_core
 from ffnscope.apply.mask import masked
-from ffnscope.calibrate.collect import PassOptions, calibrate, required_statistics, weights_hash
+from ffnscope.calibrate.collect import (
+    calibrate,
+    join_statistics,
+    required_statistics,
+    statistics_bytes,
+    weights_hash,
+)
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
@@ -31,15 +38,17 @@ from ffnscope.io import (
     write_scores,
     write_stats,
 )
-from ffnscope.plan.build import build_plan, top_core
-from ffnscope.registry import METRICS
+from ffnscope.plan.build import build_plan
 from ffnscope.report.summary import correlation_summary, score_summary
+from ffnscope.run.choices import core_rule, core_size, find_core, load_reference, metric_params, pass_options
 from ffnscope.run.ledger import Ledger
 from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.windows import calibration_windows, describe_windows, evaluation_windows
 from ffnscope.scoring import score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
+
+ANNOUNCED_BYTES = 2**28
 
 
 @dataclass(slots=True)
@@ -81,59 +90,81 @@ def open_job(config: RunConfig, folder: Path, reporter: Reporter, loaded: Loaded
     return Job(config, folder, ledger, reporter, loaded, sites, weights_hash(loaded.model), calibration, held_out)
 
 
-def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptions:
-    """Sizes of the calibration pass."""
-    asked = config.calibration
-    return PassOptions(
-        batch_size=asked.batch_size,
-        gradient_windows=config.scar_num_samples,
-        gradient_length=config.scar_max_length,
-        checkpoint=checkpoint,
-        checkpoint_every=asked.checkpoint_every * asked.batch_size,
-    )
-
-
 def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
-    """Collect the statistics of all metrics in one pass: ``statistics.safetensors``."""
-    path, part = job.folder / "statistics.safetensors", job.folder / "statistics.part.safetensors"
+    """Collect the statistics of all metrics: ``statistics.safetensors``, in one pass.
+
+    Metrics that need the supernode core get a second pass: ``statistics_core.safetensors``.
+    """
+    metrics = {name: metric_params(job.config, name) for name in job.config.metric_names}
+    rule = core_rule(job.config)
+    wanted = first_level(metrics, rule)
+    _announce(job, required_statistics(metrics))
+    stats = _pass(job, "calibrate", job.folder / "statistics.safetensors", wanted, required_statistics(wanted), None)
+    if not required_statistics(metrics, core=True):
+        return stats
+    path, names = job.folder / "statistics_core.safetensors", required_statistics(metrics, core=True)
+    more = _pass(job, "calibrate core", path, metrics, names, rule.find(job.loaded.model, stats))
+    return join_statistics(stats, more)
+
+
+def _pass(
+    job: Job,
+    name: str,
+    path: Path,
+    metrics: Mapping[str, Mapping[str, Any]],
+    statistics: Sequence[str],
+    core: Mapping[FFNSite, torch.Tensor] | None,
+) -> dict[FFNSite, ChannelStats]:
+    part = path.with_suffix(".part.safetensors")
     options = pass_options(job.config, part)
-    metrics = job.config.metric_names
     facts = describe_windows(job.calibration)
     sizes = {"gradient_windows": options.gradient_windows, "gradient_length": options.gradient_length}
 
     def make() -> None:
         _discard_damaged(job, part, read_stats)
-        with job.reporter.task("calibrate", "tokens") as update:
+        with job.reporter.task(name, "tokens") as update:
             stats = calibrate(
-                job.loaded.model, job.calibration, metrics, sites=job.sites, options=options, on_batch=update
+                job.loaded.model,
+                job.calibration,
+                metrics,
+                sites=job.sites,
+                core=core,
+                options=options,
+                on_batch=update,
             )
         write_stats(path, stats.values(), {"model": job.model_hash, "calibration": facts, **sizes})
 
-    names = sorted(required_statistics(metrics))
-    depends = [job.model_hash, facts["hash"], names, sizes, [asdict(s) for s in job.sites]]
-    job.stage("calibrate", depends, [path], make)
+    chosen = {site.name: index.tolist() for site, index in (core or {}).items()}
+    depends = [job.model_hash, facts["hash"], sorted(statistics), sizes, [asdict(s) for s in job.sites], chosen]
+    job.stage(name, depends, [path], make)
     return read_stats(path)[0]
+
+
+def _announce(job: Job, statistics: Sequence[str]) -> None:
+    """Say how large the sums are before a pass that takes second moments."""
+    size = statistics_bytes(job.sites, statistics, core_size(job.config, job.sites))
+    if size > ANNOUNCED_BYTES:
+        job.reporter.say(f"statistics need {size / 2**20:,.0f} MiB of memory, and as much on disk")
 
 
 def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Scores]:
     """Score every channel with every metric: ``scores.safetensors`` and ``scores.json``."""
     path, summary = job.folder / "scores.safetensors", job.folder / "scores.json"
     params = {name: metric_params(job.config, name) for name in job.config.metric_names}
+    reference = load_reference(job.config, params)
 
     def make() -> None:
+        model = job.loaded.model
         facts = {"model": job.model_hash, "calibration": describe_windows(job.calibration)}
-        found = {n: score(job.loaded.model, stats, n, facts=facts, **p) for n, p in params.items()}
+        core = core_rule(job.config).find(model, stats) if needs_core(params) else None
+        found = {n: score(model, stats, n, facts=facts, core=core, reference=reference, **p) for n, p in params.items()}
         write_scores(path, found.values(), facts)
         write_json(summary, {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)})
 
-    job.stage("score", [job.keys["calibrate"], params], [path, summary], make)
+    compared = None if reference is None else weights_hash(reference)
+    passes = [job.keys["calibrate"], job.keys.get("calibrate core")]
+    job.stage("score", [passes, params, asdict(core_rule(job.config)), compared], [path, summary], make)
     return read_scores(path)[0]
-
-
-def metric_params(config: RunConfig, name: str) -> dict[str, Any]:
-    """Arguments of a metric as the YAML gives them; one that draws at random takes the experiment's seed."""
-    given = config.metric_arguments(name)
-    return {"seed": config.experiment.seed, **given} if "seed" in METRICS.get(name).params else given
 
 
 def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]:
@@ -161,14 +192,6 @@ def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]
     depends = [job.keys["score"], asked.model_dump(), config.supernode.model_dump()]
     job.stage("plan", depends, list(paths.values()), make)
     return {label: read_plan(path) for label, path in paths.items()}
-
-
-def find_core(config: RunConfig, scores: Mapping[str, Scores]) -> dict[FFNSite, torch.Tensor] | None:
-    """Return the supernode core of every site, or None when none was asked for."""
-    asked = config.supernode
-    if not asked.enabled:
-        return None
-    return top_core(scores[asked.score_metric], asked.core_fraction or 0.01, count=asked.top_k)
 
 
 def evaluate_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[EvalRow]:

@@ -1,0 +1,81 @@
+"""What the YAML chose, as arguments of the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ffnscope.analyze.levels import CoreRule
+from ffnscope.calibrate.collect import PassOptions
+from ffnscope.ffn.load import ModelSource, load_model
+from ffnscope.plan.build import top_core
+from ffnscope.registry import METRICS
+from ffnscope.run.schema import RunConfig
+from ffnscope.types import FFNSite, Scores
+
+
+def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptions:
+    """Sizes of the calibration pass."""
+    asked = config.calibration
+    return PassOptions(
+        batch_size=asked.batch_size,
+        gradient_windows=config.scar_num_samples,
+        gradient_length=config.scar_max_length,
+        checkpoint=checkpoint,
+        checkpoint_every=asked.checkpoint_every * asked.batch_size,
+    )
+
+
+def load_reference(config: RunConfig, metrics: Mapping[str, Any]) -> nn.Module | None:
+    """Load the model before fine-tuning when a metric needs it."""
+    if not any("reference" in METRICS.get(name).inputs for name in metrics):
+        return None
+    assert config.model.reference_id is not None, "checked when the configuration was read"
+    source = replace(model_source(config), model_id=config.model.reference_id, revision=None)
+    return load_model(source).model
+
+
+def model_source(config: RunConfig) -> ModelSource:
+    """Translate the YAML's model block for the loader."""
+    asked = config.model
+    return ModelSource(
+        asked.model_id,
+        asked.revision,
+        asked.dtype,
+        config.experiment.device,
+        asked.device_map,
+        asked.trust_remote_code,
+        dict(asked.model_kwargs),
+        dict(asked.tokenizer_kwargs),
+    )
+
+
+def core_rule(config: RunConfig) -> CoreRule:
+    """What the supernode core is, as the YAML says."""
+    asked = config.supernode
+    params = metric_params(config, asked.score_metric)
+    return CoreRule(asked.score_metric, asked.core_fraction or 0.01, asked.top_k, params)
+
+
+def core_size(config: RunConfig, sites: Sequence[FFNSite]) -> int:
+    """Channels of the core of the widest site."""
+    asked, widest = config.supernode, max(s.d_ff for s in sites)
+    return asked.top_k or max(1, round((asked.core_fraction or 0.01) * widest))
+
+
+def metric_params(config: RunConfig, name: str) -> dict[str, Any]:
+    """Arguments of a metric as the YAML gives them; seed and halo_fraction come from their own blocks if not given."""
+    known = METRICS.get(name).params
+    shared = {"seed": config.experiment.seed, "halo_fraction": config.supernode.halo_fraction}
+    defaults = {k: v for k, v in shared.items() if k in known and v is not None}
+    return {**defaults, **config.metric_arguments(name)}
+
+
+def find_core(config: RunConfig, scores: Mapping[str, Scores]) -> dict[FFNSite, Tensor] | None:
+    """Return the supernode core of every site, or None when none was asked for."""
+    rule = core_rule(config)
+    return top_core(scores[rule.metric], rule.fraction, count=rule.count) if config.supernode.enabled else None
