@@ -19,6 +19,7 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import STATISTICS
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
+from ffnscope.run.progress import peak_memory
 from ffnscope.run.runner import model_source
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import pass_options
@@ -39,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Lines per stage, peak memory in bytes, and the statistics that one pass would collect."""
+    """Lines per stage, peak memory of the model's device in bytes, and the statistics that one pass would collect."""
 
     lines: list[Line]
     peak_bytes: int
@@ -54,6 +55,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     """
     check_plots(config)
     check_folder(config, overwrite=overwrite)
+    libraries = peak_memory()["resident"]
     loaded = load_model(model_source(config))
     sites = find_sites(loaded.model, config.model.tracked_layers)
     calibration = calibration_windows(config, loaded.tokenizer)
@@ -67,7 +69,9 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         *_evaluation_lines(config, held_out, speed),
     ]
     batches = [w[: config.dataset.batch_size] for w in held_out]
-    return Estimate(lines, _peak_bytes(loaded.model, sites, names, steps, batches), names)
+    peak = _peak_bytes(loaded.model, sites, names, steps, batches)
+    on_cpu = all(p.device.type == "cpu" for p in loaded.model.parameters())
+    return Estimate(lines, peak + libraries if on_cpu else peak, names)
 
 
 def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = False) -> None:
@@ -111,7 +115,7 @@ def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: flo
     return lines
 
 
-_TOKENS_OF_ONE_STEP = 8
+_TOKENS_OF_ONE_STEP = 32
 """A step of generation reads every weight for a few tokens: it takes about as long as a pass over this many tokens."""
 
 
