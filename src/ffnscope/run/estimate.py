@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ffnscope.calibrate.collect import Step, plan_steps, required_statistics
+from ffnscope.analyze.levels import first_level
+from ffnscope.calibrate.collect import Step, plan_steps, required_statistics, statistics_bytes
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import STATISTICS
-from ffnscope.run.choices import model_source
+from ffnscope.run.choices import core_rule, core_size, metric_params, model_source, pass_options
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
+from ffnscope.run.progress import peak_memory
 from ffnscope.run.schema import RunConfig
-from ffnscope.run.stages import pass_options
 from ffnscope.run.windows import calibration_windows, evaluation_windows
 from ffnscope.types import FFNSite
 
@@ -39,11 +39,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Lines per stage, peak memory in bytes, and the statistics that one pass would collect."""
+    """Lines per stage, peak memory of the model's device in bytes, the statistics of each pass, and their bytes."""
 
     lines: list[Line]
     peak_bytes: int
-    statistics: list[str]
+    statistics: list[list[str]]
+    statistics_bytes: int
 
 
 def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
@@ -54,20 +55,25 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     """
     check_plots(config)
     check_folder(config, overwrite=overwrite)
+    libraries = peak_memory()["resident"]
     loaded = load_model(model_source(config))
     sites = find_sites(loaded.model, config.model.tracked_layers)
     calibration = calibration_windows(config, loaded.tokenizer)
     held_out = evaluation_windows(config, loaded.tokenizer)
-    names = required_statistics(config.metric_names)
-    steps = plan_steps(calibration, names, pass_options(config))
+    passes = _passes(config)
+    each = [plan_steps(calibration, names, pass_options(config)) for names in passes]
+    steps = [step for one in each for step in one]
+    sums = sum(statistics_bytes(sites, names, core_size(config, sites)) for names in passes)
     speed = _seconds_per_token(loaded.model, sites)
     lines = [
-        _calibrate_line(steps, speed),
+        *(_calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_decision_lines(config, sites),
         *_evaluation_lines(config, held_out, speed),
     ]
     batches = [w[: config.dataset.batch_size] for w in held_out]
-    return Estimate(lines, _peak_bytes(loaded.model, sites, names, steps, batches), names)
+    peak = _peak_bytes(loaded.model, sites, steps, batches) + 2 * sums
+    on_cpu = all(p.device.type == "cpu" for p in loaded.model.parameters())
+    return Estimate(lines, peak + libraries if on_cpu else peak, passes, sums)
 
 
 def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = False) -> None:
@@ -78,18 +84,28 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
     for line in found.lines:
         table.add_row(line.stage, Text(line.what), "seconds" if line.seconds is None else _duration(line.seconds))
     console.print(table)
-    names = ", ".join(found.statistics) or "nothing"
-    console.print(Text(f"1 calibration pass collects: {names}" if found.statistics else "no calibration pass"))
+    for i, names in enumerate(found.statistics, 1):
+        what = ", ".join(names) if names else "nothing: there is no pass"
+        console.print(Text(f"calibration pass {i} of {len(found.statistics)} collects: {what}"))
+    console.print(Text(f"statistics {found.statistics_bytes / 2**20:,.0f} MiB in memory, and as much on disk"))
     console.print(Text(f"peak memory about {found.peak_bytes / 2**30:.1f} GiB; output in {config.output_dir}"))
 
 
-def _calibrate_line(steps: Sequence[Step], speed: float) -> Line:
+def _passes(config: RunConfig) -> list[list[str]]:
+    """Statistics of each pass: one, or two when a metric needs the supernode core."""
+    metrics = {name: metric_params(config, name) for name in config.metric_names}
+    first = required_statistics(first_level(metrics, core_rule(config)), core=False)
+    second = required_statistics(metrics, core=True)
+    return [first, second] if second else [first]
+
+
+def _calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     forward = sum(s.batch.n_tokens for s in steps)
     backward = sum(s.batch.n_tokens for s in steps if s.backward)
     if not forward:
-        return Line("calibrate", "no pass: every metric reads weights only")
+        return Line(stage, "no pass: every metric reads weights only")
     what = f"1 pass: {forward:,} tokens forward" + (f", {backward:,} of them backward" if backward else "")
-    return Line("calibrate", what, (forward + backward) * speed)
+    return Line(stage, what, (forward + backward) * speed)
 
 
 def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
@@ -111,7 +127,7 @@ def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: flo
     return lines
 
 
-_TOKENS_OF_ONE_STEP = 8
+_TOKENS_OF_ONE_STEP = 32
 """A step of generation reads every weight for a few tokens: it takes about as long as a pass over this many tokens."""
 
 
@@ -133,10 +149,8 @@ def _seconds_per_token(model: Any, sites: Sequence[FFNSite]) -> float:
     return 2 * sum(p.numel() for p in model.parameters()) / (speed * EFFICIENCY)
 
 
-def _peak_bytes(
-    model: Any, sites: Sequence[FFNSite], names: Sequence[str], steps: Sequence[Step], held_out: Sequence[Windows]
-) -> int:
-    """Weights, the sums, and the larger of a calibration batch (saved activations, logits) and an evaluation batch."""
+def _peak_bytes(model: Any, sites: Sequence[FFNSite], steps: Sequence[Step], held_out: Sequence[Windows]) -> int:
+    """Weights and the larger of a calibration batch (saved activations, logits) and an evaluation batch."""
     size = next(iter(model.parameters())).element_size()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     vocab = model.get_input_embeddings().weight.shape[0]
@@ -144,11 +158,7 @@ def _peak_bytes(
     logits = 3 * 4 * vocab  # in the model's dtype, and in float32 for the loss
     calibrate = [s.batch.input_ids.numel() * ((saved if s.backward else 0) + logits) for s in steps]
     evaluate = [w.input_ids.numel() * 2 * size * vocab for w in held_out]  # dense and pruned logits
-    sums = 0
-    for name in names:
-        rows = next((n for n in STATISTICS.get(name).shape if isinstance(n, int)), 1)
-        sums += sum(8 * rows * s.d_ff for s in sites)
-    return int(weights + 2 * sums + max([0, *calibrate, *evaluate]))
+    return int(weights + max([0, *calibrate, *evaluate]))
 
 
 def _duration(seconds: float) -> str:

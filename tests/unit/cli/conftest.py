@@ -12,13 +12,14 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from checkpoints import make_checkpoint, write_texts
-from ffnscope.cli import app, main
+from ffnscope.cli import app, channels, main
 
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal wide enough for every table."""
-    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setattr(channels.OUT, "width", 240)
+    monkeypatch.setenv("COLUMNS", "240")  # of the help texts
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ffnscope
 from checkpoints import make_checkpoint
 from ffnscope.io import read_plan, write_plan
+from ffnscope.run import config_from_dict
+from runs import quiet_run, small_run
 from tiny import D_FF, HIDDEN, LAYERS, tokens
 
 Ok = Callable[..., Result]
@@ -187,3 +189,23 @@ def test_a_plan_of_another_model(fails: Fails, base: tuple[Any, ...], tmp_path: 
     write_plan(tmp_path / "plan.json", ffnscope.build_plan(scores, 0.5))
     assert "this model has 48" in fails(2, *base, "--plan", tmp_path / "plan.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_score_then_prune_then_eval(ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
+    """The commands of the README, one after the other."""
+    text = ("--text", "pydoc_topics", *SMALL)
+    ok("score", checkpoint, "-m", "wanda", "-m", "scar_loss_proxy", "--out", tmp_path / "scores", *text)
+    scores = ("--scores", tmp_path / "scores" / "scores.safetensors")
+    ok("prune", checkpoint, "-m", "wanda", *scores, "--sparsity", 0.25, "--out", tmp_path / "smaller", *text)
+    assert "dense" in ok("eval", tmp_path / "smaller", *text).stdout
+    assert "metric wanda" in ok("plan", "show", tmp_path / "smaller" / "ffnscope_plan.json").stdout
+    again = ok("inspect", tmp_path / "smaller").stdout
+    assert f"{LAYERS} FFNs, {LAYERS * 36} channels" in again
+
+
+def test_a_plan_of_a_run_prunes(ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    result = quiet_run(config_from_dict(small_run(checkpoint, texts, tmp_path / "run")))
+    ok(*base, "--plan", result.folder / "plans" / "scar_loss_proxy-0.5.json")
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
+    expected = result.plans["scar_loss_proxy-0.5"]
+    assert all(torch.equal(kept, expected.kept[site]) for site, kept in plan.kept.items())
