@@ -35,7 +35,7 @@ def composite(
     are the defaults. ``rank`` maps each score to its average rank in [0, 1], ``z`` subtracts the mean and divides by
     the standard deviation (0 for a constant score).
     A part that is unknown, or whose statistics were not collected, is an error: nothing is skipped.
-    Under up * c, down / c it does what its parts do; with the default parts it is invariant.
+    Invariant under up * c, down / c where its parts are, as the default ones.
     """
     found = torch.zeros(stats.site.d_ff, dtype=torch.float64)
     chosen = _checked(parts)

@@ -15,8 +15,8 @@ def sparsegpt(stats: ChannelStats, weights: FFNWeights, *, damping: float = 0.01
     """Structured OBS score, ||W_down[:, j]||^2 / [H^-1]_jj with H = E[h h^T] + damping mean(diag H) I.
 
     [d_ff]: the squared error of the FFN output when channel j is removed and the others are refitted by least squares.
-    Only a score: weights are not updated here. Without damping it would be invariant under up * c, down / c; the
-    damping adds a power that does not scale with the channel.
+    Only a score: weights are not updated here. Changes under up * c, down / c, because the damping adds a power that
+    does not scale with the channel; without damping it would be invariant.
     """
     if not 0 < damping < float("inf"):
         raise UsageError(f"sparsegpt: damping must be positive, a share of the mean of diag H; got {damping:g}.")

@@ -70,8 +70,8 @@ def supernode_connectivity_score(
 ) -> Tensor:
     """SCAR-Conn: LP times (1 - Conn) + Conn Protect; [d_ff]. Core channels come first, one above all others.
 
-    Like ``supernode_protection_score``, of which it has the arguments and invariances, with the protection weighted by
-    how much the channel writes where the core writes.
+    Like ``supernode_protection_score``, with the same arguments, but the protection is weighted by how much the channel
+    writes where the core writes. Invariant under up * c, down / c of channels outside the core.
     """
     conn = connectivity(weights, core, support)
     protect = protection(stats, core, write_halo(conn, core, halo_fraction), power, floor)
