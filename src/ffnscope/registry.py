@@ -18,6 +18,10 @@ T = TypeVar("T")
 
 SIGNALS = ("x", "h", "y", "dy", "g")
 """What a statistic may read, in the order in which one batch brings it."""
+SIZES = ("d_ff", "d_model", "core")
+"""Names that the shape of a statistic may use for a number."""
+INPUTS = ("core", "reference")
+"""What a metric may get beyond statistics and weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,21 @@ class Statistic:
     shape: tuple[int | str, ...]
     every: int
     summary: str
+
+    def __post_init__(self) -> None:
+        for read in self.reads:
+            if read not in (*SIGNALS, "core"):
+                raise unknown_name(f"signal of statistic {self.name!r}", read, (*SIGNALS, "core"))
+        for size in self.shape:
+            if isinstance(size, str) and size not in SIZES:
+                raise unknown_name(f"size of statistic {self.name!r}", size, SIZES)
+        if not set(self.reads) & set(SIGNALS):
+            names = ", ".join(SIGNALS)
+            raise UsageError(f"statistic {self.name!r} reads no signal; it must read one or more of {names}.")
+        if "core" in self.shape and not self.needs_core:
+            raise UsageError(f"statistic {self.name!r} has a shape with 'core' but does not read 'core'.")
+        if self.every < 1:
+            raise UsageError(f"statistic {self.name!r}: every must be at least 1 (all tokens); got {self.every}.")
 
     @property
     def needs_gradient(self) -> bool:
@@ -65,9 +84,20 @@ class Metric:
     needs: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
     source: str
     natural_sign: Literal[1, -1]
-    inputs: tuple[str, ...]
     family: str
     summary: str
+    inputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.inputs:
+            if name not in INPUTS:
+                raise unknown_name(f"input of metric {self.name!r}", name, INPUTS)
+            argument = inspect.signature(self.fn).parameters.get(name)
+            if argument is None or argument.kind is not argument.KEYWORD_ONLY:
+                raise UsageError(
+                    f"metric {self.name!r} asks for the input {name!r}, but its function has no keyword-only argument "
+                    f"of that name: write def {self.name}(stats, weights, *, {name})."
+                )
 
     @property
     def params(self) -> dict[str, inspect.Parameter]:
@@ -167,10 +197,6 @@ def statistic(
 ) -> Callable[[F], F]:
     """Register a statistic (see `Statistic`)."""
 
-    for read in reads:
-        if read not in (*SIGNALS, "core"):
-            raise unknown_name(f"signal of statistic {name!r}", read, (*SIGNALS, "core"))
-
     def add(fn: F) -> F:
         STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn)))
         return fn
@@ -190,7 +216,7 @@ def metric(
 
     def add(fn: F) -> F:
         family = fn.__module__.rsplit(".", 1)[-1]
-        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, inputs, family, _first_line(fn)))
+        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, family, _first_line(fn), inputs))
         return fn
 
     return add

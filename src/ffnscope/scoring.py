@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.projection import weights_of
 from ffnscope.registry import METRICS, Metric
-from ffnscope.types import ChannelStats, FFNSite, FFNWeights, Scores
+from ffnscope.types import ChannelStats, FFNSite, FFNWeights, Scores, check_core
 
 
 def score(
@@ -38,7 +38,8 @@ def score(
 
     Raises:
         UnknownNameError: no such metric or parameter.
-        UsageError: a statistic that the metric needs was not collected.
+        UsageError: a statistic that the metric needs was not collected, or the core or reference that it needs was not
+            given or is of another shape.
         NonFiniteError: a score is NaN or infinite, for example from NaN weights.
     """
     rule = METRICS.get(metric)
@@ -66,6 +67,7 @@ def _input(
                 f"metric {rule.name!r} needs the supernode core of {site.name}: pass core=top_core(scores of "
                 "scar_loss_proxy)."
             )
+        check_core(site, core[site])
         return core[site]
     if reference is None:
         raise UsageError(

@@ -63,6 +63,20 @@ class FFNSite:
         return tuple(f"{self.path}.{n}" if self.path else n for n in names)
 
 
+def check_core(site: FFNSite, core: Tensor) -> None:
+    """Raise UsageError unless ``core`` holds indices of one or more distinct channels of the site."""
+    if core.dtype != torch.int64 or core.dim() != 1 or core.numel() < 1:
+        raise UsageError(
+            f"core of {site.name}: expected a one-dimensional, non-empty int64 index; got {core.dtype} "
+            f"{tuple(core.shape)}."
+        )
+    if int(core.min()) < 0 or int(core.max()) >= site.d_ff or core.unique().numel() != core.numel():
+        raise UsageError(
+            f"core of {site.name}: channels must be unique and in [0, {site.d_ff}); got {core.numel()} from "
+            f"{int(core.min())} to {int(core.max())}."
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FFNWeights:
     """Canonical views of one site's weights: ``gate``/``up`` are [d_ff, d_model], ``down`` is [d_model, d_ff].

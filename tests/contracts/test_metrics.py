@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ffnscope.registry import METRICS, STATISTICS, cost_of
+from ffnscope.registry import METRICS, SIGNALS, STATISTICS, cost_of
 from ffnscope.testing import check_metric
 
 
@@ -20,13 +20,13 @@ def test_metric_is_documented(name):
     assert "[d_ff]" in (rule.fn.__doc__ or ""), "the docstring tells the shape"
     assert rule.source, "the docstring's claim has a source"
     assert rule.natural_sign in (1, -1)
-    assert cost_of(rule) in ("weights", "forward", "backward")
+    assert cost_of(rule) == "depends" if callable(rule.needs) else cost_of(rule) in ("weights", "forward", "backward")
 
 
 @pytest.mark.parametrize("name", STATISTICS.names())
 def test_statistic_is_documented(name):
     item = STATISTICS.get(name)
     assert item.summary
-    assert set(item.reads) <= {"h", "g"}
+    assert set(item.reads) <= {*SIGNALS, "core"}
     assert item.reduce in ("sum", "max")
     assert item.every == 1 or not item.needs_gradient

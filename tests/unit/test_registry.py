@@ -55,7 +55,7 @@ def test_built_in_names() -> None:
 def test_every_metric_needs_registered_statistics_and_says_where_it_is_from() -> None:
     for name in METRICS.names():
         item = METRICS.get(name)
-        assert set(item.needs) <= set(STATISTICS.names())
+        assert set(item.needed({})) <= set(STATISTICS.names())
         assert item.source
         assert item.summary
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ffnscope.errors import LayoutError, UsageError
 from ffnscope.registry import SIGNALS, STATISTICS, Statistic
-from ffnscope.types import ChannelStats, FFNSite
+from ffnscope.types import ChannelStats, FFNSite, check_core
 
 
 class TokenRows:
@@ -57,12 +57,14 @@ class Accumulator:
 
     Raises:
         UsageError: a gradient statistic asks for every k-th token (its mean would have no fixed denominator), or a
-            statistic reads the core, which was not given for every site.
+            statistic reads the core, which was not given for every site, or is no set of channels.
     """
 
     def __init__(self, sites: Sequence[FFNSite], names: Iterable[str], core: Mapping[FFNSite, Tensor] | None = None):
         self.sites = tuple(sites)
         self.core = dict(core or {})
+        for site, index in self.core.items():
+            check_core(site, index)
         statistics = [STATISTICS.get(n) for n in names]
         self.forward = [s for s in statistics if not s.needs_gradient]
         self.backward = [s for s in statistics if s.needs_gradient]
@@ -81,6 +83,11 @@ class Accumulator:
         """Signals beyond h and g that the statistics of the coming batch read: of x, y and dy."""
         read = {name for s in self._active for name in s.reads}
         return tuple(name for name in ("x", "y", "dy") if name in read)
+
+    @property
+    def reads_activation(self) -> bool:
+        """Whether a statistic of the coming batch reads h before g comes, which brings h again."""
+        return any("h" in s.reads and _last(s) != "g" for s in self._active)
 
     def begin(self, valid: Tensor, n_targets: int, *, forward: bool = True, backward: bool = True) -> None:
         """Announce a batch: which tokens are not padding [batch, T], how many are predicted, what is observed."""
@@ -102,14 +109,17 @@ class Accumulator:
         """Take one signal [batch, T, ...] of one batch, and every statistic that it completes."""
         held = self._held.setdefault(site, {})
         held[name] = value
+        later = {r for s in self._active if SIGNALS.index(_last(s)) > SIGNALS.index(name) for r in s.reads}
+        if name == "y" and "y" in later:
+            held[name] = value.clone()  # some models add the attention's output to it in place
         due = [s for s in self._active if _last(s) == name]
         rows: dict[tuple[str, int], Tensor] = {}
         for read, every in dict.fromkeys((r, s.every) for s in due for r in s.reads if r != "core"):
             rows[read, every] = self._take(site, held[read], every)
         values = [self._add(site, s, rows) for s in due]
         if values and not any(v.is_floating_point() for v in values):  # counts cannot show NaN
-            self._finite[site] = torch.stack([torch.isfinite(r).all() for r in rows.values()]).all()
-        later = {r for s in self._active if SIGNALS.index(_last(s)) > SIGNALS.index(name) for r in s.reads}
+            seen = [torch.isfinite(r).all() for r in rows.values()]
+            self._finite[site] = torch.stack([*seen, self._finite.get(site, seen[0])]).all()
         for done in [k for k in held if k not in later]:
             del held[done]
 
@@ -126,15 +136,18 @@ class Accumulator:
         bad = [s for s in self.sites if not self._is_finite(s, forward)]
         return bad[0] if bad else next(s for s in reversed(self.sites) if not self._is_finite(s, backward))
 
-    def result(self) -> dict[FFNSite, ChannelStats]:
-        """Statistics of every site, copied to the CPU."""
+    def result(self, *, copy: bool = True) -> dict[FFNSite, ChannelStats]:
+        """Statistics of every site on the CPU.
+
+        With ``copy`` false they are the sums themselves where these are on the CPU: they change with the next batch,
+        and take no more memory.
+        """
         found: dict[FFNSite, ChannelStats] = {}
         for site in self.sites:
             names = [s for s in (*self.forward, *self.backward) if (site, s.name) in self._sums]
             found[site] = ChannelStats(
                 site,
-                # a clone: the sums go on changing, and those made in inference mode could not be used in autograd
-                {s.name: self._sums[site, s.name].cpu().clone() for s in names},
+                {s.name: self._sums[site, s.name].to("cpu", copy=copy) for s in names},
                 {s.name: self._counts[site, s.name] for s in names},
                 {s.name: s.reduce for s in names},
             )
@@ -161,12 +174,15 @@ class Accumulator:
         first = next(r for r in statistic.reads if r != "core")
         count = self._n_targets if statistic.needs_gradient else rows[first, statistic.every].shape[0]
         if key not in self._sums:
-            wide = value.to(torch.float64 if value.is_floating_point() else torch.int64)
-            self._sums[key] = wide.clone() if wide is value else wide  # a statistic may return a view of its signal
+            with torch.inference_mode(False):  # sums made in inference mode could not be used in autograd
+                dtype = torch.float64 if value.is_floating_point() else torch.int64
+                self._sums[key] = value.to(dtype, copy=True)  # a statistic may return a view of its signal
             self._counts[key] = count
             return value
         total = self._sums[key].to(value.device)
-        self._sums[key] = total.add_(value) if statistic.reduce == "sum" else torch.maximum(total, value.to(total))
+        self._sums[key] = (
+            total.add_(value) if statistic.reduce == "sum" else torch.maximum(total, value.to(total), out=total)
+        )
         self._counts[key] += count
         return value
 

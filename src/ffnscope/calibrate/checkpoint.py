@@ -41,7 +41,8 @@ class Checkpoint:
         """Note that step ``index`` with ``n_windows`` windows is done; save the sums when enough are."""
         self._pending += n_windows
         if self._pending >= self.every:
-            write_stats(self.path, accumulator.result().values(), {"key": self.key, "next_step": index + 1})
+            stats = accumulator.result(copy=False).values()
+            write_stats(self.path, stats, {"key": self.key, "next_step": index + 1})
             self._pending = 0
 
     def finish(self) -> None:

@@ -74,7 +74,10 @@ def required_statistics(metrics: MetricChoice, *, core: bool | None = None) -> l
 
 
 def statistics_bytes(sites: Sequence[FFNSite], statistics: Iterable[str], core_size: int = 0) -> int:
-    """Memory of the sums of a pass, in bytes: 8 per value."""
+    """Memory of the sums of a pass, in bytes: 8 per value.
+
+    ``core_size`` is the number of core channels per site, for statistics that have it in their shape.
+    """
     shapes = [STATISTICS.get(name).shape for name in statistics]
     sizes = ({"d_ff": s.d_ff, "d_model": s.d_model, "core": core_size} for s in sites)
     return sum(8 * math.prod(n if isinstance(n, int) else size[n] for n in shape) for size in sizes for shape in shapes)
@@ -130,20 +133,39 @@ def calibrate(
                 on_batch(done, total)
     if saver:
         saver.finish()
-    return accumulator.result()
+    return accumulator.result(copy=False)
 
 
 def join_statistics(
     first: Mapping[FFNSite, ChannelStats], second: Mapping[FFNSite, ChannelStats]
 ) -> dict[FFNSite, ChannelStats]:
-    """Join the statistics of two passes over the same sites (different statistics, not different text)."""
+    """Join the statistics of two passes over the same sites: different statistics, not different text.
+
+    Raises:
+        UsageError: the sites differ, a statistic is in both, or gradients were taken of different amounts of text.
+    """
     joined: dict[FFNSite, ChannelStats] = {}
+    if first.keys() != second.keys():
+        raise UsageError("cannot join the statistics of two passes over different sites; calibrate both for the same.")
     for site, a in first.items():
         b = second[site]
+        _check_joint(site, a, b)
         joined[site] = ChannelStats(
             site, {**a.values, **b.values}, {**a.counts, **b.counts}, {**a.reductions, **b.reductions}
         )
     return joined
+
+
+def _check_joint(site: FFNSite, a: ChannelStats, b: ChannelStats) -> None:
+    both = sorted(a.values.keys() & b.values.keys())
+    if both:
+        raise UsageError(f"cannot join two passes that both collected {both[0]!r} of {site.name}.")
+    counts = [{p.counts[n] for n in p.counts if STATISTICS.get(n).needs_gradient} for p in (a, b)]
+    if len(counts[0] | counts[1]) > 1:
+        raise UsageError(
+            f"cannot join two passes that took gradients of {counts[0]} and {counts[1]} predicted tokens of "
+            f"{site.name}: give both passes the same windows and options."
+        )
 
 
 def plan_steps(windows: Windows, statistics: Sequence[str], options: PassOptions) -> list[Step]:
@@ -193,7 +215,7 @@ def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Ite
 
 def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator) -> None:
     accumulator.begin(step.batch.valid, step.batch.n_targets, forward=step.forward, backward=step.backward)
-    observe = accumulator.observe if step.forward and accumulator.forward else None
+    observe = accumulator.observe if accumulator.reads_activation else None
     observe_gradient = accumulator.observe_gradient if step.backward else None
     tap = SignalTap(accumulator.observe_signal, accumulator.signals) if accumulator.signals else None
     observe_batch(model, sites, step.batch, observe, observe_gradient, tap)

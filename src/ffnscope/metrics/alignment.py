@@ -14,8 +14,9 @@ def rayleigh_quotient(stats: ChannelStats, weights: FFNWeights, *, relative: boo
     """Rayleigh quotient w^T C w / w^T w of the channel's input rows, C the covariance of the FFN input over tokens.
 
     [d_ff]: the mean over the gate and the up row, each in [0, largest eigenvalue]; with ``relative`` divided by the
-    trace of C. A zero row counts 0. It does not change when a row is scaled. The public NodeLens code takes C over
-    texts after averaging tokens, which has at most as many dimensions as there are texts.
+    trace of C. A zero row counts 0. Invariant under up * c, down / c, since no scaling of a row changes it and the down
+    projection is not read. The public NodeLens code takes C over texts after averaging tokens, which has at most as
+    many dimensions as there are texts.
     """
     return _mean_quotient(_rows(weights), covariance(stats, "x_outer", "x_sum"), relative)
 
@@ -27,7 +28,8 @@ def delta_alignment(
     """Rayleigh quotient of the change of the channel's input rows since a reference checkpoint.
 
     [d_ff]: like ``rayleigh_quotient`` with the rows replaced by their difference from ``reference`` (the model before
-    fine-tuning). A row that did not change counts 0.
+    fine-tuning). A row that did not change counts 0. Changes under up * c, down / c, unless the reference is rescaled
+    too.
     """
     pairs = zip(_rows(weights), _rows(reference), strict=True)
     wide = torch.promote_types(torch.promote_types(weights.up.dtype, reference.up.dtype), torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ def composite(
     are the defaults. ``rank`` maps each score to its average rank in [0, 1], ``z`` subtracts the mean and divides by
     the standard deviation (0 for a constant score).
     A part that is unknown, or whose statistics were not collected, is an error: nothing is skipped.
+    Invariant under up * c, down / c where its parts are, as the default ones.
     """
     found = torch.zeros(stats.site.d_ff, dtype=torch.float64)
     chosen = _checked(parts)
@@ -46,8 +48,8 @@ def composite(
 
 def _checked(parts: Mapping[str, float] | None) -> Mapping[str, float]:
     parts = DEFAULT_PARTS if parts is None else parts
-    if not any(parts.values()):
-        raise UsageError("composite needs parts, metric names with weights that are not all 0: {wanda: 1.0, ...}.")
+    if not any(parts.values()) or not all(math.isfinite(w) for w in parts.values()):
+        raise UsageError("composite needs parts: metric names with finite weights, not all 0, like {wanda: 1.0}.")
     for name in parts:
         rule = METRICS.get(name)
         if name == "composite" or rule.inputs:
@@ -64,4 +66,5 @@ def _ranks(values: Tensor) -> Tensor:
 
 def _z_scores(values: Tensor) -> Tensor:
     spread = values.std(correction=0)
-    return (values - values.mean()) / spread if float(spread) > 0 else torch.zeros_like(values)
+    constant = float(spread) <= 1e-12 * float(values.abs().max())  # up to rounding
+    return torch.zeros_like(values) if constant else (values - values.mean()) / spread

@@ -65,7 +65,7 @@ def llm_pruner(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """First-order effect of removing the channel, |E[h g]|; [d_ff], nats per predicted token.
 
     The vector form of the Taylor score of the coupled weights: sum_o W_down[o, j] dL/dW_down[o, j] is the token sum of
-    h g, and so is the up row's sum of weight times gradient. No weight gradient is made. Unlike ``scar_taylor``, signs
-    cancel between tokens.
+    h g, and so is the up row's sum of weight times gradient in a gated FFN without biases. No weight gradient is made.
+    Unlike ``scar_taylor``, signs cancel between tokens. Invariant under up * c, down / c.
     """
     return stats.mean("taylor_sum").abs()

@@ -1,7 +1,8 @@
 """Metrics of shared information between channels, or between a channel and the input, under a Gaussian model.
 
 Mutual information of two signals with correlation rho is -ln(1 - rho^2) / 2 nats. Correlations use true variances; a
-constant channel has correlation 0. rho^2 is cut at 1 - 1e-12, so that a copy of a channel has a large finite value.
+channel whose variance is below 1e-6 of its power counts as constant and has correlation 0. rho^2 is cut at 1 - 1e-6, so
+that a copy of a channel has 6.9 nats; both are what sums of float32 products resolve.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from ffnscope.metrics.alignment import covariance
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
-LARGEST = 1 - 1e-12
+RESOLUTION = 1e-6  # relative error of a sum of float32 products
+SMALL = 512  # covariances up to this size are decomposed whole
+ROWS = 1024  # channels whose correlations with all others are held at once
 
 
 @metric(
@@ -26,11 +29,14 @@ def mutual_information_gaussian(stats: ChannelStats, weights: FFNWeights) -> Ten
     """Gaussian mutual information between a channel and the first principal component of the FFN input, in nats.
 
     [d_ff]. The component is that of the covariance over tokens; the channel is h itself, after gate and activation.
+    Invariant under up * c, down / c.
     """
     value, vector = _leading(covariance(stats, "x_outer", "x_sum"))
-    cross = stats.mean("xh_outer") - torch.outer(stats.mean("x_sum"), stats.mean("act_sum"))
-    variance = (stats.mean("act_sq") - stats.mean("act_sum").square()).clamp_min(0)
-    return gaussian_information(_correlation((vector @ cross), value, variance))
+    cross = vector @ stats.mean("xh_outer") - (vector @ stats.mean("x_sum")) * stats.mean("act_sum")
+    power = stats.mean("act_sq")
+    scale = inverse_root(power - stats.mean("act_sum").square(), power)
+    along = inverse_root(value, stats.mean("x_outer").diagonal().sum())
+    return gaussian_information(cross * scale * along)
 
 
 @metric(
@@ -42,11 +48,16 @@ def mutual_information_gaussian(stats: ChannelStats, weights: FFNWeights) -> Ten
 def average_redundancy(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Mean Gaussian mutual information between a channel and every other channel of its site, in nats; negated.
 
-    [d_ff]. The natural value is high for redundant channels; the score is its negative.
+    [d_ff]. The natural value is high for redundant channels; the score is its negative. Invariant under up * c,
+    down / c.
     """
-    shared = gaussian_information(_correlations(stats))
-    shared.fill_diagonal_(0)
-    return -shared.sum(1) / max(1, shared.shape[0] - 1)
+    d_ff = stats.site.d_ff
+    found: list[Tensor] = []
+    for rows in torch.arange(d_ff).split(ROWS):
+        shared = gaussian_information(_correlations(stats, rows))
+        shared[torch.arange(len(rows)), rows] = 0
+        found.append(shared.sum(1))
+    return -torch.cat(found) / max(1, d_ff - 1)
 
 
 @metric(
@@ -60,53 +71,50 @@ def pairwise_redundancy_gaussian(
 ) -> Tensor:
     """Mean Gaussian mutual information between a channel and some random other channels, in nats; negated.
 
-    [d_ff]. A sampled form of ``average_redundancy``: ``partners`` others per channel, drawn from the seed.
+    [d_ff]. A sampled form of ``average_redundancy``: ``partners`` others per channel, drawn from the seed with
+    replacement. Invariant under up * c, down / c.
     """
     if partners < 1:
         raise UsageError(f"pairwise_redundancy_gaussian: partners must be at least 1; got {partners}.")
-    shared = gaussian_information(_correlations(stats))
-    d_ff = shared.shape[0]
+    d_ff = stats.site.d_ff
     draw = torch.randint(1, max(2, d_ff), (d_ff, partners), generator=torch.Generator().manual_seed(seed))
     others = (torch.arange(d_ff)[:, None] + draw) % d_ff  # never the channel itself
-    return -shared.gather(1, others.to(shared.device)).mean(1)
+    found = [_correlations(stats, rows).cpu().gather(1, others[rows]) for rows in torch.arange(d_ff).split(ROWS)]
+    return -gaussian_information(torch.cat(found)).mean(1)
 
 
 def gaussian_information(correlation: Tensor) -> Tensor:
     """-ln(1 - rho^2) / 2 in nats, elementwise."""
-    return -0.5 * torch.log1p(-correlation.square().clamp_max(LARGEST))
+    return -0.5 * torch.log1p(-correlation.square().clamp_max(1 - RESOLUTION))
 
 
-def _correlations(stats: ChannelStats) -> Tensor:
-    cov = covariance(stats, "h_outer", "act_sum")
-    variance = _resolved(cov.diagonal(), stats.mean("h_outer").diagonal())
-    scale = torch.where(
-        variance > 0, variance.clamp_min(torch.finfo(cov.dtype).tiny).rsqrt(), torch.zeros_like(variance)
-    )
-    return cov * scale[:, None] * scale[None, :]
+def _correlations(stats: ChannelStats, rows: Tensor) -> Tensor:
+    """Correlations of the channels ``rows`` [n] with all channels; [n, d_ff]."""
+    outer, count = stats.total("h_outer"), stats.counts["h_outer"]
+    mean, power = stats.mean("act_sum"), outer.diagonal() / count
+    scale = inverse_root(power - mean.square(), power)
+    rows = rows.to(outer.device)
+    return (outer[rows] / count - torch.outer(mean[rows], mean)) * torch.outer(scale[rows], scale)
 
 
-def _correlation(covariances: Tensor, variance_a: Tensor, variance_b: Tensor) -> Tensor:
-    product = variance_a * variance_b
-    tiny = torch.finfo(product.dtype).tiny
-    return torch.where(product > 0, covariances * product.clamp_min(tiny).rsqrt(), torch.zeros_like(covariances))
-
-
-def _resolved(variance: Tensor, power: Tensor) -> Tensor:
-    """Treat a variance below the rounding of its float32 sums (1e-6 of the second moment) as 0."""
-    return torch.where(variance > 1e-6 * power, variance, torch.zeros_like(variance))
+def inverse_root(variance: Tensor, power: Tensor) -> Tensor:
+    """1 / sqrt(variance), or 0 where the variance is lost in the rounding of the second moment ``power``."""
+    tiny = torch.finfo(variance.dtype).tiny
+    return torch.where(variance > RESOLUTION * power, variance.clamp_min(tiny).rsqrt(), torch.zeros_like(variance))
 
 
 def _leading(cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalue and its eigenvector (sign such that its largest entry is positive)."""
-    from scipy.sparse.linalg import eigsh
+    """Largest eigenvalue and its eigenvector."""
+    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
     size = cov.shape[0]
-    if size < 3:
-        values, vectors = torch.linalg.eigh(cov)
-        value, vector = values[-1], vectors[:, -1]
-    else:
-        start = torch.ones(size, dtype=torch.float64).numpy()
-        values, vectors = eigsh(cov.double().cpu().numpy(), k=1, which="LA", v0=start)
-        value, vector = torch.tensor(float(values[0]), dtype=torch.float64), torch.from_numpy(vectors[:, 0].copy())
-    vector = vector * torch.sign(vector[vector.abs().argmax()])
-    return value.to(cov), vector.to(cov)
+    if size > SMALL and bool(cov.any()):
+        start = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        try:
+            values, vectors = eigsh(cov.double().cpu().numpy(), k=1, which="LA", v0=start.numpy())
+        except ArpackNoConvergence:
+            pass  # several almost equal eigenvalues: all are computed below
+        else:
+            return torch.tensor(values[0]).to(cov), torch.from_numpy(vectors[:, 0].copy()).to(cov)
+    found, basis = torch.linalg.eigh(cov)
+    return found[-1], basis[:, -1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ffnscope.errors import NonFiniteError, UsageError
+from ffnscope.errors import UsageError
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -15,18 +15,19 @@ def sparsegpt(stats: ChannelStats, weights: FFNWeights, *, damping: float = 0.01
     """Structured OBS score, ||W_down[:, j]||^2 / [H^-1]_jj with H = E[h h^T] + damping mean(diag H) I.
 
     [d_ff]: the squared error of the FFN output when channel j is removed and the others are refitted by least squares.
-    Only a score: weights are not updated here.
+    Only a score: weights are not updated here. Changes under up * c, down / c, because the damping adds a power that
+    does not scale with the channel; without damping it would be invariant.
     """
-    if damping <= 0:
+    if not 0 < damping < float("inf"):
         raise UsageError(f"sparsegpt: damping must be positive, a share of the mean of diag H; got {damping:g}.")
     second = stats.mean("h_outer")
     scale = second.diagonal().mean()
     if float(scale) == 0:
         return torch.zeros_like(second.diagonal())
-    second = second + damping * scale * torch.eye(second.shape[0], dtype=second.dtype, device=second.device)
+    second.diagonal().add_(damping * scale)  # a mean is a new tensor
     factor, failed = torch.linalg.cholesky_ex(second)
     if int(failed):
-        raise NonFiniteError(
+        raise UsageError(
             f"{stats.site.name}: the second moment of the channels is not positive definite; raise sparsegpt.damping "
             f"above {damping:g}."
         )
@@ -37,7 +38,9 @@ def sparsegpt(stats: ChannelStats, weights: FFNWeights, *, damping: float = 0.01
 def flap(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Fluctuation times norm, Var(h_j) ||W_down[:, j]||^2; [d_ff].
 
-    What is lost when the channel is replaced by its mean. FLAP adds that mean to the bias of down; here is the score.
+    The mean square change of the FFN output when the channel is replaced by its mean (FLAP adds that mean to the bias
+    of down; here is only the score). Invariant under up * c, down / c. For the error of the variance see
+    ``activation_variance``.
     """
     variance = (stats.mean("act_sq") - stats.mean("act_sum").square()).clamp_min(0)
     return variance * _column_power(weights).to(variance)

@@ -4,8 +4,12 @@ Ingredients (arXiv:2604.23475): the core is the set of channels with the largest
 a channel writes goes to the residual dimensions that the core writes to; the write halo is the channels with the
 largest Conn; redundancy is the correlation, over tokens, of q = h g with that of core channels.
 
-Where we differ from the public code: correlations divide by true variances. There an additive 1e-8 under the root
-swamps variances of 1e-13 to 1e-20, so that "redundancy" mostly repeats the channel's own variance.
+Where we differ from the public code: correlations divide by true variances, so that redundancy does not change when
+the loss is scaled. There an additive 1e-8 under the root swamps products of variances of 1e-13 to 1e-20, so that
+"redundancy" mostly repeats the channel's own variance.
+
+Scaling a channel's up row by c and its down column by 1/c changes neither its LP, its redundancy nor its own Conn. Only
+through the core's main dimensions, which are sums over the columns of several core channels, can it change a score.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
-from ffnscope.metrics.information import gaussian_information
+from ffnscope.metrics.information import gaussian_information, inverse_root
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -36,7 +40,17 @@ def supernode_protection_score(
     """SCAR-Prot: LP times Protect; [d_ff]. Core channels come first, one above all others.
 
     Protect is 1 outside the write halo, and floor + (1 - floor)(1 - r^power) inside, where r in [0, 1] is the rank of
-    the channel's redundancy with the core among the halo.
+    the channel's redundancy with the core among the halo. Invariant under up * c, down / c of channels outside the
+    core.
+
+    Args:
+        stats: statistics that were gathered with this core.
+        weights: of the site.
+        core: indices of the core channels.
+        halo_fraction: share of the other channels that is the write halo.
+        support: number of residual dimensions that count as the core's, at most half of d_model.
+        power: how sharply protection falls with the rank.
+        floor: protection of the most redundant channel.
     """
     conn = connectivity(weights, core, support)
     protect = protection(stats, core, write_halo(conn, core, halo_fraction), power, floor)
@@ -56,8 +70,8 @@ def supernode_connectivity_score(
 ) -> Tensor:
     """SCAR-Conn: LP times (1 - Conn) + Conn Protect; [d_ff]. Core channels come first, one above all others.
 
-    Like ``supernode_protection_score``, with the protection weighted by how much the channel writes where the core
-    writes.
+    Like ``supernode_protection_score``, with the same arguments, but the protection is weighted by how much the channel
+    writes where the core writes. Invariant under up * c, down / c of channels outside the core.
     """
     conn = connectivity(weights, core, support)
     protect = protection(stats, core, write_halo(conn, core, halo_fraction), power, floor)
@@ -74,9 +88,11 @@ def connectivity(weights: FFNWeights, core: Tensor, support: int) -> Tensor:
     if support < 1:
         raise UsageError(f"support must be at least 1 residual dimension; got {support}.")
     size = weights.down.to(torch.promote_types(weights.down.dtype, torch.float32)).abs()
-    main = size[:, core.to(size.device)].sum(1).topk(min(support, size.shape[0])).indices
+    order = torch.sort(size[:, core.to(size.device)].sum(1), descending=True, stable=True).indices
+    main = order[: min(support, max(1, size.shape[0] // 2))]
     total = size.sum(0)
-    return torch.where(total > 0, size[main].sum(0) / total.clamp_min(torch.finfo(size.dtype).tiny), 0 * total)
+    share = size[main].sum(0) / total.clamp_min(torch.finfo(size.dtype).tiny)
+    return torch.where(total > 0, share.clamp_max(1), torch.zeros_like(total))
 
 
 def write_halo(conn: Tensor, core: Tensor, fraction: float) -> Tensor:
@@ -93,20 +109,18 @@ def redundancy_to_core(stats: ChannelStats, core: Tensor, top: int = 5) -> Tenso
 
     Only positive correlations count: a channel that counters the core is not redundant with it.
     """
-    mean, square = stats.mean("taylor_sum"), stats.mean("taylor_sq")
+    mean, square, cross = (stats.mean(n) for n in NEEDS)
     core = core.to(mean.device)
-    cross = stats.mean("taylor_core") - torch.outer(mean[core], mean)
-    variance = (square - mean.square()).clamp_min(0)
-    variance = torch.where(variance > 1e-6 * square, variance, torch.zeros_like(variance))
-    scale = torch.where(variance > 0, variance.sqrt().reciprocal(), torch.zeros_like(variance))
-    correlation = (cross * scale[core][:, None] * scale[None, :]).clamp(0, 1)
-    information = gaussian_information(correlation)
+    _check_core_is_that_of(stats, core, cross, square)
+    scale = inverse_root(square - mean.square(), square)
+    correlation = (cross - torch.outer(mean[core], mean)) * torch.outer(scale[core], scale)
+    information = gaussian_information(correlation.clamp_min(0))
     return information.topk(min(top, core.numel()), dim=0).values.mean(0)
 
 
 def protection(stats: ChannelStats, core: Tensor, halo: Tensor, power: float, floor: float) -> Tensor:
     """Protect: 1 outside the halo; inside it falls with the rank of the redundancy to ``floor``; [d_ff]."""
-    if not 0 <= floor <= 1 or power <= 0:
+    if not 0 <= floor <= 1 or not power > 0:
         raise UsageError(f"floor must be in [0, 1] and power positive; got {floor:g} and {power:g}.")
     redundancy = redundancy_to_core(stats, core)
     halo = halo.to(redundancy.device)
@@ -114,6 +128,16 @@ def protection(stats: ChannelStats, core: Tensor, halo: Tensor, power: float, fl
     rank = _rank(redundancy[halo])
     protect[halo] = floor + (1 - floor) * (1 - rank.pow(power))
     return protect
+
+
+def _check_core_is_that_of(stats: ChannelStats, core: Tensor, cross: Tensor, square: Tensor) -> None:
+    """Raise when taylor_core belongs to another core: the entry of core channel s with itself is E[q_s^2]."""
+    same = cross.shape[0] == core.numel()
+    if not same or not torch.allclose(cross.gather(1, core[:, None]).flatten(), square[core], rtol=1e-2, atol=0):
+        raise UsageError(
+            f"{stats.site.name}: statistic 'taylor_core' was collected for another core than the {core.numel()} "
+            "channels given now, or over other text; calibrate with this core and join the statistics again."
+        )
 
 
 def _rank(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ffnscope.types import ChannelStats, FFNWeights
 def weight_magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Sum of the L2 norms of the channel's gate row, up row and down column.
 
-    [d_ff]. Biases are not counted. Changes when up is scaled by c and down by 1/c, which leaves the function as it is.
+    [d_ff]. Biases are not counted. Changes under up * c, down / c, which leaves the function as it is.
     """
     return channel_norms(weights).sum(0)
 
@@ -25,7 +25,7 @@ def weight_magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
 def magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Product of the L2 norms of the channel's gate row, up row and down column; [d_ff].
 
-    Unlike the sum it does not change when up is scaled by c and down by 1/c, which leaves the function as it is.
+    Invariant under up * c, down / c, which leaves the function as it is; the sum is not.
     """
     return channel_norms(weights).prod(0)
 

@@ -11,20 +11,22 @@ from torch import Tensor
 
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.errors import ContractError, UsageError
-from ffnscope.registry import METRICS, Metric
+from ffnscope.registry import METRICS, SIGNALS, Metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 
-WINDOWS, LENGTH, D_MODEL, D_FF = 4, 32, 8, 12
+WINDOWS, LENGTH, D_MODEL, D_FF = 4, 32, 8, 36
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Case:
-    """One synthetic FFN: x [WINDOWS, LENGTH, D_MODEL], h and g [WINDOWS, LENGTH, D_FF], weights and what a metric may
-    need beyond them, all float64."""
+    """One synthetic FFN: x, y and dy [WINDOWS, LENGTH, D_MODEL], h and g [WINDOWS, LENGTH, D_FF], weights and what a
+    metric may need beyond them, all float64."""
 
     site: FFNSite
     x: Tensor
     h: Tensor
+    y: Tensor
+    dy: Tensor
     g: Tensor
     weights: FFNWeights
     core: Tensor
@@ -35,9 +37,8 @@ class _Case:
         sums = Accumulator([self.site], rule.needed({}), {self.site: self.core})
         n = last - first
         sums.begin(torch.ones(n, LENGTH, dtype=torch.bool), n * (LENGTH - 1))
-        if "x" in sums.signals:
-            sums.observe_signal(self.site, "x", self.x[first:last])
-        sums.observe(self.site, self.h[first:last])
+        for name in SIGNALS[:-1]:
+            sums.observe_signal(self.site, name, getattr(self, name)[first:last])
         if sums.backward:
             sums.observe_gradient(self.site, self.h[first:last], self.g[first:last])
         return sums.result()[self.site]
@@ -51,10 +52,10 @@ def check_metric(metric: str | Metric) -> None:
     """Check that a metric keeps the laws of its kind; silent when it does.
 
     The laws: parameters are keyword-only and typed, with defaults; only declared statistics are read; one finite value
-    per channel, also for channels that are never active, have no gradient or zero weights; statistics and weights are
-    not changed; the same arguments give the same scores, whatever the global random state, which is left alone;
-    statistics gathered in parts give the scores of the whole; channels in another order give the scores in that
-    order; bfloat16 and float32 weights give the scores of the same values in float64 (to 0.1 %); CUDA gives the
+    per channel, also for channels that are never active, have no gradient or zero weights; statistics, weights, core
+    and reference are not changed; the same arguments give the same scores, whatever the global random state, which is
+    left alone; statistics gathered in parts give the scores of the whole; channels in another order give the scores in
+    that order; bfloat16 and float32 weights give the scores of the same values in float64 (to 0.1 %); CUDA gives the
     scores of the CPU, where there is one.
 
     A metric with a parameter ``seed`` is random by design: it is excused from the order of channels, and two seeds
@@ -102,7 +103,9 @@ def _case(gated: bool) -> _Case:
     gate_bias = draw(D_FF) if gated else None
     weights = FFNWeights(gate if gated else None, up, down, gate_bias, draw(D_FF), draw(D_MODEL))
     before = FFNWeights(gate + 0.1 * draw(D_FF, D_MODEL) if gated else None, up + 0.1 * draw(D_FF, D_MODEL), down)
-    return _Case(site, draw(WINDOWS, LENGTH, D_MODEL), h, g, weights, torch.tensor([5, 7]), before)
+    x, y, dy = (draw(WINDOWS, LENGTH, D_MODEL) for _ in range(3))
+    dy[:, -1] = 0
+    return _Case(site, x, h, y, dy, g, weights, torch.tensor([5, 7]), before)
 
 
 def _check_parameters(rule: Metric) -> None:
@@ -126,11 +129,12 @@ def _check_values(rule: Metric, values: Any) -> None:
 
 def _check_purity(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs: dict[str, Any]) -> Tensor:
     """Return the scores of the first call; a later one would not show a change that is made only once."""
-    tensors = [*stats.values.values(), *_present(weights)]
+    given = [*stats.values.values(), *inputs.values(), weights]
+    tensors = [t for one in given for t in (_present(one) if isinstance(one, FFNWeights) else [one])]
     before, state = [t.clone() for t in tensors], torch.get_rng_state()
     values = _call(rule, stats, weights, inputs)
     if not all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)):
-        raise _broken(rule, "purity", "it changed its statistics or weights; work on a copy")
+        raise _broken(rule, "purity", "it changed its statistics, weights or inputs; work on a copy")
     if not torch.equal(state, torch.get_rng_state()):
         raise _broken(rule, "purity", "it changed the global random state; draw from a torch.Generator of its own")
     return values
@@ -175,9 +179,9 @@ def _permuted(w: FFNWeights, order: Tensor) -> FFNWeights:
 
 def _check_dtypes(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs: dict[str, Any]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        low = _cast(weights, dtype=dtype)
-        values = _call(rule, stats, low, inputs)
-        exact = _call(rule, stats, _cast(low, dtype=torch.float64), inputs)
+        low, low_inputs = _cast(weights, dtype=dtype), _cast_inputs(inputs, dtype)
+        values = _call(rule, stats, low, low_inputs)
+        exact = _call(rule, stats, _cast(low, dtype=torch.float64), _cast_inputs(low_inputs, torch.float64))
         _check_values(rule, values)
         if not _near(values.double(), exact, 1e-3):
             what = f"{dtype} weights gave scores that differ by more than 0.1 % from the same values in float64"
@@ -207,6 +211,10 @@ def _cast(weights: FFNWeights, **to: Any) -> FFNWeights:
     tensors: list[Any] = [getattr(weights, f.name) for f in fields(weights)]
     cast: list[Any] = [None if t is None else t.to(**to) for t in tensors]
     return FFNWeights(*cast)
+
+
+def _cast_inputs(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {k: _cast(v, dtype=dtype) if isinstance(v, FFNWeights) else v for k, v in inputs.items()}
 
 
 def _is_seeded(rule: Metric) -> bool:

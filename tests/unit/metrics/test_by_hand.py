@@ -12,18 +12,34 @@ g^2      0.25 + 1 = 1.25         1 + 4 = 5
 
 gate rows (3, 4), (0, 1); up rows (1, 0), (6, 8); down columns (5, 12), (-3, 4)
 L2 norms  gate 5, 1; up 1, 10; down 13, 5;  L1 norms of down 17, 7
+
+E[h]      2/3   4/3     E[h^2]  14/3  40/3     E[h0 h1]  (-2 + 0 - 12) / 3 = -14/3
+Var(h)    14/3 - 4/9 = 38/9     40/3 - 16/9 = 104/9     Cov(h0, h1)  -14/3 - 8/9 = -50/9
+h g       0.5 - 3 = -2.5 and -2 + 0 = -2
+
+x (4, 6), (1, -3), (-2, 3): mean (1, 2), centred (3, 4), (0, -5), (-3, 1), covariance
+C = [[6, 3], [3, 14]]: trace 20, and C (1, 3) = 15 (1, 3) is its largest eigenvalue
+
+w C w / w w  (3, 4): (54 + 72 + 224) / 25 = 14;  (0, 1): 14;  (1, 0): 6;  (6, 8): 14
+change since the reference: gate (1, 1), (0, 0); up (0, 2), (1, -1)
+w C w / w w  (1, 1): (6 + 6 + 14) / 2 = 13;  (0, 2): 14;  (1, -1): (6 - 6 + 14) / 2 = 7
+
+along (1, 3) the centred x is 15, -15, 0: variance 150; centred h (1, 7, -8) / 3 and (-10, -4, 14) / 3
+covariances (15 - 105) / 9 = -10 and (-150 + 60) / 9 = -10
+rho^2 = 100 / (150 * 38/9) = 3/19 and 100 / (150 * 104/9) = 3/52
+rho^2 of h0 and h1 = (50/9)^2 / (38/9 * 104/9) = 2500 / 3952
 """
 
 from __future__ import annotations
 
-from math import sqrt
+from math import log, sqrt
 
 import pytest
 import torch
 
 from ffnscope.registry import METRICS
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
-from hand_example import GATED, PLAIN, SITE, G, H, stats_of
+from hand_example import GATED, PLAIN, SITE, G, H, X, inputs_of, stats_of
 
 EXPECTED = {
     "activation_l2_norm": (sqrt(14 / 3), sqrt(40 / 3)),
@@ -37,10 +53,28 @@ EXPECTED = {
     "scar_curvature": (0.625, 2.5),
     "scar_loss_proxy": (2.3125, 1.0),
     "scar_loss_proxy_factored": (35 / 24, 50 / 3),  # 14/3 * 0.625 / 2, 40/3 * 2.5 / 2
+    "llm_pruner": (1.25, 1.0),
+    "rayleigh_quotient": (0.5, 0.7),  # (14 + 6) / 2 / 20, 14 / 20
+    "delta_alignment": (0.675, 0.175),  # (13 + 14) / 2 / 20, (0 + 7) / 2 / 20
+    "mutual_information_gaussian": (log(19 / 16) / 2, log(52 / 49) / 2),
+    "average_redundancy": (-log(3952 / 1452) / 2,) * 2,
+    "pairwise_redundancy_gaussian": (-log(3952 / 1452) / 2,) * 2,
+    # damping 0.01 * (14/3 + 40/3) / 2 = 0.09; 1 / [H^-1]_00 = H_00 - H_01^2 / H_11
+    "sparsegpt": (
+        169 * (14 / 3 + 0.09 - 196 / 9 / (40 / 3 + 0.09)),
+        25 * (40 / 3 + 0.09 - 196 / 9 / (14 / 3 + 0.09)),
+    ),
+    "flap": (38 / 9 * 169, 104 / 9 * 25),
+    "composite": (1.0, 0.0),  # channel 0 is first by scar_loss_proxy and by wanda
     "weight_magnitude": (19.0, 16.0),
     "magnitude": (65.0, 50.0),
 }
-EXPECTED_PLAIN = EXPECTED | {"weight_magnitude": (14.0, 15.0), "magnitude": (13.0, 50.0)}
+EXPECTED_PLAIN = EXPECTED | {
+    "weight_magnitude": (14.0, 15.0),
+    "magnitude": (13.0, 50.0),
+    "rayleigh_quotient": (0.3, 0.7),
+    "delta_alignment": (0.7, 0.35),
+}
 
 
 @pytest.mark.parametrize("weights", [GATED, PLAIN], ids=["gated", "plain"])
@@ -49,15 +83,23 @@ EXPECTED_PLAIN = EXPECTED | {"weight_magnitude": (14.0, 15.0), "magnitude": (13.
 def test_metric_is_what_it_says(name, dtype, weights):
     rule = METRICS.get(name)
     expected = (EXPECTED if weights.gate is not None else EXPECTED_PLAIN)[name]
-    cast = [None if t is None else t.to(dtype) for t in (weights.gate, weights.up, weights.down)]
-    found = rule.fn(stats_of(rule, H.to(dtype), G.to(dtype)), FFNWeights(*cast))
+    cast = FFNWeights(*[None if t is None else t.to(dtype) for t in (weights.gate, weights.up, weights.down)])
+    found = rule.fn(stats_of(rule, H.to(dtype), G.to(dtype), X.to(dtype)), cast, **inputs_of(rule, cast))
     # all inputs are exact in every dtype, so that only reductions round
     assert found.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_every_metric_of_these_families_has_a_value_by_hand():
-    families = {"activation", "gradient", "weight"}
-    assert {n for n in METRICS.names() if METRICS.get(n).family in families} == {*EXPECTED, "random"}
+def test_every_metric_has_a_value_by_hand():
+    elsewhere = {"supernode"}  # needs more channels: test_supernode.py
+    assert {n for n in METRICS.names() if METRICS.get(n).family not in elsewhere} == {*EXPECTED, "random"}
+
+
+def test_absolute_quotients():
+    rule = METRICS.get("rayleigh_quotient")
+    assert rule.fn(stats_of(rule), GATED, relative=False).tolist() == pytest.approx((10.0, 14.0), rel=1e-6)
+    rule = METRICS.get("delta_alignment")
+    found = rule.fn(stats_of(rule), GATED, relative=False, **inputs_of(rule, GATED))
+    assert found.tolist() == pytest.approx((13.5, 3.5), rel=1e-6)
 
 
 def test_random_is_seeded_by_number_and_site():

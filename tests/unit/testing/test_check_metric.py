@@ -110,7 +110,7 @@ BAD = [
     (divides_by_gradient, ("taylor_abs", "grad_sq"), "finite scores: channel 1, which has no gradient"),
     (divides_by_weight, (), "finite scores: channel 2, which has zero weights"),
     (changes_statistics, ("act_abs",), "purity: it changed its statistics"),
-    (changes_weights, (), "purity: it changed its statistics or weights"),
+    (changes_weights, (), "purity: it changed its statistics, weights or inputs"),
     (sets_global_seed, ("act_abs",), "purity: it changed the global random state"),
     (global_chance, (), "determinism: two calls"),
     (unused_seed, ("act_abs",), "determinism: two seeds"),
