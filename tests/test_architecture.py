@@ -18,7 +18,7 @@ ROOT = Path(ffnscope.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 RANK = {
-    "errors": -1,
+    "errors": -2,
     "display": -1,
     "types": 0,
     **dict.fromkeys(("registry", "io"), 1),

@@ -13,7 +13,7 @@ from ffnscope.registry import METRICS
 from ffnscope.run.document import KeyPath, Problem, show
 from ffnscope.run.explain import explain, unknown_key
 from ffnscope.run.metric_arguments import parse_arguments
-from ffnscope.run.planned import PLANNED_KEYS, not_available, planned_metrics
+from ffnscope.run.planned import PLANNED_KEYS, not_available
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.texts import SHIPPED_TEXTS, TextSource
 
@@ -207,9 +207,7 @@ def _held_out(config: RunConfig) -> Iterator[Finding]:
 def _metric_blocks(config: RunConfig) -> Iterator[Finding]:
     given = config.metrics.params
     for name in given:
-        if name in planned_metrics():
-            yield _finding(("metrics", name), not_available(f"metric {name!r}"))
-        elif name not in METRICS.names():
+        if name not in METRICS.names():
             yield _finding(("metrics", name), unknown_key(("metrics", name)))
     used = dict.fromkeys([*given, *(name for _, name in _used_metrics(config))])
     for name in used:

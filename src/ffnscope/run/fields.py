@@ -23,7 +23,6 @@ from pydantic.types import Strict
 from pydantic_core import PydanticCustomError
 
 from ffnscope.registry import ALLOCATORS, METRICS
-from ffnscope.run.planned import not_available, planned_metrics
 
 NAMES_OF = "x-names-of"
 
@@ -56,9 +55,7 @@ def _metric_name(name: str) -> str:
     known = METRICS.names()
     if name in known:
         return name
-    if name in planned_metrics():
-        raise refuse(not_available(f"metric {name!r}"))
-    hint = did_you_mean(name, [*known, *planned_metrics()])
+    hint = did_you_mean(name, known)
     raise refuse(f"unknown metric {name!r}.{hint} Known: {', '.join(sorted(known))}")
 
 

@@ -30,7 +30,8 @@ def test_lines_count_passes_tokens_and_models(small: Callable[..., RunConfig]) -
         "evaluate": f"5 models x 128 tokens of {config.evaluation.name}: " + found.lines[3].what.split(": ", 1)[1],
         "samples": "10 texts of up to 3 tokens",
     }
-    assert sorted(found.statistics) == ["act_sq", "grad_sq", "taylor_abs", "taylor_sq"]
+    assert [sorted(names) for names in found.statistics] == [["act_sq", "grad_sq", "taylor_abs", "taylor_sq"]]
+    assert found.statistics_bytes == 4 * 8 * LAYERS * D_FF
     assert all(line.seconds is None or line.seconds > 0 for line in found.lines)
     assert not config.output_dir.exists()
 
@@ -73,3 +74,15 @@ def test_it_is_printed_as_a_table(small: Callable[..., RunConfig], tmp_path: Pat
     print_estimate(config, Console(file=text, width=200))
     for words in ("a [bold] name: nothing was computed", "1 pass: ", "peak memory about", str(tmp_path / "out")):
         assert words in text.getvalue()
+
+
+def test_a_metric_that_needs_the_core_is_a_second_pass(small: Callable[..., RunConfig]) -> None:
+    found = estimate(small(metrics={"enabled": ["supernode_protection_score"]}))
+    assert [line.stage for line in found.lines[:2]] == ["calibrate 1", "calibrate 2"]
+    assert "taylor_sum" in found.statistics[0]
+    assert found.statistics[1] == ["taylor_core"]
+
+
+def test_second_moments_are_announced(small: Callable[..., RunConfig]) -> None:
+    found = estimate(small(metrics={"enabled": ["sparsegpt"]}))
+    assert found.statistics_bytes == 8 * LAYERS * D_FF * (D_FF + 4)

@@ -8,23 +8,20 @@ from pathlib import Path
 import pytest
 
 from checkpoints import make_checkpoint
-from ffnscope.errors import ConfigError
 from ffnscope.run import RunResult, load_config
-from ffnscope.run.planned import PLANNED_KEYS, planned_metrics
 from runs import quiet_run, strict_json
 from tiny import D_FF, LAYERS
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 ARCHITECTURE = {
     "quickstart": "llama",
+    "guide": "llama",
     "gpt2_fast_test": "gpt2",
     "llama3_8b": "llama",
     "mistral_7b": "mistral",
     "qwen2_7b": "qwen2",
     "olmo2_7b": "olmo2",
 }
-GUIDE_LINES = {"supernode.halo_fraction": "halo_fraction: 0.10"}
-"""Planned key of the guide -> what its line holds; a planned metric's line holds its name."""
 
 
 @pytest.fixture
@@ -69,7 +66,7 @@ def check(result: RunResult) -> None:
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ARCHITECTURE, "guide"}
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ARCHITECTURE}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
@@ -81,23 +78,3 @@ def test_example_runs(name: str, overrides: Callable[[str], list[str]]) -> None:
     assert ARCHITECTURE[name] in model["class"].lower()
     asked = load_config(EXAMPLES / f"{name}.yaml").model.dtype
     assert model["dtype"] == asked
-
-
-def test_guide_runs_but_for_what_a_later_version_brings(overrides: Callable[[str], list[str]], tmp_path: Path) -> None:
-    path = EXAMPLES / "guide.yaml"
-    rows = path.read_text(encoding="utf-8").splitlines()
-    keys = [(GUIDE_LINES[key], f"{key}: ") for key in PLANNED_KEYS if key in GUIDE_LINES]
-    missing = [*keys, *((f'"{name}"', f"metric {name!r} is") for name in planned_metrics())]
-    later = {n: words for n, row in enumerate(rows, 1) for text, words in missing if text in row and "#" not in row}
-    replaced = [*overrides("llama"), "output.plots=false"]
-    if later:
-        with pytest.raises(ConfigError) as caught:
-            load_config(path, replaced)
-        assert len(caught.value.problems) == len(later)
-        for problem, (line, words) in zip(caught.value.problems, later.items(), strict=True):
-            assert problem.startswith(f"line {line}: ")
-            assert words in problem
-            assert problem.endswith("is not available in this version.")
-        path = tmp_path / "guide.yaml"
-        path.write_text("\n".join(row for n, row in enumerate(rows, 1) if n not in later), encoding="utf-8")
-    check(quiet_run(load_config(path, replaced)))

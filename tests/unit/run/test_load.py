@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from ffnscope.errors import ConfigError
 from ffnscope.run.document import parse_document
 from ffnscope.run.load import config_from_dict, dump_config, load_config
-from ffnscope.run.planned import planned_metrics
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 MODEL = "model:\n  model_id: m\n"
@@ -114,8 +113,22 @@ FAULTS = [
     ("pruning: {algorithms: [random, random]}", "pruning.algorithms: 'random' is listed twice; list each value once."),
     ("pruning: {allocator: globl}", "unknown allocator 'globl'. Did you mean 'global'? Known: global, local."),
     # not in this version, or never
-    ("model: {model_id: m, reference_id: r}", "'reference_id: r' is not available in this version."),
-    ("supernode: {halo_fraction: 0.1}", "'halo_fraction: 0.1' is not available in this version."),
+    (
+        "model: {model_id: m, reference_id: r}",
+        "model.reference_id: would do nothing: no metric that is scored reads a reference model",
+    ),
+    (
+        "supernode: {halo_fraction: 0.1}",
+        "supernode.halo_fraction: would do nothing: no metric that is scored reads the halo",
+    ),
+    (
+        "metrics: {enabled: [delta_alignment]}",
+        "metrics.enabled[0]: 'delta_alignment' needs model.reference_id, the model before fine-tuning",
+    ),
+    (
+        "supernode: {enabled: true, score_metric: supernode_protection_score}",
+        "'supernode_protection_score' itself needs the core; the core needs a metric without",
+    ),
     (
         "pruning: {structured: false}",
         "line 3: pruning.structured: 'structured: false' is not available in this version.",
@@ -272,7 +285,7 @@ def test_all_problems_together_in_the_order_of_the_file(problems, tmp_path):
         "pruning:\n"
         "  enabled: true\n"
         "  ratios: [0.1, 30]\n"
-        "  algorithms: [sparsegpt, random]\n"
+        "  algorithms: [sparsgpt, random]\n"
         "metrics:\n"
         "  scar: {num_samples: 65}\n"
         "  random: {sed: 1}\n",
@@ -505,21 +518,9 @@ def test_examples_are_there():
     assert expected <= {path.stem for path in EXAMPLES.glob("*.yaml")}
 
 
-def test_guide_fails_only_for_what_a_later_version_brings():
-    rows = [
-        ("line 46: supernode.halo_fraction", "'halo_fraction: 0.1'"),
-        ("line 57: pruning.algorithms[2]", "metric 'sparsegpt'"),
-        ("line 59: pruning.algorithms[4]", "metric 'supernode_protection_score'"),
-    ]
-    left = [row for row in rows if "metric" not in row[1] or row[1].split("'")[1] in planned_metrics()]
-    with pytest.raises(ConfigError) as caught:
-        load_config(EXAMPLES / "guide.yaml")
-    assert caught.value.problems == [f"{where}: {what} is not available in this version." for where, what in left]
-
-
-def test_guide_runs_without_those_lines(load):
-    later = ("halo_fraction", "sparsegpt", "supernode_protection_score")
-    rows = (EXAMPLES / "guide.yaml").read_text(encoding="utf-8").splitlines()
-    config = load("\n".join(row for row in rows if not any(word in row for word in later)))
-    assert config.pruning.algorithms == ("magnitude", "wanda", "scar_loss_proxy")
+def test_guide_is_accepted_whole():
+    config = load_config(EXAMPLES / "guide.yaml")
+    wanted = ("magnitude", "wanda", "sparsegpt", "scar_loss_proxy", "supernode_protection_score")
+    assert config.pruning.algorithms == wanted
+    assert config.supernode.halo_fraction == 0.1
     assert config.evaluation_text.words == "wikitext wikitext-2-raw-v1 test"

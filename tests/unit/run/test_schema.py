@@ -14,7 +14,7 @@ from ffnscope.registry import METRICS, Metric
 from ffnscope.run.explain import known_keys
 from ffnscope.run.json_schema import json_schema
 from ffnscope.run.load import config_from_dict
-from ffnscope.run.planned import PLANNED_KEYS, PLANNED_METRICS, planned_metrics
+from ffnscope.run.planned import PLANNED_KEYS
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.texts import SHIPPED_TEXTS, TextSource, held_out_split
 
@@ -166,23 +166,6 @@ def test_wrong_parameters_are_all_reported(own_metric):
         "metrics.own.copy: expected a number; got 'x'.",
         "metrics.own.cpy: metric 'own' has no parameter 'cpy'. Known: weights_of, copy, anything.",
     ]
-
-
-@pytest.mark.parametrize("name", PLANNED_METRICS)
-def test_planned_metric_is_named_as_such_everywhere(name):
-    if name not in planned_metrics():
-        pytest.skip("registered by now")
-    missing = f"metric {name!r} is not available in this version."
-    assert refused(pruning={"algorithms": [name]}) == [f"pruning.algorithms[0]: {missing}"]
-    assert refused(metrics={"enabled": [name]}) == [f"metrics.enabled[0]: {missing}"]
-    assert refused(supernode={"score_metric": name}) == [f"supernode.score_metric: {missing}"]
-    assert refused(metrics={name: {"relative": True}}) == [f"metrics.{name}: {missing}"]
-
-
-def test_planned_metric_is_available_once_registered(monkeypatch):
-    METRICS.names()
-    monkeypatch.setitem(METRICS._items, "flap", Metric("flap", lambda stats, weights: None, (), "", 1, "x", ""))
-    assert make(pruning={"enabled": True, "algorithms": ["flap"]}).pruning.algorithms == ("flap",)
 
 
 def test_planned_keys_are_keys_of_the_schema():
