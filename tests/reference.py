@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffnscope.calibrate.collect import PassOptions, calibrate, join_statistics
 from ffnscope.calibrate.windows import Windows, contiguous_windows
-from ffnscope.types import FFNSite
+from ffnscope.registry import METRICS
+from ffnscope.types import ChannelStats, FFNSite
 from tiny import HIDDEN, tiny, tokens
+
+CORE = torch.tensor([3, 11, 40])
 
 
 def exact(arch: str, **changes: Any) -> Any:
@@ -42,15 +47,23 @@ def singles(windows: Windows) -> list[Windows]:
     return [row.cut(int(row.valid.sum())) for row in rows]
 
 
-def slow_signals(model: Any, sites: list[FFNSite], row: Windows) -> dict[FFNSite, tuple[Tensor, Tensor]]:
-    """h and g [T, d_ff] of one window: g by autograd.grad of its summed NLL, with a graph through all weights."""
-    seen: dict[FFNSite, Tensor] = {}
+def slow_signals(model: Any, sites: list[FFNSite], row: Windows) -> dict[FFNSite, dict[str, Tensor]]:
+    """x, h, y, dy, g of one window, one row per token: dy and g by autograd of its summed NLL through all weights."""
+    seen: dict[FFNSite, dict[str, Tensor]] = {s: {} for s in sites}
+    values: dict[FFNSite, dict[str, Tensor]] = {s: {} for s in sites}
 
-    def keep(site: FFNSite) -> Any:
-        return lambda module, args: seen.__setitem__(site, args[0])
+    def keep(site: FFNSite, name: str, tensor: Tensor) -> None:
+        seen[site][name] = tensor
+        values[site][name] = tensor.detach().clone().flatten(0, -2)  # before the model adds to it in place
 
-    downs = {s: model.get_submodule(s.projections[-1]) for s in sites}
-    handles = [module.register_forward_pre_hook(keep(site)) for site, module in downs.items()]
+    handles: list[Any] = []
+    for site in sites:
+        up, down = (model.get_submodule(site.projections[i]) for i in (-2, -1))
+        handles += [
+            up.register_forward_pre_hook(lambda module, args, site=site: keep(site, "x", args[0])),
+            down.register_forward_pre_hook(lambda module, args, site=site: keep(site, "h", args[0])),
+            down.register_forward_hook(lambda module, args, out, site=site: keep(site, "y", out)),
+        ]
     logits = model(input_ids=row.input_ids, use_cache=False).logits
     for handle in handles:
         handle.remove()
@@ -58,25 +71,56 @@ def slow_signals(model: Any, sites: list[FFNSite], row: Windows) -> dict[FFNSite
     for t in range(1, row.length):
         if row.targets[0, t]:
             nll = nll - logits[0, t - 1].log_softmax(-1)[row.input_ids[0, t]]
-    grads = torch.autograd.grad(nll, [seen[s] for s in sites])
-    return {s: (seen[s].detach().flatten(0, -2), g.flatten(0, -2)) for s, g in zip(sites, grads, strict=True)}
+    for name, of in (("g", "h"), ("dy", "y")):
+        grads = torch.autograd.grad(nll, [seen[s][of] for s in sites], retain_graph=True)
+        for site, grad in zip(sites, grads, strict=True):
+            values[site][name] = grad.detach().flatten(0, -2)
+    return values
 
 
-def slow_means(model: Any, sites: list[FFNSite], windows: Windows) -> dict[FFNSite, dict[str, Tensor]]:
-    """The mean of every statistic, over all windows."""
-    rows = singles(windows)
-    signals = [slow_signals(model, sites, row) for row in rows]
-    n, n_targets = sum(r.n_tokens for r in rows), sum(r.n_targets for r in rows)
+def slow_signals_of_all(model: Any, sites: list[FFNSite], windows: Windows) -> dict[FFNSite, dict[str, Tensor]]:
+    """The signals of all windows, one below the other."""
+    rows = [slow_signals(model, sites, row) for row in singles(windows)]
+    return {s: {name: torch.cat([r[s][name] for r in rows]) for name in rows[0][s]} for s in sites}
+
+
+def slow_means(
+    model: Any, sites: list[FFNSite], windows: Windows, core: Mapping[FFNSite, Tensor]
+) -> dict[FFNSite, dict[str, Tensor]]:
+    """The mean of every statistic but the histogram, over all windows."""
+    n, n_targets = windows.n_tokens, windows.n_targets
     found: dict[FFNSite, dict[str, Tensor]] = {}
-    for site in sites:
-        h = torch.cat([s[site][0] for s in signals])
-        g = torch.cat([s[site][1] for s in signals])
+    for site, signals in slow_signals_of_all(model, sites, windows).items():
+        x, h, g = (signals[name] for name in "xhg")
+        q = h * g
         found[site] = {
             "act_sum": h.sum(0) / n,
             "act_abs": h.abs().sum(0) / n,
             "act_sq": (h * h).sum(0) / n,
             "grad_sq": (g * g).sum(0) / n_targets,
-            "taylor_abs": (h * g).abs().sum(0) / n_targets,
-            "taylor_sq": (h * g * h * g).sum(0) / n_targets,
+            "taylor_abs": q.abs().sum(0) / n_targets,
+            "taylor_sq": (q * q).sum(0) / n_targets,
+            "taylor_sum": q.sum(0) / n_targets,
+            "taylor_core": sum(torch.outer(row[core[site]], row) for row in q) / n_targets,
+            "x_sum": x.sum(0) / n,
+            "x_outer": sum(torch.outer(row, row) for row in x) / n,
+            "xh_outer": sum(torch.outer(*rows) for rows in zip(x, h, strict=True)) / n,
+            "h_outer": sum(torch.outer(row, row) for row in h) / n,
         }
     return found
+
+
+def some_core(sites: list[FFNSite]) -> dict[FFNSite, Tensor]:
+    """`CORE` in every site."""
+    return dict.fromkeys(sites, CORE)
+
+
+def calibrate_in_two(
+    model: Any, windows: Windows, core: Mapping[FFNSite, Tensor], **changes: Any
+) -> dict[FFNSite, ChannelStats]:
+    """Every statistic: those that need no core, and those that do; ``changes`` are pass options."""
+    options = PassOptions(**changes)
+    passes = [
+        calibrate(model, windows, METRICS.names(), sites=list(core), core=c, options=options) for c in (None, core)
+    ]
+    return join_statistics(*passes)

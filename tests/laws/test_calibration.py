@@ -8,14 +8,13 @@ import torch
 from ffnscope.calibrate.collect import PassOptions, calibrate
 from ffnscope.calibrate.windows import Windows, contiguous_windows
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import METRICS
+from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.scoring import score
-from reference import exact, padded, singles, slow_means, slow_signals, text
+from reference import CORE, calibrate_in_two, exact, padded, singles, slow_means, slow_signals, some_core, text
 from tiny import tiny, tokens
 
 ALL = METRICS.names()
 SCAR = ["scar_activation_power", "scar_taylor", "scar_curvature", "scar_loss_proxy", "scar_loss_proxy_factored"]
-SIGNED = ("act_sum",)
 # gated, gated and fused, plain with flattened tokens, plain transposed, parallel to attention
 LAYOUTS = ["llama", "phi3", "opt", "gpt2", "gpt_neox"]
 
@@ -24,15 +23,25 @@ def close(found, expected, tolerance):
     return torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=0)
 
 
+def size_of(part, name):
+    """The sum of a statistic if its terms did not cancel; by Cauchy-Schwarz where they are products."""
+    power = {"x": "x_outer", "h": "h_outer"}
+    pairs = {"x_outer": "xx", "xh_outer": "xh", "h_outer": "hh"}
+    if name in pairs:
+        return torch.outer(*(part.total(power[signal]).diagonal() for signal in pairs[name])).sqrt()
+    if name == "x_sum":
+        return (part.total("x_outer").diagonal() * part.counts[name]).sqrt()
+    if name == "taylor_core":
+        return torch.outer(part.total("taylor_sq")[CORE], part.total("taylor_sq")).sqrt()
+    return part.total({"act_sum": "act_abs", "taylor_sum": "taylor_abs"}.get(name, name))
+
+
 def same_stats(found, expected, tolerance):
     for site, part in expected.items():
         assert found[site].counts == part.counts
-        for name, value in part.values.items():
-            if name in SIGNED:
-                scale = tolerance * part.total("act_abs")
-                assert bool(((found[site].total(name) - value).abs() <= scale).all()), (site.name, name)
-            elif name != "act_hist":
-                assert close(found[site].total(name), value, tolerance), (site.name, name)
+        for name in part.values.keys() - {"act_hist"}:
+            far = (found[site].total(name) - part.total(name)).abs()
+            assert bool((far <= tolerance * size_of(part, name)).all()), (site.name, name)
 
 
 @pytest.mark.parametrize("arch", LAYOUTS)
@@ -40,20 +49,23 @@ def test_statistics_are_those_of_slow_autograd(arch):
     model = exact(arch)
     sites = find_sites(model)
     windows = padded([16, 5, 16, 2, 11, 9])
-    expected = slow_means(model, sites, windows)
-    found = calibrate(model, windows, ALL, sites=sites, options=PassOptions(batch_size=4))
+    core = some_core(sites)
+    expected = slow_means(model, sites, windows, core)
+    found = calibrate_in_two(model, windows, core, batch_size=4)
+    assert {*next(iter(expected.values()))} == {*STATISTICS.names()} - {"act_hist"}
     for site, means in expected.items():
         for name, value in means.items():
             assert float(value.abs().max()) > 0
-            floor = 1e-14 * float(means["act_abs"].max()) if name in SIGNED else 0.0
-            assert torch.allclose(found[site].mean(name), value, rtol=1e-9, atol=floor), (site.name, name)
+            size = size_of(found[site], name) / found[site].counts[name]
+            assert bool(((found[site].mean(name) - value).abs() <= 1e-10 * size).all()), (site.name, name)
 
 
 @pytest.mark.parametrize("arch", LAYOUTS)
 @pytest.mark.parametrize("windows", [text(8), padded([16, 3, 9, 16, 7, 2, 12, 15])], ids=["contiguous", "padded"])
 def test_batch_size_does_not_matter_in_float32(arch, windows):
     model = tiny(arch)
-    one, three, eight = (calibrate(model, windows, ALL, options=PassOptions(batch_size=size)) for size in (1, 3, 8))
+    core = some_core(find_sites(model))
+    one, three, eight = (calibrate_in_two(model, windows, core, batch_size=size) for size in (1, 3, 8))
     same_stats(three, one, 1e-5)
     same_stats(eight, one, 1e-5)
     for site, part in one.items():
@@ -66,8 +78,9 @@ def test_batch_size_does_not_matter_in_float32(arch, windows):
 def test_padded_rows_are_unpadded_rows(arch):
     model = exact(arch)
     windows = padded([4, 16, 9, 2])
-    found = calibrate(model, windows, ALL, options=PassOptions(batch_size=4))
-    rows = [calibrate(model, row, ALL) for row in singles(windows)]
+    core = some_core(find_sites(model))
+    found = calibrate_in_two(model, windows, core)
+    rows = [calibrate_in_two(model, row, core) for row in singles(windows)]
     for site, part in found.items():
         whole = rows[0][site]
         for other in rows[1:]:
@@ -82,7 +95,7 @@ def test_padding_tokens_do_not_matter():
     other = Windows(
         torch.where(windows.valid, windows.input_ids, 7), windows.valid, windows.targets, windows.document, "other pads"
     )
-    found, expected = (calibrate(model, w, ALL) for w in (other, windows))
+    found, expected = (calibrate_in_two(model, w, some_core(find_sites(model))) for w in (other, windows))
     for site, part in expected.items():
         assert all(torch.equal(found[site].total(n), v) for n, v in part.values.items())
 
@@ -90,17 +103,18 @@ def test_padding_tokens_do_not_matter():
 def test_duplicated_text_changes_no_score():
     model = exact("llama")
     ids = tokens(4, 16)
-    once, twice = (calibrate(model, contiguous_windows(i, "x"), ALL) for i in (ids, torch.cat([ids, ids])))
+    core, before = some_core(find_sites(model)), exact("llama", seed=1)
+    once, twice = (calibrate_in_two(model, contiguous_windows(i, "x"), core) for i in (ids, torch.cat([ids, ids])))
     for name in ALL:
-        first, second = score(model, once, name), score(model, twice, name)
+        first, second = (score(model, s, name, core=core, reference=before) for s in (once, twice))
         assert all(close(second.values[s], v, 1e-10) for s, v in first.values.items()), name
 
 
 def test_halves_merge_to_the_whole():
     model = exact("gpt_neox")
     windows = text(6)
-    whole = calibrate(model, windows, ALL)
-    first, second = calibrate(model, windows[:2], ALL), calibrate(model, windows[2:], ALL)
+    core = some_core(find_sites(model))
+    whole, first, second = (calibrate_in_two(model, w, core) for w in (windows, windows[:2], windows[2:]))
     for site, part in whole.items():
         merged = first[site].merge(second[site])
         assert torch.equal(merged.total("act_hist"), part.total("act_hist"))
@@ -149,7 +163,7 @@ def test_the_gradient_of_a_mean_loss_would_depend_on_window_length():
     def biased_loss_proxy(length):
         rows = singles(chained(ids, length))
         parts = [(slow_signals(model, [site], row)[site], row.n_targets) for row in rows]
-        total = sum((h * g / n).square().sum(0) for (h, g), n in parts)
+        total = sum((s["h"] * s["g"] / n).square().sum(0) for s, n in parts)
         return 0.5 * total / sum(n for _, n in parts)
 
     short, long = biased_loss_proxy(5), biased_loss_proxy(61)
@@ -163,8 +177,8 @@ def test_a_short_text_among_long_ones_weighs_by_its_tokens():
     windows = padded([3, 16, 16, 16])
     fair = score(model, calibrate(model, windows, ["scar_loss_proxy"]), "scar_loss_proxy")
     for site, value in fair.values.items():
-        parts = [(slow_signals(model, [site], row)[site], row.n_targets) for row in singles(windows)]
-        expected = 0.5 * sum((h * g).square().sum(0) for (h, g), _ in parts) / (2 + 3 * 15)
+        parts = [slow_signals(model, [site], row)[site] for row in singles(windows)]
+        expected = 0.5 * sum((s["h"] * s["g"]).square().sum(0) for s in parts) / (2 + 3 * 15)
         assert close(value, expected, 1e-9)
 
 

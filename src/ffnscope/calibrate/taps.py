@@ -88,8 +88,7 @@ def _forward_hook(site: FFNSite, on_activation: OnActivation | None, on_gradient
         if on_gradient is None:
             return None
         if not h.requires_grad:
-            h = values.requires_grad_()
-            values = h.detach()
+            h = h.detach().requires_grad_()  # not values, which the callback may keep
         watch(h, values, on_gradient)
         return (h, *args[1:])
 
