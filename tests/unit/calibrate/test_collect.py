@@ -140,7 +140,8 @@ def test_low_precision_models(dtype):
             assert found[site].total(name).dtype == torch.float64
             assert float((found[site].total(name) / part.total(name)).median()) == pytest.approx(1, rel=0.05)
     for name in ALL:
-        score(low, found, name)
+        if not METRICS.get(name).inputs:
+            score(low, found, name)
 
 
 def test_a_nearly_constant_channel_keeps_its_variance_to_the_documented_error():
