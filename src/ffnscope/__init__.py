@@ -6,12 +6,15 @@ The pieces compose as functions: `load_model`, `load_windows`, `calibrate`, `sco
 
 __version__ = "0.1.0"
 
+from ffnscope.analyze.agreement import agreement
+from ffnscope.analyze.levels import CoreRule, calibrate_all
+from ffnscope.analyze.stability import per_document, stability
 from ffnscope.apply.export import check_reloadable, prune_, save_model
 from ffnscope.apply.mask import masked
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
-from ffnscope.calibrate.collect import PassOptions, calibrate, weights_hash
+from ffnscope.calibrate.collect import PassOptions, calibrate, join_statistics, weights_hash
 from ffnscope.calibrate.pack import make_windows
 from ffnscope.calibrate.text import TextSource, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
@@ -25,6 +28,7 @@ from ffnscope.ffn.sites import find_sites, select_sites
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_scores, write_stats
 from ffnscope.plan.build import build_plan, diff_plans, top_core
 from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
+from ffnscope.report.ranking import ranking
 from ffnscope.scoring import score
 from ffnscope.types import (
     Budget,
@@ -44,6 +48,7 @@ __all__ = [
     "Capture",
     "CaptureOptions",
     "ChannelStats",
+    "CoreRule",
     "EvalResult",
     "EvalRow",
     "FFNScopeError",
@@ -56,9 +61,11 @@ __all__ = [
     "Scores",
     "TextSource",
     "Windows",
+    "agreement",
     "allocator",
     "build_plan",
     "calibrate",
+    "calibrate_all",
     "capture",
     "capture_size",
     "check_reloadable",
@@ -66,14 +73,17 @@ __all__ = [
     "diff_plans",
     "find_sites",
     "generate_samples",
+    "join_statistics",
     "load_documents",
     "load_model",
     "load_windows",
     "make_windows",
     "masked",
     "metric",
+    "per_document",
     "perplexity",
     "prune_",
+    "ranking",
     "read_capture",
     "read_plan",
     "read_scores",
@@ -82,6 +92,7 @@ __all__ = [
     "score",
     "select_sites",
     "slice_",
+    "stability",
     "statistic",
     "top_core",
     "weights_hash",

@@ -19,9 +19,11 @@ def frame(columns: Mapping[str, list[Any]]) -> Any:
 
 
 def html_table(columns: Mapping[str, list[Any]]) -> str:
-    """Small HTML table; numbers with four significant digits."""
+    """Small HTML table; numbers with four significant digits, None as a dash."""
 
     def cell(value: Any) -> str:
+        if value is None:
+            return "–"
         return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)

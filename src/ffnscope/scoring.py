@@ -73,6 +73,16 @@ def _input(
         raise UsageError(
             f"metric {rule.name!r} needs the model before fine-tuning: set model.reference_id, or pass reference=."
         )
+    return _reference_weights(reference, site)
+
+
+def check_reference(reference: nn.Module, sites: Sequence[FFNSite]) -> None:
+    """Raise UsageError unless the reference model has the sites of the scored one, in the same shapes."""
+    for site in sites:
+        _reference_weights(reference, site)
+
+
+def _reference_weights(reference: nn.Module, site: FFNSite) -> FFNWeights:
     weights = weights_of(reference, site)
     if weights.up.shape != (site.d_ff, site.d_model):
         raise UsageError(

@@ -29,9 +29,18 @@ class Agreement:
 def agreement(first: Scores, second: Scores, top: float = TOP) -> Agreement:
     """Compare two score tables of the same sites.
 
+    Args:
+        first: high = keep.
+        second: likewise.
+        top: fraction of each site's channels, in (0, 1], whose overlap is the Jaccard index.
+
     Raises:
-        UsageError: the tables are of different sites.
+        UsageError: the tables are of different sites, or of none; or ``top`` is no such fraction.
     """
+    if not 0 < top <= 1:
+        raise UsageError(f"top must be in (0, 1], the fraction of channels whose overlap is taken; got {top:g}.")
+    if not first.values:
+        raise UsageError(f"scores of {first.metric!r} hold no site, so there is nothing to compare.")
     if first.values.keys() != second.values.keys():
         raise UsageError(
             f"scores of {first.metric!r} and {second.metric!r} are of different sites; score the same layers of one "
@@ -53,11 +62,12 @@ def spearman(a: Tensor, b: Tensor) -> float | None:
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
     scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 0 else None
+    return max(-1.0, min(1.0, float(x @ y) / scale)) if scale > 0 else None
 
 
 def ranks(values: Tensor) -> Tensor:
     """Ranks from 0, float64; equal values share their average rank."""
+    values = values.contiguous()
     ordered = values.sort().values
     low = torch.searchsorted(ordered, values, right=False)
     high = torch.searchsorted(ordered, values, right=True) - 1

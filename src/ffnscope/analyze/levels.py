@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.collect import PassOptions, calibrate, join_statistics, required_statistics
 from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import UsageError
 from ffnscope.plan.build import top_core
 from ffnscope.registry import METRICS
 from ffnscope.scoring import score
@@ -27,12 +28,23 @@ class CoreRule:
         fraction: share of each site's channels.
         count: absolute number per site instead.
         params: parameters of the metric.
+
+    Raises:
+        UsageError: a fraction outside (0, 1], or a count below 1.
     """
 
     metric: str = "scar_loss_proxy"
     fraction: float = 0.01
     count: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        if self.count is None and not 0 < self.fraction <= 1:
+            raise UsageError(
+                f"core fraction must be in (0, 1], the share of channels in the core; got {self.fraction:g}."
+            )
+        if self.count is not None and self.count < 1:
+            raise UsageError(f"the core must have at least 1 channel per site; got {self.count}.")
 
     def find(self, model: nn.Module, stats: Mapping[FFNSite, ChannelStats]) -> dict[FFNSite, Tensor]:
         """Return the core of every site."""
@@ -45,8 +57,27 @@ def needs_core(metrics: Params) -> bool:
 
 
 def first_level(metrics: Params, rule: CoreRule) -> dict[str, Mapping[str, Any]]:
-    """Metrics of the first pass: all of them, and the one that defines the core where one is needed."""
-    return {**metrics, rule.metric: rule.params} if needs_core(metrics) else dict(metrics)
+    """Metrics of the first pass: all of them, and the one that defines the core where one is needed.
+
+    Raises:
+        UsageError: the metric that defines the core itself needs a core or a reference; or it is asked for with other
+            parameters, for which it needs other statistics.
+    """
+    if not needs_core(metrics):
+        return dict(metrics)
+    defines = METRICS.get(rule.metric)
+    if defines.inputs:
+        raise UsageError(
+            f"{rule.metric!r} cannot define the core, because it itself needs the {defines.inputs[0]}; take a metric "
+            "without, such as scar_loss_proxy."
+        )
+    asked = metrics.get(rule.metric, rule.params)
+    if set(defines.needed(asked)) != set(defines.needed(rule.params)):
+        raise UsageError(
+            f"{rule.metric!r} is asked for with other parameters than those by which it defines the core; give it the "
+            "same ones, or define the core by another metric."
+        )
+    return {**metrics, rule.metric: asked}
 
 
 def calibrate_all(
@@ -72,6 +103,10 @@ def calibrate_all(
 
     Returns:
         The statistics, and the core (None when no metric needs it).
+
+    Raises:
+        UsageError: the rule cannot define a core (see `first_level`).
+        NonFiniteError, DeviceError: see `calibrate`.
     """
     rule = rule or CoreRule()
     options = options or PassOptions()

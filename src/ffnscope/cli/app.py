@@ -16,6 +16,7 @@ from ffnscope import __version__
 from ffnscope.cli.channels import OUT, eval_command, score_command
 from ffnscope.cli.options import Device, Dtype, Model, Overwrite, Remote, open_model
 from ffnscope.cli.prune import prune_command
+from ffnscope.cli.rank import rank_command
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_plan
@@ -28,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 plan_app = typer.Typer(no_args_is_help=True, help="Look at pruning plans.")
 app.add_typer(plan_app, name="plan")
 app.command("score")(score_command)
+app.command("rank")(rank_command)
 app.command("prune")(prune_command)
 app.command("eval")(eval_command)
 INTERRUPTED = 130  # what typer makes of Ctrl-C

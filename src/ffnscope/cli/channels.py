@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ffnscope.analyze.levels import CoreRule, calibrate_all
-from ffnscope.analyze.stability import per_document, stability, stability_rows
+from ffnscope.analyze.stability import stability_rows
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.cli import options as opt
+from ffnscope.cli.passes import Question, calibrate_and_score, compare_calibrations
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.compare import compare_plans
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_plan, write_csv, write_json, write_scores, write_stats
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.report.tables import print_results, print_stability, results_rows
 from ffnscope.run.progress import Reporter
 from ffnscope.run.windows import describe_windows
-from ffnscope.scoring import score
-from ffnscope.types import FFNSite, Scores
+from ffnscope.types import Scores
 
 OUT = Console()
 PART = "statistics.part.safetensors"
 Metrics = Annotated[list[str], typer.Option("--metric", "-m", help="Metric; repeatable. See `ffnscope metrics`.")]
-Tracked = Annotated[list[str] | None, typer.Option("--tracked", help="Pattern of layers to score; repeatable.")]
 
 
 def score_command(
+    context: typer.Context,
     model: opt.Model,
     metric: Metrics,
     out: opt.Out,
@@ -42,7 +39,7 @@ def score_command(
     batch_size: opt.Batch = 4,
     seed: opt.Seed = 42,
     param: opt.Params = None,
-    tracked: Tracked = None,
+    tracked: opt.Tracked = None,
     core_fraction: opt.CoreFraction = 0.01,
     reference: opt.Reference = None,
     repeats: Annotated[int, typer.Option(help="Calibrate with this many seeds and compare the rankings.")] = 1,
@@ -55,16 +52,21 @@ def score_command(
     """Score every channel: OUT/scores.safetensors, scores.json and statistics.safetensors. Goes on after a stop."""
     if not (out.is_dir() and {path.name for path in out.iterdir()} <= {PART}):
         refuse_existing(out, overwrite)
-    params = opt.metric_params(param, metric)
+    inputs = opt.Inputs(opt.metric_params(param, metric), core_fraction, reference)
+    opt.refuse_useless_core(context, inputs.params)
+    choice = opt.TextChoice(text, split, num_samples, max_length, batch_size, seed)
+    choices = choice.repeats(repeats, repeat_text or [])
     reporter = Reporter()
     loaded = opt.open_model(reporter, model, device, dtype, trust_remote_code)
-    choice = opt.TextChoice(text, split, num_samples, max_length, batch_size, seed)
-    sites = find_sites(loaded.model, tracked)
-    extras = opt.Extras(core_fraction, opt.open_reference(reference, loaded.source) if reference else None)
-    found = score_all(loaded, sites, params, choice, reporter, out, extras)
+    asked = inputs.question(loaded, tracked)
+    texts = {label: one.calibration(loaded) for label, one in choices.items()}
+    found = score_all(loaded, asked, choice, reporter, out)
     write_json(out / "scores.json", {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)})
-    if repeats > 1 or repeat_text:
-        write_stability(loaded, sites, params, choice.repeats(repeats, repeat_text or []), reporter, out)
+    if texts:
+        rows = stability_rows(compare_calibrations(asked, texts, PassOptions(batch_size=batch_size), reporter))
+        write_json(out / "stability.json", {"rows": rows})
+        write_csv(out / "stability.csv", rows)
+        print_stability(rows, OUT)
     reporter.say(f"scores of {len(found)} metric(s) in {out}")
 
 
@@ -116,49 +118,17 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def score_all(
-    loaded: LoadedModel,
-    sites: list[FFNSite],
-    params: Mapping[str, Mapping[str, Any]],
-    choice: opt.TextChoice,
-    reporter: Reporter,
-    folder: Path | None = None,
-    extras: opt.Extras | None = None,
+    loaded: LoadedModel, asked: Question, choice: opt.TextChoice, reporter: Reporter, folder: Path | None = None
 ) -> dict[str, Scores]:
     """Calibrate for all metrics (once, or twice when one needs the core) and score; with a folder, also write both."""
-    extras = extras or opt.Extras()
     windows = choice.calibration(loaded)
     options = PassOptions(batch_size=choice.batch_size, checkpoint=folder / PART if folder else None)
-    rule = CoreRule(fraction=extras.core_fraction)
-    with reporter.task("calibrate", "tokens") as update:
-        stats, core = calibrate_all(
-            loaded.model, windows, params, sites=sites, options=options, rule=rule, on_batch=update
-        )
     facts = {"model": weights_hash(loaded.model), "calibration": describe_windows(windows)}
-    given: dict[str, Any] = {"facts": facts, "core": core, "reference": extras.reference}
-    found = {m: score(loaded.model, stats, m, **given, **p) for m, p in params.items()}
+    if asked.reference is not None:
+        facts["reference"] = weights_hash(asked.reference)
+    with reporter.task("calibrate", "tokens") as update:
+        stats, found = calibrate_and_score(asked, windows, options, update, facts)
     if folder:
         write_stats(folder / "statistics.safetensors", stats.values(), facts)
         write_scores(folder / "scores.safetensors", found.values(), facts)
     return found
-
-
-def write_stability(
-    loaded: LoadedModel,
-    sites: list[FFNSite],
-    params: Mapping[str, Mapping[str, Any]],
-    choices: Mapping[str, opt.TextChoice],
-    reporter: Reporter,
-    folder: Path,
-) -> None:
-    """Calibrate on every seed and text apart, and compare the rankings: ``stability.json`` and ``.csv``."""
-    calibrations: dict[str, Any] = {}
-    for label, choice in choices.items():
-        windows = choice.calibration(loaded)
-        options = PassOptions(batch_size=choice.batch_size)
-        with reporter.task(f"calibrate {label}", "tokens") as update:
-            calibrations[label] = per_document(loaded.model, windows, params, sites, options, update)
-    with reporter.task("bootstrap", "metrics"):
-        rows = stability_rows(stability(loaded.model, calibrations, params))
-    write_json(folder / "stability.json", {"rows": rows})
-    write_csv(folder / "stability.csv", rows)
-    print_stability(rows, OUT)

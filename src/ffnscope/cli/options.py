@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from torch import nn
 
+from ffnscope.analyze.levels import CoreRule, needs_core
 from ffnscope.calibrate.text import TextSource, load_windows
 from ffnscope.calibrate.windows import Windows
+from ffnscope.cli.passes import Question
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
+from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.run.document import DocumentError, parse_value
 from ffnscope.run.explain import explain
 from ffnscope.run.metric_arguments import parse_arguments
 from ffnscope.run.progress import Reporter
 from ffnscope.run.texts import held_out_split
+from ffnscope.scoring import check_reference
 
 Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or package:DIST (a GGUF in a package).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -35,22 +38,64 @@ Seed = Annotated[int, typer.Option(help="Seed that chooses the windows.")]
 Params = Annotated[list[str] | None, typer.Option("--param", help="Metric parameter, METRIC.NAME=VALUE; repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Out = Annotated[Path, typer.Option("--out", help="Output; must not exist, unless --overwrite.")]
-
+Tracked = Annotated[list[str] | None, typer.Option("--tracked", help="Pattern of layers to score; repeatable.")]
 CoreFraction = Annotated[float, typer.Option(help="Share of each FFN that is the core, for metrics that need one.")]
 Reference = Annotated[str | None, typer.Option(help="Model before fine-tuning, for delta_alignment.")]
 
 
 @dataclass(frozen=True, slots=True)
-class Extras:
-    """What some metrics need beyond text and weights."""
+class Inputs:
+    """Metrics with their parameters, and what some of them need beyond text and weights, checked against each other.
 
-    core_fraction: float = 0.01
-    reference: nn.Module | None = None
+    Raises:
+        UsageError: a metric needs a reference model and none is given, or the other way round; or the core fraction is
+            outside (0, 1].
+    """
+
+    params: Mapping[str, Mapping[str, Any]]
+    core_fraction: float | None = None
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        needy = [name for name in self.params if "reference" in METRICS.get(name).inputs]
+        if needy and self.reference is None:
+            raise UsageError(f"metric {needy[0]!r} needs the model before fine-tuning: give --reference MODEL.")
+        if self.reference is not None and not needy:
+            raise UsageError(f"--reference {self.reference} would do nothing: no metric here reads it. Leave it out.")
+        _ = self.rule  # refuses an impossible fraction now
+
+    @property
+    def rule(self) -> CoreRule:
+        """What the supernode core is."""
+        return CoreRule() if self.core_fraction is None else CoreRule(fraction=self.core_fraction)
+
+    def question(self, loaded: LoadedModel, tracked: list[str] | None = None) -> Question:
+        """Find the FFNs and load the reference model, as the scored one was loaded."""
+        sites = find_sites(loaded.model, tracked)
+        if self.reference is None:
+            return Question(loaded.model, sites, self.params, self.rule)
+        before = load_model(replace(loaded.source, model_id=self.reference, revision=None)).model
+        check_reference(before, sites)
+        return Question(loaded.model, sites, self.params, self.rule, before)
 
 
-def open_reference(model: str, source: ModelSource) -> nn.Module:
-    """Load the model before fine-tuning, as the scored one was loaded."""
-    return load_model(replace(source, model_id=model, revision=None)).model
+def refuse_useless_core(context: typer.Context, params: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UsageError when --core-fraction is given and no metric reads the core."""
+    if given(context, "core_fraction") and not needs_core(params):
+        raise UsageError("--core-fraction would do nothing: no metric here reads the supernode core. Leave it out.")
+
+
+def refuse_useless(context: typer.Context, option: str, value: object, useless: Iterable[str]) -> None:
+    """Raise UsageError when options are given that have no meaning beside ``option``."""
+    found = ", ".join(f"--{name.replace('_', '-')}" for name in useless if given(context, name))
+    if found:
+        raise UsageError(f"{found} would do nothing with --{option} {value}, which already decides that. Leave it out.")
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the user gave an option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def open_model(reporter: Reporter, model: str, device: str, dtype: str, trust_remote_code: bool) -> LoadedModel:
@@ -79,10 +124,22 @@ class TextChoice:
         """Windows to evaluate on: of the split asked for, else of the known held-out one."""
         return self._windows(loaded, self.split or held_out_split(self.name))
 
-    def repeats(self, seeds: int, texts: list[str]) -> Mapping[str, TextChoice]:
-        """Label -> the same choice with other seeds, and with other texts."""
-        found = {f"{self.name} seed {s}": replace(self, seed=s) for s in range(self.seed, self.seed + seeds)}
-        return found | {f"{text} seed {self.seed}": replace(self, name=text, split=None) for text in texts}
+    def repeats(self, seeds: int, texts: list[str]) -> dict[str, TextChoice]:
+        """Label -> the same choice with other seeds, and with other texts; empty when neither is asked for.
+
+        Raises:
+            UsageError: fewer seeds than one, or a text that is there already.
+        """
+        if seeds < 1:
+            raise UsageError(f"--repeats must be at least 1, the number of seeds; got {seeds}.")
+        every = range(self.seed, self.seed + seeds)
+        found: dict[str, TextChoice] = {f"{self.name} seed {s}": replace(self, seed=s) for s in every}
+        for text in texts:
+            label = f"{text} seed {self.seed}"
+            if label in found:
+                raise UsageError(f"--repeat-text {text} is there already; name each further text once.")
+            found[label] = replace(self, name=text, split=None)
+        return found if len(found) > 1 else {}
 
     def _windows(self, loaded: LoadedModel, split: str | None) -> Windows:
         source = TextSource(self.name, split=split)
@@ -107,7 +164,10 @@ def metric_params(given: list[str] | None, metrics: list[str]) -> dict[str, dict
         if key not in rule.params:
             raise unknown_name(f"parameter of metric {name!r}", key, rule.params)
         raw[name][key] = _value(item, value)
-    return {name: _arguments(name, values) for name, values in raw.items()}
+    found = {name: _arguments(name, values) for name, values in raw.items()}
+    for name, values in found.items():
+        METRICS.get(name).needed(values)  # parts of a composite that are unknown
+    return found
 
 
 def _value(item: str, text: str) -> Any:

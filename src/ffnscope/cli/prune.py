@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,7 +15,6 @@ from ffnscope.cli.channels import OUT, refuse_existing, score_all
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import compare_plans
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_plan, read_scores
 from ffnscope.plan.build import build_plan, top_core
 from ffnscope.registry import ALLOCATORS
@@ -63,7 +61,7 @@ def prune_command(
     refuse_existing(out, overwrite)
     if evaluate:
         _check_held_out(text, split)
-    params = opt.metric_params(param, [metric])
+    inputs = None if plan or scores else opt.Inputs(opt.metric_params(param, [metric]), core_fraction, reference)
     budget = Budget(sparsity or 0.0, multiple_of)
     ALLOCATORS.get(allocator)
     given = read_plan(plan) if plan else None
@@ -72,9 +70,7 @@ def prune_command(
     loaded = opt.open_model(reporter, model, device, dtype, trust_remote_code)
     choice = opt.TextChoice(text, split, num_samples, max_length, batch_size, seed)
     if given is None:
-        before_tuning = opt.open_reference(reference, loaded.source) if reference else None
-        extras = opt.Extras(core_fraction or 0.01, before_tuning)
-        one = _of_this_model(*found, loaded) if found else _score(loaded, params, choice, reporter, extras)
+        one = _of_this_model(*found, loaded) if found else _score(loaded, inputs, choice, reporter)
         core = None if core_fraction is None else top_core(one, core_fraction)
         given = build_plan(one, budget, allocator, protected=core)
     if len(set(given.widths.values())) > 1 and not pad_to_widest:
@@ -93,17 +89,8 @@ def _check_options(context: typer.Context, sparsity: float | None, plan: Path | 
     if (sparsity is None) == (plan is None):
         raise UsageError("give either --sparsity (make a plan) or --plan FILE (apply one).")
     for option, value in (("plan", plan), ("scores", scores)):
-        useless = [name for name in _USELESS[option] if value is not None and _given(context, name)]
-        if useless:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
-            raise UsageError(
-                f"{names} would do nothing with --{option} {value}, which already decides that. Leave it out."
-            )
-
-
-def _given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+        if value is not None:
+            opt.refuse_useless(context, option, value, _USELESS[option])
 
 
 def _check_held_out(text: str, split: str | None) -> None:
@@ -120,14 +107,9 @@ def _check_held_out(text: str, split: str | None) -> None:
         )
 
 
-def _score(
-    loaded: LoadedModel,
-    params: Mapping[str, Mapping[str, Any]],
-    choice: opt.TextChoice,
-    reporter: Reporter,
-    extras: opt.Extras,
-) -> Scores:
-    (found,) = score_all(loaded, find_sites(loaded.model), params, choice, reporter, None, extras).values()
+def _score(loaded: LoadedModel, inputs: opt.Inputs | None, choice: opt.TextChoice, reporter: Reporter) -> Scores:
+    assert inputs is not None, "made when neither a plan nor scores are given"
+    (found,) = score_all(loaded, inputs.question(loaded), choice, reporter).values()
     return found
 
 

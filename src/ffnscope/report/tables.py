@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ffnscope.display import frame
 from ffnscope.errors import UsageError
 from ffnscope.types import EvalResult
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
     from ffnscope.evaluate.compare import EvalRow
 
+_MEASURED = ("perplexity", "kl_to_dense", "top1_agreement")
+_COLUMNS = (
+    *("label", "metric", "dataset", "sparsity_asked", "sparsity"),
+    *(f"{name}{end}" for name in _MEASURED for end in ("", "_stderr")),
+    *("n_tokens", "protocol"),
+)
 FLOOR = "random"
 BLANK = "–"
 FLOOR_NOTE = f"{FLOOR} is the floor: a metric that does no better has found nothing."
@@ -62,6 +69,17 @@ def results_rows(rows: Sequence[EvalRow]) -> list[dict[str, Any]]:
     return [_flat(row) for row in rows]
 
 
+def results_columns(rows: Sequence[EvalRow]) -> dict[str, list[Any]]:
+    """Return the flat rows of `results_rows` as columns: name -> one value per row."""
+    flat = results_rows(rows)
+    return {name: [row[name] for row in flat] for name in _COLUMNS}
+
+
+def results_frame(rows: Sequence[EvalRow]) -> Any:
+    """Return the flat rows of `results_rows` as a pandas DataFrame; raises UsageError when pandas is not installed."""
+    return frame(results_columns(rows))
+
+
 def results_markdown(rows: Sequence[EvalRow]) -> str:
     """Return Markdown tables, metric x sparsity: perplexity ± standard error, then KL and top-1, per dataset."""
     return "\n".join(_markdown(grid) for grid in _grids(rows))
@@ -90,19 +108,23 @@ def print_results(rows: Sequence[EvalRow], console: Console) -> None:
 def print_stability(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print the rows of `ffnscope.analyze.stability.stability_rows`: agreement of rankings, with 95 % intervals."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("metric", "calibration", "with", "Spearman", "top 1 % Jaccard", title="Agreement of rankings")
+    title = Text("Agreement of rankings", style="bold")
+    table = Table("metric", "calibration", "with", "Spearman", "top 1 % Jaccard", title=title, title_justify="left")
     for row in rows:
-        cells = [
-            BLANK if row[name] is None else f"{row[name]:.3f} {_bounds(row[f'{name}_low'], row[f'{name}_high'])}"
-            for name in ("spearman", "top1_jaccard")
-        ]
-        table.add_row(row["metric"], row["first"], row["second"], *cells)
+        cells = [row["metric"], row["first"], row["second"], _bounded(row, "spearman"), _bounded(row, "top1_jaccard")]
+        table.add_row(*map(Text, cells))
     console.print(table)
+    if any(row["spearman_low"] is not None or row["top1_jaccard_low"] is not None for row in rows):
+        console.print(Text("In brackets: 95 % bootstrap intervals over documents.", style="dim"))
 
 
-def _bounds(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"({low:.3f} to {high:.3f})"
+def _bounded(row: Mapping[str, Any], name: str) -> str:
+    value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
+    if value is None:
+        return BLANK
+    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def panels(rows: Sequence[EvalRow]) -> list[Panel]:
@@ -144,7 +166,7 @@ def _flat(row: EvalRow) -> dict[str, Any]:
         "sparsity_asked": row.sparsity_asked,
         "sparsity": row.sparsity,
     }
-    for name in ("perplexity", "kl_to_dense", "top1_agreement"):
+    for name in _MEASURED:
         found = result(row, name)
         flat[name] = found.value if found else None
         flat[f"{name}_stderr"] = found.stderr if found else None

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ffnscope.calibrate.corpora import SPLITS
+from ffnscope.errors import UsageError
 from ffnscope.registry import METRICS
 from ffnscope.run.document import KeyPath, Problem, show
 from ffnscope.run.explain import explain, unknown_key
@@ -128,6 +129,8 @@ def _inputs(config: RunConfig) -> Iterator[Finding]:
     """What metrics need beyond statistics and weights, and keys that nothing would read."""
     used = dict(_used_metrics(config))
     rules = {path: METRICS.get(name) for path, name in used.items() if name in METRICS.names()}
+    if any("core" in rule.inputs for rule in rules.values()):
+        rules[("supernode", "score_metric")] = METRICS.get(config.supernode.score_metric)
     for path, rule in rules.items():
         if "reference" in rule.inputs and config.model.reference_id is None:
             yield _finding(path, f"{rule.name!r} needs model.reference_id, the model before fine-tuning")
@@ -218,7 +221,10 @@ def _metric_blocks(config: RunConfig) -> Iterator[Finding]:
 def _arguments(name: str, given: dict[str, Any]) -> Iterator[Finding]:
     metric = METRICS.get(name)
     try:
-        parse_arguments(metric, given)
+        parsed = parse_arguments(metric, given)
+        metric.needed(parsed)
+    except UsageError as error:
+        yield _finding(("metrics", name), str(error).rstrip("."))
     except ValidationError as error:
         for item in error.errors():
             path: KeyPath = ("metrics", name, *item["loc"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffnscope.analyze.levels import CoreRule
-from ffnscope.calibrate.collect import PassOptions
+from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.ffn.load import ModelSource, load_model
 from ffnscope.plan.build import top_core
 from ffnscope.registry import METRICS
 from ffnscope.run.schema import RunConfig
+from ffnscope.scoring import check_reference
 from ffnscope.types import FFNSite, Scores
 
 
@@ -30,13 +31,22 @@ def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptio
     )
 
 
-def load_reference(config: RunConfig, metrics: Mapping[str, Any]) -> nn.Module | None:
+def load_reference(config: RunConfig, metrics: Iterable[str]) -> nn.Module | None:
     """Load the model before fine-tuning when a metric needs it."""
     if not any("reference" in METRICS.get(name).inputs for name in metrics):
         return None
     assert config.model.reference_id is not None, "checked when the configuration was read"
     source = replace(model_source(config), model_id=config.model.reference_id, revision=None)
     return load_model(source).model
+
+
+def reference_hash(config: RunConfig, sites: Sequence[FFNSite]) -> str | None:
+    """Hash of the model before fine-tuning, when a metric needs it: loaded, checked and let go before a pass starts."""
+    reference = load_reference(config, config.metric_names)
+    if reference is None:
+        return None
+    check_reference(reference, sites)
+    return weights_hash(reference)
 
 
 def model_source(config: RunConfig) -> ModelSource:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ffnscope
+from ffnscope.display import html_table
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import load_model
+from ffnscope.report.tables import results_columns, results_frame
 from ffnscope.run import stages
 from ffnscope.run.choices import model_source
 from ffnscope.run.folder import LOG_FILE, open_folder, write_if_changed
@@ -26,6 +30,18 @@ class RunResult:
     plans: dict[str, PruningPlan]
     rows: list[EvalRow]
     samples: dict[str, list[str]]
+
+    def to_pandas(self) -> Any:
+        """One row per model and text of the evaluation, with the columns of ``pruning_results.csv``."""
+        return results_frame(self.rows)
+
+    def _repr_html_(self) -> str:
+        """Folder and evaluation, for notebooks."""
+        shown = ("label", "dataset", "sparsity", "perplexity", "perplexity_stderr", "kl_to_dense", "top1_agreement")
+        columns = results_columns(self.rows)
+        table = html_table({name: columns[name] for name in shown}) if self.rows else ""
+        made = f"{len(self.scores)} metrics, {len(self.plans)} plans in {self.folder}"
+        return f"<p><b>{html.escape(made)}</b></p>{table}"
 
 
 def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None = None) -> RunResult:

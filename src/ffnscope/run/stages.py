@@ -40,7 +40,15 @@ from ffnscope.io import (
 )
 from ffnscope.plan.build import build_plan
 from ffnscope.report.summary import correlation_summary, score_summary
-from ffnscope.run.choices import core_rule, core_size, find_core, load_reference, metric_params, pass_options
+from ffnscope.run.choices import (
+    core_rule,
+    core_size,
+    find_core,
+    load_reference,
+    metric_params,
+    pass_options,
+    reference_hash,
+)
 from ffnscope.run.ledger import Ledger
 from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.schema import RunConfig
@@ -64,6 +72,7 @@ class Job:
     model_hash: str
     calibration: Windows
     held_out: list[Windows]
+    reference_hash: str | None = None
     keys: dict[str, str] = field(default_factory=dict[str, str])
 
     def stage(self, name: str, depends: Any, files: Sequence[Path], make: Callable[[], None]) -> None:
@@ -81,13 +90,14 @@ class Job:
 
 
 def open_job(config: RunConfig, folder: Path, reporter: Reporter, loaded: LoadedModel) -> Job:
-    """Find the FFNs, hash the weights and cut all texts, so that what is missing shows before anything long starts."""
+    """Find the FFNs, hash the weights, cut all texts and try the reference model: what is missing shows at once."""
     ledger = Ledger(folder)
     sites = find_sites(loaded.model, config.model.tracked_layers)
     with reporter.task("read texts", "texts"):
         calibration = calibration_windows(config, loaded.tokenizer)
         held_out = evaluation_windows(config, loaded.tokenizer)
-    return Job(config, folder, ledger, reporter, loaded, sites, weights_hash(loaded.model), calibration, held_out)
+    hashes = weights_hash(loaded.model), reference_hash(config, sites)
+    return Job(config, folder, ledger, reporter, loaded, sites, hashes[0], calibration, held_out, hashes[1])
 
 
 def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
@@ -98,11 +108,12 @@ def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
     metrics = {name: metric_params(job.config, name) for name in job.config.metric_names}
     rule = core_rule(job.config)
     wanted = first_level(metrics, rule)
-    _announce(job, required_statistics(metrics))
-    stats = _pass(job, "calibrate", job.folder / "statistics.safetensors", wanted, required_statistics(wanted), None)
-    if not required_statistics(metrics, core=True):
-        return stats
+    _announce(job, required_statistics(wanted))
+    path, names = job.folder / "statistics.safetensors", required_statistics(wanted, core=False)
+    stats = _pass(job, "calibrate", path, wanted, names, None)
     path, names = job.folder / "statistics_core.safetensors", required_statistics(metrics, core=True)
+    if not names:
+        return stats
     more = _pass(job, "calibrate core", path, metrics, names, rule.find(job.loaded.model, stats))
     return join_statistics(stats, more)
 
@@ -151,19 +162,21 @@ def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Sc
     """Score every channel with every metric: ``scores.safetensors`` and ``scores.json``."""
     path, summary = job.folder / "scores.safetensors", job.folder / "scores.json"
     params = {name: metric_params(job.config, name) for name in job.config.metric_names}
-    reference = load_reference(job.config, params)
+    rule = core_rule(job.config) if needs_core(params) else None
 
     def make() -> None:
         model = job.loaded.model
         facts = {"model": job.model_hash, "calibration": describe_windows(job.calibration)}
-        core = core_rule(job.config).find(model, stats) if needs_core(params) else None
+        if job.reference_hash:
+            facts["reference"] = {"model": job.config.model.reference_id, "hash": job.reference_hash}
+        reference = load_reference(job.config, params)
+        core = rule.find(model, stats) if rule else None
         found = {n: score(model, stats, n, facts=facts, core=core, reference=reference, **p) for n, p in params.items()}
         write_scores(path, found.values(), facts)
         write_json(summary, {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)})
 
-    compared = None if reference is None else weights_hash(reference)
-    passes = [job.keys["calibrate"], job.keys.get("calibrate core")]
-    job.stage("score", [passes, params, asdict(core_rule(job.config)), compared], [path, summary], make)
+    depends = [job.keys["calibrate"], job.keys.get("calibrate core"), params, rule and asdict(rule), job.reference_hash]
+    job.stage("score", depends, [path, summary], make)
     return read_scores(path)[0]
 
 
