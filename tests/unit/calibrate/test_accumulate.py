@@ -269,6 +269,28 @@ def test_sums_that_are_not_copied_go_on_changing():
     assert torch.allclose(same, 2 * before)
 
 
+def test_a_statistic_keeps_the_shape_that_it_declares(monkeypatch):
+    item = Statistic("square", lambda h: h.T @ h, ("h",), "sum", ("d_model", "d_ff"), 1, "Of another shape.")
+    monkeypatch.setitem(STATISTICS._items, "square", item)
+    text = r"'square' returned \(3, 3\) for layers.0.mlp; expected \(2, 3\) = \('d_model', 'd_ff'\)"
+    with pytest.raises(UsageError, match=text):
+        accumulated(["square"], (FULL, signal()))
+
+
+def test_memory_of_all_sums_is_taken_at_once():
+    """Else the values of matrices, which come and go between them, would leave holes of half their size."""
+    names = ["act_sq", "act_hist", "h_outer", "taylor_sum"]
+    sums = Accumulator([SITE, OTHER], names)
+    sums.begin(FULL, 10)
+    sums.observe(SITE, signal())
+    reserved = {key: place.data_ptr() for key, place in sums._places.items()}
+    assert {*reserved} == {(SITE, "taylor_sum"), *((OTHER, n) for n in names)}
+    sums.observe(OTHER, signal())
+    found = sums.result(copy=False)[OTHER]
+    assert {n: v.data_ptr() for n, v in found.values.items()} == {n: reserved[OTHER, n] for n in names[:3]}
+    assert {*sums.result()[SITE].values} == {*names[:3]}  # what never began is not there
+
+
 def test_restore_continues():
     names = ["act_sq", "act_hist"]
     half = accumulated(names, (FULL, signal(seed=1)))
