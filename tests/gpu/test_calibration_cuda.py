@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ffnscope.calibrate.capture import capture
-from ffnscope.calibrate.collect import calibrate
+from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.scoring import score
-from reference import exact, padded
+from reference import calibrate_in_two, exact, padded, some_core
 from tiny import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -17,24 +17,26 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("arch", ["llama", "opt", "gpt_neox"])
 def test_scores_agree_with_the_cpu(arch):
-    model = exact(arch)
-    windows = padded([16, 5, 9, 16, 2])
-    expected = {n: score(model, calibrate(model, windows, [n]), n) for n in METRICS.names()}
+    model, before = exact(arch), exact(arch, seed=1)
+    windows, core = padded([16, 5, 9, 16, 2]), some_core(find_sites(model))
+    stats = calibrate_in_two(model, windows, core)
+    expected = {n: score(model, stats, n, core=core, reference=before) for n in METRICS.names()}
     model.cuda()
-    stats = calibrate(model, windows, METRICS.names())
+    stats = calibrate_in_two(model, windows, core)
     assert {v.device.type for part in stats.values() for v in part.values.values()} == {"cpu"}
     for name, scores in expected.items():
-        found = score(model, stats, name)
+        found = score(model, stats, name, core=core, reference=before)
         for site, value in scores.values.items():
             assert torch.allclose(found.values[site], value, rtol=1e-6, atol=1e-12), (name, site.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
-    model = tiny("llama", dtype=dtype).cuda()
-    stats = calibrate(model, padded([16, 5, 9]), METRICS.names())
+    model, before = (tiny("llama", dtype=dtype, seed=seed).cuda() for seed in (0, 1))
+    core = some_core(find_sites(model))
+    stats = calibrate_in_two(model, padded([16, 5, 9]), core)
     for name in METRICS.names():
-        score(model, stats, name)
+        score(model, stats, name, core=core, reference=before)
 
 
 def test_capture(tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,54 @@ def test_a_statistic_and_an_allocator() -> None:
     assert (found.reads, found.reduce, found.shape, found.every) == (("h", "g"), "max", ("d_ff", 2), 4)
     assert found.needs_gradient and not STATISTICS.get("act_sq").needs_gradient
     assert ALLOCATORS.get("mine").summary == "Mine."
+
+
+def test_a_statistic_reads_known_signals_and_has_a_known_shape() -> None:
+    def make(**changes: Any) -> None:
+        registry.statistic("mine", **{"reads": ("h",), "reduce": "sum"} | changes)(lambda *signals: None)
+
+    with pytest.raises(UnknownNameError, match=r"Unknown signal of statistic 'mine' 'hh'. Did you mean 'h'\?"):
+        make(reads=("hh",))
+    with pytest.raises(UnknownNameError, match=r"Unknown size of statistic 'mine' 'd_f'. Did you mean 'd_ff'"):
+        make(shape=("d_f",))
+    with pytest.raises(UsageError, match="'mine' reads no signal; it must read one or more of x, h, y, dy, g"):
+        make(reads=("core",))
+    with pytest.raises(UsageError, match="'mine' has a shape with 'core' but does not read 'core'"):
+        make(shape=("core", "d_ff"))
+    with pytest.raises(UsageError, match=r"'mine': every must be at least 1 \(all tokens\); got 0"):
+        make(every=0)
+    assert "mine" not in STATISTICS.names()
+    make(reads=("x", "core"), shape=("core", 3, "d_model"))
+    assert STATISTICS.get("mine").needs_core and not STATISTICS.get("mine").needs_gradient
+
+
+def test_the_signal_dy_needs_a_backward() -> None:
+    registry.statistic("mine", reads=("dy",), reduce="sum", shape=("d_model",))(lambda dy: dy.sum(0))
+    assert STATISTICS.get("mine").needs_gradient
+    registry.metric("mine", needs=("mine",))(lambda stats, weights: weights.up.sum(1))
+    assert registry.cost_of(METRICS.get("mine")) == "backward"
+
+
+def test_the_inputs_of_a_metric() -> None:
+    @registry.metric("mine", inputs=("core",))
+    def mine(stats: object, weights: object, *, core: object, power: float = 2.0) -> None:
+        """Mine."""
+
+    assert METRICS.get("mine").inputs == ("core",)
+    assert list(METRICS.get("mine").params) == ["power"]
+    with pytest.raises(UnknownNameError, match=r"Unknown input of metric 'other' 'cores'. Did you mean 'core'"):
+        registry.metric("other", inputs=("cores",))(mine)
+    text = r"'other' asks for the input 'reference', but its function has no keyword-only argument of that name: write"
+    with pytest.raises(UsageError, match=text):
+        registry.metric("other", inputs=("reference",))(mine)
+    with pytest.raises(UsageError, match="no keyword-only argument"):
+        registry.metric("other", inputs=("core",))(lambda stats, weights, core: weights.up.sum(1))
+
+
+def test_a_metric_whose_needs_depend_on_its_parameters() -> None:
+    item = METRICS.get("composite")
+    assert registry.cost_of(item) == "depends"
+    assert item.needed({"parts": {"wanda": 1}}) == ("act_sq",)
 
 
 def test_an_installed_package_brings_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

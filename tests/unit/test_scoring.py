@@ -15,7 +15,7 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.scoring import score
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
-from tiny import D_FF
+from tiny import D_FF, tiny
 
 
 @pytest.fixture
@@ -27,6 +27,12 @@ def sites(llama: Any) -> list[FFNSite]:
 def stats(sites: list[FFNSite]) -> dict[FFNSite, ChannelStats]:
     values = {"act_sq": torch.arange(1.0, D_FF + 1, dtype=torch.float64)}
     return {s: ChannelStats(s, values, {"act_sq": 4}, {"act_sq": "sum"}) for s in sites}
+
+
+def statistics_of_core(site: FFNSite) -> ChannelStats:
+    """What a supernode metric needs, with channel 0 as the core."""
+    values = {"taylor_sum": torch.zeros(D_FF), "taylor_sq": torch.ones(D_FF), "taylor_core": torch.ones(1, D_FF)}
+    return ChannelStats(site, values, dict.fromkeys(values, 1), dict.fromkeys(values, "sum"))
 
 
 @pytest.fixture
@@ -112,6 +118,29 @@ class TestErrors:
         message = r"metric 'magnitude' is NaN or infinite for 1 of 48 channels of model.layers.1.mlp"
         with pytest.raises(NonFiniteError, match=message):
             score(llama, sites, "magnitude")
+
+    def test_a_core_that_is_missing(self, llama: Any, stats: dict[FFNSite, ChannelStats]) -> None:
+        first = next(iter(stats))
+        text = r"'supernode_protection_score' needs the supernode core of model.layers.{}.mlp: pass core=top_core"
+        with pytest.raises(UsageError, match=text.format(0)):
+            score(llama, stats, "supernode_protection_score")
+        with pytest.raises(UsageError, match=text.format(1)):
+            stats[first] = statistics_of_core(first)
+            score(llama, stats, "supernode_protection_score", core={first: torch.tensor([0])})
+
+    def test_a_reference_that_is_missing_or_another_model(self, llama: Any, sites: list[FFNSite]) -> None:
+        text = r"'delta_alignment' needs the model before fine-tuning: set model.reference_id, or pass reference="
+        with pytest.raises(UsageError, match=text):
+            score(llama, sites, "delta_alignment")
+        text = r"reference model has \(64, 32\) at model.layers.0.mlp; expected \(48, 32\). It must be the same"
+        with pytest.raises(UsageError, match=text):
+            score(llama, sites, "delta_alignment", reference=tiny("llama", intermediate_size=64))
+        with pytest.raises(LayoutError, match=r"model.layers.0.mlp.gate_proj is not in this model"):
+            score(llama, sites, "delta_alignment", reference=tiny("phi3"))
+
+    def test_inputs_are_no_parameters(self, llama: Any, sites: list[FFNSite]) -> None:
+        for name in ("supernode_protection_score", "delta_alignment"):
+            assert not {"core", "reference"} & set(METRICS.get(name).params)
 
     def test_a_site_of_another_model(self, llama: Any, sites: list[FFNSite]) -> None:
         with pytest.raises(LayoutError, match=r"model.layers.7.mlp.gate_proj is not in this model"):

@@ -57,7 +57,8 @@ class Accumulator:
 
     Raises:
         UsageError: a gradient statistic asks for every k-th token (its mean would have no fixed denominator), or a
-            statistic reads the core, which was not given for every site, or is no set of channels.
+            statistic reads the core, which was not given for every site, or is no set of channels; later, a statistic
+            returned another shape than it declares.
     """
 
     def __init__(self, sites: Sequence[FFNSite], names: Iterable[str], core: Mapping[FFNSite, Tensor] | None = None):
@@ -74,6 +75,7 @@ class Accumulator:
         self._counts: dict[tuple[FFNSite, str], int] = {}
         self._finite: dict[FFNSite, Tensor] = {}
         self._held: dict[FFNSite, dict[str, Tensor]] = {}
+        self._places: dict[tuple[FFNSite, str], Tensor] | None = None
         self._active: list[Statistic] = statistics
         self._rows: TokenRows | None = None
         self._n_targets = 0
@@ -168,15 +170,15 @@ class Accumulator:
     def _add(self, site: FFNSite, statistic: Statistic, rows: Mapping[tuple[str, int], Tensor]) -> Tensor:
         key = (site, statistic.name)
         signals = [self.core[site] if r == "core" else rows[r, statistic.every] for r in statistic.reads]
+        first = rows[next(r for r in statistic.reads if r != "core"), statistic.every]
+        count = self._n_targets if statistic.needs_gradient else first.shape[0]
+        if self._places is None:
+            self._places = self._reserve(first.device)
         value: Tensor = statistic.fn(*signals)
         if value.device.type == "mps":
             value = value.cpu()  # no float64 there
-        first = next(r for r in statistic.reads if r != "core")
-        count = self._n_targets if statistic.needs_gradient else rows[first, statistic.every].shape[0]
         if key not in self._sums:
-            with torch.inference_mode(False):  # sums made in inference mode could not be used in autograd
-                dtype = torch.float64 if value.is_floating_point() else torch.int64
-                self._sums[key] = value.to(dtype, copy=True)  # a statistic may return a view of its signal
+            self._sums[key] = _start(site, statistic, self._places.pop(key), value)
             self._counts[key] = count
             return value
         total = self._sums[key].to(value.device)
@@ -185,6 +187,21 @@ class Accumulator:
         )
         self._counts[key] += count
         return value
+
+    def _reserve(self, device: torch.device) -> dict[tuple[FFNSite, str], Tensor]:
+        """Memory of all sums that are still to begin, taken at once: values between them would leave holes."""
+        places: dict[tuple[FFNSite, str], Tensor] = {}
+        with torch.inference_mode(False):  # sums made in inference mode could not be used in autograd
+            for site in self.sites:
+                core = self.core[site].numel() if site in self.core else 0
+                sizes = {"d_ff": site.d_ff, "d_model": site.d_model, "core": core}
+                for statistic in (*self.forward, *self.backward):
+                    shape = [size if isinstance(size, int) else sizes[size] for size in statistic.shape]
+                    if (site, statistic.name) not in self._sums:
+                        places[site, statistic.name] = torch.empty(
+                            shape, dtype=torch.float64, device="cpu" if device.type == "mps" else device
+                        )
+        return places
 
     def _check(self, statistic: Statistic) -> None:
         if statistic.needs_gradient and statistic.every != 1:
@@ -203,6 +220,18 @@ class Accumulator:
         sums = [self._sums[site, n] for n in names if (site, n) in self._sums]
         seen = self._finite.get(site)
         return all(bool(_finite(v)) for v in sums) and (seen is None or bool(seen))
+
+
+def _start(site: FFNSite, statistic: Statistic, place: Tensor, value: Tensor) -> Tensor:
+    """Begin a sum with its first value, in the memory that was reserved for it."""
+    if value.shape != place.shape:
+        raise UsageError(
+            f"statistic {statistic.name!r} returned {tuple(value.shape)} for {site.name}; expected "
+            f"{tuple(place.shape)} = {statistic.shape}, the shape that it declares."
+        )
+    with torch.inference_mode(False):
+        place = place if place.device == value.device else torch.empty_like(place, device=value.device)
+        return (place if value.is_floating_point() else place.view(torch.int64)).copy_(value)
 
 
 def _last(statistic: Statistic) -> str:

@@ -160,11 +160,12 @@ def _check_joint(site: FFNSite, a: ChannelStats, b: ChannelStats) -> None:
     both = sorted(a.values.keys() & b.values.keys())
     if both:
         raise UsageError(f"cannot join two passes that both collected {both[0]!r} of {site.name}.")
-    counts = [{p.counts[n] for n in p.counts if STATISTICS.get(n).needs_gradient} for p in (a, b)]
-    if len(counts[0] | counts[1]) > 1:
+    counts = {p.counts[n] for p in (a, b) for n in p.counts if STATISTICS.get(n).needs_gradient}
+    if len(counts) > 1:
+        found = " and ".join(str(n) for n in sorted(counts))
         raise UsageError(
-            f"cannot join two passes that took gradients of {counts[0]} and {counts[1]} predicted tokens of "
-            f"{site.name}: give both passes the same windows and options."
+            f"cannot join two passes that took gradients of {found} predicted tokens of {site.name}: give both passes "
+            "the same windows and options."
         )
 
 

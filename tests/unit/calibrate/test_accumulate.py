@@ -7,7 +7,7 @@ import torch
 
 from ffnscope.calibrate.accumulate import Accumulator, TokenRows
 from ffnscope.errors import LayoutError, UnknownNameError, UsageError
-from ffnscope.registry import STATISTICS, Statistic
+from ffnscope.registry import SIGNALS, STATISTICS, Statistic
 from ffnscope.types import FFNSite
 
 SITE = FFNSite(0, "layers.0.mlp", None, "up", "down", 2, 3)
@@ -24,6 +24,15 @@ def accumulated(names, *batches):
     for valid, h in batches:
         sums.begin(valid, int(valid[:, 1:].sum()))
         sums.observe(SITE, h)
+    return sums.result()[SITE]
+
+
+def observed(sums, *batches):
+    for valid, signals in batches:
+        sums.begin(valid, int(valid[:, 1:].sum()))
+        for name in SIGNALS:
+            if name in signals:
+                sums.observe_signal(SITE, name, signals[name])
     return sums.result()[SITE]
 
 
@@ -165,6 +174,121 @@ def test_a_bad_gradient_is_looked_for_from_the_last_site():
     for site in (SITE, OTHER):
         sums.observe_gradient(site, signal(), bad)
     assert sums.first_not_finite() == OTHER
+
+
+def test_a_bad_value_in_one_signal_is_not_forgotten_for_another(monkeypatch):
+    """Counts cannot show NaN, so the signals are looked at; each of them."""
+    for name in ("h", "g"):
+        item = Statistic(f"count_{name}", lambda v: (v > 0).sum(0), (name,), "sum", ("d_ff",), 1, "Positive.")
+        monkeypatch.setitem(STATISTICS._items, item.name, item)
+    sums = Accumulator([SITE], ["count_h", "count_g"])
+    bad = signal()
+    bad[0, 0, 0] = float("nan")
+    observed(sums, (FULL, {"h": bad, "g": signal()}))
+    assert sums.first_not_finite() == SITE
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("names", [["x_outer"], ["x_sum"], ["xh_outer"], ["xh_outer", "act_hist"]])
+def test_bad_matrices_are_found(names, bad):
+    sums = Accumulator([SITE], names)
+    x, h = signal()[..., :2], signal(seed=1)
+    observed(sums, (FULL, {"x": x, "h": h}))
+    assert sums.first_not_finite() is None
+    x[0, 0, 0] = bad
+    observed(sums, (FULL, {"x": x, "h": h}))
+    assert sums.first_not_finite() == SITE
+
+
+def test_matrices_over_batches():
+    core = torch.tensor([2, 0])
+    names = ["x_sum", "x_outer", "xh_outer", "h_outer", "taylor_sum", "taylor_core"]
+    valid = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    batches, rows = [], []
+    for i, mask in enumerate((FULL, valid)):
+        x, h, g = (signal(seed=10 * i + k, dtype=torch.float64) for k in range(3))
+        x = x[..., :2].clone()
+        for one in (x, h, g):
+            one[~mask] = float("nan")  # padding is never read
+        batches.append((mask, {"x": x, "h": h, "g": g}))
+        rows.append([one[mask] for one in (x, h, g)])
+    sums = Accumulator([SITE], names, {SITE: core})
+    for mask, signals in batches:
+        sums.begin(mask, int(mask[:, 1:].sum()))
+        sums.observe_signal(SITE, "x", signals["x"])
+        sums.observe(SITE, signals["h"])
+        sums.observe_gradient(SITE, signals["h"], signals["g"])
+    part = sums.result()[SITE]
+    x, h, g = (torch.cat(one) for one in zip(*rows, strict=True))
+    q = h * g
+    expected = {
+        "x_sum": x.sum(0),
+        "x_outer": torch.einsum("ni,nj->ij", x, x),
+        "xh_outer": torch.einsum("ni,nj->ij", x, h),
+        "h_outer": torch.einsum("ni,nj->ij", h, h),
+        "taylor_sum": q.sum(0),
+        "taylor_core": torch.einsum("ni,nj->ij", q[:, core], q),
+    }
+    for name, value in expected.items():
+        assert torch.allclose(part.total(name), value, rtol=1e-12, atol=1e-14), name
+        assert part.counts[name] == (15 if name.startswith("taylor") else 19)
+
+
+def test_which_signals_a_batch_needs():
+    sums = Accumulator([SITE], ["act_sq", "xh_outer", "taylor_sq"])
+    for passes, signals, reads in (
+        ({}, ("x",), True),
+        ({"backward": False}, ("x",), True),
+        ({"forward": False}, (), False),  # g brings h again
+    ):
+        sums.begin(FULL, 10, **passes)
+        assert (sums.signals, sums.reads_activation) == (signals, reads)
+
+
+def test_sums_outlive_inference_mode(largest):
+    """A batch without gradients may come before one with; both add to the same sums."""
+    sums = Accumulator([SITE], ["act_sq", "act_hist", largest])
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            sums.begin(FULL, 10)
+            sums.observe(SITE, signal())
+    part = sums.result(copy=False)[SITE]
+    assert not any(v.is_inference() for v in part.values.values())
+    once = accumulated(["act_sq", "act_hist", largest], (FULL, signal()))
+    assert torch.allclose(part.total("act_sq"), 3 * once.total("act_sq"))
+    assert torch.equal(part.total(largest), once.total(largest))
+
+
+def test_sums_that_are_not_copied_go_on_changing():
+    sums = Accumulator([SITE], ["act_sq"])
+    sums.begin(FULL, 10)
+    sums.observe(SITE, signal())
+    same = sums.result(copy=False)[SITE].total("act_sq")
+    before = same.clone()
+    sums.observe(SITE, signal())
+    assert torch.allclose(same, 2 * before)
+
+
+def test_a_statistic_keeps_the_shape_that_it_declares(monkeypatch):
+    item = Statistic("square", lambda h: h.T @ h, ("h",), "sum", ("d_model", "d_ff"), 1, "Of another shape.")
+    monkeypatch.setitem(STATISTICS._items, "square", item)
+    text = r"'square' returned \(3, 3\) for layers.0.mlp; expected \(2, 3\) = \('d_model', 'd_ff'\)"
+    with pytest.raises(UsageError, match=text):
+        accumulated(["square"], (FULL, signal()))
+
+
+def test_memory_of_all_sums_is_taken_at_once():
+    """Else the values of matrices, which come and go between them, would leave holes of half their size."""
+    names = ["act_sq", "act_hist", "h_outer", "taylor_sum"]
+    sums = Accumulator([SITE, OTHER], names)
+    sums.begin(FULL, 10)
+    sums.observe(SITE, signal())
+    reserved = {key: place.data_ptr() for key, place in sums._places.items()}
+    assert {*reserved} == {(SITE, "taylor_sum"), *((OTHER, n) for n in names)}
+    sums.observe(OTHER, signal())
+    found = sums.result(copy=False)[OTHER]
+    assert {n: v.data_ptr() for n, v in found.values.items()} == {n: reserved[OTHER, n] for n in names[:3]}
+    assert {*sums.result()[SITE].values} == {*names[:3]}  # what never began is not there
 
 
 def test_restore_continues():

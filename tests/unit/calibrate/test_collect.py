@@ -6,13 +6,19 @@ import pytest
 import torch
 
 from ffnscope.calibrate.checkpoint import Checkpoint
-from ffnscope.calibrate.collect import PassOptions, calibrate, plan_steps, required_statistics, weights_hash
+from ffnscope.calibrate.collect import (
+    PassOptions,
+    calibrate,
+    plan_steps,
+    required_statistics,
+    weights_hash,
+)
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, DeviceError, NonFiniteError, UnknownNameError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.scoring import score
-from reference import exact, padded, text
+from reference import calibrate_in_two, exact, padded, some_core, text
 from tiny import tiny
 
 ALL = METRICS.names()
@@ -52,6 +58,13 @@ def test_only_what_is_asked_is_collected():
     found = calibrate(model, text(2), ["wanda"])
     assert {tuple(p.values) for p in found.values()} == {("act_sq",)}
     assert [s.layer for s in found] == [0, 1]
+
+
+def test_parameters_choose_statistics():
+    parts = {"activation_mean": 1.0, "scar_taylor": 1.0}
+    assert required_statistics({"composite": {"parts": parts}, "wanda": {}}) == ["act_abs", "taylor_abs", "act_sq"]
+    found = calibrate(tiny("llama"), text(2), {"composite": {"parts": parts}})
+    assert {tuple(p.values) for p in found.values()} == {("act_abs", "taylor_abs")}
 
 
 def test_sites_can_be_chosen():
@@ -134,14 +147,14 @@ def test_progress_counts_tokens():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models(dtype):
     low, full = tiny("llama", dtype=dtype), tiny("llama")
-    found, expected = calibrate(low, text(4), ALL), calibrate(full, text(4), ALL)
+    core, before = some_core(find_sites(low)), tiny("llama", dtype=dtype, seed=1)
+    found, expected = calibrate_in_two(low, text(4), core), calibrate_in_two(full, text(4), core)
     for site, part in expected.items():
         for name in ("act_sq", "taylor_abs", "grad_sq"):
             assert found[site].total(name).dtype == torch.float64
             assert float((found[site].total(name) / part.total(name)).median()) == pytest.approx(1, rel=0.05)
     for name in ALL:
-        if not METRICS.get(name).inputs:
-            score(low, found, name)
+        score(low, found, name, core=core, reference=before)
 
 
 def test_a_nearly_constant_channel_keeps_its_variance_to_the_documented_error():

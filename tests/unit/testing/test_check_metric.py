@@ -126,6 +126,90 @@ def test_a_bad_metric_is_told_which_law_it_breaks(fn, needs, law):
         check_metric(rule(fn, *needs))
 
 
+def rule_with(fn, needs=(), inputs=()):
+    return Metric("mine", fn, needs, "made up", 1, "test", "A made-up metric.", inputs)
+
+
+def good_core(stats, weights, *, core):
+    found = stats.mean("taylor_core").abs().sum(0)
+    found[core] += 1
+    return found
+
+
+def good_reference(stats, weights, *, reference, power: float = 1.0):
+    return (weights.up.double() - reference.up.double()).norm(dim=1) ** power
+
+
+def changes_core(stats, weights, *, core):
+    core.add_(1)
+    return stats.mean("taylor_core").sum(0)
+
+
+def changes_reference(stats, weights, *, reference):
+    reference.up.mul_(2)
+    return reference.up.double().sum(1)
+
+
+def reads_core_as_channels_of_its_own(stats, weights, *, core):
+    return stats.mean("taylor_abs") * torch.isin(torch.arange(stats.site.d_ff), torch.tensor([5, 7]))
+
+
+def subtracts_in_weight_dtype(stats, weights, *, reference):
+    return (weights.up - reference.up).abs().sum(1)
+
+
+def core_without_inputs(stats, weights, *, core):
+    return stats.mean("taylor_core").sum(0)
+
+
+def nan_on_core(stats, weights, *, core):
+    found = stats.mean("taylor_abs").clone()
+    found[core[:1]] = float("nan")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fn", "needs", "inputs", "law"),
+    [
+        (changes_core, ("taylor_core",), ("core",), "purity: it changed its statistics, weights or inputs"),
+        (changes_reference, (), ("reference",), "purity: it changed its statistics, weights or inputs"),
+        (reads_core_as_channels_of_its_own, ("taylor_abs",), ("core",), "order of channels"),
+        (subtracts_in_weight_dtype, (), ("reference",), "weight dtype"),
+        (core_without_inputs, ("taylor_core",), (), "typed parameters: 'core' must be keyword-only, with a type and"),
+        (nan_on_core, ("taylor_abs",), ("core",), "finite scores: channel 5, which is an ordinary one"),
+        (good_core, (), ("core",), "declared needs"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_a_bad_metric_of_core_or_reference(fn, needs, inputs, law):
+    with pytest.raises(ContractError, match=rf"metric 'mine' breaks the law of {law}"):
+        check_metric(rule_with(fn, needs, inputs))
+
+
+def test_good_metrics_of_core_and_reference_pass():
+    check_metric(rule_with(good_core, ("taylor_core",), ("core",)))
+    check_metric(rule_with(good_reference, (), ("reference",)))
+
+
+def test_statistics_of_every_signal(monkeypatch):
+    def product(*signals):
+        return signals[0].abs().sum(0) + signals[1].abs().sum()
+
+    STATISTICS.names()
+    reads = [("h", "x"), ("h", "y"), ("h", "dy"), ("g", "x"), ("g", "dy")]
+    names = [f"of_{'_'.join(r)}" for r in reads]
+    for name, read in zip(names, reads, strict=True):
+        monkeypatch.setitem(STATISTICS._items, name, Statistic(name, product, read, "sum", ("d_ff",), 1, "Made up."))
+    check_metric(rule_with(lambda stats, weights: sum(stats.mean(n) for n in names), tuple(names)))
+
+
+def test_needs_that_depend_on_parameters():
+    def needs(params):
+        return ("act_abs",) if params.get("power", 1.0) else ()
+
+    check_metric(rule_with(good, needs))
+
+
 def test_statistics_in_parts(monkeypatch):
     def spread(h):
         return h.std(0) * len(h)  # no sum over tokens: two halves do not add up to the whole
