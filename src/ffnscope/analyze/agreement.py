@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ def spearman(a: Tensor, b: Tensor) -> float | None:
     """Spearman's rank correlation of two vectors, ties sharing their average rank; None when one is constant."""
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
-    scale = float(x.norm() * y.norm())
+    scale = math.sqrt(float(x @ x) * float(y @ y))  # exactly |x @ y| where the orders are the same or reversed
     return max(-1.0, min(1.0, float(x @ y) / scale)) if scale > 0 else None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.analyze.agreement import Agreement, agreement
-from ffnscope.calibrate.collect import PassOptions, calibrate, required_statistics, statistics_bytes
+from ffnscope.calibrate.collect import PassOptions, calibrate, required_statistics
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.registry import METRICS, STATISTICS
@@ -92,11 +92,10 @@ def per_document(
         )
     for name in required_statistics(metrics):
         if not _kept_per_document(name):
-            size = statistics_bytes(sites, [name]) / 2**20
             raise UsageError(
-                f"statistic {name!r} ({size:,.0f} MiB) is not kept per document, so there is no interval by document "
-                "for metrics that need it; leave them out (see has_intervals), or compare their scores by value with "
-                "compare_scores."
+                f"statistic {name!r} is not kept per document (it is no vector of sums, or needs the core), so there is "
+                "no interval by document for metrics that need it; leave them out (see has_intervals), or compare "
+                "their scores by value with compare_scores."
             )
     found: list[dict[FFNSite, ChannelStats]] = []
     done, total = 0, windows.n_tokens
