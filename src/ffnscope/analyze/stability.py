@@ -93,7 +93,7 @@ def per_document(
     for name in required_statistics(metrics):
         if not _kept_per_document(name):
             raise UsageError(
-                f"statistic {name!r} is not kept per document (it is no vector of sums, or needs the core), so there is "
+                f"statistic {name!r} is not kept per document (no vector of sums, or it needs the core), so there is "
                 "no interval by document for metrics that need it; leave them out (see has_intervals), or compare "
                 "their scores by value with compare_scores."
             )

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ffnscope.analyze.stability import stability_rows
 from ffnscope.calibrate.collect import PassOptions, weights_hash
+from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.passes import Question, calibrate_and_score, compare_calibrations
 from ffnscope.errors import ArtifactError, UsageError
@@ -59,8 +60,8 @@ def score_command(
     reporter = Reporter()
     loaded = opt.open_model(reporter, model, device, dtype, trust_remote_code)
     asked = inputs.question(loaded, tracked)
-    texts = {label: one.calibration(loaded) for label, one in choices.items()}
-    found = score_all(loaded, asked, choice, reporter, out)
+    texts = {label: one.calibration(loaded) for label, one in choices.items()}  # all, before a pass starts
+    found = score_all(loaded, asked, choice, reporter, out, next(iter(texts.values()), None))
     write_json(out / "scores.json", {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)})
     if texts:
         rows = stability_rows(compare_calibrations(asked, texts, PassOptions(batch_size=batch_size), reporter))
@@ -118,10 +119,18 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def score_all(
-    loaded: LoadedModel, asked: Question, choice: opt.TextChoice, reporter: Reporter, folder: Path | None = None
+    loaded: LoadedModel,
+    asked: Question,
+    choice: opt.TextChoice,
+    reporter: Reporter,
+    folder: Path | None = None,
+    windows: Windows | None = None,
 ) -> dict[str, Scores]:
-    """Calibrate for all metrics (once, or twice when one needs the core) and score; with a folder, also write both."""
-    windows = choice.calibration(loaded)
+    """Calibrate for all metrics (once, or twice when one needs the core) and score; with a folder, also write both.
+
+    ``windows`` are those of the choice, where they are cut already.
+    """
+    windows = choice.calibration(loaded) if windows is None else windows
     options = PassOptions(batch_size=choice.batch_size, checkpoint=folder / PART if folder else None)
     facts = {"model": weights_hash(loaded.model), "calibration": describe_windows(windows)}
     if asked.reference is not None:

@@ -40,7 +40,7 @@ class RunResult:
         shown = ("label", "dataset", "sparsity", "perplexity", "perplexity_stderr", "kl_to_dense", "top1_agreement")
         columns = results_columns(self.rows)
         table = html_table({name: columns[name] for name in shown}) if self.rows else ""
-        made = f"{len(self.scores)} metrics, {len(self.plans)} plans in {self.folder}"
+        made = f"{len(self.scores)} metric(s), {len(self.plans)} plan(s) in {self.folder}"
         return f"<p><b>{html.escape(made)}</b></p>{table}"
 
 

@@ -1,0 +1,205 @@
+"""The command score over several seeds and texts, and with metrics that need more than one pass over the text."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+import ffnscope
+from checkpoints import make_checkpoint
+from ffnscope.analyze import levels, stability
+from ffnscope.calibrate import collect
+from ffnscope.io import read_plan, read_scores, read_stats
+from runs import strict_json
+from tiny import D_FF, LAYERS
+
+Ok = Callable[..., Result]
+Fails = Callable[..., str]
+SMALL = ("--num-samples", 4, "--max-length", 32, "--batch-size", 2, "--device", "cpu")
+
+
+@pytest.fixture
+def base(checkpoint: Path, texts: Path, tmp_path: Path) -> tuple[Any, ...]:
+    return ("score", checkpoint, "--text", texts / "train.txt", "--out", tmp_path / "out", *SMALL)
+
+
+@pytest.fixture
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten bootstrap draws: the machinery, not the number."""
+    real = stability.stability
+
+    def few(*args: Any, **kwargs: Any) -> Any:
+        return real(*args, **{"replicates": 10, **kwargs})
+
+    monkeypatch.setattr("ffnscope.cli.passes.stability", few)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return strict_json(folder / "stability.json")["rows"]
+
+
+# --- repeats ---
+
+
+@pytest.mark.usefixtures("few_replicates")
+def test_seeds_and_texts_are_compared_pair_by_pair(ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    options = (
+        "--text",
+        "pydoc_topics",
+        "--repeats",
+        2,
+        "--repeat-text",
+        texts / "train.txt",
+        "-m",
+        "wanda",
+        "-m",
+        "sparsegpt",
+    )
+    result = ok("score", checkpoint, "--out", tmp_path, "--overwrite", *options, *SMALL)
+    labels = ["pydoc_topics seed 42", "pydoc_topics seed 43", f"{texts / 'train.txt'} seed 42"]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    rows = rows_of(tmp_path)
+    assert [(row["metric"], row["first"], row["second"]) for row in rows] == [
+        (metric, labels[a], labels[b]) for metric in ("wanda", "sparsegpt") for a, b in pairs
+    ]
+    for row in rows:
+        assert -1 <= row["spearman"] < 1
+        assert 0 <= row["top1_jaccard"] <= 1
+        by_document = row["metric"] == "wanda" and min(row["documents_first"], row["documents_second"]) > 1
+        assert (row["spearman_low"] is not None) == by_document
+        if by_document:
+            assert row["spearman_low"] <= row["spearman"] <= row["spearman_high"]
+            assert row["top1_jaccard_low"] <= row["top1_jaccard"] <= row["top1_jaccard_high"]
+    with (tmp_path / "stability.csv").open(newline="") as file:
+        flat = list(csv.DictReader(file))
+    assert [float(row["spearman"]) for row in flat] == [row["spearman"] for row in rows]
+    assert flat[-1]["spearman_low"] == ""  # no interval for second moments
+    assert "Agreement of rankings" in result.stdout
+    assert f"{rows[0]['spearman']:.3f}" in result.stdout
+
+
+@pytest.mark.usefixtures("few_replicates")
+def test_the_scores_are_those_without_repeats(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
+    ok(*base, "-m", "wanda")
+    repeated = [tmp_path / "again" if v == tmp_path / "out" else v for v in base]
+    ok(*repeated, "-m", "wanda", "--repeats", 2)
+    one, two = (tmp_path / name / "scores.safetensors" for name in ("out", "again"))
+    assert one.read_bytes() == two.read_bytes()
+    assert not (tmp_path / "out" / "stability.json").exists()
+    assert len(rows_of(tmp_path / "again")) == 1
+
+
+@pytest.mark.usefixtures("few_replicates")
+def test_every_kind_of_metric_can_be_repeated(ok: Ok, base: tuple[Any, ...], tmp_path: Path, checkpoint: Path) -> None:
+    names = ["random", "scar_loss_proxy", "supernode_protection_score", "activation_outlier_index", "delta_alignment"]
+    metrics = [v for name in names for v in ("-m", name)]
+    reference = make_checkpoint(tmp_path / "before", seed=1)
+    ok(*base, *metrics, "--repeats", 2, "--reference", reference, "--core-fraction", 0.1)
+    rows = rows_of(tmp_path / "out")
+    assert [row["metric"] for row in rows] == names
+    assert rows[0]["spearman"] == 1.0  # no text, no change
+    assert all(math.isfinite(row["spearman"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--repeats", "0"], "--repeats must be at least 1, the number of seeds; got 0."),
+        (["--repeat-text", "sotu", "--repeat-text", "sotu"], "--repeat-text sotu is there already; name each"),
+        (["-m", "delta_alignment"], "metric 'delta_alignment' needs the model before fine-tuning: give --reference"),
+        (["--reference", "x"], "--reference x would do nothing"),
+        (["--core-fraction", "0.1"], "--core-fraction would do nothing"),
+        (["-m", "supernode_connectivity_score", "--core-fraction", "0"], "core fraction must be in (0, 1]"),
+        (["-m", "composite", "--param", "composite.parts={}"], "composite needs parts"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(
+    fails: Fails,
+    base: tuple[Any, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    text: str,
+) -> None:
+    monkeypatch.setattr("ffnscope.cli.options.load_model", None)
+    assert text in fails(2, *base, "-m", "wanda", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_text_is_refused_before_the_first_calibration(
+    fails: Fails, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "observe_batch", None)
+    assert "none.txt" in fails(2, *base, "-m", "wanda", "--repeat-text", tmp_path / "none.txt")
+    assert not (tmp_path / "out").exists()
+
+
+# --- metrics that need more ---
+
+
+def test_core_metrics_through_score(ok: Ok, base: tuple[Any, ...], checkpoint: Path, tmp_path: Path) -> None:
+    ok(*base, "-m", "supernode_protection_score", "-m", "supernode_connectivity_score", "--core-fraction", 0.25)
+    stats, _ = read_stats(tmp_path / "out" / "statistics.safetensors")
+    size = round(0.25 * D_FF)
+    for part in stats.values():
+        assert part.values["taylor_core"].shape == (size, D_FF)
+    found, _ = read_scores(tmp_path / "out" / "scores.safetensors")
+    model = ffnscope.load_model(str(checkpoint)).model
+    core = ffnscope.top_core(ffnscope.score(model, stats, "scar_loss_proxy"), 0.25)
+    for name, one in found.items():
+        again = ffnscope.score(model, stats, name, core=core)
+        assert all(one.values[site].tolist() == again.values[site].tolist() for site in stats)
+
+
+def test_core_metrics_through_prune(
+    ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, passes = levels.calibrate, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes.append(kwargs.get("core"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(levels, "calibrate", counted)
+    options = ("--text", texts / "train.txt", "--no-evaluate", "--out", tmp_path / "out", *SMALL)
+    metric = ("-m", "supernode_protection_score", "--core-fraction", 0.25)
+    ok("prune", checkpoint, "--sparsity", 0.5, *metric, *options)
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
+    assert len(passes) == 2
+    assert plan.metric == "supernode_protection_score"
+    for site, core in passes[1].items():
+        assert plan.protected[site].tolist() == core.tolist()  # the core comes first in the scores
+        assert set(core.tolist()) <= set(plan.kept[site].tolist())
+
+
+def test_a_reference_through_score_and_prune(
+    ok: Ok, fails: Fails, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    reference = make_checkpoint(tmp_path / "before", seed=1)
+    ok(*base, "-m", "delta_alignment", "--reference", reference)
+    found, facts = read_scores(tmp_path / "out" / "scores.safetensors")
+    assert all(bool((v > 0).all()) for v in found["delta_alignment"].values.values())
+    assert facts["reference"] == ffnscope.weights_hash(ffnscope.load_model(str(reference)).model)
+    options = ("--text", texts / "train.txt", "--no-evaluate", "--out", tmp_path / "pruned", "--sparsity", 0.25, *SMALL)
+    prune = ("prune", checkpoint, "-m", "delta_alignment", *options)
+    assert "needs the model before fine-tuning: give --reference MODEL." in fails(2, *prune)
+    ok(*prune, "--reference", reference)
+    plan = read_plan(tmp_path / "pruned" / "ffnscope_plan.json")
+    assert len(plan.kept) == LAYERS and plan.sparsity == 0.25
+
+
+def test_a_composite_of_parts(ok: Ok, base: tuple[Any, ...], checkpoint: Path, tmp_path: Path) -> None:
+    ok(*base, "-m", "composite", "--param", "composite.parts={wanda: 1.0, magnitude: 0.5}")
+    found, _ = read_scores(tmp_path / "out" / "scores.safetensors")
+    parts = {"wanda": 1.0, "magnitude": 0.5}
+    assert found["composite"].facts["params"] == {"parts": parts, "normalise": "rank"}
+    stats, _ = read_stats(tmp_path / "out" / "statistics.safetensors")
+    model = ffnscope.load_model(str(checkpoint)).model
+    expected = ffnscope.score(model, stats, "composite", parts=parts)
+    assert all(v.tolist() == expected.values[s].tolist() for s, v in found["composite"].values.items())
