@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from checkpoints import make_checkpoint
+from ffnscope.io import read_stats
 from ffnscope.run import RunResult, load_config
 from runs import quiet_run, strict_json
 from tiny import D_FF, LAYERS
@@ -78,3 +80,36 @@ def test_example_runs(name: str, overrides: Callable[[str], list[str]]) -> None:
     assert ARCHITECTURE[name] in model["class"].lower()
     asked = load_config(EXAMPLES / f"{name}.yaml").model.dtype
     assert model["dtype"] == asked
+
+
+def test_the_guide_on_four_layers_takes_the_path_of_every_algorithm(
+    overrides: Callable[[str], list[str]], texts: Path, tmp_path: Path
+) -> None:
+    """The guide's example on 60 lines and a Llama of d_model 64, d_ff 192."""
+    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
+    model = make_checkpoint(tmp_path / "four", **shape)
+    sentences = (texts / "train.txt").read_text().replace("\n", " ").split(". ")[:60]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences))
+    lines = ["calibration.num_samples=60", "calibration.mode=lines", f"dataset.name={tmp_path / 'lines.jsonl'}"]
+    lines += [f"model.model_id={model}", "output.plots=false", "evaluation.samples.enabled=false"]
+    lines += ["evaluation.extra=[]", "evaluation.num_samples=2"]
+    result = quiet_run(load_config(EXAMPLES / "guide.yaml", [*overrides("llama"), *lines]))
+    asked = load_config(EXAMPLES / "guide.yaml").pruning
+    algorithms = ["magnitude", "wanda", "sparsegpt", "scar_loss_proxy", "supernode_protection_score"]
+    assert list(asked.algorithms) == algorithms
+    assert [row.label for row in result.rows] == [
+        "dense",
+        *(f"{metric}-{ratio}" for metric in algorithms for ratio in asked.ratios),
+    ]
+    names = ("statistics.safetensors", "statistics_core.safetensors")
+    first, second = (read_stats(result.folder / name)[0] for name in names)
+    assert len(first) == len(second) == 4
+    for site, part in first.items():
+        assert {"act_sq", "h_outer", "taylor_sq", "taylor_sum"} <= part.values.keys()  # wanda, sparsegpt, loss proxy
+        assert part.values["h_outer"].shape == (192, 192)
+        assert second[site].values["taylor_core"].shape == (round(0.01 * 192), 192)  # supernode_protection_score
+    orders = {name: tuple(result.scores[name].values[site].argsort().tolist()) for name in algorithms}
+    assert len(set(orders.values())) == len(algorithms)  # no algorithm stands in for another
+    for label, plan in result.plans.items():
+        assert set(plan.widths.values()) == {192 - round(192 * plan.budget.sparsity)}, label
+        assert all(index.numel() == 2 for index in plan.protected.values())
