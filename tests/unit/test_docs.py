@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
+
+from ffnscope.cli import app
+from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,3 +62,82 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     for code in blocks:
         exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "smaller" / "config.json").exists()
+
+
+TUTORIALS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "tutorials").glob("*.md"))
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Registries that forget what a page registers."""
+    for registry in (STATISTICS, METRICS, ALLOCATORS):
+        registry.names()
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("page", TUTORIALS)
+def test_tutorial_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    blocks = python_blocks(page)
+    assert len(blocks) > 3
+    for code in blocks:
+        exec(compile(code, page, "exec"), namespace)
+    if "allocator" in page:  # the first version must fail as the page says
+        printed = capsys.readouterr().out
+        assert "'spare_the_ends'" in printed and "multiple" in printed
+
+
+def test_tutorials_leave_no_trace():
+    assert {"steadiness"}.isdisjoint(METRICS.names())
+    assert {"act_peak"}.isdisjoint(STATISTICS.names())
+    assert {"spare_the_ends", "spare_the_ends_2"}.isdisjoint(ALLOCATORS.names())
+
+
+def test_the_readme_links_every_tutorial():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in TUTORIALS:
+        assert f"]({page})" in text
+
+
+def test_links_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), f"README links {target}, which does not exist"
+
+
+def readme_commands():
+    """Argument lists of the lines in the README's section on the command line."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Command line", 1)[1].split("\n## ", 1)[0]
+    lines = [line.strip() for line in section.splitlines() if line.startswith("    ffnscope ")]
+    assert len(lines) > 5
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_commands_of_the_readme_exist(words):
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        assert words[0] in command.commands, f"there is no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    takes_value = {name: not p.is_flag for p in command.params for name in p.opts if name.startswith("-")}
+    n_arguments = 0
+    while words:
+        word, *words = words
+        if word.startswith("-"):
+            assert word in takes_value, f"there is no option {word}"
+            if takes_value[word]:
+                value, *words = words
+                assert word not in ("-m", "--metric") or value in METRICS.names()
+        else:
+            n_arguments += 1
+            assert (ROOT / word).exists() or not word.endswith(".yaml")
+    arguments = [p for p in command.params if not any(name.startswith("-") for name in p.opts)]
+    assert sum(p.required for p in arguments) <= n_arguments <= len(arguments)
+
+
+def test_every_command_is_in_the_readme():
+    command = typer.main.get_command(app)
+    named = {words[0] for words in readme_commands()}
+    assert named == set(command.commands)
