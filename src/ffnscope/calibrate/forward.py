@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import DeviceError, UsageError
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -17,7 +22,34 @@ def forward_logits(model: nn.Module, batch: Windows) -> Tensor:
     """Logits [b, T, vocab] of a batch, in the model's dtype and on its device.
 
     The attention mask is passed only when the batch holds padding.
+
+    Raises:
+        UsageError: the windows are longer than the positions that the model was built for.
     """
+    check_length(model, batch.length)
     device = input_device(model)
     mask = {} if bool(batch.valid.all()) else {"attention_mask": batch.valid.to(device, torch.int64)}
     return model(input_ids=batch.input_ids.to(device), use_cache=False, **mask).logits
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise UsageError when windows of ``length`` tokens do not fit into the model's positions."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise UsageError(
+            f"windows of {length} tokens do not fit into {type(model).__name__}, which has {limit} positions. Lower "
+            f"max_length to at most {limit}."
+        )
+
+
+@contextlib.contextmanager
+def memory_errors(message: str) -> Generator[None]:
+    """Turn an out-of-memory error, of an accelerator or of the CPU, into a DeviceError with this message."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise DeviceError(message) from error
+        raise

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.calibrate.accumulate import TokenRows
-from ffnscope.calibrate.forward import forward_logits
+from ffnscope.calibrate.forward import forward_logits, memory_errors
 from ffnscope.calibrate.taps import OnActivation, OnGradient, SignalTap, channel_taps
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import DeviceError, NonFiniteError
+from ffnscope.errors import NonFiniteError
 from ffnscope.types import FFNSite
 
 
@@ -31,7 +31,9 @@ def observe_batch(
     Raises:
         DeviceError: out of memory; the key to lower is named.
     """
-    try:
+    key = "calibration.batch_size" if on_gradient is None else "metrics.scar.max_length or calibration.batch_size"
+    size = f"{len(batch)} windows of {batch.length} tokens"
+    with memory_errors(f"out of memory in the calibration pass ({size}). Lower {key}."):
         if on_gradient is None:
             with torch.inference_mode(), channel_taps(model, sites, on_activation, None, signal_tap):
                 forward_logits(model, batch)
@@ -39,11 +41,6 @@ def observe_batch(
             taps = channel_taps(model, sites, on_activation, on_gradient, signal_tap)
             with torch.inference_mode(False), torch.enable_grad(), taps:
                 sum_nll(forward_logits(model, batch), batch).backward()
-    except torch.OutOfMemoryError as error:
-        key = "calibration.batch_size" if on_gradient is None else "metrics.scar.max_length or calibration.batch_size"
-        raise DeviceError(
-            f"out of memory in the calibration pass ({len(batch)} windows of {batch.length} tokens). Lower {key}."
-        ) from error
 
 
 def sum_nll(logits: Tensor, batch: Windows) -> Tensor:

@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _say("interrupted. Called again, `run` and `score` go on where they stopped.")
+            _say("interrupted. Called again, `run` goes on where it stopped, and `score` in its first pass.")
         raise
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ffnscope.analyze.stability import stability_rows
-from ffnscope.calibrate.collect import PassOptions, weights_hash
+from ffnscope.calibrate.collect import PassOptions, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.passes import Question, calibrate_and_score, compare_calibrations
@@ -20,6 +20,7 @@ from ffnscope.io import read_plan, write_csv, write_json, write_scores, write_st
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.report.tables import print_results, print_stability, results_rows
 from ffnscope.run.progress import Reporter
+from ffnscope.run.stages import announce
 from ffnscope.run.windows import describe_windows
 from ffnscope.types import Scores
 
@@ -135,6 +136,8 @@ def score_all(
     facts = {"model": weights_hash(loaded.model), "calibration": describe_windows(windows)}
     if asked.reference is not None:
         facts["reference"] = weights_hash(asked.reference)
+    core = asked.rule.count or round(asked.rule.fraction * max(s.d_ff for s in asked.sites))
+    announce(reporter, asked.sites, required_statistics(asked.params), core)
     with reporter.task("calibrate", "tokens") as update:
         stats, found = calibrate_and_score(asked, windows, options, update, facts)
     if folder:

@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor, nn
 
-from ffnscope.calibrate.forward import forward_logits
+from ffnscope.calibrate import forward
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import DeviceError, NonFiniteError
+from ffnscope.errors import NonFiniteError
 
 CHUNK_VALUES = 2**23  # logits that are held in fp32 at a time (32 MiB a copy)
 
@@ -27,22 +27,18 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = True
 
 
-@contextlib.contextmanager
-def memory_errors(n_windows: int, length: int) -> Generator[None]:
-    """Turn an accelerator's out-of-memory error into a DeviceError that names what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        cure = "lower dataset.batch_size (batch_size)" if n_windows > 1 else "use shorter windows or a smaller dtype"
-        raise DeviceError(
-            f"out of memory while evaluating {n_windows} window(s) of {length} tokens at once; {cure}."
-        ) from error
+def memory_errors(n_windows: int, length: int) -> contextlib.AbstractContextManager[None]:
+    """Turn an out-of-memory error into a DeviceError that names what to lower."""
+    cure = "lower dataset.batch_size (batch_size)" if n_windows > 1 else "use shorter windows or a smaller dtype"
+    return forward.memory_errors(
+        f"out of memory while evaluating {n_windows} window(s) of {length} tokens at once; {cure}."
+    )
 
 
 def batch_logits(model: nn.Module, batch: Windows) -> Tensor:
     """Logits [b, T, vocab] of a batch without a graph. The model must be in evaluation mode."""
     with torch.inference_mode():
-        return forward_logits(model, batch)
+        return forward.forward_logits(model, batch)
 
 
 def target_chunks(targets: Tensor, vocab: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -108,7 +108,7 @@ def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
     metrics = {name: metric_params(job.config, name) for name in job.config.metric_names}
     rule = core_rule(job.config)
     wanted = first_level(metrics, rule)
-    _announce(job, required_statistics(wanted))
+    announce(job.reporter, job.sites, required_statistics(wanted), core_size(job.config, job.sites))
     path, names = job.folder / "statistics.safetensors", required_statistics(wanted, core=False)
     stats = _pass(job, "calibrate", path, wanted, names, None)
     path, names = job.folder / "statistics_core.safetensors", required_statistics(metrics, core=True)
@@ -151,11 +151,11 @@ def _pass(
     return read_stats(path)[0]
 
 
-def _announce(job: Job, statistics: Sequence[str]) -> None:
-    """Say how large the sums are before a pass that takes second moments."""
-    size = statistics_bytes(job.sites, statistics, core_size(job.config, job.sites))
+def announce(reporter: Reporter, sites: Sequence[FFNSite], statistics: Sequence[str], core: int) -> None:
+    """Say how large the sums are before a pass that takes second moments; ``core`` = channels of the core."""
+    size = statistics_bytes(sites, statistics, core)
     if size > ANNOUNCED_BYTES:
-        job.reporter.say(f"statistics need {size / 2**20:,.0f} MiB of memory, and as much on disk")
+        reporter.say(f"statistics need {size / 2**20:,.0f} MiB of memory, and as much on disk")
 
 
 def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Scores]:
