@@ -51,7 +51,7 @@ def score_command(
     trust_remote_code: opt.Remote = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Score every channel: OUT/scores.safetensors, scores.json and statistics.safetensors. An interrupted pass goes on."""
+    """Score every channel: OUT/scores.safetensors, scores.json, statistics.safetensors. An interrupted pass goes on."""
     if not (out.is_dir() and {path.name for path in out.iterdir()} <= {PART}):
         refuse_existing(out, overwrite)
     inputs = opt.Inputs(opt.metric_params(param, metric), core_fraction, reference)

@@ -69,11 +69,11 @@ def score(name, down=DOWN, core=CORE, **changes):
 
 
 def test_scores():
-    # 51 = the largest LP + 1; channel 2: 13 * 0.996875, channel 4: 1 * 0.2, channel 7: 0.5 * 1
-    expected = (51, 2, 12.959375, 8, 0.2, 18, 0, 0.5)
+    # 100 = the core's LP of 50 + the largest, 50; channel 2: 13 * 0.996875, channel 4: 1 * 0.2, channel 7: 0.5 * 1
+    expected = (100, 2, 12.959375, 8, 0.2, 18, 0, 0.5)
     assert score("supernode_protection_score").tolist() == pytest.approx(expected, rel=1e-12)
     # channel 2: 13 (0.25 + 0.75 * 0.996875), channel 4: 0.1 + 0.9 * 0.2
-    expected = (51, 2, 12.96953125, 8, 0.28, 18, 0, 0.5)
+    expected = (100, 2, 12.96953125, 8, 0.28, 18, 0, 0.5)
     assert score("supernode_connectivity_score").tolist() == pytest.approx(expected, rel=1e-12)
 
 
