@@ -37,7 +37,7 @@ def supernode_protection_score(
     power: float = 8.0,
     floor: float = 0.2,
 ) -> Tensor:
-    """SCAR-Prot: LP times Protect; [d_ff]. Core channels come first: the largest LP is added to theirs.
+    """SCAR-Prot: LP times Protect; [d_ff]. Core channels come first, lifted by the largest LP.
 
     Protect is 1 outside the write halo, and floor + (1 - floor)(1 - r^power) inside, where r in [0, 1] is the rank of
     the channel's redundancy with the core among the halo. Invariant under up * c, down / c of channels outside the
@@ -68,7 +68,7 @@ def supernode_connectivity_score(
     power: float = 8.0,
     floor: float = 0.2,
 ) -> Tensor:
-    """SCAR-Conn: LP times (1 - Conn) + Conn Protect; [d_ff]. Core channels come first: the largest LP is added to theirs.
+    """SCAR-Conn: LP times (1 - Conn) + Conn Protect; [d_ff]. Core channels come first, lifted by the largest LP.
 
     Like ``supernode_protection_score``, with the same arguments, but the protection is weighted by how much the channel
     writes where the core writes. Invariant under up * c, down / c of channels outside the core.
