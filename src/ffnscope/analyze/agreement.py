@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
+from ffnscope.metrics.ranks import average_ranks
 from ffnscope.types import Scores
 
 TOP = 0.01
@@ -60,19 +61,10 @@ def agreement(first: Scores, second: Scores, top: float = TOP) -> Agreement:
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
     """Spearman's rank correlation of two vectors, ties sharing their average rank; None when one is constant."""
-    x, y = ranks(a), ranks(b)
+    x, y = average_ranks(a), average_ranks(b)
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt(float(x @ x) * float(y @ y))  # exactly |x @ y| where the orders are the same or reversed
     return max(-1.0, min(1.0, float(x @ y) / scale)) if scale > 0 else None
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, float64; equal values share their average rank."""
-    values = values.contiguous()
-    ordered = values.sort().values
-    low = torch.searchsorted(ordered, values, right=False)
-    high = torch.searchsorted(ordered, values, right=True) - 1
-    return (low + high).double() / 2
 
 
 def jaccard(a: Tensor, b: Tensor, size: int) -> float:

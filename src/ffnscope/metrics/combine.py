@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
+from ffnscope.metrics.ranks import unit_ranks
 from ffnscope.registry import METRICS, metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -42,7 +43,7 @@ def composite(
     total = sum(abs(w) for w in chosen.values())
     for name, weight in chosen.items():
         values = METRICS.get(name).fn(stats, weights).double().cpu()
-        found += weight / total * (_ranks(values) if normalise == "rank" else _z_scores(values))
+        found += weight / total * (unit_ranks(values) if normalise == "rank" else _z_scores(values))
     return found
 
 
@@ -55,13 +56,6 @@ def _checked(parts: Mapping[str, float] | None) -> Mapping[str, float]:
         if name == "composite" or rule.inputs:
             raise UsageError(f"{name!r} cannot be a part of composite: it needs more than statistics and weights.")
     return parts
-
-
-def _ranks(values: Tensor) -> Tensor:
-    ordered = values.sort().values
-    low = torch.searchsorted(ordered, values, right=False)
-    high = torch.searchsorted(ordered, values, right=True) - 1
-    return (low + high).double() / 2 / max(1, values.numel() - 1)
 
 
 def _z_scores(values: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ffnscope.errors import UsageError
 from ffnscope.metrics.information import gaussian_information, inverse_root
+from ffnscope.metrics.ranks import unit_ranks
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -125,7 +126,7 @@ def protection(stats: ChannelStats, core: Tensor, halo: Tensor, power: float, fl
     redundancy = redundancy_to_core(stats, core)
     halo = halo.to(redundancy.device)
     protect = torch.ones_like(redundancy)
-    rank = _rank(redundancy[halo])
+    rank = unit_ranks(redundancy[halo]).to(redundancy)
     protect[halo] = floor + (1 - floor) * (1 - rank.pow(power))
     return protect
 
@@ -138,16 +139,6 @@ def _check_core_is_that_of(stats: ChannelStats, core: Tensor, cross: Tensor, squ
             f"{stats.site.name}: statistic 'taylor_core' was collected for another core than the {core.numel()} "
             "channels given now, or over other text; calibrate with this core and join the statistics again."
         )
-
-
-def _rank(values: Tensor) -> Tensor:
-    """Rank in [0, 1], equal values sharing their average rank; one value alone has rank 0."""
-    if values.numel() < 2:
-        return torch.zeros_like(values)
-    ordered = values.sort().values
-    low = torch.searchsorted(ordered, values, right=False)
-    high = torch.searchsorted(ordered, values, right=True) - 1
-    return (low + high).to(values) / 2 / (values.numel() - 1)
 
 
 def _core_first(score: Tensor, core: Tensor) -> Tensor:

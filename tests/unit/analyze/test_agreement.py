@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
-from ffnscope.analyze.agreement import agreement, jaccard, ranks, spearman
+from ffnscope.analyze.agreement import agreement, jaccard, spearman
 from ffnscope.errors import UsageError
+from ffnscope.metrics.ranks import average_ranks as ranks
 from ffnscope.types import FFNSite, Scores
 
 
