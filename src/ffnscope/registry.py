@@ -33,7 +33,8 @@ class Statistic:
     gradients of the summed token NLL with respect to y and h; and ``core``, the indices of the site's supernode core,
     which must be known before the pass. ``shape`` says how large the result is, in numbers or d_ff, d_model, core.
     ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the number of
-    predicted tokens.
+    predicted tokens. ``counts`` is for whole numbers: ``fn(counts, *signals)`` adds them to its int32 tensor of that
+    shape in place, which is cheaper than a tensor of new ones for each batch.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Statistic:
     shape: tuple[int | str, ...]
     every: int
     summary: str
+    counts: bool = False
 
     def __post_init__(self) -> None:
         for read in self.reads:
@@ -58,6 +60,8 @@ class Statistic:
             raise UsageError(f"statistic {self.name!r} has a shape with 'core' but does not read 'core'.")
         if self.every < 1:
             raise UsageError(f"statistic {self.name!r}: every must be at least 1 (all tokens); got {self.every}.")
+        if self.counts and self.reduce != "sum":
+            raise UsageError(f"statistic {self.name!r} counts, so parts are summed; got reduce={self.reduce!r}.")
 
     @property
     def needs_gradient(self) -> bool:
@@ -193,12 +197,18 @@ ALLOCATORS: Registry[Allocator] = Registry("allocator", ("ffnscope.plan.allocate
 
 
 def statistic(
-    name: str, *, reads: tuple[str, ...], reduce: Reduction, shape: tuple[int | str, ...] = ("d_ff",), every: int = 1
+    name: str,
+    *,
+    reads: tuple[str, ...],
+    reduce: Reduction,
+    shape: tuple[int | str, ...] = ("d_ff",),
+    every: int = 1,
+    counts: bool = False,
 ) -> Callable[[F], F]:
     """Register a statistic (see `Statistic`)."""
 
     def add(fn: F) -> F:
-        STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn)))
+        STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn), counts))
         return fn
 
     return add

@@ -166,7 +166,7 @@ class TestTensors:
 class TestStatsAndScores:
     @pytest.fixture
     def stats(self, site: FFNSite) -> list[ChannelStats]:
-        values = {"act_sq": torch.arange(6, dtype=torch.float64), "act_hist": torch.ones(3, 6, dtype=torch.int64)}
+        values = {"act_sq": torch.arange(6, dtype=torch.float64), "act_hist": torch.ones(3, 6, dtype=torch.int32)}
         counts, reductions = {"act_sq": 8, "act_hist": 2}, {"act_sq": "sum", "act_hist": "sum"}
         return [
             ChannelStats(s, values, counts, reductions)  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ class Accumulator:
         for read, every in dict.fromkeys((r, s.every) for s in due for r in s.reads if r != "core"):
             rows[read, every] = self._take(site, held[read], every)
         values = [self._add(site, s, rows) for s in due]
-        if values and not any(v.is_floating_point() for v in values):  # counts cannot show NaN
+        if values and not any(v.is_floating_point() for v in values):  # whole numbers cannot show NaN
             seen = [torch.isfinite(r).all() for r in rows.values()]
             self._finite[site] = torch.stack([*seen, self._finite.get(site, seen[0])]).all()
         for done in [k for k in held if k not in later]:
@@ -174,18 +174,22 @@ class Accumulator:
         count = self._n_targets if statistic.needs_gradient else first.shape[0]
         if self._places is None:
             self._places = self._reserve(first.device)
+        self._counts[key] = self._counts.get(key, 0) + count
+        if statistic.counts:
+            total = self._sums[key] if key in self._sums else self._places.pop(key)
+            self._sums[key] = total = total.to(first.device)
+            statistic.fn(total, *signals)
+            return total
         value: Tensor = statistic.fn(*signals)
         if value.device.type == "mps":
             value = value.cpu()  # no float64 there
         if key not in self._sums:
             self._sums[key] = _start(site, statistic, self._places.pop(key), value)
-            self._counts[key] = count
             return value
         total = self._sums[key].to(value.device)
         self._sums[key] = (
             total.add_(value) if statistic.reduce == "sum" else torch.maximum(total, value.to(total), out=total)
         )
-        self._counts[key] += count
         return value
 
     def _reserve(self, device: torch.device) -> dict[tuple[FFNSite, str], Tensor]:
@@ -198,8 +202,11 @@ class Accumulator:
                 for statistic in (*self.forward, *self.backward):
                     shape = [size if isinstance(size, int) else sizes[size] for size in statistic.shape]
                     if (site, statistic.name) not in self._sums:
-                        places[site, statistic.name] = torch.empty(
-                            shape, dtype=torch.float64, device="cpu" if device.type == "mps" else device
+                        room = "cpu" if device.type == "mps" else device
+                        places[site, statistic.name] = (
+                            torch.zeros(shape, dtype=torch.int32, device=room)
+                            if statistic.counts
+                            else torch.empty(shape, dtype=torch.float64, device=room)
                         )
         return places
 
@@ -231,7 +238,7 @@ def _start(site: FFNSite, statistic: Statistic, place: Tensor, value: Tensor) ->
         )
     with torch.inference_mode(False):
         place = place if place.device == value.device else torch.empty_like(place, device=value.device)
-        return (place if value.is_floating_point() else place.view(torch.int64)).copy_(value)
+        return place.copy_(value)
 
 
 def _last(statistic: Statistic) -> str:

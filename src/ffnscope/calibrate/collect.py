@@ -74,13 +74,18 @@ def required_statistics(metrics: MetricChoice, *, core: bool | None = None) -> l
 
 
 def statistics_bytes(sites: Sequence[FFNSite], statistics: Iterable[str], core_size: int = 0) -> int:
-    """Memory of the sums of a pass, in bytes: 8 per value.
+    """Memory of the sums of a pass, in bytes: 8 per value, 4 per count.
 
     ``core_size`` is the number of core channels per site, for statistics that have it in their shape.
     """
-    shapes = [STATISTICS.get(name).shape for name in statistics]
-    sizes = ({"d_ff": s.d_ff, "d_model": s.d_model, "core": core_size} for s in sites)
-    return sum(8 * math.prod(n if isinstance(n, int) else size[n] for n in shape) for size in sizes for shape in shapes)
+    rules = [STATISTICS.get(name) for name in statistics]
+    total = 0
+    for site in sites:
+        size = {"d_ff": site.d_ff, "d_model": site.d_model, "core": core_size}
+        for rule in rules:
+            length = math.prod(n if isinstance(n, int) else size[n] for n in rule.shape)
+            total += length * (4 if rule.counts else 8)
+    return total
 
 
 def calibrate(

@@ -1,9 +1,10 @@
 """Statistics: sums and maxima over tokens, from which every metric is computed.
 
 Signals: ``x`` [n, d_model] FFN input, ``h`` [n, d_ff] channel activations (the input of the down projection), ``g``
-[n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``core`` [k] the indices of the supernode core.
-Parts of a batch are reduced in the model's dtype (at least float32) and accumulated in float64 (counts in int64), so
-results do not depend on how text is split into batches.
+[n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``core`` [k] the indices of the supernode core. A
+user's own statistic may also read ``y`` [n, d_model], the FFN's output, and ``dy`` [n, d_model], its gradient; no
+built-in metric needs them. Parts of a batch are reduced in the model's dtype (at least float32) and accumulated in
+float64 (counts in int32), so results do not depend on how text is split into batches.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ffnscope.registry import statistic
 _MANTISSA_BITS = 2  # 4 = 2^2 bins per octave
 _SHIFT = 23 - _MANTISSA_BITS
 _OFFSET = (127 + FIRST_OCTAVE) << _MANTISSA_BITS
+_FOLD = 128
 
 
 @statistic("act_sum", reads=("h",), reduce="sum")
@@ -34,29 +36,28 @@ def act_abs(h: Tensor) -> Tensor:
 @statistic("act_sq", reads=("h",), reduce="sum")
 def act_sq(h: Tensor) -> Tensor:
     """Sum of h^2."""
-    return h.square().sum(0)
+    return _sum_of_squares(h)
 
 
-@statistic("act_hist", reads=("h",), reduce="sum", shape=(BINS, "d_ff"), every=4)
-def act_hist(h: Tensor) -> Tensor:
-    """Histogram of |h| over every 4th token: 4 bins per octave from 2^-16 to 2^16, the ends take the rest.
+@statistic("act_hist", reads=("h",), reduce="sum", shape=(BINS, "d_ff"), every=16, counts=True)
+def act_hist(counts: Tensor, h: Tensor) -> None:
+    """Histogram of |h| over every 16th token: 4 bins per octave from 2^-16 to 2^16, the ends take the rest.
 
     Bin b holds |h| in [edge(b), edge(b + 1)), see `ffnscope.metrics.histogram.bin_edges`. Within an octave the 4 bins
     have equal width (they are the two leading mantissa bits), so a bin is at most 25 % wide relative to its lower
-    edge. Every 4th token keeps the cost of the pass within a few per cent of a bare forward.
+    edge. Every 16th token keeps the cost of the pass within a few per cent of a bare forward. ``counts`` [BINS, d_ff].
     """
     d_ff = h.shape[1]
     bits = h.float().view(torch.int32).bitwise_and(0x7FFFFFFF).bitwise_right_shift_(_SHIFT)
     flat = bits.clamp_(_OFFSET, _OFFSET + BINS - 1).sub_(_OFFSET).mul_(d_ff)
     index = flat.add_(torch.arange(d_ff, dtype=torch.int32, device=h.device)).flatten().long()
-    counts = torch.zeros(BINS * d_ff, dtype=torch.int32, device=h.device)
-    return counts.scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32)).view(BINS, d_ff)
+    counts.view(-1).scatter_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
 
 
 @statistic("grad_sq", reads=("g",), reduce="sum")
 def grad_sq(g: Tensor) -> Tensor:
     """Sum of g^2."""
-    return g.square().sum(0)
+    return _sum_of_squares(g)
 
 
 @statistic("taylor_abs", reads=("h", "g"), reduce="sum")
@@ -106,3 +107,13 @@ def xh_outer(x: Tensor, h: Tensor) -> Tensor:
 def h_outer(h: Tensor) -> Tensor:
     """Sum of h h^T, the second moment of the channels."""
     return h.T @ h
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    """Sum over rows of their squares, folded into few rows first: a full matrix of squares would push the model's
+    weights out of the cache."""
+    first, *others = rows.split(_FOLD)
+    total = first.square()
+    for part in others:
+        total[: len(part)].addcmul_(part, part)
+    return total.sum(0)

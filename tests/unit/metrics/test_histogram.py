@@ -7,13 +7,20 @@ import pytest
 import torch
 
 from ffnscope.calibrate.accumulate import Accumulator
-from ffnscope.calibrate.statistics import act_hist
+from ffnscope.calibrate import statistics
 from ffnscope.errors import UsageError
 from ffnscope.metrics.histogram import BINS, bin_edges, quantile_from_counts
-from ffnscope.registry import METRICS
+from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.types import FFNSite, FFNWeights
 
 BIN_ERROR = 0.12  # as documented
+EVERY = STATISTICS.get("act_hist").every
+
+
+def act_hist(h):
+    counts = torch.zeros(BINS, h.shape[1], dtype=torch.int32)
+    statistics.act_hist(counts, h)
+    return counts
 
 
 def test_edges():
@@ -63,11 +70,11 @@ def test_empty_histogram():
 
 
 def outlier_index(h):
-    """``h`` [n, d_ff] as one window whose every 4th token is a row of h, so that the histogram reads all rows."""
+    """``h`` [n, d_ff] as one window in which each row of h is repeated, so that the histogram reads every row once."""
     rule = METRICS.get("activation_outlier_index")
     site = FFNSite(0, "mlp", None, "up", "down", 2, h.shape[1])
     sums = Accumulator([site], rule.needed({}))
-    window = h.repeat_interleave(4, 0)[None]
+    window = h.repeat_interleave(EVERY, 0)[None]
     sums.begin(torch.ones(window.shape[:2], dtype=torch.bool), 1)
     sums.observe(site, window)
     return rule.fn(sums.result()[site], FFNWeights(None, torch.ones(h.shape[1], 2), torch.ones(2, h.shape[1])))
