@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate import statistics
+from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.errors import UsageError
 from ffnscope.metrics.histogram import BINS, bin_edges, quantile_from_counts
 from ffnscope.registry import METRICS, STATISTICS
