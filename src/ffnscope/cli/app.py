@@ -14,7 +14,9 @@ from rich.text import Text
 
 from ffnscope import __version__
 from ffnscope.cli.channels import OUT, eval_command, score_command
-from ffnscope.cli.options import Device, Dtype, Model, Overwrite, Remote, open_model
+from ffnscope.cli.files import Overwrite
+from ffnscope.cli.groups import grouped
+from ffnscope.cli.options import Loading, Model
 from ffnscope.cli.prune import prune_command
 from ffnscope.cli.rank import rank_command
 from ffnscope.errors import FFNScopeError, UsageError
@@ -94,18 +96,18 @@ def metrics_command(as_json: Annotated[bool, typer.Option("--json", help="Print 
 
 
 @app.command("inspect")
+@grouped
 def inspect_command(
+    *,
     model: Model,
     tracked: Annotated[list[str] | None, typer.Option("--tracked", help="Pattern of layers; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: Remote = False,
+    loading: Loading,
 ) -> None:
     """Show the FFNs that were found in a model."""
     from dataclasses import asdict
 
-    loaded = open_model(Reporter(), model, device, dtype, trust_remote_code)
+    loaded = loading.open(Reporter(), model)
     sites = find_sites(loaded.model, tracked)
     if as_json:
         _print_json([asdict(s) for s in sites])

@@ -26,21 +26,24 @@ from ffnscope.run.texts import held_out_split
 from ffnscope.scoring import check_reference
 
 Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or package:DIST (a GGUF in a package).")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
-Text = Annotated[str, typer.Option("--text", help="Shipped corpus, .txt, .jsonl, folder, or hub dataset.")]
-Split = Annotated[str | None, typer.Option(help="Split of the text.")]
-Samples = Annotated[int, typer.Option("--num-samples", help="Token windows.")]
-Length = Annotated[int, typer.Option("--max-length", help="Tokens per window.")]
-Batch = Annotated[int, typer.Option("--batch-size", help="Windows per forward; changes memory, not results.")]
-Seed = Annotated[int, typer.Option(help="Seed that chooses the windows.")]
-Params = Annotated[list[str] | None, typer.Option("--param", help="Metric parameter, METRIC.NAME=VALUE; repeatable.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Out = Annotated[Path, typer.Option("--out", help="Output; must not exist, unless --overwrite.")]
 Tracked = Annotated[list[str] | None, typer.Option("--tracked", help="Pattern of layers to score; repeatable.")]
-CoreFraction = Annotated[float, typer.Option(help="Share of each FFN that is the core, for metrics that need one.")]
-Reference = Annotated[str | None, typer.Option(help="Model before fine-tuning, for delta_alignment.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is loaded."""
+
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto"
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False
+
+    def open(self, reporter: Reporter, model: str) -> LoadedModel:
+        """Load a model with a progress line."""
+        source = ModelSource(model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        with reporter.task(f"load {model}", "models"):
+            return load_model(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Inputs:
     """
 
     params: Mapping[str, Mapping[str, Any]]
-    core_fraction: float | None = None
+    core_fraction: float = CoreRule().fraction
     reference: str | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +70,7 @@ class Inputs:
     @property
     def rule(self) -> CoreRule:
         """What the supernode core is."""
-        return CoreRule() if self.core_fraction is None else CoreRule(fraction=self.core_fraction)
+        return CoreRule(fraction=self.core_fraction)
 
     def question(self, loaded: LoadedModel, tracked: list[str] | None = None) -> Question:
         """Find the FFNs and load the reference model, as the scored one was loaded."""
@@ -79,17 +82,31 @@ class Inputs:
         return Question(loaded.model, sites, self.params, self.rule, before)
 
 
-def refuse_useless_core(context: typer.Context, params: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UsageError when --core-fraction is given and no metric reads the core."""
-    if given(context, "core_fraction") and not needs_core(params):
-        raise UsageError("--core-fraction would do nothing: no metric here reads the supernode core. Leave it out.")
+@dataclass(frozen=True, slots=True)
+class MetricOptions:
+    """Parameters of the metrics, and what some of them need beyond text and weights."""
+
+    param: Annotated[
+        list[str] | None, typer.Option("--param", help="Metric parameter, METRIC.NAME=VALUE; repeatable.")
+    ] = None
+    core_fraction: Annotated[
+        float, typer.Option(help="Share of each FFN that is the core, for metrics that need one.")
+    ] = CoreRule().fraction
+    reference: Annotated[str | None, typer.Option(help="Model before fine-tuning, for delta_alignment.")] = None
+
+    def inputs(self, context: typer.Context, metrics: list[str]) -> Inputs:
+        """Check all of it for these metrics; raises UsageError, also for an option that no metric reads."""
+        found = Inputs(metric_params(self.param, metrics), self.core_fraction, self.reference)
+        if given(context, "core_fraction") and not needs_core(found.params):
+            raise UsageError("--core-fraction would do nothing: no metric here reads the supernode core. Leave it out.")
+        return found
 
 
-def refuse_useless(context: typer.Context, option: str, value: object, useless: Iterable[str]) -> None:
-    """Raise UsageError when options are given that have no meaning beside ``option``."""
+def refuse_useless(context: typer.Context, beside: str, useless: Iterable[str]) -> None:
+    """Raise UsageError when options are given that have no meaning ``beside`` another one and its reason."""
     found = ", ".join(f"--{name.replace('_', '-')}" for name in useless if given(context, name))
     if found:
-        raise UsageError(f"{found} would do nothing with --{option} {value}, which already decides that. Leave it out.")
+        raise UsageError(f"{found} would do nothing with {beside}. Leave it out.")
 
 
 def given(context: typer.Context, name: str) -> bool:
@@ -98,31 +115,26 @@ def given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def open_model(reporter: Reporter, model: str, device: str, dtype: str, trust_remote_code: bool) -> LoadedModel:
-    """Load a model with a progress line."""
-    source = ModelSource(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    with reporter.task(f"load {model}", "models"):
-        return load_model(source)
-
-
 @dataclass(frozen=True, slots=True)
 class TextChoice:
-    """A text and the windows to cut from it, as the options of a command say."""
+    """A text and the windows to cut from it."""
 
-    name: str
-    split: str | None
-    num_samples: int
-    max_length: int
-    batch_size: int
-    seed: int
+    text: Annotated[str, typer.Option("--text", help="Shipped corpus, .txt, .jsonl, folder, or hub dataset.")] = "sotu"
+    split: Annotated[str | None, typer.Option(help="Split of the text.")] = None
+    num_samples: Annotated[int, typer.Option("--num-samples", help="Token windows.")] = 64
+    max_length: Annotated[int, typer.Option("--max-length", help="Tokens per window.")] = 512
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Windows per forward; changes memory, not results.")
+    ] = 4
+    seed: Annotated[int, typer.Option(help="Seed that chooses the windows.")] = 42
 
     def calibration(self, loaded: LoadedModel) -> Windows:
         """Windows to calibrate on: of the split asked for, else of ``train``."""
-        return self._windows(loaded, self.split or (None if Path(self.name).is_file() else "train"))
+        return self._windows(loaded, self.split or (None if Path(self.text).is_file() else "train"))
 
     def held_out(self, loaded: LoadedModel) -> Windows:
         """Windows to evaluate on: of the split asked for, else of the known held-out one."""
-        return self._windows(loaded, self.split or held_out_split(self.name))
+        return self._windows(loaded, self.split or held_out_split(self.text))
 
     def repeats(self, seeds: int, texts: list[str]) -> dict[str, TextChoice]:
         """Label -> the same choice with other seeds, and with other texts; empty when neither is asked for.
@@ -133,16 +145,16 @@ class TextChoice:
         if seeds < 1:
             raise UsageError(f"--repeats must be at least 1, the number of seeds; got {seeds}.")
         every = range(self.seed, self.seed + seeds)
-        found: dict[str, TextChoice] = {f"{self.name} seed {s}": replace(self, seed=s) for s in every}
+        found: dict[str, TextChoice] = {f"{self.text} seed {s}": replace(self, seed=s) for s in every}
         for text in texts:
             label = f"{text} seed {self.seed}"
             if label in found:
                 raise UsageError(f"--repeat-text {text} is there already; name each further text once.")
-            found[label] = replace(self, name=text, split=None)
+            found[label] = replace(self, text=text, split=None)
         return found if len(found) > 1 else {}
 
     def _windows(self, loaded: LoadedModel, split: str | None) -> Windows:
-        source = TextSource(self.name, split=split)
+        source = TextSource(self.text, split=split)
         return load_windows(source, loaded.tokenizer, n=self.num_samples, length=self.max_length, seed=self.seed)
 
 

@@ -6,77 +6,77 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
-from ffnscope.cli.channels import OUT, refuse_existing, score_all
+from ffnscope.cli.channels import OUT, score_all
+from ffnscope.cli.files import Out, Overwrite, check_output, read_metric
+from ffnscope.cli.groups import grouped, option_names
 from ffnscope.errors import UsageError
-from ffnscope.evaluate.compare import compare_plans
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.io import read_plan, read_scores
+from ffnscope.ffn.sites import find_sites
+from ffnscope.io import read_plan
 from ffnscope.plan.build import build_plan, top_core
 from ffnscope.registry import ALLOCATORS
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
+from ffnscope.run.steps import compare_with_dense
 from ffnscope.run.texts import held_out_split
 from ffnscope.types import Budget, PruningPlan, Scores
 
-_USELESS = {
-    "plan": ("metric", "scores", "allocator", "multiple_of", "core_fraction", "param", "split", "reference"),
-    "scores": ("param", "split", "reference"),
-}
-"""Option -> options that have no meaning beside it."""
+_TEXT = option_names(opt.TextChoice)
+_OF_SCORES = (*option_names(opt.MetricOptions), "split")
+_OF_PLAN = ("metric", "scores", "allocator", "multiple_of", "protect_fraction", *_OF_SCORES)
 
 
+@grouped
 def prune_command(
+    *,
     context: typer.Context,
     model: opt.Model,
-    out: opt.Out,
+    out: Out,
     metric: Annotated[str, typer.Option("--metric", "-m", help="Metric that ranks the channels.")] = "scar_loss_proxy",
     sparsity: Annotated[float | None, typer.Option(help="Fraction of channels to remove, in [0, 1).")] = None,
     plan: Annotated[Path | None, typer.Option(help="Apply this plan instead of making one.")] = None,
     scores: Annotated[Path | None, typer.Option(help="Use these scores instead of calibrating.")] = None,
     allocator: Annotated[str, typer.Option(help="local (same sparsity everywhere) or global.")] = "local",
     multiple_of: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
-    core_fraction: Annotated[float | None, typer.Option(help="Protect this share of each FFN (by --metric).")] = None,
+    protect_fraction: Annotated[
+        float | None, typer.Option(help="Keep this share of each FFN, its best by --metric, whatever the allocator.")
+    ] = None,
     pad_to_widest: Annotated[bool, typer.Option("--pad-to-widest", help="Save unequal widths zero-padded.")] = False,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after on held-out text.")] = True,
-    text: opt.Text = "sotu",
-    split: opt.Split = None,
-    num_samples: opt.Samples = 64,
-    max_length: opt.Length = 512,
-    batch_size: opt.Batch = 4,
-    seed: opt.Seed = 42,
-    param: opt.Params = None,
-    reference: opt.Reference = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    trust_remote_code: opt.Remote = False,
-    overwrite: opt.Overwrite = False,
+    text: opt.TextChoice,
+    needs: opt.MetricOptions,
+    loading: opt.Loading,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune and save: score -> plan -> slice -> OUT, a checkpoint that plain transformers loads."""
-    _check_options(context, sparsity, plan, scores)
-    refuse_existing(out, overwrite)
+    if (sparsity is None) == (plan is None):
+        raise UsageError("give either --sparsity (make a plan) or --plan FILE (apply one).")
+    _refuse_useless(context, plan, scores, evaluate)
+    _check_protection(protect_fraction, sparsity or 0.0)
+    check_output(out, overwrite)
     if evaluate:
-        _check_held_out(text, split)
-    inputs = None if plan or scores else opt.Inputs(opt.metric_params(param, [metric]), core_fraction, reference)
+        _check_held_out(text.text, text.split)
+    inputs = None if plan or scores else needs.inputs(context, [metric])
     budget = Budget(sparsity or 0.0, multiple_of)
     ALLOCATORS.get(allocator)
     given = read_plan(plan) if plan else None
-    found = _read_scores(scores, metric) if scores else None
+    found = read_metric(scores, metric) if scores else None
     reporter = Reporter()
-    loaded = opt.open_model(reporter, model, device, dtype, trust_remote_code)
-    choice = opt.TextChoice(text, split, num_samples, max_length, batch_size, seed)
+    loaded = loading.open(reporter, model)
     if given is None:
-        one = _of_this_model(*found, loaded) if found else _score(loaded, inputs, choice, reporter)
-        core = None if core_fraction is None else top_core(one, core_fraction)
-        given = build_plan(one, budget, allocator, protected=core)
-    if len(set(given.widths.values())) > 1 and not pad_to_widest:
-        prune_(loaded.model, given)  # raises, now and not after the evaluation
+        one = _of_this_model(*found, scores, loaded) if found else _score(loaded, inputs, text, reporter)
+        given = _plan(one, budget, allocator, protect_fraction, reporter)
+    _check_widths(loaded, given, pad_to_widest, reporter)
     if evaluate:
-        _before_and_after(loaded, given, replace(choice, split=None), reporter)
+        held_out = replace(text, split=None).held_out(loaded)
+        rows = compare_with_dense(reporter, loaded.model, {"pruned": given}, held_out, text.batch_size)
+        print_results(rows, OUT)
     before = sum(p.numel() for p in loaded.model.parameters())
     prune_(loaded.model, given, pad_to_widest=pad_to_widest)
     after = sum(p.numel() for p in loaded.model.parameters())
@@ -84,13 +84,49 @@ def prune_command(
     reporter.say(f"{before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer), saved in {out}")
 
 
-def _check_options(context: typer.Context, sparsity: float | None, plan: Path | None, scores: Path | None) -> None:
-    """Refuse options that contradict each other, or that would silently do nothing."""
-    if (sparsity is None) == (plan is None):
-        raise UsageError("give either --sparsity (make a plan) or --plan FILE (apply one).")
-    for option, value in (("plan", plan), ("scores", scores)):
-        if value is not None:
-            opt.refuse_useless(context, option, value, _USELESS[option])
+def _refuse_useless(context: typer.Context, plan: Path | None, scores: Path | None, evaluate: bool) -> None:
+    """Refuse options that would silently do nothing."""
+    for option, value, useless in (("plan", plan, _OF_PLAN), ("scores", scores, _OF_SCORES)):
+        if value is None:
+            continue
+        if not evaluate:
+            opt.refuse_useless(context, f"--{option} {value} and --no-evaluate, which read no text", _TEXT)
+        opt.refuse_useless(context, f"--{option} {value}, which already decides that", useless)
+
+
+def _check_protection(fraction: float | None, sparsity: float) -> None:
+    if fraction is None:
+        return
+    if not 0 < fraction <= 1:
+        raise UsageError(f"--protect-fraction must be in (0, 1], the share of each FFN that stays; got {fraction:g}.")
+    if fraction + sparsity > 1:
+        raise UsageError(
+            f"cannot remove {sparsity:g} of the channels while --protect-fraction keeps {fraction:g}. Lower one."
+        )
+
+
+def _plan(one: Scores, budget: Budget, allocator: str, protect: float | None, reporter: Reporter) -> PruningPlan:
+    """Build the plan; say so when the protection changes nothing."""
+    bare = build_plan(one, budget, allocator)
+    if protect is None:
+        return bare
+    made = build_plan(one, budget, allocator, protected=top_core(one, protect))
+    if all(torch.equal(kept, bare.kept[site]) for site, kept in made.kept.items()):
+        reporter.say(
+            f"note: --protect-fraction {protect:g} changes nothing here; the plan keeps these channels anyway."
+        )
+    return made
+
+
+def _check_widths(loaded: LoadedModel, plan: PruningPlan, pad_to_widest: bool, reporter: Reporter) -> None:
+    """Stop before the evaluation when the widths cannot be saved; say so when padding is asked of equal ones."""
+    widths = {site.name: site.d_ff for site in find_sites(loaded.model)}
+    widths |= {site.name: width for site, width in plan.widths.items()}
+    if len(set(widths.values())) == 1:
+        if pad_to_widest:
+            reporter.say("note: --pad-to-widest changes nothing here; every FFN keeps the same number of channels.")
+    elif not pad_to_widest:
+        prune_(loaded.model, plan)  # raises
 
 
 def _check_held_out(text: str, split: str | None) -> None:
@@ -113,25 +149,10 @@ def _score(loaded: LoadedModel, inputs: opt.Inputs | None, choice: opt.TextChoic
     return found
 
 
-def _read_scores(path: Path, metric: str) -> tuple[Scores, str, Path]:
-    """Scores of one metric, the hash of the weights that they were made from, and the file."""
-    found, facts = read_scores(path)
-    if metric not in found:
-        raise UsageError(f"{path} holds scores of {', '.join(found)}; {metric!r} is not among them.")
-    return found[metric], str(facts.get("model")), path
-
-
-def _of_this_model(scores: Scores, model_hash: str, path: Path, loaded: LoadedModel) -> Scores:
+def _of_this_model(scores: Scores, model_hash: str, path: Path | None, loaded: LoadedModel) -> Scores:
     if model_hash != weights_hash(loaded.model):
         raise UsageError(
             f"{path} was made from other weights than those of {loaded.source.model_id} (or in another dtype). Score "
             "this model, or give the same --dtype."
         )
     return scores
-
-
-def _before_and_after(loaded: LoadedModel, plan: PruningPlan, choice: opt.TextChoice, reporter: Reporter) -> None:
-    windows = choice.held_out(loaded)
-    with reporter.task(f"evaluate on {windows.source.split(':')[0]}", "batches") as update:
-        rows = compare_plans(loaded.model, {"pruned": plan}, windows, batch_size=choice.batch_size, on_batch=update)
-    print_results(rows, OUT)

@@ -18,11 +18,9 @@ from ffnscope.calibrate.collect import (
     calibrate,
     join_statistics,
     required_statistics,
-    statistics_bytes,
     weights_hash,
 )
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.samples import generate_samples
 from ffnscope.ffn.load import LoadedModel
@@ -52,11 +50,10 @@ from ffnscope.run.choices import (
 from ffnscope.run.ledger import Ledger
 from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
 from ffnscope.run.windows import calibration_windows, describe_windows, evaluation_windows
 from ffnscope.scoring import score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
-
-ANNOUNCED_BYTES = 2**28
 
 
 @dataclass(slots=True)
@@ -132,7 +129,7 @@ def _pass(
     sizes = {"gradient_windows": options.gradient_windows, "gradient_length": options.gradient_length}
 
     def make() -> None:
-        _discard_damaged(job, part, read_stats)
+        discard_damaged(job.reporter, part, read_stats)
         with job.reporter.task(name, "tokens") as update:
             stats = calibrate(
                 job.loaded.model,
@@ -149,13 +146,6 @@ def _pass(
     depends = [job.model_hash, facts["hash"], sorted(statistics), sizes, [asdict(s) for s in job.sites], chosen]
     job.stage(name, depends, [path], make)
     return read_stats(path)[0]
-
-
-def announce(reporter: Reporter, sites: Sequence[FFNSite], statistics: Sequence[str], core: int) -> None:
-    """Say how large the sums are before a pass that takes second moments; ``core`` = channels of the core."""
-    size = statistics_bytes(sites, statistics, core)
-    if size > ANNOUNCED_BYTES:
-        reporter.say(f"statistics need {size / 2**20:,.0f} MiB of memory, and as much on disk")
 
 
 def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Scores]:
@@ -221,18 +211,8 @@ def evaluate_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[EvalRow]:
 
 
 def _compare(job: Job, plans: Mapping[str, PruningPlan], windows: Windows, state: Path) -> None:
-    size = job.config.dataset.batch_size
-    per_batch = size * windows.length * (1 + len(plans))
-    _discard_damaged(job, state, read_json)
-    with job.reporter.task(f"evaluate on {windows.source.split(':')[0]}", "tokens") as update:
-        compare_plans(
-            job.loaded.model,
-            plans,
-            windows,
-            batch_size=size,
-            state=state,
-            on_batch=lambda done, total: update(done * per_batch, total * per_batch),
-        )
+    discard_damaged(job.reporter, state, read_json)
+    compare_with_dense(job.reporter, job.loaded.model, plans, windows, job.config.dataset.batch_size, state)
 
 
 def samples_stage(job: Job, plans: Mapping[str, PruningPlan]) -> dict[str, list[str]]:
@@ -258,14 +238,3 @@ def samples_stage(job: Job, plans: Mapping[str, PruningPlan]) -> dict[str, list[
 
     job.stage("samples", [job.model_hash, job.keys.get("plan", ""), asked.model_dump()], [path], make)
     return read_json(path)["texts"]
-
-
-def _discard_damaged(job: Job, path: Path, read: Callable[[Path], Any]) -> None:
-    """Delete the state of an unfinished stage that cannot be read, so that the stage starts anew."""
-    if not path.exists():
-        return
-    try:
-        read(path)
-    except (ArtifactError, ArithmeticError, ValueError) as error:
-        job.reporter.say(f"{error} It is made again.")
-        path.unlink()

@@ -311,7 +311,7 @@ def test_eval_of_a_shipped_text_takes_its_held_out_split(ok: Ok, checkpoint: Pat
 
 def test_eval_refuses(fails: Fails, checkpoint: Path, texts: Path, plans: Path, tmp_path: Path) -> None:
     options = ("eval", checkpoint, "--text", texts / "test.txt", *SMALL)
-    assert "must end in .json or .csv" in fails(2, *options, "--out", tmp_path / "rows.txt")
+    assert "must end in .csv or .json" in fails(2, *options, "--out", tmp_path / "rows.txt")
     (tmp_path / "rows.csv").touch()
     assert "already exists" in fails(1, *options, "--out", tmp_path / "rows.csv")
     twice = ("--plan", plans / "a.json", "--plan", plans / ".." / plans.name / "a.json")

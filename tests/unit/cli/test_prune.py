@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ffnscope
 from checkpoints import make_checkpoint
-from ffnscope.io import read_plan, write_plan
+from ffnscope.io import read_plan, read_scores, write_plan, write_scores
 from ffnscope.run import config_from_dict
 from runs import quiet_run, small_run
 from tiny import D_FF, HIDDEN, LAYERS, tokens
@@ -28,6 +28,12 @@ SMALL = ("--num-samples", 4, "--max-length", 32, "--batch-size", 2, "--device", 
 def base(checkpoint: Path, texts: Path, tmp_path: Path) -> tuple[Any, ...]:
     """Arguments of a small pruning into ``out``, without the evaluation."""
     return ("prune", checkpoint, "--out", tmp_path / "out", "--text", texts / "train.txt", "--no-evaluate", *SMALL)
+
+
+@pytest.fixture
+def decided(checkpoint: Path, tmp_path: Path) -> tuple[Any, ...]:
+    """Arguments of a pruning into ``out`` that reads no text: what it needs comes from a file."""
+    return ("prune", checkpoint, "--out", tmp_path / "out", "--no-evaluate", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +78,52 @@ def test_prune_to_a_sparsity(ok: Ok, base: tuple[Any, ...], checkpoint: Path, tm
         assert torch.allclose(pruned(input_ids=tokens()).logits, expected, atol=1e-4)
 
 
-def test_prune_by_a_plan(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
+def test_prune_by_a_plan(ok: Ok, base: tuple[Any, ...], decided: tuple[Any, ...], tmp_path: Path) -> None:
     ok(*base, "--sparsity", 0.5, "-m", "wanda", "--multiple-of", 16)
     plan = tmp_path / "out" / "ffnscope_plan.json"
     assert set(read_plan(plan).widths.values()) == {32}  # 24 rounded to a multiple of 16, halves up
-    ok(*base, "--plan", plan, "--out", tmp_path / "again")
+    ok(*decided, "--plan", plan, "--out", tmp_path / "again")
     first, second = (reload(tmp_path / name).state_dict() for name in ("out", "again"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_prune_by_scores(ok: Ok, base: tuple[Any, ...], scored: Path, tmp_path: Path) -> None:
-    result = ok(*base, "--sparsity", 0.5, "--scores", scored, "-m", "wanda", "--core-fraction", 0.1)
+def test_prune_by_scores(ok: Ok, decided: tuple[Any, ...], scored: Path, tmp_path: Path) -> None:
+    result = ok(*decided, "--sparsity", 0.5, "--scores", scored, "-m", "wanda")
     assert "calibrate" not in result.stderr
     plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
     assert plan.metric == "wanda"
+    assert not plan.protected
+    assert "note" not in result.stderr
+
+
+def test_protection_keeps_the_best_of_every_ffn(
+    ok: Ok, decided: tuple[Any, ...], scored: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    # the first FFN has the lowest scores by far, so a global ranking alone would take nearly all of it
+    facts = {"model": ffnscope.weights_hash(ffnscope.load_model(str(checkpoint)).model)}
+    one = read_scores(scored)[0]["wanda"]
+    first = one.sites[0]
+    values = {site: value / 1e6 if site == first else value for site, value in one.values.items()}
+    write_scores(tmp_path / "s", [ffnscope.Scores("wanda", values)], facts)
+    options = (*decided, "--sparsity", 0.5, "--scores", tmp_path / "s", "-m", "wanda", "--allocator", "global")
+    kept = {}
+    for name, more in (("bare", ()), ("protected", ("--protect-fraction", 0.25))):
+        result = ok(*options, *more, "--pad-to-widest", "--out", tmp_path / name)
+        assert "note" not in result.stderr
+        kept[name] = read_plan(tmp_path / name / "ffnscope_plan.json")
+    assert kept["bare"].widths[first] == 1
+    assert kept["protected"].widths[first] == 12
+    best = ffnscope.top_core(one, 0.25)
+    assert all(torch.equal(index, best[site]) for site, index in kept["protected"].protected.items())
+    assert kept["protected"].kept[first].tolist() == best[first].tolist()
+
+
+def test_an_option_that_changes_nothing_is_told(ok: Ok, decided: tuple[Any, ...], scored: Path, tmp_path: Path) -> None:
+    options = (*decided, "--sparsity", 0.5, "--scores", scored)
+    result = ok(*options, "--protect-fraction", 0.1, "--pad-to-widest")
+    assert "note: --protect-fraction 0.1 changes nothing here; the plan keeps these channels anyway." in result.stderr
+    assert "note: --pad-to-widest changes nothing here; every FFN keeps the same number" in result.stderr
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
     assert {index.numel() for index in plan.protected.values()} == {5}
 
 
@@ -98,9 +136,9 @@ def test_prune_with_a_parameter(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -
 
 
 def test_unequal_widths_need_padding(
-    ok: Ok, fails: Fails, base: tuple[Any, ...], scored: Path, checkpoint: Path, tmp_path: Path
+    ok: Ok, fails: Fails, decided: tuple[Any, ...], scored: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    options = (*base, "--sparsity", 0.5, "--allocator", "global", "--scores", scored)
+    options = (*decided, "--sparsity", 0.5, "--allocator", "global", "--scores", scored)
     assert "--pad-to-widest" in fails(2, *options)
     assert not (tmp_path / "out").exists()
     result = ok(*options, "--pad-to-widest")
@@ -114,9 +152,9 @@ def test_unequal_widths_need_padding(
 
 
 def test_unequal_plan_is_refused_before_the_evaluation(
-    fails: Fails, base: tuple[Any, ...], ok: Ok, scored: Path, tmp_path: Path
+    fails: Fails, base: tuple[Any, ...], decided: tuple[Any, ...], ok: Ok, scored: Path, tmp_path: Path
 ) -> None:
-    ok(*base, "--sparsity", 0.5, "--allocator", "global", "--scores", scored, "--pad-to-widest")
+    ok(*decided, "--sparsity", 0.5, "--allocator", "global", "--scores", scored, "--pad-to-widest")
     plan = tmp_path / "out" / "ffnscope_plan.json"
     options = [value for value in base if value != "--no-evaluate"]
     options[options.index("--text") + 1] = "sotu"
@@ -158,15 +196,45 @@ def test_overwrite_replaces_a_checkpoint(ok: Ok, fails: Fails, base: tuple[Any, 
         (["--sparsity", "0.5", "--allocator", "globl"], "Did you mean 'global'?"),
         (["--sparsity", "0.5", "--multiple-of", "0"], "multiple_of and min_width must be at least 1"),
         (["--sparsity", "0.5", "--multiple-of", "64"], "no width of at least 1 that is a multiple of 64 fits"),
-        (["--sparsity", "0.5", "--core-fraction", "2"], "core fraction must be in (0, 1]"),
+        (
+            ["--sparsity", "0.5", "-m", "supernode_protection_score", "--core-fraction", "2"],
+            "core fraction must be in (0, 1]",
+        ),
         (["--plan", "p.json", "-m", "wanda"], "--metric would do nothing with --plan p.json"),
         (["--plan", "p.json", "--allocator", "global", "--core-fraction", "0.1"], "--allocator, --core-fraction would"),
-        (["--sparsity", "0.5", "--scores", "s", "--split", "train"], "--split would do nothing with --scores s"),
+        (["--plan", "p.json", "--protect-fraction", "0.1"], "--protect-fraction would do nothing with --plan p.json"),
+        (
+            ["--sparsity", "0.5", "--scores", "s", "--core-fraction", "0.1"],
+            "--core-fraction would do nothing with --sc",
+        ),
+        (["--sparsity", "0.5", "--core-fraction", "0.1"], "--core-fraction would do nothing: no metric here reads the"),
+        (["--sparsity", "0.5", "--protect-fraction", "2"], "--protect-fraction must be in (0, 1], the share of each"),
+        (["--sparsity", "0.8", "--protect-fraction", "0.3"], "cannot remove 0.8 of the channels while --protect-fract"),
     ],
 )
-def test_refused_options(fails: Fails, base: tuple[Any, ...], tmp_path: Path, options: list[str], text: str) -> None:
-    assert text in fails(2, *base, *options)
+def test_refused_options(
+    fails: Fails, base: tuple[Any, ...], decided: tuple[Any, ...], tmp_path: Path, options: list[str], text: str
+) -> None:
+    from_file = {"--plan", "--scores"} & set(options)
+    assert text in fails(2, *(decided if from_file else base), *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", [("--plan", "p.json"), ("--sparsity", "0.5", "--scores", "s")])
+@pytest.mark.parametrize("option", ["--text", "--split", "--num-samples", "--max-length", "--batch-size", "--seed"])
+def test_options_of_a_text_that_nobody_reads(
+    fails: Fails, decided: tuple[Any, ...], source: tuple[str, ...], option: str
+) -> None:
+    words = (
+        f"{option} would do nothing with {' '.join(source[-2:])} and --no-evaluate, which read no text. Leave it out"
+    )
+    assert words in fails(2, *decided, *source, option, "4")
+
+
+def test_the_split_of_an_evaluation_is_fixed(fails: Fails, decided: tuple[Any, ...]) -> None:
+    evaluated = [value for value in decided if value != "--no-evaluate"]
+    options = ("--sparsity", 0.5, "--scores", "s", "--num-samples", 4, "--split", "train")
+    assert "--split would do nothing with --scores s, which already decides that" in fails(2, *evaluated, *options)
 
 
 def test_refused_texts(fails: Fails, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
@@ -175,19 +243,19 @@ def test_refused_texts(fails: Fails, checkpoint: Path, texts: Path, tmp_path: Pa
     assert "--split test is the held-out split of sotu" in fails(2, *options, "sotu", "--split", "test")
 
 
-def test_refused_scores(fails: Fails, base: tuple[Any, ...], scored: Path, texts: Path, tmp_path: Path) -> None:
+def test_refused_scores(fails: Fails, decided: tuple[Any, ...], scored: Path, tmp_path: Path) -> None:
     options = ("--sparsity", 0.5, "--scores", scored)
-    assert "'magnitude' is not among them" in fails(2, *base, *options, "-m", "magnitude")
+    assert "'magnitude' is not among them" in fails(2, *decided, *options, "-m", "magnitude")
     other = make_checkpoint(tmp_path / "other", seed=1)
-    assert "was made from other weights" in fails(2, "prune", other, *base[2:], *options)
-    assert "does not exist" in fails(1, *base, "--sparsity", 0.5, "--scores", tmp_path / "none")
+    assert "was made from other weights" in fails(2, "prune", other, *decided[2:], *options)
+    assert "does not exist" in fails(1, *decided, "--sparsity", 0.5, "--scores", tmp_path / "none")
 
 
-def test_a_plan_of_another_model(fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
+def test_a_plan_of_another_model(fails: Fails, decided: tuple[Any, ...], tmp_path: Path) -> None:
     other = ffnscope.load_model(str(make_checkpoint(tmp_path / "other", intermediate_size=64))).model
     scores = ffnscope.score(other, ffnscope.find_sites(other), "magnitude")
     write_plan(tmp_path / "plan.json", ffnscope.build_plan(scores, 0.5))
-    assert "this model has 48" in fails(2, *base, "--plan", tmp_path / "plan.json")
+    assert "this model has 48" in fails(2, *decided, "--plan", tmp_path / "plan.json")
     assert not (tmp_path / "out").exists()
 
 
@@ -203,9 +271,11 @@ def test_score_then_prune_then_eval(ok: Ok, checkpoint: Path, tmp_path: Path) ->
     assert f"{LAYERS} FFNs, {LAYERS * 36} channels" in again
 
 
-def test_a_plan_of_a_run_prunes(ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+def test_a_plan_of_a_run_prunes(
+    ok: Ok, decided: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
     result = quiet_run(config_from_dict(small_run(checkpoint, texts, tmp_path / "run")))
-    ok(*base, "--plan", result.folder / "plans" / "scar_loss_proxy-0.5.json")
+    ok(*decided, "--plan", result.folder / "plans" / "scar_loss_proxy-0.5.json")
     plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
     expected = result.plans["scar_loss_proxy-0.5"]
     assert all(torch.equal(kept, expected.kept[site]) for site, kept in plan.kept.items())

@@ -15,7 +15,7 @@ from checkpoints import make_checkpoint
 from ffnscope.calibrate import collect
 from ffnscope.errors import ConfigError, ModelError, UsageError
 from ffnscope.io import read_scores, read_stats
-from ffnscope.run import RunConfig, RunResult, config_from_dict, load_config, stages
+from ffnscope.run import RunConfig, RunResult, config_from_dict, load_config, steps
 from ffnscope.run.estimate import estimate
 from runs import quiet_run, results, small_run, strict_json
 from tiny import D_FF
@@ -176,7 +176,7 @@ def test_large_sums_are_announced(
     two_levels: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = two_levels()
-    monkeypatch.setattr(stages, "ANNOUNCED_BYTES", 10_000)
+    monkeypatch.setattr(steps, "ANNOUNCED_BYTES", 10_000)
     folder = quiet_run(config).folder
     stats = [part for name in (FIRST, SECOND) for part in read_stats(folder / name)[0].values()]
     size = sum(8 * value.numel() for part in stats for value in part.values.values())

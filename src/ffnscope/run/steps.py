@@ -1,0 +1,57 @@
+"""Steps that a run and the single commands have in common, told to a reporter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ffnscope.calibrate.collect import statistics_bytes
+from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import ArtifactError
+from ffnscope.evaluate.compare import EvalRow, compare_plans
+from ffnscope.run.progress import Reporter
+from ffnscope.types import FFNSite, PruningPlan
+
+ANNOUNCED_BYTES = 2**28
+
+
+def announce(reporter: Reporter, sites: Sequence[FFNSite], statistics: Sequence[str], core: int) -> None:
+    """Say how large the sums are before a pass that takes second moments; ``core`` = channels of the core."""
+    size = statistics_bytes(sites, statistics, core)
+    if size > ANNOUNCED_BYTES:
+        reporter.say(f"statistics need {size / 2**20:,.0f} MiB of memory, and as much on disk")
+
+
+def compare_with_dense(
+    reporter: Reporter,
+    model: nn.Module,
+    plans: Mapping[str, PruningPlan],
+    windows: Windows,
+    batch_size: int,
+    state: Path | None = None,
+) -> list[EvalRow]:
+    """Evaluate the dense model and every plan, with progress in tokens; see `compare_plans`."""
+    per_batch = batch_size * windows.length * (1 + len(plans))
+    with reporter.task(f"evaluate on {windows.source.split(':')[0]}", "tokens") as update:
+        return compare_plans(
+            model,
+            plans,
+            windows,
+            batch_size=batch_size,
+            state=state,
+            on_batch=lambda done, total: update(done * per_batch, total * per_batch),
+        )
+
+
+def discard_damaged(reporter: Reporter, path: Path, read: Callable[[Path], Any]) -> None:
+    """Delete the state of an unfinished stage that cannot be read, so that the stage starts anew."""
+    if not path.exists():
+        return
+    try:
+        read(path)
+    except (ArtifactError, ArithmeticError, ValueError) as error:
+        reporter.say(f"{error} It is made again.")
+        path.unlink()
