@@ -43,7 +43,10 @@ class Document:
     problems: list[Problem] = field(default_factory=list[Problem])
 
     def place(self, path: KeyPath) -> Place | None:
-        """Place of a key, or of the nearest block around it that was written."""
+        """Place of a key; else of the first key below it (a block that only overrides made), or of the block around."""
+        below = [place for key, place in self.places.items() if key[: len(path)] == path]
+        if path and path not in self.places and below:
+            return min(below)
         return next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), None)
 
     def put(self, path: tuple[str, ...], value: Any, place: Place) -> None:

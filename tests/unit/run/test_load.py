@@ -304,6 +304,22 @@ def test_all_problems_together_in_the_order_of_the_file(problems, tmp_path):
     ]
 
 
+def test_a_problem_of_an_override_has_the_override_as_its_place(problems):
+    text = MODEL + "pruning: {enabled: true}\n"
+    found = problems(text, "nosuch.key=1", "pruning.nosuch.key=2", "supernode.top_k=3", "supernode.core_fraction=0.1")
+    places = [problem.split(": ")[:2] for problem in found]
+    assert places == [
+        ["--set nosuch.key", "nosuch"],
+        ["--set pruning.nosuch.key", "pruning.nosuch"],
+        ["--set supernode.top_k", "supernode.top_k"],
+    ]
+
+
+def test_what_an_override_leaves_out_has_no_place(problems):
+    (problem,) = problems("experiment: {}\n", "model.dtype=float32")
+    assert problem.startswith("model.model_id: this key is required")
+
+
 def test_message_names_the_file_and_the_number_of_problems(load, tmp_path):
     with pytest.raises(ConfigError) as caught:
         load("a: 1\nb: 2\n" + MODEL)
