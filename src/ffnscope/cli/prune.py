@@ -60,9 +60,13 @@ def prune_command(
     _refuse_useless(context, plan, scores, evaluate)
     _check_protection(protect_fraction, sparsity or 0.0)
     check_output(out, overwrite)
+    held_out = replace(text, split=None)
     if evaluate:
         _check_held_out(text.text, text.split)
+        held_out.check_held_out()
     inputs = None if plan or scores else needs.inputs(context, [metric])
+    if inputs:
+        text.check_calibration()
     budget = Budget(sparsity or 0.0, multiple_of)
     ALLOCATORS.get(allocator)
     given = read_plan(plan) if plan else None
@@ -74,8 +78,8 @@ def prune_command(
         given = _plan(one, budget, allocator, protect_fraction, reporter)
     _check_widths(loaded, given, pad_to_widest, reporter)
     if evaluate:
-        held_out = replace(text, split=None).held_out(loaded)
-        rows = compare_with_dense(reporter, loaded.model, {"pruned": given}, held_out, text.batch_size)
+        windows = held_out.held_out(loaded)
+        rows = compare_with_dense(reporter, loaded.model, {"pruned": given}, windows, text.batch_size)
         print_results(rows, OUT)
     before = sum(p.numel() for p in loaded.model.parameters())
     prune_(loaded.model, given, pad_to_widest=pad_to_widest)

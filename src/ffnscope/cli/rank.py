@@ -51,6 +51,7 @@ def rank_command(
     else:
         reporter = Reporter()
         inputs = needs.inputs(context, [metric])
+        text.check_calibration()
         loaded = loading.open(reporter, model or "")
         (found,) = score_all(loaded, inputs.question(loaded, tracked), text, reporter).values()
     _print(metric, ranking(found, top, lowest=lowest))

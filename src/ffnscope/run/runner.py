@@ -18,6 +18,7 @@ from ffnscope.run.folder import LOG_FILE, open_folder, write_if_changed
 from ffnscope.run.outputs import check_plots, report_stage, summary
 from ffnscope.run.progress import Reporter, logging_to
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.windows import check_texts
 from ffnscope.types import PruningPlan, Scores
 
 
@@ -58,6 +59,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
     """
     reporter = reporter or Reporter()
     check_plots(config)
+    check_texts(config)
     with open_folder(config, overwrite=overwrite) as folder, logging_to(folder / LOG_FILE):
         reporter.say(f"ffnscope {ffnscope.__version__}: {config.experiment.name} -> {folder}")
         with reporter.task(f"load {config.model.model_id}", "models"):

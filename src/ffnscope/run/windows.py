@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ffnscope.calibrate.text import TextSource, load_documents, load_windows
+from ffnscope.calibrate.text import TextSource, check_text, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.run import texts
 from ffnscope.run.schema import RunConfig
+
+
+def check_texts(config: RunConfig) -> None:
+    """Raise TextError when a text is missing or not readable: before a model is loaded, whose tokenizer cuts it."""
+    for source in (text_source(config.calibration_text), *_held_out_sources(config)):
+        check_text(source)
 
 
 def calibration_windows(config: RunConfig, tokenizer: Any) -> Windows:
@@ -29,7 +35,6 @@ def evaluation_windows(config: RunConfig, tokenizer: Any) -> list[Windows]:
 
     The seed is the experiment's, so that runs that differ in their calibration sample are measured on one text.
     """
-    sources = [text_source(text) for text in config.evaluation_texts] if config.evaluation.enabled else []
     return [
         load_windows(
             source,
@@ -39,8 +44,12 @@ def evaluation_windows(config: RunConfig, tokenizer: Any) -> list[Windows]:
             seed=config.experiment.seed,
             answers_only=config.calibration.answers_only and _holds_chats(source),
         )
-        for source in sources
+        for source in _held_out_sources(config)
     ]
+
+
+def _held_out_sources(config: RunConfig) -> list[TextSource]:
+    return [text_source(text) for text in config.evaluation_texts] if config.evaluation.enabled else []
 
 
 def text_source(text: texts.TextSource) -> TextSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import ffnscope
 from checkpoints import make_checkpoint
 from ffnscope.calibrate import collect
+from ffnscope.cli.files import read_plans
 from ffnscope.io import read_plan, read_scores, write_plan
 from ffnscope.plan.build import build_plan
 from ffnscope.registry import METRICS
@@ -131,6 +133,72 @@ def test_all_problems_of_a_file_at_once(fails: Fails, tmp_path: Path) -> None:
     assert "line 2: pruning.ratio: unknown key 'ratio'. Did you mean 'ratios'?" in text
     assert "line 3: metrics.enabled[0]: unknown metric 'wandas'. Did you mean 'wanda'?" in text
     assert "--set calibration.num_samples: calibration.num_samples: must be at least 1; got 0." in text
+
+
+COMMANDS = {
+    "score": ("-m", "wanda", "--out", "out"),
+    "rank": ("-m", "wanda", "--out", "out.csv"),
+    "prune": ("--sparsity", "0.5", "-m", "wanda", "--no-evaluate", "--out", "out"),
+    "eval": ("--out", "out.csv"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("status", "options", "text"),
+    [
+        (2, ["--num-samples", "0"], "--num-samples must be at least 1; got 0."),
+        (2, ["--max-length", "1"], "--max-length must be at least 2; got 1."),
+        (2, ["--batch-size", "0"], "--batch-size must be at least 1; got 0."),
+        (2, ["--text", "none.txt"], "none.txt does not exist"),
+        (2, ["--text", "binary.txt"], "binary.txt is not UTF-8"),
+        (2, ["--text", "rows.jsonl"], "rows.jsonl line 1 is not JSON"),
+        (2, ["--text", "sotu", "--split", "trian"], "Unknown split of sotu 'trian'. Did you mean 'train'"),
+        (1, [], "already exists. Choose another --out"),
+        (1, ["--overwrite", "--out", "file/x.csv"], "is a file, not a folder. Choose another --out."),
+    ],
+)
+def test_faults_are_found_before_the_model_is_loaded(
+    fails: Fails,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    status: int,
+    options: list[str],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("binary.txt").write_bytes(b"\xff\xfe")
+    Path("rows.jsonl").write_text("{")
+    Path("file").touch()
+    if not options:
+        Path("out.csv").touch()
+        Path("out").mkdir()
+        Path("out", "mine").touch()
+    monkeypatch.setattr("ffnscope.cli.options.load_model", None)
+    assert text in fails(status, command, checkpoint, *COMMANDS[command], *options)
+
+
+@pytest.mark.parametrize("command", ["score", "rank", "prune"])
+def test_a_wrong_parameter_is_found_before_the_model_is_loaded(
+    fails: Fails, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("ffnscope.cli.options.load_model", None)
+    options = ("-m", "random", "--param", "random.seed=x")
+    name = [value for value in COMMANDS[command] if value not in ("-m", "wanda")]
+    assert "--param random.seed: expected a whole number; got 'x'." in fails(2, command, checkpoint, *name, *options)
+
+
+@pytest.mark.parametrize("key", ["dataset.name", "evaluation.name"])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_missing_text_of_a_run_is_found_before_the_model_is_loaded(
+    fails: Fails, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, more: tuple[str, ...]
+) -> None:
+    for module in ("runner", "estimate"):
+        monkeypatch.setattr(f"ffnscope.run.{module}.load_model", None)
+    assert "none.txt does not exist" in fails(2, "run", config_file, "--set", f"{key}=./none.txt", *more)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nan_in_a_checkpoint_ends_with_1(fails: Fails, config_file: Path, tmp_path: Path) -> None:
@@ -262,7 +330,6 @@ def test_score_goes_on_after_ctrl_c(
         (["-m", "random", "--param", "seed=3"], "is not METRIC.NAME=VALUE"),
         (["-m", "random", "--param", "random.seed=x"], "--param random.seed: expected a whole number; got 'x'."),
         (["-m", "random", "--param", "random.seed=["], "--param random.seed=[: "),
-        (["-m", "random", "--num-samples", "0"], "must be at least 1"),
         (["-m", "random", "--num-samples", "100000"], "windows of 512 tokens were asked of"),
         (["-m", "random", "--dtype", "int8"], "dtype 'int8' is not known"),
         (["-m", "random", "--device", "tpu"], "device"),
@@ -302,6 +369,28 @@ def test_eval_of_plans(ok: Ok, checkpoint: Path, texts: Path, plans: Path, tmp_p
         assert [float(row["perplexity"]) for row in csv.DictReader(file)] == [row["perplexity"] for row in rows]
 
 
+def test_plans_of_one_name_are_told_apart_by_their_folders(
+    ok: Ok, checkpoint: Path, texts: Path, plans: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("x/one/a.json", "y/one/a.json", "y/two/a.json", "dense.json", "b.json")]
+    for i, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(plans / ("b.json" if i % 2 else "a.json"), file)
+    options = [word for file in files for word in ("--plan", file)]
+    ok("eval", checkpoint, "--text", texts / "test.txt", *SMALL, *options, "--out", tmp_path / "rows.json")
+    rows = strict_json(tmp_path / "rows.json")["rows"]
+    labels = ["dense", "x/one/a", "y/one/a", "two/a", f"{tmp_path.name}/dense", "b"]
+    assert [row["label"] for row in rows] == labels
+    assert [row["sparsity"] for row in rows] == [0.0, 0.25, 0.5, 0.25, 0.5, 0.25]
+
+
+def test_plans_that_differ_only_in_their_suffix(plans: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.json", "a.plan")]
+    for file in files:
+        shutil.copy(plans / "a.json", file)
+    assert list(read_plans(files)) == [str(file.resolve()) for file in files]
+
+
 def test_eval_of_a_shipped_text_takes_its_held_out_split(ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
     ok("eval", checkpoint, "--text", "pydoc_topics", *SMALL, "--out", tmp_path / "rows.json")
     (row,) = strict_json(tmp_path / "rows.json")["rows"]
@@ -314,8 +403,9 @@ def test_eval_refuses(fails: Fails, checkpoint: Path, texts: Path, plans: Path, 
     assert "must end in .csv or .json" in fails(2, *options, "--out", tmp_path / "rows.txt")
     (tmp_path / "rows.csv").touch()
     assert "already exists" in fails(1, *options, "--out", tmp_path / "rows.csv")
-    twice = ("--plan", plans / "a.json", "--plan", plans / ".." / plans.name / "a.json")
-    assert "two plan files have the same name" in fails(2, *options, *twice)
+    again = plans / ".." / plans.name / "a.json"
+    twice = ("--plan", plans / "a.json", "--plan", again)
+    assert f"--plan {again} is given twice; name each plan once." in fails(2, *options, *twice)
     assert "does not exist" in fails(1, *options, "--plan", tmp_path / "a.json")
 
 
