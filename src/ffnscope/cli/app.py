@@ -62,17 +62,19 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 def run_command(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value; repeatable.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long it would take.")] = False,
+    only_estimate: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and how long it would take.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Analyse, prune and evaluate a model as a YAML file says; an interrupted run continues."""
     from ffnscope.report.tables import print_results
     from ffnscope.run import load_config, run
-    from ffnscope.run.estimate import print_estimate
+    from ffnscope.run.dry_run import dry_run
 
     loaded = load_config(config, overrides or ())
-    if dry_run:
-        print_estimate(loaded, OUT, overwrite=overwrite)
+    if only_estimate:
+        dry_run(loaded, OUT, overwrite=overwrite)
         return
     result = run(loaded, overwrite=overwrite)
     if result.rows:

@@ -33,11 +33,20 @@ def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptio
 
 def load_reference(config: RunConfig, metrics: Iterable[str]) -> nn.Module | None:
     """Load the model before fine-tuning when a metric needs it."""
-    if not any("reference" in METRICS.get(name).inputs for name in metrics):
-        return None
-    assert config.model.reference_id is not None, "checked when the configuration was read"
-    source = replace(model_source(config), model_id=config.model.reference_id, revision=None)
-    return load_model(source).model
+    source = _reference_source(config, metrics)
+    return None if source is None else load_model(source).model
+
+
+def reference_bytes(config: RunConfig) -> int:
+    """Memory of the model before fine-tuning; 0 when no metric needs it.
+
+    Its checkpoint is found and opened, as the run will do it, but no weight is read.
+    """
+    source = _reference_source(config, config.metric_names)
+    if source is None:
+        return 0
+    model = load_model(replace(source, device_map="meta")).model
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def reference_hash(config: RunConfig, sites: Sequence[FFNSite]) -> str | None:
@@ -62,6 +71,13 @@ def model_source(config: RunConfig) -> ModelSource:
         dict(asked.model_kwargs),
         dict(asked.tokenizer_kwargs),
     )
+
+
+def _reference_source(config: RunConfig, metrics: Iterable[str]) -> ModelSource | None:
+    if not any("reference" in METRICS.get(name).inputs for name in metrics):
+        return None
+    assert config.model.reference_id is not None, "checked when the configuration was read"
+    return replace(model_source(config), model_id=config.model.reference_id, revision=None)
 
 
 def core_rule(config: RunConfig) -> CoreRule:
