@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,10 +62,23 @@ def agreement(first: Scores, second: Scores, top: float = TOP) -> Agreement:
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
     """Spearman's rank correlation of two vectors, ties sharing their average rank; None when one is constant."""
-    x, y = average_ranks(a), average_ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float(x @ x) * float(y @ y))  # exactly |x @ y| where the orders are the same or reversed
-    return max(-1.0, min(1.0, float(x @ y) / scale)) if scale > 0 else None
+    found = float(rank_correlations([a, b])[0, 1])
+    return None if math.isnan(found) else found
+
+
+def rank_correlations(rows: Sequence[Tensor]) -> Tensor:
+    """Spearman's rank correlations of M vectors of one length, ties sharing their average rank.
+
+    Returns:
+        [M, M] float64 on the CPU; NaN where one of the two is constant. Exactly 1 or -1 where the orders are the same
+        or reversed.
+    """
+    ranks = torch.stack([average_ranks(row.detach()).cpu() for row in rows])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    products = ranks @ ranks.T
+    power = products.diagonal()
+    scale = torch.outer(power, power).sqrt()
+    return torch.where(scale > 0, products / scale, torch.nan).clamp(-1.0, 1.0)
 
 
 def jaccard(a: Tensor, b: Tensor, size: int) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ffnscope.analyze.agreement import rank_correlations
 from ffnscope.registry import METRICS
 from ffnscope.types import Scores
 
@@ -109,21 +110,14 @@ def _plain(value: float) -> float:
     return float(value) + 0.0  # no negative zero
 
 
-def _spearman(values: list[Tensor | None]) -> NDArray[np.float64]:
+def _spearman(values: Sequence[Tensor | None]) -> NDArray[np.float64]:
     """Rank correlations [M, M] of M score vectors of one site; NaN for a missing or constant vector."""
     import numpy as np
-    from scipy.stats import rankdata
 
-    units: list[NDArray[np.float64] | None] = []
-    for value in values:
-        ranks = None if value is None else rankdata(as_array(value)) - (value.numel() + 1) / 2
-        units.append(ranks / np.linalg.norm(ranks) if ranks is not None and ranks.any() else None)
     found = np.full((len(values), len(values)), np.nan)
-    known = [i for i, unit in enumerate(units) if unit is not None]
+    known = [i for i, value in enumerate(values) if value is not None]
     if known:
-        stack = np.stack([unit for unit in units if unit is not None])
-        found[np.ix_(known, known)] = np.clip(stack @ stack.T, -1.0, 1.0)
-        found[known, known] = 1.0
+        found[np.ix_(known, known)] = rank_correlations([value for value in values if value is not None]).numpy()
     return found
 
 
