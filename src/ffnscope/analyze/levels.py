@@ -97,7 +97,8 @@ def calibrate_all(
         windows: calibration text.
         metrics: metric -> parameters.
         sites: FFNs to observe.
-        options: sizes of the passes; the checkpoint file serves the first.
+        options: sizes of the passes. The checkpoint file serves the first; the second has its own beside it, of the
+            same name with ``core_`` before.
         rule: what the core is; default: the top 1 % by loss proxy.
         on_batch: called with (tokens done, tokens in all) of the pass that runs.
 
@@ -115,7 +116,8 @@ def calibrate_all(
         return stats, None
     core = rule.find(model, stats)
     if required_statistics(metrics, core=True):
-        second = replace(options, checkpoint=None)
+        path = options.checkpoint
+        second = replace(options, checkpoint=path.with_name(f"core_{path.name}") if path else None)
         more = calibrate(model, windows, metrics, sites=sites, core=core, options=second, on_batch=on_batch)
         stats = join_statistics(stats, more)
     return stats, core

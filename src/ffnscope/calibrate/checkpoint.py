@@ -12,7 +12,7 @@ class Checkpoint:
     """Saves and restores the sums of a pass.
 
     Args:
-        path: the file; it is removed when the pass ends.
+        path: the file; when the pass ends it is removed, or kept as its result.
         every: windows between two savings.
         key: hash of everything that the sums depend on. A file with another key is ignored and overwritten.
     """
@@ -22,6 +22,7 @@ class Checkpoint:
         self.every = every
         self.key = key
         self._pending = 0
+        self._saved = 0
 
     def resume(self, accumulator: Accumulator) -> int:
         """Restore the sums and return the first step that is still to run; 0 without a file of this pass.
@@ -35,16 +36,23 @@ class Checkpoint:
         if facts.get("key") != self.key:
             return 0
         accumulator.restore(stats.values())
-        return int(facts["next_step"])
+        self._saved = int(facts["next_step"])
+        return self._saved
 
     def after(self, index: int, n_windows: int, accumulator: Accumulator) -> None:
         """Note that step ``index`` with ``n_windows`` windows is done; save the sums when enough are."""
         self._pending += n_windows
         if self._pending >= self.every:
-            stats = accumulator.result(copy=False).values()
-            write_stats(self.path, stats, {"key": self.key, "next_step": index + 1})
-            self._pending = 0
+            self._save(index + 1, accumulator)
 
-    def finish(self) -> None:
-        """Remove the file: the pass is done."""
-        self.path.unlink(missing_ok=True)
+    def finish(self, n_steps: int, accumulator: Accumulator, *, keep: bool) -> None:
+        """End a pass of ``n_steps``: remove the file, or ``keep`` the final sums in it."""
+        if not keep:
+            self.path.unlink(missing_ok=True)
+        elif self._saved < n_steps:
+            self._save(n_steps, accumulator)
+
+    def _save(self, next_step: int, accumulator: Accumulator) -> None:
+        stats = accumulator.result(copy=False).values()
+        write_stats(self.path, stats, {"key": self.key, "next_step": next_step})
+        self._pending, self._saved = 0, next_step

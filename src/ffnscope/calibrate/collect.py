@@ -35,6 +35,8 @@ class PassOptions:
         gradient_length: cuts only the windows that run backward; None = whole windows.
         checkpoint: file that keeps the sums of an unfinished pass; None = an interrupted pass starts again.
         checkpoint_every: windows between two savings of the sums.
+        keep_checkpoint: leave the file of a finished pass, from which the same call takes its result; the caller
+            removes it. For passes that are followed by longer ones.
     """
 
     batch_size: int = 4
@@ -42,6 +44,7 @@ class PassOptions:
     gradient_length: int | None = None
     checkpoint: Path | None = None
     checkpoint_every: int = 32
+    keep_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_windows", "gradient_length", "checkpoint_every"):
@@ -118,9 +121,27 @@ def calibrate(
         NonFiniteError: an activation or gradient overflowed; the site is named.
         DeviceError: out of memory; the key to lower is named.
     """
+    names = required_statistics(metrics, core=core is not None)
+    return collect(model, windows, names, sites=sites, core=core, options=options, on_batch=on_batch)
+
+
+def collect(
+    model: nn.Module,
+    windows: Windows,
+    statistics: Sequence[str],
+    *,
+    sites: Sequence[FFNSite] | None = None,
+    core: Mapping[FFNSite, Tensor] | None = None,
+    options: PassOptions | None = None,
+    on_batch: OnBatch | None = None,
+) -> dict[FFNSite, ChannelStats]:
+    """Run the model over ``windows`` once and return these statistics: `calibrate`, by statistics instead of metrics.
+
+    Those that read the core and those that do not may be mixed, once the core is known.
+    """
     options = options or PassOptions()
     sites = list(sites) if sites is not None else find_sites(model)
-    names = required_statistics(metrics, core=core is not None)
+    names = list(statistics)
     accumulator = Accumulator(sites, names, core)
     steps = plan_steps(windows, names, options)
     total = sum(s.batch.n_tokens for s in steps)
@@ -137,7 +158,7 @@ def calibrate(
             if on_batch and i >= start:
                 on_batch(done, total)
     if saver:
-        saver.finish()
+        saver.finish(len(steps), accumulator, keep=options.keep_checkpoint)
     return accumulator.result(copy=False)
 
 

@@ -117,7 +117,7 @@ def test_statistics_of_the_parts_of_a_composite_are_collected(llama: Any, text: 
     score(llama, stats, "composite", **metrics["composite"])
 
 
-def test_the_checkpoint_serves_the_first_pass_only(
+def test_each_pass_has_a_checkpoint_of_its_own(
     llama: Any, text: Windows, passes: list[dict[str, Any]], tmp_path: Any
 ) -> None:
     options = PassOptions(batch_size=1, checkpoint=tmp_path / "part.safetensors", checkpoint_every=1)
@@ -125,9 +125,33 @@ def test_the_checkpoint_serves_the_first_pass_only(
     calibrate_all(
         llama, text, {CORE: {}}, sites=find_sites(llama), options=options, on_batch=lambda *now: calls.append(now)
     )
-    assert [p["options"].checkpoint for p in passes] == [options.checkpoint, None]
-    assert not options.checkpoint.exists()
+    assert [p["options"].checkpoint for p in passes] == [options.checkpoint, tmp_path / "core_part.safetensors"]
+    assert not list(tmp_path.iterdir())
     assert calls == 2 * [(16 * i, 64) for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("batches", [2, 4, 6, 8])
+def test_an_interrupt_in_either_pass_repeats_no_batch(llama: Any, text: Windows, tmp_path: Any, batches: int) -> None:
+    """With checkpoints that are kept, the first pass is read when the second goes on."""
+    options = PassOptions(1, checkpoint=tmp_path / "part.safetensors", checkpoint_every=1, keep_checkpoint=True)
+    sites = find_sites(llama)
+    calls: list[int] = []
+
+    def cut(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_all(llama, text, {CORE: {}}, sites=sites, options=options, on_batch=cut)
+    stats, core = calibrate_all(llama, text, {CORE: {}}, sites=sites, options=options, on_batch=cut)
+    assert calls == 2 * [16, 32, 48, 64]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["core_part.safetensors", "part.safetensors"]
+    unbroken, same_core = calibrate_all(llama, text, {CORE: {}}, sites=sites, options=PassOptions(1))
+    assert core is not None and same_core is not None
+    for site in sites:
+        assert torch.equal(core[site], same_core[site])
+        assert all(torch.equal(value, stats[site].values[name]) for name, value in unbroken[site].values.items())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from ffnscope.calibrate.checkpoint import Checkpoint
 from ffnscope.calibrate.collect import (
     PassOptions,
     calibrate,
+    collect,
     plan_steps,
     required_statistics,
     weights_hash,
@@ -247,6 +250,30 @@ def test_resume_starts_from_the_last_saved_sums(tmp_path):
     found = calibrate(model, text(10), ALL, options=options, on_batch=lambda d, t: seen.append(d))
     assert seen == [96, 128, 160]  # the third batch runs again
     assert equal(found, calibrate(model, text(10), ALL, options=PassOptions(batch_size=2)))
+
+
+def test_a_kept_checkpoint_is_the_result_of_the_pass(tmp_path):
+    file = tmp_path / "pass.safetensors"
+    options = PassOptions(batch_size=2, checkpoint=file, checkpoint_every=4, keep_checkpoint=True)
+    model = tiny("llama")
+    found = calibrate(model, text(10), ALL, options=options)
+    before = file.read_bytes(), file.stat().st_mtime_ns
+    assert equal(calibrate(model, text(10), ALL, options=options, on_batch=cut_at(1)), found)  # no batch runs
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == before  # and is not written again
+    assert equal(calibrate(model, text(10), ALL, options=replace(options, keep_checkpoint=False)), found)
+    assert not file.exists()
+
+
+def test_statistics_with_and_without_the_core_in_one_sweep():
+    model = tiny("llama")
+    core = some_core(find_sites(model))
+    found = collect(model, text(4), ["act_sq", "taylor_core", "h_outer"], core=core)
+    apart = calibrate_in_two(model, text(4), core)
+    for site, part in found.items():
+        assert list(part.values) == ["act_sq", "h_outer", "taylor_core"]
+        for name, value in part.values.items():
+            torch.testing.assert_close(value, apart[site].values[name], rtol=1e-5, atol=1e-6)
+            assert part.counts[name] == apart[site].counts[name]
 
 
 CHANGES = {
