@@ -8,7 +8,9 @@ __version__ = "0.1.0"
 
 from ffnscope.analyze.agreement import agreement
 from ffnscope.analyze.levels import CoreRule, calibrate_all
-from ffnscope.analyze.stability import per_document, stability
+from ffnscope.analyze.question import Question
+from ffnscope.analyze.repeats import Repeat, repeat_scores
+from ffnscope.analyze.stability import stability
 from ffnscope.apply.export import check_reloadable, prune_, save_model
 from ffnscope.apply.mask import masked
 from ffnscope.apply.slice import slice_
@@ -58,6 +60,8 @@ __all__ = [
     "ModelSource",
     "PassOptions",
     "PruningPlan",
+    "Question",
+    "Repeat",
     "Scores",
     "TextSource",
     "Windows",
@@ -80,7 +84,6 @@ __all__ = [
     "make_windows",
     "masked",
     "metric",
-    "per_document",
     "perplexity",
     "prune_",
     "ranking",
@@ -88,6 +91,7 @@ __all__ = [
     "read_plan",
     "read_scores",
     "read_stats",
+    "repeat_scores",
     "save_model",
     "score",
     "select_sites",

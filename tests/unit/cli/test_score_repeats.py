@@ -13,7 +13,7 @@ from click.testing import Result
 
 import ffnscope
 from checkpoints import make_checkpoint
-from ffnscope.analyze import levels, stability
+from ffnscope.analyze import levels
 from ffnscope.calibrate import collect
 from ffnscope.io import read_plan, read_scores, read_stats
 from runs import strict_json
@@ -29,17 +29,6 @@ def base(checkpoint: Path, texts: Path, tmp_path: Path) -> tuple[Any, ...]:
     return ("score", checkpoint, "--text", texts / "train.txt", "--out", tmp_path / "out", *SMALL)
 
 
-@pytest.fixture
-def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten bootstrap draws: the machinery, not the number."""
-    real = stability.stability
-
-    def few(*args: Any, **kwargs: Any) -> Any:
-        return real(*args, **{"replicates": 10, **kwargs})
-
-    monkeypatch.setattr("ffnscope.cli.passes.stability", few)
-
-
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return strict_json(folder / "stability.json")["rows"]
 
@@ -47,7 +36,6 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 # --- repeats ---
 
 
-@pytest.mark.usefixtures("few_replicates")
 def test_seeds_and_texts_are_compared_pair_by_pair(ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     options = (
         "--text",
@@ -71,7 +59,8 @@ def test_seeds_and_texts_are_compared_pair_by_pair(ok: Ok, checkpoint: Path, tex
     for row in rows:
         assert -1 <= row["spearman"] < 1
         assert 0 <= row["top1_jaccard"] <= 1
-        by_document = row["metric"] == "wanda" and min(row["documents_first"], row["documents_second"]) > 1
+        by_document = min(row["documents_first"], row["documents_second"]) > 1
+        assert row["interval_method"] == ("jackknife" if by_document else "one document")
         assert (row["spearman_low"] is not None) == by_document
         if by_document:
             assert row["spearman_low"] <= row["spearman"] <= row["spearman_high"]
@@ -79,12 +68,11 @@ def test_seeds_and_texts_are_compared_pair_by_pair(ok: Ok, checkpoint: Path, tex
     with (tmp_path / "stability.csv").open(newline="") as file:
         flat = list(csv.DictReader(file))
     assert [float(row["spearman"]) for row in flat] == [row["spearman"] for row in rows]
-    assert flat[-1]["spearman_low"] == ""  # no interval for second moments
+    assert flat[-1]["spearman_low"] == ""  # a .txt file is one document
     assert "Agreement of rankings" in result.stdout
     assert f"{rows[0]['spearman']:.3f}" in result.stdout
 
 
-@pytest.mark.usefixtures("few_replicates")
 def test_the_scores_are_those_without_repeats(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
     ok(*base, "-m", "wanda")
     repeated = [tmp_path / "again" if v == tmp_path / "out" else v for v in base]
@@ -95,7 +83,6 @@ def test_the_scores_are_those_without_repeats(ok: Ok, base: tuple[Any, ...], tmp
     assert len(rows_of(tmp_path / "again")) == 1
 
 
-@pytest.mark.usefixtures("few_replicates")
 def test_every_kind_of_metric_can_be_repeated(ok: Ok, base: tuple[Any, ...], tmp_path: Path, checkpoint: Path) -> None:
     names = ["random", "scar_loss_proxy", "supernode_protection_score", "activation_outlier_index", "delta_alignment"]
     metrics = [v for name in names for v in ("-m", name)]
