@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffnscope.errors import UsageError, unknown_name
+from ffnscope.errors import NonFiniteError, UsageError, unknown_name
 from ffnscope.ffn.projection import weights_of
 from ffnscope.registry import METRICS, Metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights, Scores, check_core
@@ -40,7 +41,7 @@ def score(
         UnknownNameError: no such metric or parameter.
         UsageError: a statistic that the metric needs was not collected, or the core or reference that it needs was not
             given or is of another shape.
-        NonFiniteError: a score is NaN or infinite, for example from NaN weights.
+        NonFiniteError: a score is NaN or infinite; a weight that is the cause is named.
     """
     rule = METRICS.get(metric)
     for name in params:
@@ -54,7 +55,30 @@ def score(
         extra = {name: _input(rule, name, site, core, reference) for name in rule.inputs}
         values[site] = _values(rule, part, weights_of(model, site), {**params, **extra})
     defaults = {k: p.default for k, p in rule.params.items() if p.default is not p.empty}
-    return Scores(metric, values, {"params": {**defaults, **params}, "source": rule.source, **(facts or {})})
+    with naming_weights(model):
+        return Scores(metric, values, {"params": {**defaults, **params}, "source": rule.source, **(facts or {})})
+
+
+@contextlib.contextmanager
+def naming_weights(model: nn.Module) -> Generator[None]:
+    """Within the block, a NonFiniteError also names the weight of the model that is not finite, if there is one."""
+    try:
+        yield
+    except NonFiniteError as error:
+        name = not_finite_weight(model)
+        if name is None or name in str(error):
+            raise
+        raise NonFiniteError(
+            f"{error} The weight {name} holds NaN or infinity: load the model again from an intact checkpoint."
+        ) from error
+
+
+def not_finite_weight(model: nn.Module) -> str | None:
+    """Name of the first weight that holds NaN or infinity, or None; offloaded (meta) weights are not read."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not bool(torch.isfinite(parameter.detach()).all()):
+            return name
+    return None
 
 
 def _input(

@@ -115,9 +115,18 @@ class TestErrors:
     def test_nan_weights(self, llama: Any, sites: list[FFNSite]) -> None:
         with torch.no_grad():
             llama.model.layers[1].mlp.up_proj.weight[3, 0] = float("nan")
-        message = r"metric 'magnitude' is NaN or infinite for 1 of 48 channels of model.layers.1.mlp"
+        message = (
+            r"metric 'magnitude' is NaN or infinite for 1 of 48 channels of model\.layers\.1\.mlp\. The weight "
+            r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity: load the model again from an intact"
+        )
         with pytest.raises(NonFiniteError, match=message):
             score(llama, sites, "magnitude")
+
+    def test_a_metric_that_is_nan_by_itself_blames_no_weight(
+        self, llama: Any, sites: list[FFNSite], probe_metric: Any
+    ) -> None:
+        with pytest.raises(NonFiniteError, match=r"'recording' is NaN or infinite for 48 of 48 channels of \S+\.$"):
+            score(llama, sites, "recording", power=float("nan"))
 
     def test_a_core_that_is_missing(self, llama: Any, stats: dict[FFNSite, ChannelStats]) -> None:
         first = next(iter(stats))

@@ -21,8 +21,9 @@ from ffnscope.io import write_csv, write_json, write_scores, write_stats
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.report.tables import print_results, print_stability, results_rows
 from ffnscope.run.progress import Reporter
-from ffnscope.run.steps import announce, compare_with_dense
+from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
 from ffnscope.run.windows import describe_windows
+from ffnscope.scoring import naming_weights
 from ffnscope.types import Scores
 
 OUT = Console()
@@ -109,7 +110,9 @@ def score_all(
         facts["reference"] = weights_hash(asked.reference)
     core = asked.rule.count or round(asked.rule.fraction * max(s.d_ff for s in asked.sites))
     announce(reporter, asked.sites, required_statistics(asked.params), core)
-    with reporter.task("calibrate", "tokens") as update:
+    if folder:
+        discard_damaged(reporter, folder / PART)
+    with reporter.task("calibrate", "tokens") as update, naming_weights(loaded.model):
         stats, found = calibrate_and_score(asked, windows, options, update, facts)
     if folder:
         write_stats(folder / "statistics.safetensors", stats.values(), facts)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ffnscope.calibrate import forward
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError
+from ffnscope.scoring import not_finite_weight
 
 CHUNK_VALUES = 2**23  # logits that are held in fp32 at a time (32 MiB a copy)
 
@@ -72,11 +73,9 @@ def check_finite(sums: Tensor, model: nn.Module, batch: Windows, first: int) -> 
 
 
 def _cause(model: nn.Module) -> str:
-    dtypes: set[torch.dtype] = set()
-    for name, parameter in model.named_parameters():
-        dtypes.add(parameter.dtype)
-        if parameter.device.type != "meta" and not bool(torch.isfinite(parameter.detach()).all()):
-            return f"the weight {name} holds NaN or infinity. Load the model again from an intact checkpoint."
-    if torch.float16 in dtypes:
+    name = not_finite_weight(model)
+    if name is not None:
+        return f"the weight {name} holds NaN or infinity. Load the model again from an intact checkpoint."
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         return "the weights are finite, so a float16 activation probably overflowed. Load it in bfloat16 or float32."
     return "the weights are finite, so an activation overflowed. Evaluate in float32, and check what was changed last."

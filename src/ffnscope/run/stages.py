@@ -52,7 +52,7 @@ from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
 from ffnscope.run.windows import calibration_windows, describe_windows, evaluation_windows
-from ffnscope.scoring import score
+from ffnscope.scoring import naming_weights, score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
 
@@ -129,8 +129,8 @@ def _pass(
     sizes = {"gradient_windows": options.gradient_windows, "gradient_length": options.gradient_length}
 
     def make() -> None:
-        discard_damaged(job.reporter, part, read_stats)
-        with job.reporter.task(name, "tokens") as update:
+        discard_damaged(job.reporter, part)
+        with job.reporter.task(name, "tokens") as update, naming_weights(job.loaded.model):
             stats = calibrate(
                 job.loaded.model,
                 job.calibration,

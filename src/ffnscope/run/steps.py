@@ -12,6 +12,7 @@ from ffnscope.calibrate.collect import statistics_bytes
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
+from ffnscope.io import read_stats, writing
 from ffnscope.run.progress import Reporter
 from ffnscope.types import FFNSite, PruningPlan
 
@@ -46,12 +47,22 @@ def compare_with_dense(
         )
 
 
-def discard_damaged(reporter: Reporter, path: Path, read: Callable[[Path], Any]) -> None:
-    """Delete the state of an unfinished stage that cannot be read, so that the stage starts anew."""
+def discard_damaged(reporter: Reporter, path: Path, read: Callable[[Path], Any] | None = None) -> None:
+    """Delete the state of an unfinished stage that cannot be read, and say so, so that the stage starts anew.
+
+    ``read`` raises for a damaged file; by default it expects the sums of an unfinished pass.
+    """
     if not path.exists():
         return
     try:
-        read(path)
+        (read or _read_sums)(path)
     except (ArtifactError, ArithmeticError, ValueError) as error:
-        reporter.say(f"{error} It is made again.")
-        path.unlink()
+        reporter.say(f"{error} It is deleted, and this stage starts anew.")
+        with writing(path):
+            path.unlink()
+
+
+def _read_sums(path: Path) -> None:
+    _, facts = read_stats(path)
+    if not (isinstance(facts.get("key"), str) and isinstance(facts.get("next_step"), int)):
+        raise ArtifactError(f"{path} does not say how far its pass had come.")

@@ -22,7 +22,7 @@ import ffnscope
 from checkpoints import make_checkpoint
 from ffnscope.calibrate import collect
 from ffnscope.cli.files import read_plans
-from ffnscope.io import read_plan, read_scores, write_plan
+from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_stats
 from ffnscope.plan.build import build_plan
 from ffnscope.registry import METRICS
 from runs import small_run, strict_json
@@ -201,14 +201,43 @@ def test_a_missing_text_of_a_run_is_found_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_nan_in_a_checkpoint_ends_with_1(fails: Fails, config_file: Path, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "broken")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+@pytest.fixture
+def with_nan(tmp_path: Path) -> Callable[[str], Path]:
+    """Make a checkpoint with NaN in one weight."""
+
+    def make(name: str) -> Path:
+        folder = make_checkpoint(tmp_path / "broken")
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].view(-1)[0] = float("nan")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def test_nan_in_a_checkpoint_ends_with_1(fails: Fails, config_file: Path, with_nan: Callable[[str], Path]) -> None:
+    folder = with_nan("model.layers.1.mlp.down_proj.weight")
     text = fails(1, "run", config_file, "--set", f"model.model_id={folder}")
     assert text.count("error: ") == 1
     assert "model.layers.1.mlp is NaN or infinite" in text
+
+
+UP, ATTENTION = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("metric", "name"), [("magnitude", UP), ("wanda", ATTENTION), ("scar_loss_proxy", UP), ("sparsegpt", ATTENTION)]
+)
+def test_every_command_names_the_weight_that_is_nan(
+    fails: Fails, texts: Path, tmp_path: Path, with_nan: Callable[[str], Path], command: str, metric: str, name: str
+) -> None:
+    options = [metric if option == "wanda" else option for option in COMMANDS[command]]
+    options += ["--text", texts / "train.txt", *SMALL, "--out", tmp_path / "out.csv"]
+    text = fails(1, command, with_nan(name), *options)
+    assert text.count(f"weight {name} holds NaN or infinity") == 1
+    assert "again from an intact checkpoint." in text
+    assert not (tmp_path / "out.csv").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -317,6 +346,27 @@ def test_score_goes_on_after_ctrl_c(
     assert len(calls) == 4 + 1 + 1
     whole = (*options[:-1], tmp_path / "whole")
     ok(*whole)
+    files = ("scores.safetensors", "statistics.safetensors")
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "no step"])
+def test_a_damaged_state_of_an_interrupted_pass_is_told_and_made_again(
+    ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path, damage: str
+) -> None:
+    options = ("score", checkpoint, "-m", "wanda", "--text", texts / "train.txt", *SMALL, "--out")
+    ok(*options, tmp_path / "whole")
+    part = tmp_path / "out" / "statistics.part.safetensors"
+    part.parent.mkdir()
+    stats, _ = read_stats(tmp_path / "whole" / "statistics.safetensors")
+    write_stats(part, stats.values(), {"key": "k"})
+    if damage == "truncated":
+        part.write_bytes(part.read_bytes()[:-7])
+    elif damage == "foreign":
+        part.write_bytes(b"{}")
+    said = ok(*options, tmp_path / "out").stderr
+    assert str(part) in said
+    assert "It is deleted, and this stage starts anew." in said
     files = ("scores.safetensors", "statistics.safetensors")
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
 

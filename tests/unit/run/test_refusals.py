@@ -145,8 +145,10 @@ def test_nan_in_a_checkpoint_names_the_site(small: Callable[..., RunConfig], tmp
     tensors[f"model.layers.1.{weight}.weight"][3, 4] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = small(model={"model_id": str(folder)})
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp is NaN or infinite.*look for NaN"):
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp is NaN or infinite.*look for NaN") as caught:
         quiet_run(config)
+    cure = f"The weight model.layers.1.{weight}.weight holds NaN or infinity: load the model again from an intact"
+    assert str(caught.value).count(cure) == 1
     assert results(config.output_dir) == {}
     assert "stopped by NonFiniteError" in (config.output_dir / "run.log").read_text()
 

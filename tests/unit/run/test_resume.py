@@ -217,7 +217,9 @@ def test_damaged_state_of_an_interrupted_stage(
     path = config.output_dir / name
     path.write_bytes(path.read_bytes()[:-7])
     assert results(quiet_run(config).folder) == unbroken
-    assert "It is made again." in (config.output_dir / "run.log").read_text()
+    log = (config.output_dir / "run.log").read_text()
+    assert f"{path} cannot be read" in log
+    assert "It is deleted, and this stage starts anew." in log
 
 
 @pytest.fixture(scope="module")
