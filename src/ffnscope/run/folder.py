@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -101,7 +100,15 @@ def _read(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Generator[None]:
-    """Lock the folder until the block or the process ends, however it ends; no file is made for it."""
+    """Lock the folder until the block or the process ends, however it ends; no file is made for it.
+
+    Windows cannot lock a folder: there, nothing keeps two processes apart.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

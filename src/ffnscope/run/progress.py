@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -143,8 +142,19 @@ def logging_to(path: Path) -> Generator[None]:
 
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process so far, in bytes: resident, and on the accelerators where there are any."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"resident": peak if sys.platform == "darwin" else peak * 1024}
+    found = {"resident": _peak_resident()}
     if torch.cuda.is_available():
         found["cuda"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return found
+
+
+def _peak_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

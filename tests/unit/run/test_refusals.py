@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from checkpoints import make_checkpoint
 from ffnscope.errors import ArtifactError, DeviceError, ModelError, NonFiniteError, TextError, UsageError
 from ffnscope.run import RunConfig, outputs
 from ffnscope.run.folder import open_folder
-from runs import quiet_run, results
+from runs import quiet_run, results, strict_json
 
 
 @contextmanager
@@ -79,6 +80,17 @@ def test_two_runs_in_one_folder(small: Callable[..., RunConfig]) -> None:
     with open_folder(small()), pytest.raises(ArtifactError, match="another process is at work in"):
         quiet_run(small())
     quiet_run(small())
+
+
+def test_a_system_without_folder_locks_runs_too(
+    small: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fcntl", "resource"):  # as on Windows
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = quiet_run(small()).folder
+    peaks = [row["peak_memory_bytes"]["resident"] for row in strict_json(folder / "ledger.json")["stages"].values()]
+    assert all(10 * 2**20 < peak < 2**40 for peak in peaks)
+    assert "calibrate: already done" in (quiet_run(small()).folder / "run.log").read_text()
 
 
 def test_a_run_that_failed_at_once_can_be_mended(small: Callable[..., RunConfig]) -> None:
