@@ -34,14 +34,20 @@ def forward_logits(model: nn.Module, batch: Windows) -> Tensor:
 
 def check_length(model: nn.Module, length: int) -> None:
     """Raise UsageError when windows of ``length`` tokens do not fit into the model's positions."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
+    limit = max_positions(model)
+    if limit is not None and limit < length:
         raise UsageError(
             f"windows of {length} tokens do not fit into {type(model).__name__}, which has {limit} positions. Lower "
             f"max_length to at most {limit}."
         )
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Tokens that a model was built for, or None when its config does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,194 @@
+"""What a model costs by its weights and shapes: parameters, bytes, FLOPs; nothing is timed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffnscope.calibrate.forward import input_device
+from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.evaluate.forward import evaluating
+from ffnscope.ffn.load import LoadedModel
+from ffnscope.ffn.projection import is_projection, weights_of
+from ffnscope.io import read_json
+from ffnscope.types import FFNSite
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is computed: ``batch_size`` prompts of ``prompt_length`` tokens, then ``new_tokens`` tokens after each."""
+
+    batch_size: int = 1
+    prompt_length: int = 256
+    new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prompt_length", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Costs of one model, exact integers.
+
+    Attributes:
+        parameters: weights and biases, shared ones counted once.
+        ffn_parameters: those of the FFNs' projections.
+        parameter_bytes: bytes of all parameters in memory.
+        read_bytes: bytes of the parameters that one decode step reads: all but the embedding tables, in which it looks
+            up one row. A table that is also the LM head is read as that.
+        prefill_flops: floating point operations of the prompts.
+        decode_flops: floating point operations of all new tokens.
+    """
+
+    parameters: int
+    ffn_parameters: int
+    parameter_bytes: int
+    read_bytes: int
+    prefill_flops: int
+    decode_flops: int
+
+
+def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs:
+    """Count what a causal LM costs.
+
+    FLOPs are those of matrix products, 2 per multiply and add: every projection for every token, the LM head as
+    `last_logits` says, and attention over the query-key pairs that a causal mask allows, with queries and keys of all
+    heads. Norms, activation functions, softmax and position codes are left out. Every projection is taken to run once
+    per token, so models that repeat layers or route tokens to experts are not for this count.
+
+    Args:
+        model: a `transformers` causal LM; run once on two tokens to see its KV cache, and left as it was.
+        sites: all its FFNs.
+        work: what is computed.
+
+    Raises:
+        NotAvailableError: a mixture of experts, no KV cache, or a number of attention heads that differs by layer.
+    """
+    if any(site.expert is not None for site in sites):
+        raise NotAvailableError(
+            f"{type(model).__name__} is a mixture of experts: what it computes and reads depends on the tokens. FLOPs "
+            "and bytes per token of such models are not available in this version."
+        )
+    body, head = _matrix_entries(model)
+    pair = _attention_flops_per_pair(model)
+    n, new, batch = work.prompt_length, work.new_tokens, work.batch_size
+    head_rows = 1 if last_logits(model) else n
+    prefill = 2 * (body * n + head * head_rows) + pair * _pairs(0, n)
+    decode = 2 * (body + head) * new + pair * _pairs(n, new)
+    return Costs(
+        parameters=sum(p.numel() for p in model.parameters()),
+        ffn_parameters=sum(ffn_parameters(model, site) for site in sites),
+        parameter_bytes=sum(p.nbytes for p in model.parameters()),
+        read_bytes=_read_bytes(model),
+        prefill_flops=batch * prefill,
+        decode_flops=batch * decode,
+    )
+
+
+def ffn_parameters(model: nn.Module, site: FFNSite) -> int:
+    """Parameters of one FFN's projections, biases included."""
+    bias = weights_of(model, site).down_bias
+    return site.d_ff * channel_parameters(model, site) + (0 if bias is None else bias.numel())
+
+
+def channel_parameters(model: nn.Module, site: FFNSite) -> int:
+    """Parameters that one channel is made of: its rows and biases of gate and up, and its column of down."""
+    weights = weights_of(model, site)
+    own = (weights.gate, weights.up, weights.down, weights.gate_bias, weights.up_bias)
+    return sum(part.numel() for part in own if part is not None) // site.d_ff
+
+
+def last_logits(model: nn.Module) -> dict[str, int]:
+    """Argument that asks a model for the logits of the last token only, as generation does; empty if it has none."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def file_bytes(loaded: LoadedModel) -> int | None:
+    """Bytes of the weight files that a model was loaded from; None when they are not on this machine's disk.
+
+    Those of safetensors where there are any (the shards that the index names), else of ``pytorch_model*.bin``. A GGUF
+    counts as the safetensors that it was converted to.
+    """
+    folder = _folder(loaded)
+    if folder is None:
+        return None
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in set(read_json(index)["weight_map"].values())]
+    else:
+        files = [folder / "model.safetensors"]
+    found = [file for file in files if file.exists()] or list(folder.glob("pytorch_model*.bin"))
+    return sum(file.stat().st_size for file in found) or None
+
+
+def _folder(loaded: LoadedModel) -> Path | None:
+    """Folder of a checkpoint; for a hub id the snapshot in the cache, which loading has filled."""
+    if Path(loaded.origin).is_dir():
+        return Path(loaded.origin)
+    from huggingface_hub import try_to_load_from_cache
+
+    source = loaded.source
+    place: Any = {"revision": source.revision, "cache_dir": source.model_kwargs.get("cache_dir")}
+    config = try_to_load_from_cache(loaded.origin, "config.json", **place)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _matrix_entries(model: Any) -> tuple[int, int]:
+    """Entries of all projections but the LM head, and of the LM head."""
+    output = model.get_output_embeddings()
+    every = sum(m.weight.numel() for m in model.modules() if is_projection(m))
+    head = output.weight.numel() if output is not None and is_projection(output) else 0
+    return every - head, head
+
+
+def _read_bytes(model: nn.Module) -> int:
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    multiplied = {id(m.weight) for m in model.modules() if is_projection(m)}
+    return sum(p.nbytes for p in model.parameters() if id(p) not in tables - multiplied)
+
+
+def _pairs(past: int, new: int) -> int:
+    """Query-key pairs of ``new`` tokens after ``past`` ones: each sees the earlier ones and itself."""
+    return new * past + new * (new + 1) // 2
+
+
+def _attention_flops_per_pair(model: Any) -> int:
+    """FLOPs of one query-key pair over all layers and heads: a product of keys' width, and one of values' width."""
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise NotAvailableError(
+            f"the config of {type(model).__name__} gives num_attention_heads as {heads!r}; FLOPs of attention are "
+            "available for models with one number of heads."
+        )
+    return sum(2 * heads * (keys.shape[-1] + values.shape[-1]) for keys, values in _layers_of_cache(model))
+
+
+def _layers_of_cache(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
+    with evaluating(model), torch.inference_mode():
+        return cached(model, model(input_ids=ids, use_cache=True).get("past_key_values"))
+
+
+def cached(model: nn.Module, cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [batch, heads, tokens, width] of every attention layer in a cache of `transformers`.
+
+    Raises:
+        NotAvailableError: the model keeps no keys and values.
+    """
+    layers = getattr(cache, "layers", [])
+    found = [(layer.keys, layer.values) for layer in layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    if not found:
+        raise NotAvailableError(
+            f"{type(model).__name__} returned no KV cache (past_key_values with keys and values); decoding token by "
+            "token is available only for models that keep one."
+        )
+    return found
