@@ -21,9 +21,12 @@ from ffnscope.calibrate.pack import make_windows
 from ffnscope.calibrate.text import TextSource, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import FFNScopeError
+from ffnscope.evaluate.bench import bench
 from ffnscope.evaluate.compare import EvalRow, compare_plans
+from ffnscope.evaluate.costs import Work
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.evaluate.samples import generate_samples
+from ffnscope.evaluate.speed import BenchOptions, BenchResult
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites, select_sites
@@ -46,6 +49,8 @@ __all__ = [
     "ALLOCATORS",
     "METRICS",
     "STATISTICS",
+    "BenchOptions",
+    "BenchResult",
     "Budget",
     "Capture",
     "CaptureOptions",
@@ -65,8 +70,10 @@ __all__ = [
     "Scores",
     "TextSource",
     "Windows",
+    "Work",
     "agreement",
     "allocator",
+    "bench",
     "build_plan",
     "calibrate",
     "calibrate_all",

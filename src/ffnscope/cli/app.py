@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ffnscope import __version__
+from ffnscope.cli.bench import bench_command
 from ffnscope.cli.channels import OUT, eval_command, score_command
 from ffnscope.cli.files import Overwrite
 from ffnscope.cli.groups import grouped
@@ -34,6 +35,7 @@ app.command("score")(score_command)
 app.command("rank")(rank_command)
 app.command("prune")(prune_command)
 app.command("eval")(eval_command)
+app.command("bench")(bench_command)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 

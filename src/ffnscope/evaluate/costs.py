@@ -61,8 +61,8 @@ def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs
 
     FLOPs are those of matrix products, 2 per multiply and add: every projection for every token, the LM head as
     `last_logits` says, and attention over the query-key pairs that a causal mask allows, with queries and keys of all
-    heads. Norms, activation functions, softmax and position codes are left out. Every projection is taken to run once
-    per token, so models that repeat layers or route tokens to experts are not for this count.
+    heads. Norms, activation functions, softmax and position codes are left out. Every other projection is taken to
+    run once per token, so models that repeat layers or route tokens to experts are not for this count.
 
     Args:
         model: a `transformers` causal LM; run once on two tokens to see its KV cache, and left as it was.

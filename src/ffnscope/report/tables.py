@@ -82,27 +82,48 @@ def results_frame(rows: Sequence[EvalRow]) -> Any:
 
 def results_markdown(rows: Sequence[EvalRow]) -> str:
     """Return Markdown tables, metric x sparsity: perplexity ± standard error, then KL and top-1, per dataset."""
-    return "\n".join(_markdown(grid) for grid in _grids(rows))
+    return "\n".join(grid_markdown(grid) for grid in _grids(rows))
+
+
+def grid_markdown(grid: Grid) -> str:
+    """Return one table and its notes as Markdown."""
+
+    def row(cells: list[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    rule = f"|{'|'.join(['---', *['---:'] * (len(grid.columns) - 1)])}|"
+    body = [row([f"**{c.text}**" if c.best else c.text for c in line]) for line in grid.lines]
+    notes = [f"\n{'  '.join(grid.notes)}"] if grid.notes else []
+    return "\n".join([f"### {grid.title}", "", row(grid.columns), rule, *body, *notes]) + "\n"
 
 
 def print_results(rows: Sequence[EvalRow], console: Console) -> None:
     """Print the tables of `results_markdown` in the terminal."""
+    for grid in _grids(rows):
+        print_grid(grid, console)
+        console.print()
+
+
+def print_grid(grid: Grid, console: Console) -> None:
+    """Print one table and its notes; on a narrow terminal, spreads go to a line of their own."""
     from rich.table import Table
     from rich.text import Text
 
-    for grid in _grids(rows):
-        table = Table(title=Text(grid.title, style="bold"), title_justify="left")
-        fits = _terminal_width(grid) <= console.width
-        for index, column in enumerate(grid.columns):
-            table.add_column(Text(column), justify="right" if index else "left", no_wrap=not index, overflow="fold")
-        for line in grid.lines:
-            texts = [cell.text if fits else cell.text.replace(" ± ", "\n± ").replace(" / ", " /\n") for cell in line]
-            styles = ["bold green" if cell.best else "" for cell in line]
-            table.add_row(*(Text(text, style=style) for text, style in zip(texts, styles, strict=True)))
-        console.print(table)
-        for note in grid.notes:
-            console.print(Text(note, style="dim"))
-        console.print()
+    table = Table(title=Text(grid.title, style="bold"), title_justify="left")
+    fits = _terminal_width(grid) <= console.width
+    for index, column in enumerate(grid.columns):
+        table.add_column(Text(column), justify="right" if index else "left", no_wrap=not index, overflow="fold")
+    for line in grid.lines:
+        texts = [cell.text if fits else _broken(cell.text) for cell in line]
+        styles = ["bold green" if cell.best else "" for cell in line]
+        table.add_row(*(Text(text, style=style) for text, style in zip(texts, styles, strict=True)))
+    console.print(table)
+    for note in grid.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _broken(text: str) -> str:
+    return text.replace(" ± ", "\n± ").replace(" / ", " /\n").replace(" (", "\n(")
 
 
 def print_stability(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -279,13 +300,3 @@ def _achieved(panel: Panel) -> list[str]:
 def _terminal_width(grid: Grid) -> int:
     lines = [grid.columns, *([cell.text for cell in line] for line in grid.lines)]
     return 1 + sum(3 + max(map(len, column)) for column in zip(*lines, strict=True))
-
-
-def _markdown(grid: Grid) -> str:
-    def row(cells: list[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-    rule = f"|{'|'.join(['---', *['---:'] * (len(grid.columns) - 1)])}|"
-    body = [row([f"**{c.text}**" if c.best else c.text for c in line]) for line in grid.lines]
-    notes = [f"\n{'  '.join(grid.notes)}"] if grid.notes else []
-    return "\n".join([f"### {grid.title}", "", row(grid.columns), rule, *body, *notes]) + "\n"

@@ -59,7 +59,7 @@ def summary(job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow])
     return {
         "schema": SCHEMA,
         "name": job.config.experiment.name,
-        "versions": _versions(),
+        "versions": versions(),
         "model": _model(job),
         "texts": {"calibration": describe_windows(job.calibration), **held_out},
         "seeds": {"experiment": job.config.experiment.seed, "calibration": job.config.seed},
@@ -72,7 +72,8 @@ def summary(job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow])
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
     import transformers
 
     return {
