@@ -114,7 +114,7 @@ def print_grid(grid: Grid, console: Console) -> None:
     for index, column in enumerate(grid.columns):
         table.add_column(Text(column), justify="right" if index else "left", no_wrap=not index, overflow="fold")
     for line in grid.lines:
-        texts = [cell.text if fits else _broken(cell.text) for cell in line]
+        texts = [cell.text if fits or not i else _broken(cell.text) for i, cell in enumerate(line)]
         styles = ["bold green" if cell.best else "" for cell in line]
         table.add_row(*(Text(text, style=style) for text, style in zip(texts, styles, strict=True)))
     console.print(table)
