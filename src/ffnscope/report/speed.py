@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from ffnscope.evaluate.throughput import Spread
 
 EXPECTED_SHARE = 0.9  # of the ideal speed-up; below it the notes look for the reason
+_AROUND_FLOPS = (
+    "FLOPs",
+    "norms, activation functions, launching of operations, and in a short prompt reading the weights",
+)
+_AROUND_BYTES = ("bytes of weights", "attention, copying of the KV cache, norms, launching of operations")
 _COLUMNS = ["quantity", "dense", "pruned", "ratio", "ideal", "of ideal"]
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
@@ -124,24 +129,27 @@ def _reasons(result: BenchResult) -> list[str]:
     flops = (one.costs.prefill_flops, other.costs.prefill_flops)
     read = (one.costs.read_bytes, other.costs.read_bytes)
     times = (
-        ("Prefill", result.prefill, one.prefill.median, other.prefill.median, flops, "FLOPs"),
-        ("Decode", result.decode, one.decode.median / steps, other.decode.median / steps, read, "bytes of weights"),
+        ("Prefill", result.prefill, one.prefill.median, other.prefill.median, flops, _AROUND_FLOPS),
+        ("Decode", result.decode, one.decode.median / steps, other.decode.median / steps, read, _AROUND_BYTES),
     )
     found: list[str] = []
-    for name, up, dense, pruned, cost, what in times:
+    for name, up, dense, pruned, cost, around in times:
         if up.share < EXPECTED_SHARE and cost[0] > cost[1]:
-            found.append(f"{name} falls short of {EXPECTED_SHARE:g} of the ideal: {_fixed(dense, pruned, cost, what)}")
+            found.append(
+                f"{name} falls short of {EXPECTED_SHARE:g} of the ideal: {_fixed(dense, pruned, cost, around)}"
+            )
     return found
 
 
-def _fixed(dense: float, pruned: float, cost: tuple[int, int], what: str) -> str:
-    """Where the line through both times meets zero cost."""
+def _fixed(dense: float, pruned: float, cost: tuple[int, int], around: tuple[str, str]) -> str:
+    """Where the line through both times meets zero cost; ``around``: the cost's name, and what else takes time."""
+    what, else_ = around
     if pruned >= dense:
         return f"the pruned model is not faster at all, so its time does not come from {what}, or the machine was busy."
     fixed = pruned - cost[1] * (dense - pruned) / (cost[0] - cost[1])
     return (
         f"on a line through both models, {1e3 * fixed:.3g} ms of the pruned model's {1e3 * pruned:.3g} ms do not "
-        f"depend on {what} (attention, KV cache, norms, launching of operations)."
+        f"depend on {what} ({else_})."
     )
 
 

@@ -60,11 +60,13 @@ def test_version(ok: Ok) -> None:
 
 def test_help_names_every_command(ok: Ok) -> None:
     text = ok("--help").stdout
-    for name in ("run", "score", "plan", "prune", "eval", "inspect", "metrics"):
+    for name in ("run", "score", "plan", "prune", "eval", "bench", "inspect", "metrics"):
         assert f" {name} " in text
 
 
-@pytest.mark.parametrize("command", [["run"], ["score"], ["plan", "show"], ["plan", "diff"], ["prune"], ["eval"]])
+@pytest.mark.parametrize(
+    "command", [["run"], ["score"], ["plan", "show"], ["plan", "diff"], ["prune"], ["eval"], ["bench"]]
+)
 def test_help_of_every_command(ok: Ok, command: list[str]) -> None:
     assert "Usage:" in ok(*command, "--help").stdout
 
