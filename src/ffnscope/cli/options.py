@@ -41,9 +41,12 @@ class Loading:
 
     def open(self, reporter: Reporter, model: str) -> LoadedModel:
         """Load a model with a progress line."""
-        source = ModelSource(model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         with reporter.task(f"load {model}", "models"):
-            return load_model(source)
+            return load_model(self.source(model))
+
+    def source(self, model: str) -> ModelSource:
+        """What to load and how, by name."""
+        return ModelSource(model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from ffnscope.errors import UsageError
 from ffnscope.evaluate.costs import Costs, count_costs, file_bytes
 from ffnscope.evaluate.pair import Removed, attention, check_alike, removed_parameters
 from ffnscope.evaluate.peak import PeakMemory, Task, measurable, peak_memory
-from ffnscope.evaluate.speed import DENSE, PRUNED, BenchOptions, BenchResult, Measured
+from ffnscope.evaluate.progress import DENSE
+from ffnscope.evaluate.speed import PRUNED, BenchOptions, BenchResult, Measured
 from ffnscope.evaluate.throughput import Rounds, take_turns, threads
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
 from ffnscope.ffn.sites import find_sites

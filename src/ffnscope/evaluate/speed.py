@@ -9,9 +9,10 @@ from ffnscope.errors import UsageError
 from ffnscope.evaluate.costs import Costs, Work
 from ffnscope.evaluate.pair import Removed
 from ffnscope.evaluate.peak import PeakMemory
+from ffnscope.evaluate.progress import DENSE
 from ffnscope.evaluate.throughput import Spread
 
-DENSE, PRUNED = "dense", "pruned"
+PRUNED = "pruned"
 
 
 @dataclass(frozen=True, slots=True)
