@@ -14,6 +14,7 @@ import torch
 import ffnscope
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import EvalRow
+from ffnscope.ffn.offload import placement
 from ffnscope.io import SCHEMA, write_csv, write_json, write_text
 from ffnscope.report.summary import rank_correlation
 from ffnscope.report.tables import results_markdown, results_rows
@@ -94,7 +95,7 @@ def _model(job: Job) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         "ffn_parameters_per_channel": _channel_parameters(job.sites[0]),
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "device": str(parameters[0].device),
+        "device": placement(model),
         "sites": [asdict(s) for s in job.sites],
     }
 
