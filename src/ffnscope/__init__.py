@@ -25,6 +25,7 @@ from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.evaluate.samples import generate_samples
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
+from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites, select_sites
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_scores, write_stats
@@ -83,6 +84,7 @@ __all__ = [
     "load_windows",
     "make_windows",
     "masked",
+    "materialised",
     "metric",
     "perplexity",
     "prune_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ __all__ = [
     "find_gguf",
     "load_model",
     "quiet_transformers",
+    "read_token",
     "resolve_device",
     "resolve_dtype",
 ]
@@ -75,7 +77,7 @@ class ModelSource:
     trust_remote_code: bool = False
     model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    max_memory: Mapping[str | int, str | int] | None = None
+    max_memory: Mapping[Any, str | int] | None = None
     offload_folder: str | None = None
     cache_dir: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -166,6 +168,18 @@ def resolve_dtype(name: str) -> torch.dtype | str:
     return name if name == "auto" else getattr(torch, name)
 
 
+def read_token(variable: str | None) -> str | None:
+    """Access token of the hub from an environment variable; None = leave it to the hub client.
+
+    Raises:
+        ModelError: the variable is not set.
+    """
+    token = None if variable is None else os.environ.get(variable)
+    if variable is not None and not token:
+        raise ModelError(f"the environment variable {variable} (model.token_env) should hold a token, but is not set.")
+    return token
+
+
 _ACCEPTED = f"a hub id, a directory, a .gguf file or {PACKAGE}DIST"
 
 
@@ -216,7 +230,7 @@ def _from_pretrained(
     return model, tokenizer
 
 
-def _memory(limits: Mapping[str | int, str | int] | None) -> dict[str | int, str | int] | None:
+def _memory(limits: Mapping[Any, str | int] | None) -> dict[str | int, str | int] | None:
     """Number devices by integers, as accelerate does, also where they came as text."""
     if limits is None:
         return None

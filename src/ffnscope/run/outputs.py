@@ -90,7 +90,7 @@ def _model(job: Job) -> dict[str, Any]:
     return {
         "model_id": job.config.model.model_id,
         "class": type(model).__name__,
-        "revision": getattr(model.config, "_commit_hash", None) or job.config.model.revision,
+        "revision": job.loaded.revision,
         "weights_hash": job.model_hash,
         "parameters": sum(p.numel() for p in parameters),
         "ffn_parameters_per_channel": _channel_parameters(job.sites[0]),

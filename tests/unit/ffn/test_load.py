@@ -256,7 +256,8 @@ class TestRemoteCode:
 
 class TestOffload:
     def test_a_limit_of_memory(self, checkpoint: Path, llama: Any, tmp_path: Path) -> None:
-        source = ModelSource(str(checkpoint), device_map="auto", max_memory={"cpu": "40KB"}, offload_folder="offload")
+        places: Any = {"device_map": "auto", "max_memory": {"cpu": "40KB"}, "offload_folder": str(tmp_path / "offload")}
+        source = ModelSource(str(checkpoint), **places)
         model: Any = load_model(source).model
         assert "disk" in model.hf_device_map.values()
         assert torch.equal(logits(model), logits(llama))
