@@ -28,6 +28,7 @@ from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.evaluate.samples import generate_samples
 from ffnscope.evaluate.speed import BenchOptions, BenchResult
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
+from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites, select_sites
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_scores, write_stats
@@ -90,6 +91,7 @@ __all__ = [
     "load_windows",
     "make_windows",
     "masked",
+    "materialised",
     "metric",
     "perplexity",
     "prune_",

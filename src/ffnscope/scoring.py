@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import NonFiniteError, UsageError, unknown_name
+from ffnscope.ffn.offload import materialised, named_values
 from ffnscope.ffn.projection import weights_of
 from ffnscope.registry import METRICS, Metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights, Scores, check_core
@@ -53,7 +54,8 @@ def score(
     values: dict[FFNSite, Tensor] = {}
     for site, part in parts.items():
         extra = {name: _input(rule, name, site, core, reference) for name in rule.inputs}
-        values[site] = _values(rule, part, weights_of(model, site), {**params, **extra})
+        with materialised(model, site):
+            values[site] = _values(rule, part, weights_of(model, site), {**params, **extra})
     defaults = {k: p.default for k, p in rule.params.items() if p.default is not p.empty}
     with naming_weights(model):
         return Scores(metric, values, {"params": {**defaults, **params}, "source": rule.source, **(facts or {})})
@@ -74,9 +76,9 @@ def naming_weights(model: nn.Module) -> Generator[None]:
 
 
 def not_finite_weight(model: nn.Module) -> str | None:
-    """Name of the first weight that holds NaN or infinity, or None; offloaded (meta) weights are not read."""
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta" and not bool(torch.isfinite(parameter.detach()).all()):
+    """Name of the first weight that holds NaN or infinity, or None; offloaded weights are read too."""
+    for name, value in named_values(model):
+        if not bool(torch.isfinite(value.detach()).all()):
             return name
     return None
 
@@ -107,7 +109,8 @@ def check_reference(reference: nn.Module, sites: Sequence[FFNSite]) -> None:
 
 
 def _reference_weights(reference: nn.Module, site: FFNSite) -> FFNWeights:
-    weights = weights_of(reference, site)
+    with materialised(reference, site):
+        weights = weights_of(reference, site)
     if weights.up.shape != (site.d_ff, site.d_model):
         raise UsageError(
             f"the reference model has {tuple(weights.up.shape)} at {site.name}; expected {(site.d_ff, site.d_model)}. "

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import ffnscope
 from ffnscope.cli import app
 from ffnscope.ffn.load import cache_dir, find_gguf
-from ffnscope.io import read_json, read_plan
+from ffnscope.io import hash_file, read_json, read_plan
 from ffnscope.run import load_config, run
 from ffnscope.run.progress import Reporter
 
@@ -119,6 +119,28 @@ def test_twenty_per_cent_by_three_metrics(
     for name in ("wanda", "scar_loss_proxy"):
         assert perplexity["dense"] < perplexity[name] < perplexity["random"] / 2
         assert kl[name] < kl["random"] / 2
+
+
+def test_half_of_the_layers_on_disk(
+    loaded: ffnscope.LoadedModel, scores: dict[str, ffnscope.Scores], held_out: ffnscope.Windows, tmp_path: Path
+) -> None:
+    leaves = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = {**dict.fromkeys(leaves, "cpu"), **{f"model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(30)}}
+    source = ffnscope.ModelSource(MODEL, dtype="float32", device_map=places)
+    offloaded = ffnscope.load_model(source)
+    checkpoint = Path(offloaded.origin, "model.safetensors")
+    before = hash_file(checkpoint)
+    assert ffnscope.weights_hash(offloaded.model) == ffnscope.weights_hash(loaded.model)
+    plan = ffnscope.build_plan(scores["wanda"], 0.2)
+    windows = held_out[:2]
+    assert ffnscope.compare_plans(offloaded.model, {"wanda": plan}, windows) == ffnscope.compare_plans(
+        loaded.model, {"wanda": plan}, windows
+    )
+    ffnscope.save_model(ffnscope.prune_(offloaded.model, plan), None, tmp_path / "smaller")
+    fresh = ffnscope.load_model(ffnscope.ModelSource(MODEL, device="cpu", dtype="float32")).model
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert ffnscope.weights_hash(again) == ffnscope.weights_hash(ffnscope.prune_(fresh, plan))
+    assert hash_file(checkpoint) == before
 
 
 def test_pruned_by_the_command_line(pruned: tuple[Path, Result], loaded: ffnscope.LoadedModel) -> None:

@@ -15,6 +15,7 @@ from ffnscope.apply.mask import check_plan
 from ffnscope.apply.slice import slice_
 from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
 from ffnscope.ffn.load import quiet_transformers
+from ffnscope.ffn.offload import materialised, saving
 from ffnscope.ffn.projection import coupled
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import write_plan, writing
@@ -63,9 +64,9 @@ def save_model(
     check_reloadable(model)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with writing(path), quiet_transformers():
+        with writing(path), quiet_transformers(), saving(model) as arguments:
             part.mkdir(parents=True)
-            cast(Any, model).save_pretrained(part)
+            cast(Any, model).save_pretrained(part, **arguments)
             if tokenizer is not None:
                 tokenizer.save_pretrained(part)
             if plan is not None:
@@ -114,7 +115,7 @@ def _padded(model: nn.Module, plan: PruningPlan, width: int) -> PruningPlan:
     kept: dict[FFNSite, torch.Tensor] = {}
     for site, index in plan.kept.items():
         removed = plan.removed(site)
-        with torch.no_grad():
+        with torch.no_grad(), materialised(model, site, write=True):
             for entry in coupled(model, site, removed):
                 entry.parameter.index_fill_(entry.axis, entry.index.to(entry.parameter.device), 0)
         kept[site] = torch.cat([index, removed[: width - index.numel()]]).sort().values

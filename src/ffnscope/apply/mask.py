@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
-from ffnscope.ffn.projection import Coupled, check_resident, coupled, down_projection, in_width, out_width, projection
+from ffnscope.ffn.offload import check_values, edited, is_offloaded
+from ffnscope.ffn.projection import Coupled, coupled, down_projection, in_width, out_width, projection
 from ffnscope.types import FFNSite, PruningPlan
 
 
@@ -18,27 +20,31 @@ def masked(model: nn.Module, plan: PruningPlan) -> Generator[nn.Module]:
     """Within the block, every removed channel contributes nothing: its gate and up rows, biases and down column are 0.
 
     The logits equal those of the sliced model. On exit the saved entries are copied back, so the model is
-    bit-identical, also after an exception or Ctrl-C. Contexts nest.
+    bit-identical, also after an exception or Ctrl-C. An offloaded weight is zeroed whenever it is read. Contexts nest.
 
     Raises:
         UsageError: the plan was made for a model of other shapes.
-        ModelError: a weight is offloaded.
+        ModelError: a weight is on the meta device without a value.
     """
     check_plan(model, plan)
     saved: list[tuple[Coupled, Tensor]] = []
-    try:
-        for site in plan.kept:
-            removed = plan.removed(site)
-            if removed.numel():
-                for entry in coupled(model, site, removed):
-                    _zero(entry, saved)
-        yield model
-    finally:
-        _restore(saved)
+    with contextlib.ExitStack() as edits:
+        try:
+            for site in plan.kept:
+                removed = plan.removed(site)
+                if removed.numel():
+                    for entry in coupled(model, site, removed):
+                        if is_offloaded(entry.parameter):
+                            edits.enter_context(edited(model, entry.module, entry.name, partial(_zeroed, entry)))
+                        else:
+                            _zero(entry, saved)
+            yield model
+        finally:
+            _restore(saved)
 
 
 def check_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Raise unless every site of the plan is in the model, resident, with the shapes that the plan was made for."""
+    """Raise unless every site of the plan is in the model, with values, in the shapes that the plan was made for."""
     for site in plan.kept:
         found, d_model = (width(down_projection(model, site)) for width in (in_width, out_width))
         if (found, d_model) != (site.d_ff, site.d_model):
@@ -47,7 +53,7 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
                 f"{found} of width {d_model} there. Use the model that was scored."
             )
         _check_producers(model, site)
-        check_resident(model, site)
+        check_values(model, site)
 
 
 def _check_producers(model: nn.Module, site: FFNSite) -> None:
@@ -67,6 +73,10 @@ def _zero(entry: Coupled, saved: list[tuple[Coupled, Tensor]]) -> None:
     index = entry.index.to(parameter.device)
     saved.append((entry, parameter.index_select(entry.axis, index)))
     parameter.index_fill_(entry.axis, index, 0)
+
+
+def _zeroed(entry: Coupled, value: Tensor) -> Tensor:
+    return value.index_fill(entry.axis, entry.index.to(value.device), 0)
 
 
 @torch.no_grad()

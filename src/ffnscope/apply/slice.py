@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ffnscope.apply.mask import check_plan
+from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import coupled, is_projection, out_axis, projection
 from ffnscope.ffn.sites import find_sites
 from ffnscope.types import FFNSite, PruningPlan
@@ -29,16 +30,17 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Remove the channels that a plan does not keep, in place, and return the model.
 
     Weights and biases shrink, widths that modules remember follow, and the config's width follows when all sites of
-    the model now agree. Unequal widths work in memory; for saving see `prune_`.
+    the model now agree. Offloaded weights stay offloaded. Unequal widths work in memory; for saving see `prune_`.
 
     Raises:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
-        ModelError: a weight is offloaded; the model is then unchanged.
+        ModelError: a weight is on the meta device without a value; the model is then unchanged.
     """
     check_plan(model, plan)
     for site, kept in plan.kept.items():
         if kept.numel() < site.d_ff:
-            _slice_site(model, site, kept)
+            with materialised(model, site, write=True):
+                _slice_site(model, site, kept)
     _update_config(model, plan)
     return model
 

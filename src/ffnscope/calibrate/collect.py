@@ -17,6 +17,7 @@ from ffnscope.calibrate.observe import not_finite, observe_batch
 from ffnscope.calibrate.taps import SignalTap, frozen
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
+from ffnscope.ffn.offload import named_values
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import hash_json, hash_tensors
 from ffnscope.registry import METRICS, STATISTICS
@@ -227,12 +228,12 @@ def spread(total: int, count: int) -> Tensor:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of all weights: names, shapes, dtypes and bytes. Offloaded (meta) weights count by shape and dtype."""
-    resident = (
-        (f"{k}:meta:{tuple(v.shape)}:{v.dtype}", torch.zeros(0)) if v.device.type == "meta" else (k, v)
-        for k, v in model.state_dict().items()
-    )
-    return hash_tensors(resident)
+    """Hash of all weights: names, shapes, dtypes and bytes. Offloaded weights are read, so they give the same hash.
+
+    Raises:
+        ModelError: a weight is on the meta device without a value.
+    """
+    return hash_tensors(named_values(model))
 
 
 def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Iterator[Step]:

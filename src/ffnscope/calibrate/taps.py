@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ffnscope.ffn.offload import set_requires_grad
 from ffnscope.ffn.projection import down_projection, projection
 from ffnscope.types import FFNSite
 
@@ -61,16 +62,17 @@ def channel_taps(
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Generator[None]:
     """Put the model in eval mode without weight gradients; restore both on exit."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    # by name: a forward replaces the parameters that are offloaded
+    flags = [(m, n, p.requires_grad) for m in model.modules() for n, p in m.named_parameters(recurse=False)]
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+        for module, name, _ in flags:
+            set_requires_grad(module, name, flag=False)
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for module, name, flag in flags:
+            set_requires_grad(module, name, flag)
         for module, training in modes:
             module.training = training
 

@@ -105,7 +105,7 @@ def score_all(
     """
     windows = choice.calibration(loaded) if windows is None else windows
     options = PassOptions(batch_size=choice.batch_size, checkpoint=folder / PART if folder else None)
-    facts = {"model": weights_hash(loaded.model), "calibration": describe_windows(windows)}
+    facts = {"model": weights_hash(loaded.model), **loaded.facts, "calibration": describe_windows(windows)}
     if asked.reference is not None:
         facts["reference"] = weights_hash(asked.reference)
     core = asked.rule.count or round(asked.rule.fraction * max(s.d_ff for s in asked.sites))

@@ -15,7 +15,7 @@ from ffnscope.calibrate.text import TextSource, check_text, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli.passes import Question
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
+from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, read_token
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.run.document import DocumentError, parse_value
@@ -31,22 +31,56 @@ Tracked = Annotated[list[str] | None, typer.Option("--tracked", help="Pattern of
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is loaded."""
+    """Where a model comes from, and how it is loaded."""
 
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto"
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
     ] = False
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None
+    device_map: Annotated[str | None, typer.Option(help="Placement: auto, balanced, sequential or a device.")] = None
+    max_memory: Annotated[
+        list[str] | None, typer.Option(help="Limit for --device-map, 0=20GiB or cpu=60GiB; repeatable.")
+    ] = None
+    offload_folder: Annotated[str | None, typer.Option(help="Folder for weights that --device-map puts on disk.")] = (
+        None
+    )
+    cache_dir: Annotated[str | None, typer.Option(help="Folder of the hub's files.")] = None
+    token_env: Annotated[str | None, typer.Option(help="Variable that holds the hub's token, if not HF_TOKEN.")] = None
+    offline: Annotated[bool, typer.Option("--offline", help="Use only files that are in the cache already.")] = False
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also load weights that are pickle files.")] = (
+        False
+    )
+
+    def source(self, model: str) -> ModelSource:
+        """Translate for the loader; raises UsageError or ModelError for what cannot be."""
+        return ModelSource(
+            model,
+            self.revision,
+            self.dtype,
+            self.device,
+            self.device_map,
+            self.trust_remote_code,
+            max_memory=None if self.max_memory is None else dict(map(_limit, self.max_memory)),
+            offload_folder=self.offload_folder,
+            cache_dir=self.cache_dir,
+            token=read_token(self.token_env),
+            offline=self.offline,
+            allow_pickle=self.allow_pickle,
+        )
 
     def open(self, reporter: Reporter, model: str) -> LoadedModel:
         """Load a model with a progress line."""
         with reporter.task(f"load {model}", "models"):
             return load_model(self.source(model))
 
-    def source(self, model: str) -> ModelSource:
-        """What to load and how, by name."""
-        return ModelSource(model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+
+def _limit(text: str) -> tuple[str, str]:
+    place, equals, amount = text.partition("=")
+    if not (place and equals and amount):
+        raise UsageError(f"--max-memory {text!r} is not DEVICE=SIZE, for example 0=20GiB or cpu=60GiB.")
+    return place, amount
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
+from ffnscope.ffn.offload import named_values
 from ffnscope.io import SCHEMA, expect_kind, hash_json, hash_tensors, plan_to_dict, read_json, write_json
 from ffnscope.types import PruningPlan
 
@@ -87,12 +88,13 @@ def plan_key(plan: PruningPlan) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of every weight's name, shape, dtype and of up to about 256 evenly spaced values: cheap for any size."""
-    return hash_tensors((f"{name}{tuple(p.shape)}", _sample(p)) for name, p in model.named_parameters())
+    """Hash of every weight's name, shape, dtype and of up to about 256 evenly spaced values: cheap for any size.
+
+    Weights that are offloaded to disk have to be read, as in a forward.
+    """
+    return hash_tensors((f"{name}{tuple(value.shape)}", _sample(value)) for name, value in named_values(model))
 
 
-def _sample(parameter: nn.Parameter) -> Tensor:
-    if parameter.device.type == "meta":
-        return torch.empty(0, dtype=parameter.dtype)
-    flat = parameter.detach().reshape(-1)
+def _sample(value: Tensor) -> Tensor:
+    flat = value.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLED)]

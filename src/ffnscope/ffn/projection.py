@@ -71,7 +71,7 @@ def weights_of(model: nn.Module, site: FFNSite) -> FFNWeights:
     """Canonical views of a site's weights.
 
     Raises:
-        ModelError: a weight is not resident (offloaded to disk or CPU by accelerate).
+        ModelError: a weight is offloaded by accelerate, and this is not inside `materialised`.
         LayoutError: the site is not in this model.
     """
     check_resident(model, site)
@@ -106,12 +106,13 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
 
 
 def check_resident(model: nn.Module, site: FFNSite) -> None:
-    """Raise ModelError when a weight of the site is offloaded: changing it on the meta device would do nothing."""
+    """Raise ModelError when a weight of the site is on the meta device, where it has no value."""
     for name in dict.fromkeys(n for n in (site.gate, site.up, site.down) if n is not None):
         if any(p.device.type == "meta" for p in projection(model, site, name).parameters(recurse=False)):
             raise ModelError(
-                f"the weights of {site.path}.{name} are offloaded and cannot be read or changed in place. Load the "
-                "model without CPU or disk offload (model.device_map), or on a device with more memory."
+                f"the weights of {site.path}.{name} are offloaded (or were never loaded) and cannot be read or changed "
+                "in place. Work inside `with materialised(model, site):` (ffnscope.ffn.offload), or load the model "
+                "without offload."
             )
 
 

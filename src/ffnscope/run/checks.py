@@ -18,7 +18,15 @@ from ffnscope.run.planned import PLANNED_KEYS, not_available
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.texts import SHIPPED_TEXTS, TextSource
 
-_LOADER_KEYS = ("revision", "dtype", "torch_dtype", "device_map", "trust_remote_code")
+_LOADER_KEYS = {
+    **{key: key for key in ("revision", "dtype", "device_map", "max_memory", "offload_folder", "cache_dir")},
+    "torch_dtype": "dtype",
+    "token": "token_env",
+    "local_files_only": "offline",
+    "use_safetensors": "allow_pickle",
+    "trust_remote_code": "trust_remote_code",
+}
+"""Argument of `from_pretrained` -> the key of the model block that sets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _core,
         _inputs,
         _model_kwargs,
+        _device_map,
         _text_keys,
         _splits,
         _held_out,
@@ -147,8 +156,14 @@ def _model_kwargs(config: RunConfig) -> Iterator[Finding]:
     for block in ("model_kwargs", "tokenizer_kwargs"):
         for key in getattr(config.model, block):
             if key in _LOADER_KEYS:
-                own = "dtype" if key == "torch_dtype" else key
-                yield _finding(("model", block, key), f"is set by model.{own}. Write it there")
+                yield _finding(("model", block, key), f"is set by model.{_LOADER_KEYS[key]}. Write it there")
+
+
+def _device_map(config: RunConfig) -> Iterator[Finding]:
+    for key in ("max_memory", "offload_folder"):
+        if getattr(config.model, key) is not None and config.model.device_map is None:
+            message = "would do nothing without model.device_map. Set that, for example to auto, or remove this key"
+            yield _finding(("model", key), message, ("model", "device_map"))
 
 
 def _text_keys(config: RunConfig) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.analyze.levels import CoreRule
 from ffnscope.calibrate.collect import PassOptions, weights_hash
-from ffnscope.ffn.load import ModelSource, load_model
+from ffnscope.ffn.load import ModelSource, load_model, read_token
 from ffnscope.plan.build import top_core
 from ffnscope.registry import METRICS
 from ffnscope.run.schema import RunConfig
@@ -70,6 +70,12 @@ def model_source(config: RunConfig) -> ModelSource:
         asked.trust_remote_code,
         dict(asked.model_kwargs),
         dict(asked.tokenizer_kwargs),
+        max_memory=asked.max_memory,
+        offload_folder=asked.offload_folder,
+        cache_dir=asked.cache_dir,
+        token=read_token(asked.token_env),
+        offline=asked.offline,
+        allow_pickle=asked.allow_pickle,
     )
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ffnscope.analyze.levels import first_level
 from ffnscope.calibrate.collect import Step, plan_steps, required_statistics, statistics_bytes
+from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
@@ -72,7 +73,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     ]
     batches = [w[: config.dataset.batch_size] for w in held_out]
     peak = _peak_bytes(loaded.model, sites, steps, batches) + 2 * sums
-    on_cpu = all(p.device.type == "cpu" for p in loaded.model.parameters())
+    on_cpu = all(p.device.type in ("cpu", "meta") for p in loaded.model.parameters())
     return Estimate(lines, peak + libraries if on_cpu else peak, passes, sums)
 
 
@@ -137,9 +138,9 @@ def _n_plans(config: RunConfig) -> int:
 
 def _seconds_per_token(model: Any, sites: Sequence[FFNSite]) -> float:
     """Time of one token's forward: 2 FLOP per weight at the measured speed of a matrix product of the FFN's shape."""
-    weight = next(p for p in model.parameters() if p.dim() == 2 and p.device.type != "meta")
-    a = torch.randn(1024, sites[0].d_model, device=weight.device, dtype=weight.dtype)
-    b = torch.randn(sites[0].d_model, sites[0].d_ff, device=weight.device, dtype=weight.dtype)
+    device, dtype = input_device(model), next(p.dtype for p in model.parameters() if p.dim() == 2)
+    a = torch.randn(1024, sites[0].d_model, device=device, dtype=dtype)
+    b = torch.randn(sites[0].d_model, sites[0].d_ff, device=device, dtype=dtype)
     times: list[float] = []
     for _ in range(5):
         start = time.perf_counter()

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.types import Strict
 from pydantic_core import PydanticCustomError
 
+from ffnscope.ffn.load import MEMORY
 from ffnscope.registry import ALLOCATORS, METRICS
 
 NAMES_OF = "x-names-of"
@@ -115,6 +116,17 @@ def _device_map(value: Any) -> Any:
     raise refuse(f"expected text such as 'auto', or a mapping from module to device; got {value!r}")
 
 
+def _max_memory(value: Any) -> Any:
+    if value is None:
+        return value
+    if not isinstance(value, dict) or not value:
+        raise refuse(f"expected a mapping from device to memory, such as {{'0': 20GiB, cpu: 60GiB}}; got {value!r}")
+    for place, amount in value.items():
+        if isinstance(amount, bool) or not re.fullmatch(MEMORY, str(amount)):
+            raise refuse(f"the limit of {place!r} must be bytes or text such as 20GiB; got {amount!r}")
+    return value
+
+
 def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     twice = [v for i, v in enumerate(values) if v in values[:i]]
     if twice:
@@ -144,6 +156,11 @@ DeviceMap = Annotated[
     str | dict[str, str | int] | None,
     BeforeValidator(_device_map),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]}),
+]
+MaxMemory = Annotated[
+    dict[str, str | int] | None,
+    BeforeValidator(_max_memory),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]}),
 ]
 Count = Annotated[StrictInt, Field(ge=1)]
 Length = Annotated[StrictInt, Field(ge=2)]

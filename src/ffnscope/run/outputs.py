@@ -14,6 +14,7 @@ import torch
 import ffnscope
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import EvalRow
+from ffnscope.ffn.offload import placement
 from ffnscope.io import SCHEMA, write_csv, write_json, write_text
 from ffnscope.report.summary import rank_correlation
 from ffnscope.report.tables import results_markdown, results_rows
@@ -90,12 +91,12 @@ def _model(job: Job) -> dict[str, Any]:
     return {
         "model_id": job.config.model.model_id,
         "class": type(model).__name__,
-        "revision": getattr(model.config, "_commit_hash", None) or job.config.model.revision,
+        "revision": job.loaded.revision,
         "weights_hash": job.model_hash,
         "parameters": sum(p.numel() for p in parameters),
         "ffn_parameters_per_channel": _channel_parameters(job.sites[0]),
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "device": str(parameters[0].device),
+        "device": placement(model),
         "sites": [asdict(s) for s in job.sites],
     }
 

@@ -22,6 +22,7 @@ from ffnscope.run.fields import (
     Fraction,
     Keywords,
     Length,
+    MaxMemory,
     MetricName,
     NotEmpty,
     Seed,
@@ -60,7 +61,20 @@ class Model(Block):
     dtype: Dtype = "auto"
     """Floating-point type of the weights; auto takes the checkpoint's."""
     device_map: DeviceMap = None
-    """Placement over devices as transformers takes it ("auto", ...); null: everything on experiment.device."""
+    """Placement over devices as transformers takes it ("auto", or module: device, cpu or disk); null: everything on
+    experiment.device."""
+    max_memory: MaxMemory = None
+    """Limit per device for device_map: {'0': 20GiB, cpu: 60GiB}; what does not fit goes to memory, then to disk."""
+    offload_folder: Text | None = None
+    """Folder for weights that device_map puts on disk and that cannot be read from the checkpoint's own files."""
+    cache_dir: Text | None = None
+    """Folder of the hub's files; null: that of the hub client (HF_HOME)."""
+    token_env: Text | None = None
+    """Environment variable that holds the access token of the hub; null: HF_TOKEN, or the login of `hf auth login`."""
+    offline: StrictBool = False
+    """Use no network: only files that are in the cache already."""
+    allow_pickle: StrictBool = False
+    """Also load weights that are pickle files (pytorch_model.bin) and not safetensors."""
     trust_remote_code: StrictBool = False
     """Allow Python code that comes with the checkpoint to run."""
     tracked_layers: Annotated[tuple[Text, ...], NotEmpty] | None = None

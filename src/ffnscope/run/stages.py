@@ -140,7 +140,8 @@ def _pass(
                 options=options,
                 on_batch=update,
             )
-        write_stats(path, stats.values(), {"model": job.model_hash, "calibration": facts, **sizes})
+        of = {"model": job.model_hash, **job.loaded.facts, "calibration": facts}
+        write_stats(path, stats.values(), {**of, **sizes})
 
     chosen = {site.name: index.tolist() for site, index in (core or {}).items()}
     depends = [job.model_hash, facts["hash"], sorted(statistics), sizes, [asdict(s) for s in job.sites], chosen]
@@ -156,7 +157,7 @@ def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Sc
 
     def make() -> None:
         model = job.loaded.model
-        facts = {"model": job.model_hash, "calibration": describe_windows(job.calibration)}
+        facts = {"model": job.model_hash, **job.loaded.facts, "calibration": describe_windows(job.calibration)}
         if job.reference_hash:
             facts["reference"] = {"model": job.config.model.reference_id, "hash": job.reference_hash}
         reference = load_reference(job.config, params)

@@ -17,7 +17,7 @@ from ffnscope.calibrate.collect import (
     weights_hash,
 )
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import ArtifactError, DeviceError, NonFiniteError, UnknownNameError, UsageError
+from ffnscope.errors import ArtifactError, DeviceError, ModelError, NonFiniteError, UnknownNameError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.scoring import score
@@ -330,8 +330,8 @@ def test_weights_hash():
     assert first == weights_hash(tiny("llama"))
     assert first != weights_hash(tiny("llama", seed=1))
     assert first != weights_hash(tiny("llama").to(torch.bfloat16))
-    offloaded = [weights_hash(tiny("llama", intermediate_size=n).to("meta")) for n in (48, 64)]
-    assert offloaded[0] != offloaded[1]
+    with pytest.raises(ModelError, match=r"embed_tokens.weight is on the meta device and has no value"):
+        weights_hash(tiny("llama").to("meta"))
 
 
 # errors

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,10 +103,13 @@ class TestWhatCannotBeLoaded:
         text = self.failure(model_id)
         assert "does not exist; model_id may be a hub id, a directory, a .gguf file or package:DIST." in text
 
-    def test_a_hub_model_without_a_network(self) -> None:
+    def test_a_hub_model_in_offline_mode(self) -> None:
         text = self.failure("no-such-organisation/no-such-model")
-        assert text.startswith("cannot load 'no-such-organisation/no-such-model': ")
-        assert "A hub model needs a network" in text and "hf auth login" in text
+        assert text.startswith("cannot load 'no-such-organisation/no-such-model': it is not in the cache, and offline")
+        assert "Load it once with a network (`hf download no-such-organisation/no-such-model`), let" in text
+
+    def test_no_possible_name(self) -> None:
+        assert "is neither a file or folder here nor a possible hub id (owner/name)." in self.failure("a b/c")
 
     def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
         assert "is a directory without config.json; expected a checkpoint" in self.failure(tmp_path)
@@ -126,10 +130,29 @@ class TestWhatCannotBeLoaded:
         (checkpoint / "config.json").write_text(json.dumps(config))
         assert "is quantised with gptq" in self.failure(checkpoint)
 
-    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
     def test_a_damaged_file(self, checkpoint: Path, name: str) -> None:
         (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:40])
         assert self.failure(checkpoint).startswith(f"cannot load '{checkpoint}': ")
+
+    @pytest.mark.parametrize("keep", [0, 4, 40, 5000, -1])
+    def test_damaged_weights(self, checkpoint: Path, keep: int) -> None:
+        path = checkpoint / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+        text = self.failure(checkpoint)
+        assert text.startswith(f"cannot load '{checkpoint}': a safetensors file is damaged or incomplete (")
+        assert text.endswith("Delete it and download or copy it again.")
+
+    def test_missing_weights(self, checkpoint: Path) -> None:
+        (checkpoint / "model.safetensors").unlink()
+        assert "no file named model.safetensors found in directory" in self.failure(checkpoint)
+
+    def test_a_missing_shard(self, checkpoint: Path, llama: Any) -> None:
+        (checkpoint / "model.safetensors").unlink()
+        llama.save_pretrained(checkpoint, max_shard_size=20_000)
+        sorted(checkpoint.glob("model-*.safetensors"))[1].unlink()
+        text = self.failure(checkpoint)
+        assert text.startswith(f"cannot load '{checkpoint}': ") and "model-00002-of-" in text
 
     def test_weights_of_another_shape(self, checkpoint: Path) -> None:
         path = checkpoint / "model.safetensors"
@@ -144,11 +167,116 @@ class TestWhatCannotBeLoaded:
 
     def test_an_unknown_architecture(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
-        assert "no_such_type" in self.failure(tmp_path)
+        text = self.failure(tmp_path)
+        assert "its architecture 'no_such_type' (model_type in config.json) is not known to transformers" in text
+        assert "which is installed. Update it: pip install -U transformers." in text
 
     def test_no_causal_language_model(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-        assert self.failure(tmp_path).startswith(f"cannot load '{tmp_path}': ")
+        assert "'vit' is no causal language model in transformers. Give a model" in self.failure(tmp_path)
+
+    def test_a_revision_of_a_local_model(self, checkpoint: Path) -> None:
+        with pytest.raises(
+            UsageError, match=r"revision 'v1' has no meaning for .*checkpoint, which is local. Leave it"
+        ):
+            load_model(ModelSource(str(checkpoint), revision="v1"))
+
+
+class TestPickle:
+    @pytest.fixture
+    def pickled(self, checkpoint: Path, llama: Any) -> Path:
+        (checkpoint / "model.safetensors").unlink()
+        torch.save(llama.state_dict(), checkpoint / "pytorch_model.bin")
+        return checkpoint
+
+    def test_refused(self, pickled: Path) -> None:
+        message = r"its weights are pickle files \(pytorch_model.bin\), which can run code when they are loaded. Use a"
+        with pytest.raises(ModelError, match=message):
+            load_model(str(pickled))
+
+    def test_shards_are_refused(self, pickled: Path) -> None:
+        (pickled / "pytorch_model.bin").rename(pickled / "pytorch_model-00001-of-00001.bin")
+        (pickled / "pytorch_model.bin.index.json").write_text("{}")
+        with pytest.raises(ModelError, match="its weights are pickle files"):
+            load_model(str(pickled))
+
+    def test_allowed(self, pickled: Path, llama: Any) -> None:
+        loaded = load_model(ModelSource(str(pickled), allow_pickle=True))
+        assert torch.equal(logits(loaded.model), logits(llama))
+
+    def test_code_in_it_does_not_run_even_then(self, pickled: Path, tmp_path: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> Any:
+                return (Path.touch, (tmp_path / "ran",))
+
+        torch.save({"model.norm.weight": Evil()}, pickled / "pytorch_model.bin")
+        for allowed, message in (
+            (False, "its weights are pickle files"),
+            (True, "or holds more than tensors, which is"),
+        ):
+            with pytest.raises(ModelError, match=message):
+                load_model(ModelSource(str(pickled), allow_pickle=allowed))
+        assert not (tmp_path / "ran").exists()
+
+    def test_safetensors_win(self, checkpoint: Path, llama: Any) -> None:
+        (checkpoint / "pytorch_model.bin").write_bytes(b"no pickle")
+        assert torch.equal(logits(load_model(str(checkpoint)).model), logits(llama))
+
+
+class TestRemoteCode:
+    @pytest.fixture
+    def own_code(self, checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A checkpoint whose architecture is code of its own, which says so when it runs."""
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache / "modules"))
+        monkeypatch.setattr("sys.path", [str(cache / "modules"), *sys.path])
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["model_type"] = "my_llama"
+        config["auto_map"] = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        (checkpoint / "mine.py").write_text(
+            "from pathlib import Path\n"
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            f"Path({str(checkpoint / 'ran')!r}).touch()\n"
+            "class MyConfig(LlamaConfig):\n    model_type = 'my_llama'\n"
+            "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
+        )
+        return checkpoint
+
+    def test_refused(self, own_code: Path) -> None:
+        message = r"its architecture 'my_llama' is not part of transformers, and the code that comes with .* only when"
+        with pytest.raises(ModelError, match=message):
+            load_model(str(own_code))
+        assert not (own_code / "ran").exists()
+
+    def test_allowed(self, own_code: Path, llama: Any) -> None:
+        loaded = load_model(ModelSource(str(own_code), trust_remote_code=True))
+        assert type(loaded.model).__name__ == "MyModel"
+        assert torch.equal(logits(loaded.model), logits(llama))
+
+
+class TestOffload:
+    def test_a_limit_of_memory(self, checkpoint: Path, llama: Any, tmp_path: Path) -> None:
+        places: Any = {"device_map": "auto", "max_memory": {"cpu": "40KB"}, "offload_folder": str(tmp_path / "offload")}
+        source = ModelSource(str(checkpoint), **places)
+        model: Any = load_model(source).model
+        assert "disk" in model.hf_device_map.values()
+        assert torch.equal(logits(model), logits(llama))
+
+    def test_numbers_as_text(self, checkpoint: Path) -> None:
+        model: Any = load_model(ModelSource(str(checkpoint), device_map="auto", max_memory={"cpu": "40000"})).model
+        assert "disk" in model.hf_device_map.values()
+
+    @pytest.mark.parametrize("option", [{"max_memory": {"cpu": "1GiB"}}, {"offload_folder": "here"}])
+    def test_without_a_device_map(self, option: Any) -> None:
+        with pytest.raises(
+            UsageError, match=rf"{next(iter(option))} would do nothing without device_map; set device_map"
+        ):
+            ModelSource("x", **option)
+
+    @pytest.mark.parametrize("amount", ["much", "8 GiBs", -1, "", "GiB"])
+    def test_no_amount_of_memory(self, amount: Any) -> None:
+        with pytest.raises(UsageError, match="max_memory of 0 must be bytes or text such as '8GiB'; got "):
+            ModelSource("x", device_map="auto", max_memory={0: amount})
 
 
 class TestDevice:
@@ -214,6 +342,12 @@ class TestGguf:
         with pytest.raises(ModelError, match=r"cannot load '.*tiny.gguf'"):
             load_model(str(gguf_file))
         assert list((cache / "gguf").iterdir()) == []
+
+    def test_another_architecture(self, gguf_file: Path) -> None:
+        gguf_file.write_bytes(gguf_file.read_bytes().replace(b"llama", b"lxama"))
+        message = r"tiny.gguf': .*lxama.* Give the checkpoint that this GGUF was made from: a hub id, or a folder with"
+        with pytest.raises(ModelError, match=message):
+            load_model(str(gguf_file))
 
     def test_a_cache_that_cannot_be_written(self, gguf_file: Path, cache: Path) -> None:
         cache.touch()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ffnscope.errors import ConfigError
+from ffnscope.run.choices import model_source
 from ffnscope.run.document import parse_document
 from ffnscope.run.load import config_from_dict, dump_config, load_config
 
@@ -173,6 +174,23 @@ FAULTS = [
     ),
     ("model: {model_id: m, model_kwargs: {torch_dtype: x}}", "model.model_kwargs.torch_dtype: is set by model.dtype."),
     ("model: {model_id: m, tokenizer_kwargs: {revision: x}}", "is set by model.revision. Write it there."),
+    ("model: {model_id: m, model_kwargs: {use_safetensors: false}}", "is set by model.allow_pickle. Write it there."),
+    ("model: {model_id: m, tokenizer_kwargs: {token: x}}", "is set by model.token_env. Write it there."),
+    (
+        "model: {model_id: m, max_memory: {'0': 8GiB}}",
+        "model.max_memory: would do nothing without model.device_map. Set that, for example to auto, or remove this",
+    ),
+    ("model: {model_id: m, offload_folder: x}", "model.offload_folder: would do nothing without model.device_map."),
+    (
+        "model: {model_id: m, device_map: auto, max_memory: {'0': much}}",
+        "model.max_memory: the limit of '0' must be bytes or text such as 20GiB; got 'much'.",
+    ),
+    (
+        "model: {model_id: m, device_map: auto, max_memory: 8GiB}",
+        "expected a mapping from device to memory, such as {'0'",
+    ),
+    ("model: {model_id: m, offline: 1}", "model.offline: expected true or false; got 1."),
+    ("model: {model_id: m, token: hf_x}", "model.token: unknown key 'token'. Did you mean 'token_env'?"),
     ("model: {model_id: m, device_map: 3}", "expected text such as 'auto', or a mapping from module to device; got 3."),
     ("model: {model_id: m, tracked_layers: []}", "model.tracked_layers: the list is empty; give at least one value."),
     (
@@ -463,6 +481,20 @@ def test_dump_is_accepted_back_and_equal(load):
     text = dump_config(config)
     assert load(text) == config
     assert dump_config(load(text)) == text
+
+
+def test_how_a_model_is_loaded(load, monkeypatch):
+    config = load(
+        "model: {model_id: m, revision: v1, device_map: auto, max_memory: {'0': 20GiB, cpu: 1000},\n"
+        "  offload_folder: off_, cache_dir: hub, offline: true, allow_pickle: true, token_env: MY_TOKEN}\n"
+    )
+    assert config.model.max_memory == {"0": "20GiB", "cpu": 1000}
+    assert load(dump_config(config)) == config
+    monkeypatch.setenv("MY_TOKEN", "hf_secret")
+    source = model_source(config)
+    assert (source.revision, source.max_memory, source.offload_folder) == ("v1", {"0": "20GiB", "cpu": 1000}, "off_")
+    assert (source.cache_dir, source.offline, source.allow_pickle, source.token) == ("hub", True, True, "hf_secret")
+    assert "hf_secret" not in dump_config(config)
 
 
 def test_resolving_twice_changes_nothing(load):
