@@ -11,7 +11,7 @@ from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
 from ffnscope.analyze.stability import stability
-from ffnscope.apply.export import check_reloadable, prune_, save_model
+from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.mask import masked
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
@@ -72,7 +72,6 @@ __all__ = [
     "calibrate_all",
     "capture",
     "capture_size",
-    "check_reloadable",
     "compare_plans",
     "diff_plans",
     "find_sites",

@@ -18,6 +18,7 @@ from torch import nn
 
 from ffnscope.errors import DeviceError, FFNScopeError, ModelError, UsageError
 from ffnscope.ffn.guard import check_config, check_model
+from ffnscope.ffn.narrowed import causal_lm
 from ffnscope.io import hash_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -189,14 +190,14 @@ def _check_folder(path: Path) -> None:
 
 
 def _from_pretrained(origin: str, source: ModelSource, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     shared: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     config = AutoConfig.from_pretrained(origin, **shared)
     check_config(config, source.model_id)
     tokenizer = AutoTokenizer.from_pretrained(origin, **shared, **source.tokenizer_kwargs)
     extra = {} if source.device_map is None else {"device_map": source.device_map}
-    model = AutoModelForCausalLM.from_pretrained(origin, dtype=dtype, **shared, **extra, **source.model_kwargs)
+    model = causal_lm(config).from_pretrained(origin, dtype=dtype, **shared, **extra, **source.model_kwargs)
     return model, tokenizer
 
 
