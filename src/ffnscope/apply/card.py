@@ -12,10 +12,10 @@ from ffnscope.types import EvalResult, PruningPlan
 
 
 def model_card(
-    model: nn.Module, name: str, plan: PruningPlan | None, results: Mapping[str, EvalResult], *, remote: bool
+    model: nn.Module, name: str, loading: str, plan: PruningPlan | None, results: Mapping[str, EvalResult]
 ) -> str:
-    """Markdown text of the card; ``remote`` tells that loading runs the modeling file beside the weights."""
-    parts = [_front(plan), f"# {name}\n", _loading(name, remote)]
+    """Markdown text of the card; ``loading`` is the part that tells how to load the model."""
+    parts = [_front(plan), f"# {name}\n", loading]
     if plan is not None:
         parts += [_plan(model, plan), _widths(plan)]
     if results:
@@ -31,7 +31,8 @@ def _front(plan: PruningPlan | None) -> str:
     return "\n".join(["---", *lines, "---\n"])
 
 
-def _loading(name: str, remote: bool) -> str:
+def loading_code(name: str, *, remote: bool) -> str:
+    """Tell how to load a checkpoint; ``remote``: with the modeling file beside the weights."""
     if not remote:
         return f'    AutoModelForCausalLM.from_pretrained("{name}")\n'
     return (
@@ -69,7 +70,13 @@ def _widths(plan: PruningPlan) -> str:
 
 def _results(results: Mapping[str, EvalResult]) -> str:
     rows = [
-        (label, one.name, f"{one.value:.6g}" + ("" if one.stderr is None else f" ± {one.stderr:.2g}"), one.n, one.dataset)
+        (
+            label,
+            one.name,
+            f"{one.value:.6g}" + ("" if one.stderr is None else f" ± {one.stderr:.2g}"),
+            one.n,
+            one.dataset,
+        )
         for label, one in results.items()
     ]
     protocols = dict.fromkeys(one.protocol for one in results.values())

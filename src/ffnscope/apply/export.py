@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ffnscope.apply.card import model_card
+from ffnscope.apply.card import loading_code, model_card
 from ffnscope.apply.folder import replacing_folder
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.slice import slice_
@@ -23,7 +23,7 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_json, write_json, write_plan, write_text
 from ffnscope.types import EvalResult, FFNSite, PruningPlan
 
-CARD = "ffnscope_plan.json"
+PLAN = "ffnscope_plan.json"
 WIDTHS = "ffnscope_ffn_widths"
 SHARD = "5GB"
 
@@ -81,27 +81,36 @@ def save_model(
             "widest (--pad-to-widest), or use the allocator 'local'."
         )
     with replacing_folder(path, overwrite) as part, quiet_transformers():
-        cast(Any, model).save_pretrained(part, max_shard_size=max_shard_size)
-        _finish_config(part, model, changes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        if plan is not None:
-            write_plan(part / CARD, plan)
-        write_text(part / "README.md", model_card(model, path.name, plan, results or {}, remote=bool(changes)))
+        write_checkpoint(part, model, tokenizer, plan, max_shard_size)
+        if changes:
+            _add_modeling(part, model, changes)
+        loading = loading_code(path.name, remote=bool(changes))
+        write_text(part / "README.md", model_card(model, path.name, loading, plan, results or {}))
 
 
-def _finish_config(folder: Path, model: nn.Module, changes: dict[str, Any]) -> None:
-    """Add to ``config.json`` what our modeling file needs, and the file; or remove what an earlier pruning left."""
+def write_checkpoint(
+    folder: Path, model: nn.Module, tokenizer: Any, plan: PruningPlan | None, max_shard_size: str
+) -> None:
+    """Write weights, configs, tokenizer and plan; what an earlier pruning left in the config is removed."""
+    cast(Any, model).save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if plan is not None:
+        write_plan(folder / PLAN, plan)
+    (folder / MODELING.name).unlink(missing_ok=True)
     config: dict[str, Any] = read_json(folder / "config.json")
     classes = {k: v for k, v in (config.pop("auto_map", None) or {}).items() if f"{MODELING.stem}." not in str(v)}
-    for key in (NARROWED, WIDTHS):
-        config.pop(key, None)
-    (folder / MODELING.name).unlink(missing_ok=True)
-    if changes:
-        shutil.copyfile(MODELING, folder / MODELING.name)
-        config |= {WIDTHS: {site.name: site.d_ff for site in find_sites(model)}, NARROWED: changes}
-        classes[AUTO] = f"{MODELING.stem}.{stock_class(model).__name__}"
-    write_json(folder / "config.json", {**config, "auto_map": classes} if classes else config)
+    kept = {k: v for k, v in config.items() if k not in (NARROWED, WIDTHS)}
+    write_json(folder / "config.json", {**kept, "auto_map": classes} if classes else kept)
+
+
+def _add_modeling(folder: Path, model: nn.Module, changes: dict[str, Any]) -> None:
+    """Lay our modeling file beside the weights, and write into ``config.json`` what it needs."""
+    shutil.copyfile(MODELING, folder / MODELING.name)
+    config: dict[str, Any] = read_json(folder / "config.json")
+    config["auto_map"] = {**config.get("auto_map", {}), AUTO: f"{MODELING.stem}.{stock_class(model).__name__}"}
+    config[WIDTHS] = {site.name: site.d_ff for site in find_sites(model)}
+    write_json(folder / "config.json", {**config, NARROWED: changes})
 
 
 def _padded(model: nn.Module, plan: PruningPlan) -> PruningPlan:

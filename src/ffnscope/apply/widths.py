@@ -59,7 +59,9 @@ def narrowing(model: nn.Module) -> dict[str, Any]:
     """
     built = _stock(model, model.config)
     if built is None:
-        raise ModelError(f"{type(model).__name__} cannot be built from its config, so a checkpoint could not be loaded.")
+        raise ModelError(
+            f"{type(model).__name__} cannot be built from its config, so a checkpoint could not be loaded."
+        )
     found, expected = _shapes(model), _shapes(built)
     if found.keys() != expected.keys():
         name = sorted(found.keys() ^ expected.keys())[0]
@@ -85,7 +87,7 @@ def _stock(model: nn.Module, config: Any) -> nn.Module | None:
     from huggingface_hub.errors import StrictDataclassError
 
     maker: Any = stock_class(model)
-    impossible = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError)
+    impossible = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError)
     try:
         with quiet_transformers(), torch.device("meta"):
             return maker(copy.deepcopy(config))

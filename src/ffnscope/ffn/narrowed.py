@@ -11,7 +11,7 @@ MODELING = Path(__file__).with_name("modeling_ffnscope.py")
 
 
 def causal_lm(config: Any) -> Any:
-    """Class whose ``from_pretrained`` loads a checkpoint of this config: our own for different widths, else the Auto one.
+    """Class whose ``from_pretrained`` loads a checkpoint of this config: our own where widths differ, else Auto.
 
     Code that lies beside the weights is not run: the modeling file of this package is the same.
     """
