@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,9 +25,9 @@ def model_card(
 
 
 def _front(plan: PruningPlan | None) -> str:
-    base = _model_facts(plan).get("id")
+    base = _base(plan)
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, ffnscope]"]
-    if isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~")):
+    if base is not None and base.count("/") == 1:
         lines.append(f"base_model: {json.dumps(base)}")
     return "\n".join(["---", *lines, "---\n"])
 
@@ -45,8 +46,8 @@ def loading_code(name: str, *, remote: bool) -> str:
 
 def _plan(model: nn.Module, plan: PruningPlan) -> str:
     rows: dict[str, Any] = {
-        "made from": _model_facts(plan).get("id"),
-        "weights hash": _model_facts(plan).get("hash"),
+        "made from": _base(plan),
+        "weights hash": plan.provenance.get("model"),
         "parameters now": f"{sum(p.numel() for p in model.parameters()):,}",
         "metric": plan.metric,
         "allocator": plan.allocator,
@@ -89,8 +90,10 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def _model_facts(plan: PruningPlan | None) -> dict[str, Any]:
-    """Model that a plan was made from: its id and weights hash, as far as the provenance tells."""
-    if plan is None:
-        return {}
-    return {"id": plan.provenance.get("model_id"), "hash": plan.provenance.get("model")}
+def _base(plan: PruningPlan | None) -> str | None:
+    """Model that a plan was made from; of a local one only the name, not where it lies."""
+    name = None if plan is None else plan.provenance.get("model_id")
+    if not isinstance(name, str):
+        return None
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() else name

@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 
 from ffnscope.apply.card import model_card
-from ffnscope.apply.export import SHARD, write_checkpoint
+from ffnscope.apply.export import SHARD, read_config, write_card, write_checkpoint, write_config
 from ffnscope.apply.folder import replacing_folder
 from ffnscope.apply.widths import stock_class
 from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import read_json, write_json, write_text
 from ffnscope.types import EvalResult, PruningPlan
 
 ARCHITECTURE = "DeciLMForCausalLM"
@@ -47,17 +46,17 @@ def save_decilm(
     blocks = _blocks(model)
     with replacing_folder(path, overwrite) as part, quiet_transformers():
         write_checkpoint(part, model, tokenizer, plan, max_shard_size)
-        config: dict[str, Any] = read_json(part / "config.json")
-        config |= {
+        config = {
+            **read_config(part),
             "architectures": [ARCHITECTURE],
             "model_type": "nemotron-nas",
             "auto_map": {"AutoConfig": f"{CONFIGURATION.stem}.DeciLMConfig"},
             "block_configs": blocks,
         }
-        write_json(part / "config.json", config)
+        write_config(part, config)
         shutil.copyfile(CONFIGURATION, part / CONFIGURATION.name)
         loading = f"    vllm serve {path.name} --trust-remote-code\n"
-        write_text(part / "README.md", model_card(model, path.name, loading, plan, results or {}))
+        write_card(part, model_card(model, path.name, loading, plan, results or {}))
 
 
 def check_llama_like(model: nn.Module, form: str) -> None:

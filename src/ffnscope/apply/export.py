@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from ffnscope.ffn.load import quiet_transformers
 from ffnscope.ffn.narrowed import AUTO, MODELING, NARROWED
 from ffnscope.ffn.projection import coupled
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import read_json, write_json, write_plan, write_text
+from ffnscope.io import write_plan
 from ffnscope.types import EvalResult, FFNSite, PruningPlan
 
 PLAN = "ffnscope_plan.json"
@@ -85,7 +86,7 @@ def save_model(
         if changes:
             _add_modeling(part, model, changes)
         loading = loading_code(path.name, remote=bool(changes))
-        write_text(part / "README.md", model_card(model, path.name, loading, plan, results or {}))
+        write_card(part, model_card(model, path.name, loading, plan, results or {}))
 
 
 def write_checkpoint(
@@ -98,19 +99,34 @@ def write_checkpoint(
     if plan is not None:
         write_plan(folder / PLAN, plan)
     (folder / MODELING.name).unlink(missing_ok=True)
-    config: dict[str, Any] = read_json(folder / "config.json")
+    config = read_config(folder)
     classes = {k: v for k, v in (config.pop("auto_map", None) or {}).items() if f"{MODELING.stem}." not in str(v)}
     kept = {k: v for k, v in config.items() if k not in (NARROWED, WIDTHS)}
-    write_json(folder / "config.json", {**kept, "auto_map": classes} if classes else kept)
+    write_config(folder, {**kept, "auto_map": classes} if classes else kept)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a folder in the making."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.json`` of a folder in the making."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write the model card of a folder in the making."""
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _add_modeling(folder: Path, model: nn.Module, changes: dict[str, Any]) -> None:
     """Lay our modeling file beside the weights, and write into ``config.json`` what it needs."""
     shutil.copyfile(MODELING, folder / MODELING.name)
-    config: dict[str, Any] = read_json(folder / "config.json")
+    config = read_config(folder)
     config["auto_map"] = {**config.get("auto_map", {}), AUTO: f"{MODELING.stem}.{stock_class(model).__name__}"}
     config[WIDTHS] = {site.name: site.d_ff for site in find_sites(model)}
-    write_json(folder / "config.json", {**config, NARROWED: changes})
+    write_config(folder, {**config, NARROWED: changes})
 
 
 def _padded(model: nn.Module, plan: PruningPlan) -> PruningPlan:
