@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ffnscope.types import EvalResult, PruningPlan
 
 
 def model_card(
-    model: nn.Module, name: str, loading: str, plan: PruningPlan | None, results: Mapping[str, EvalResult]
+    model: nn.Module, name: str, loading: str, plan: PruningPlan | None, results: Mapping[str, Sequence[EvalResult]]
 ) -> str:
     """Markdown text of the card; ``loading`` is the part that tells how to load the model."""
     parts = [_front(plan), f"# {name}\n", loading]
@@ -69,20 +69,16 @@ def _widths(plan: PruningPlan) -> str:
     return "## Widths\n\n" + _table(("FFN", "channels before", "channels"), rows)
 
 
-def _results(results: Mapping[str, EvalResult]) -> str:
-    rows = [
-        (
-            label,
-            one.name,
-            f"{one.value:.6g}" + ("" if one.stderr is None else f" ± {one.stderr:.2g}"),
-            one.n,
-            one.dataset,
-        )
-        for label, one in results.items()
-    ]
-    protocols = dict.fromkeys(one.protocol for one in results.values())
-    notes = "".join(f"\nMeasured as: {protocol}\n" for protocol in protocols)
+def _results(results: Mapping[str, Sequence[EvalResult]]) -> str:
+    every = [(label, one) for label, measured in results.items() for one in measured]
+    rows = [(label, one.name, _value(one), one.n, one.dataset) for label, one in every]
+    notes = "".join(f"\nMeasured as: {protocol}\n" for protocol in dict.fromkeys(one.protocol for _, one in every))
     return "## Measured\n\n" + _table(("model", "what", "value ± standard error", "tokens", "text"), rows) + notes
+
+
+def _value(one: EvalResult) -> str:
+    unit = "" if one.unit == "1" else f" {one.unit}"
+    return f"{one.value:.6g}" + ("" if one.stderr is None else f" ± {one.stderr:.2g}") + unit
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

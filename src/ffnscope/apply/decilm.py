@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ffnscope.apply.card import model_card
-from ffnscope.apply.export import SHARD, read_config, write_card, write_checkpoint, write_config
+from ffnscope.apply.export import SHARD, check_shard_size, read_config, write_card, write_checkpoint, write_config
 from ffnscope.apply.folder import replacing_folder
 from ffnscope.apply.widths import stock_class
 from ffnscope.errors import NotAvailableError
@@ -29,7 +29,7 @@ def save_decilm(
     path: Path,
     *,
     plan: PruningPlan | None = None,
-    results: Mapping[str, EvalResult] | None = None,
+    results: Mapping[str, Sequence[EvalResult]] | None = None,
     max_shard_size: str = SHARD,
     overwrite: bool = False,
 ) -> None:
@@ -42,6 +42,7 @@ def save_decilm(
     Raises:
         NotAvailableError: not a Llama-like model (see `check_llama_like`).
     """
+    check_shard_size(max_shard_size)
     check_llama_like(model, "decilm")
     blocks = _blocks(model)
     with replacing_folder(path, overwrite) as part, quiet_transformers():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from ffnscope.apply.folder import replacing_folder
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.slice import slice_
 from ffnscope.apply.widths import fit_config, narrowing, stock_class
-from ffnscope.errors import NotAvailableError
+from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.ffn.narrowed import AUTO, MODELING, NARROWED
 from ffnscope.ffn.projection import coupled
@@ -27,6 +28,7 @@ from ffnscope.types import EvalResult, FFNSite, PruningPlan
 PLAN = "ffnscope_plan.json"
 WIDTHS = "ffnscope_ffn_widths"
 SHARD = "5GB"
+SHARD_SIZE = r"^\d+(\.\d+)?[KMGT]B$"
 
 
 def prune_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool = False) -> nn.Module:
@@ -50,7 +52,7 @@ def save_model(
     path: Path,
     *,
     plan: PruningPlan | None = None,
-    results: Mapping[str, EvalResult] | None = None,
+    results: Mapping[str, Sequence[EvalResult]] | None = None,
     max_shard_size: str = SHARD,
     overwrite: bool = False,
 ) -> None:
@@ -66,15 +68,17 @@ def save_model(
         tokenizer: saved too, with its chat template; may be None.
         path: folder; written under a temporary name and renamed, so a failure leaves nothing behind.
         plan: saved beside the model and told in its card.
-        results: label ("dense", "pruned") -> measurement for the card.
+        results: label ("dense", "pruned") -> measurements, told in the card.
         max_shard_size: largest safetensors file, such as "5GB".
         overwrite: replace what is there.
 
     Raises:
         ArtifactError: ``path`` exists and ``overwrite`` is not set, or it cannot be written.
+        UsageError: not a size of shards.
         ModelError: a checkpoint could not be loaded, because the config does not build this model's parameters.
         NotAvailableError: different widths in a model whose code is not part of `transformers`.
     """
+    check_shard_size(max_shard_size)
     changes = {} if fit_config(model) else narrowing(model)
     if changes and not stock_class(model).__module__.startswith("transformers."):
         raise NotAvailableError(
@@ -89,10 +93,16 @@ def save_model(
         write_card(part, model_card(model, path.name, loading, plan, results or {}))
 
 
+def check_shard_size(size: str) -> None:
+    """Raise UsageError unless ``size`` is a number of bytes with a unit."""
+    if not re.fullmatch(SHARD_SIZE, size):
+        raise UsageError(f"max_shard_size must be a number with KB, MB, GB or TB, such as 5GB; got {size!r}.")
+
+
 def write_checkpoint(
     folder: Path, model: nn.Module, tokenizer: Any, plan: PruningPlan | None, max_shard_size: str
 ) -> None:
-    """Write weights, configs, tokenizer and plan; what an earlier pruning left in the config is removed."""
+    """Write weights, configs, tokenizer and plan into a new folder, without what an earlier pruning left."""
     cast(Any, model).save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -43,6 +43,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _text_keys,
         _splits,
         _held_out,
+        _checkpoints,
     ):
         yield from rule(config)
     yield from _metric_blocks(config)
@@ -205,6 +206,16 @@ def _held_out(config: RunConfig) -> Iterator[Finding]:
             message = f"the held-out text {text.words!r} is the same as that of {seen[text.identity]}"
             yield _finding(path, f"{message}. Give another {cure}", *reads)
         seen.setdefault(text.identity, show(path))
+
+
+def _checkpoints(config: RunConfig) -> Iterator[Finding]:
+    output = config.output
+    if output.checkpoints and not config.pruning.enabled:
+        message = "would save nothing: pruning.enabled is false. Set it to true"
+        yield _finding(("output", "checkpoints"), message, ("pruning", "enabled"))
+    for key in ("format", "pad_to_widest", "max_shard_size"):
+        if not output.checkpoints and getattr(output, key) != type(output).model_fields[key].default:
+            yield _finding(("output", key), "would do nothing without 'checkpoints: true'", ("output", "checkpoints"))
 
 
 def _metric_blocks(config: RunConfig) -> Iterator[Finding]:

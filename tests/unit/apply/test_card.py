@@ -12,7 +12,7 @@ MakePlan = Callable[..., PruningPlan]
 TEXT = {"text": "sotu: split train", "windows": 4, "length": 32, "tokens": 128, "hash": "0123456789abcdef"}
 
 
-def card(model: Any, plan: PruningPlan | None, folder: Path, results: dict[str, EvalResult] | None = None) -> str:
+def card(model: Any, plan: PruningPlan | None, folder: Path, results: dict[str, list[EvalResult]] | None = None) -> str:
     save_model(model if plan is None else prune_(model, plan), None, folder, plan=plan, results=results)
     return (folder / "README.md").read_text()
 
@@ -23,8 +23,11 @@ def with_facts(plan: PruningPlan, model_id: str = "org/base") -> PruningPlan:
 
 def test_what_is_known_is_told(llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:
     results = {
-        "dense": EvalResult("perplexity", 12.3456789, "1", 0.25, 124, "sotu | test", "blocks of 32"),
-        "pruned": EvalResult("perplexity", 45.0, "1", None, 124, "sotu | test", "blocks of 32"),
+        "dense": [EvalResult("perplexity", 12.3456789, "1", 0.25, 124, "sotu | test", "blocks of 32")],
+        "pruned": [
+            EvalResult("perplexity", 45.0, "1", None, 124, "sotu | test", "blocks of 32"),
+            EvalResult("kl_to_dense", 0.5, "nats/token", 0.125, 124, "sotu | test", "blocks of 32"),
+        ],
     }
     text = card(llama, with_facts(random_plan(llama)), tmp_path / "small", results)
     assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
@@ -42,6 +45,7 @@ def test_what_is_known_is_told(llama: Any, random_plan: MakePlan, tmp_path: Path
         "| calibration hash | 0123456789abcdef |",
         "| dense | perplexity | 12.3457 ± 0.25 | 124 | sotu \\| test |",
         "| pruned | perplexity | 45 | 124 | sotu \\| test |",
+        "| pruned | kl_to_dense | 0.5 ± 0.12 nats/token | 124 | sotu \\| test |",
     ):
         assert f"{row}\n" in text
     assert "Every one of the 2 FFNs keeps 36 of 48 channels." in text

@@ -1,16 +1,14 @@
-"""The formats in which `ffnscope prune` saves, and what each of them refuses before the work begins."""
+"""The formats in which pruned models are saved, and what each of them refuses before the work begins."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Literal, get_args
 
 from ffnscope.apply.decilm import check_llama_like, save_decilm
-from ffnscope.apply.export import SHARD, prune_, save_model
+from ffnscope.apply.export import SHARD, check_shard_size, prune_, save_model
 from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
 from ffnscope.errors import unknown_name
 from ffnscope.ffn.load import LoadedModel
@@ -19,13 +17,8 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.run.progress import Reporter
 from ffnscope.types import EvalResult, PruningPlan
 
-FORMATS = ("transformers", "decilm", "gguf")
-
-Format = Annotated[
-    str, typer.Option("--format", help="transformers, decilm (vLLM, Llama-like), or gguf (one file, Llama-like).")
-]
-Pad = Annotated[bool, typer.Option("--pad-to-widest", help="Zero-pad all FFNs to the widest: loads everywhere.")]
-Shard = Annotated[str, typer.Option("--max-shard-size", help="Largest safetensors file.")]
+Form = Literal["transformers", "decilm", "gguf"]
+FORMATS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +26,11 @@ class Saving:
     """Where and in which format a pruned model goes.
 
     Raises:
-        UnknownNameError: no such format.
+        UsageError: no such format, or not a size of shards.
     """
 
     out: Path
-    form: str = FORMATS[0]
+    form: str = "transformers"
     pad_to_widest: bool = False
     max_shard_size: str = SHARD
     overwrite: bool = False
@@ -45,6 +38,7 @@ class Saving:
     def __post_init__(self) -> None:
         if self.form not in FORMATS:
             raise unknown_name("format", self.form, FORMATS)
+        check_shard_size(self.max_shard_size)
 
     def check_model(self, loaded: LoadedModel) -> None:
         """Raise NotAvailableError when the format cannot hold a model of this family, or its tokenizer."""
@@ -61,7 +55,7 @@ class Saving:
             check_one_width(rest | set(plan.widths.values()))
 
     def prune_and_save(
-        self, loaded: LoadedModel, plan: PruningPlan, results: Mapping[str, EvalResult], reporter: Reporter
+        self, loaded: LoadedModel, plan: PruningPlan, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter
     ) -> None:
         """Slice the model, save it, and say what is gone and how the result loads."""
         model, tokenizer = loaded.model, loaded.tokenizer
