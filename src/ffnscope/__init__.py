@@ -11,7 +11,9 @@ from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
 from ffnscope.analyze.stability import stability
+from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_, save_model
+from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
@@ -91,6 +93,8 @@ __all__ = [
     "read_scores",
     "read_stats",
     "repeat_scores",
+    "save_decilm",
+    "save_gguf",
     "save_model",
     "score",
     "select_sites",

@@ -74,6 +74,21 @@ def test_ffnscope_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(logits(loaded.model), logits(model))
 
 
+def test_a_model_loaded_from_it_saves_as_plain_safetensors(
+    random_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFNSCOPE_CACHE", str(tmp_path / "cache"))
+    save_gguf(small(), small_tokenizer(), tmp_path / "out.gguf")
+    by_ffnscope = ffnscope.load_model(ffnscope.ModelSource(str(tmp_path / "out.gguf"), device="cpu")).model
+    for name, model in (("one", by_ffnscope), ("two", read_back(tmp_path / "out.gguf"))):
+        plan = random_plan(model, 0.51, allocator="global" if name == "two" else "local")
+        ffnscope.save_model(prune_(model, plan), None, tmp_path / name)
+        assert "quantization_config" not in (tmp_path / name / "config.json").read_text()
+        assert (tmp_path / name / "model.safetensors").exists()
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=name == "two").eval()
+        assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize(
     ("parts", "rule"),
     [
