@@ -50,7 +50,7 @@ def _save(
 ) -> None:
     """Load, prune and save one model, and add what was written to ``files``."""
     loaded = load_model(replace(model_source(job.config), device="cpu", device_map=None))
-    saving.check_plan(loaded, plan)
+    saving.check_plan(loaded, plan, job.reporter)
     saving.prune_and_save(loaded, plan, {label: found for label, found in measured.items() if found}, job.reporter)
     files += sorted(p for p in saving.out.rglob("*") if p.is_file()) if saving.out.is_dir() else [saving.out]
 

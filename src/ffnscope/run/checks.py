@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ffnscope.apply.export import SHARD
 from ffnscope.calibrate.corpora import SPLITS
 from ffnscope.errors import UsageError
 from ffnscope.registry import METRICS
@@ -216,6 +217,9 @@ def _checkpoints(config: RunConfig) -> Iterator[Finding]:
     for key in ("format", "pad_to_widest", "max_shard_size"):
         if not output.checkpoints and getattr(output, key) != type(output).model_fields[key].default:
             yield _finding(("output", key), "would do nothing without 'checkpoints: true'", ("output", "checkpoints"))
+    if output.checkpoints and output.format == "gguf" and output.max_shard_size != SHARD:
+        message = "would do nothing: 'format: gguf' writes one file. Leave it out"
+        yield _finding(("output", "max_shard_size"), message, ("output", "format"))
 
 
 def _metric_blocks(config: RunConfig) -> Iterator[Finding]:

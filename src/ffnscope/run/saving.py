@@ -47,12 +47,15 @@ class Saving:
         elif self.form == "gguf":
             check_gguf(loaded.model, loaded.tokenizer)
 
-    def check_plan(self, loaded: LoadedModel, plan: PruningPlan) -> None:
-        """Raise NotAvailableError when the format cannot hold the widths of a plan."""
+    def check_plan(self, loaded: LoadedModel, plan: PruningPlan, reporter: Reporter) -> None:
+        """Raise NotAvailableError when the format cannot hold a plan's widths; say so when padding does nothing."""
+        planned = {site.name for site in plan.kept}
+        rest = {site.d_ff for site in find_sites(loaded.model) if site.name not in planned}
+        widths = rest | set(plan.widths.values())
+        if self.pad_to_widest and len(widths) == 1:
+            reporter.say("note: padding changes nothing here; every FFN keeps the same number of channels.")
         if self.form == "gguf" and not self.pad_to_widest:
-            planned = {site.name for site in plan.kept}
-            rest = {site.d_ff for site in find_sites(loaded.model) if site.name not in planned}
-            check_one_width(rest | set(plan.widths.values()))
+            check_one_width(widths)
 
     def prune_and_save(
         self, loaded: LoadedModel, plan: PruningPlan, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter

@@ -78,6 +78,10 @@ def test_a_format_that_does_not_fit_stops_the_run_at_once(texts: Path, tmp_path:
         ({"output": {"format": "gguf"}}, "output.format: would do nothing without 'checkpoints: true'"),
         ({"output": {"pad_to_widest": True}}, "output.pad_to_widest: would do nothing without"),
         ({"output": {"checkpoints": True, "max_shard_size": "5 apples"}}, "output.max_shard_size: "),
+        (
+            {"output": {"checkpoints": True, "format": "gguf", "max_shard_size": "1GB"}},
+            "output.max_shard_size: would do nothing: 'format: gguf' writes one file",
+        ),
         ({"output": {"checkpoints": True, "format": "gguff"}}, "output.format: "),
     ],
 )
