@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "HF_MODULES_CACHE" not in os.environ:  # modeling files that lie beside weights are copied there
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="ffnscope-modules-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 from collections.abc import Callable
 from typing import Any

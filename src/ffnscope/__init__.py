@@ -11,7 +11,9 @@ from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
 from ffnscope.analyze.stability import stability
-from ffnscope.apply.export import check_reloadable, prune_, save_model
+from ffnscope.apply.decilm import save_decilm
+from ffnscope.apply.export import prune_, save_model
+from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
@@ -80,7 +82,6 @@ __all__ = [
     "calibrate_all",
     "capture",
     "capture_size",
-    "check_reloadable",
     "compare_plans",
     "diff_plans",
     "find_sites",
@@ -101,6 +102,8 @@ __all__ = [
     "read_scores",
     "read_stats",
     "repeat_scores",
+    "save_decilm",
+    "save_gguf",
     "save_model",
     "score",
     "select_sites",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import Result
 from rich.console import Console
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from typer.testing import CliRunner
 
 import ffnscope
@@ -166,6 +166,59 @@ def test_perplexity_before_saving_is_that_after_loading(
     reloaded = ffnscope.perplexity(AutoModelForCausalLM.from_pretrained(out).eval(), held_out[:2])
     assert reloaded == sliced
     assert sliced.value == pytest.approx(masked.value, rel=1e-4)
+
+
+def fresh(plan: ffnscope.PruningPlan) -> ffnscope.LoadedModel:
+    """The model anew, sliced by a plan."""
+    loaded = ffnscope.load_model(ffnscope.ModelSource(MODEL, device="cpu", dtype="float32"))
+    ffnscope.prune_(loaded.model, plan)
+    return loaded
+
+
+def logits(model: Any, windows: ffnscope.Windows) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=windows.input_ids[:1, :64]).logits
+
+
+def test_different_widths_load_everywhere_and_never_wrongly(
+    scores: dict[str, ffnscope.Scores], held_out: ffnscope.Windows, tmp_path: Path
+) -> None:
+    plan = ffnscope.build_plan(scores["scar_loss_proxy"], 0.3, "global")
+    assert len(set(plan.widths.values())) > 10
+    pruned = fresh(plan)
+    expected = logits(pruned.model, held_out)
+    out = tmp_path / "out"
+    ffnscope.save_model(pruned.model, pruned.tokenizer, out, plan=plan, max_shard_size="100MB")
+    assert len(list(out.glob("*.safetensors"))) > 2
+    plain: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert torch.equal(logits(plain, held_out), expected)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    own = ffnscope.load_model(ffnscope.ModelSource(str(out), device="cpu"))
+    assert torch.equal(logits(own.model, held_out), expected)
+    assert own.tokenizer.chat_template == pruned.tokenizer.chat_template
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(out)
+    padded = ffnscope.load_model(ffnscope.ModelSource(MODEL, device="cpu", dtype="float32"))
+    ffnscope.save_model(ffnscope.prune_(padded.model, plan, pad_to_widest=True), None, tmp_path / "padded")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    torch.testing.assert_close(logits(again, held_out), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_gguf_is_read_back(scores: dict[str, ffnscope.Scores], held_out: ffnscope.Windows, tmp_path: Path) -> None:
+    plan = ffnscope.build_plan(scores["wanda"], ffnscope.Budget(0.5, multiple_of=256))
+    assert set(plan.widths.values()) == {768}
+    pruned = fresh(plan)
+    ffnscope.save_gguf(pruned.model, pruned.tokenizer, tmp_path / "small.gguf")
+    place = {"gguf_file": "small.gguf", "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **place)
+    assert torch.equal(logits(again, held_out), logits(pruned.model, held_out))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="small.gguf")
+    for text in ("Fellow-citizens, in 1934 we", "<|im_start|>user\nétat  of\n\nthe Union<|im_end|>"):
+        assert tokenizer(text).input_ids == pruned.tokenizer(text).input_ids
+    chat = [{"role": "user", "content": "Hello"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == pruned.tokenizer.apply_chat_template(
+        chat, tokenize=False
+    )
 
 
 def test_quickstart_with_tiny_sizes(tmp_path: Path) -> None:

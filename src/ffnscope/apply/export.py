@@ -1,122 +1,157 @@
-"""Save a pruned model as a checkpoint that plain `transformers` loads."""
+"""Prune for good, and save as a checkpoint of safetensors."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ffnscope.apply.card import loading_code, model_card
+from ffnscope.apply.folder import replacing_folder
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.slice import slice_
-from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
+from ffnscope.apply.widths import fit_config, narrowing, stock_class
+from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.ffn.load import quiet_transformers
+from ffnscope.ffn.narrowed import AUTO, MODELING, NARROWED
 from ffnscope.ffn.offload import materialised, saving
 from ffnscope.ffn.projection import coupled
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import write_plan, writing
-from ffnscope.types import FFNSite, PruningPlan
+from ffnscope.io import write_plan
+from ffnscope.types import EvalResult, FFNSite, PruningPlan
 
-CARD = "ffnscope_plan.json"
+PLAN = "ffnscope_plan.json"
+WIDTHS = "ffnscope_ffn_widths"
+SHARD = "5GB"
+SHARD_SIZE = r"^\d+(\.\d+)?[KMGT]B$"
 
 
 def prune_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool = False) -> nn.Module:
-    """Apply a plan for good, in a form that can be saved.
+    """Apply a plan for good, in place, and return the model.
 
-    Equal widths are sliced. Unequal widths raise (sites that the plan leaves out count), unless ``pad_to_widest``:
-    then every site is sliced to the widest kept width and the surplus channels are zeroed, which computes the same
-    and loads everywhere.
+    With ``pad_to_widest``, FFNs that had one width before have one width after it (sites that the plan leaves out
+    count): every site is sliced to the widest kept width and the surplus channels are zeroed. This computes the same,
+    loads wherever the dense model does, and saves only down to the widest site.
 
     Raises:
-        NotAvailableError: unequal widths without ``pad_to_widest``; the model is then unchanged.
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
+        ModelError: a weight is offloaded; the model is then unchanged.
     """
     check_plan(model, plan)
-    planned = {site.name for site in plan.kept}
-    widths = {s.d_ff for s in find_sites(model) if s.name not in planned} | set(plan.widths.values())
-    if len(widths) > 1 and not pad_to_widest:
-        raise NotAvailableError(
-            f"the plan keeps unequal widths ({min(widths)} to {max(widths)} channels); such a checkpoint "
-            "is not available in this version. Use allocator 'local', or pad to the widest (--pad-to-widest), which "
-            "loads everywhere but saves only down to the widest site."
-        )
-    return slice_(model, _padded(model, plan, max(widths)) if len(widths) > 1 else plan)
+    return slice_(model, _padded(model, plan) if pad_to_widest else plan)
 
 
 def save_model(
-    model: nn.Module, tokenizer: Any, path: Path, *, plan: PruningPlan | None = None, overwrite: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    path: Path,
+    *,
+    plan: PruningPlan | None = None,
+    results: Mapping[str, Sequence[EvalResult]] | None = None,
+    max_shard_size: str = SHARD,
+    overwrite: bool = False,
 ) -> None:
-    """Save model and tokenizer so that ``AutoModelForCausalLM.from_pretrained(path)`` gives the same logits.
+    """Save model, tokenizer, generation config, plan and a model card; loading gives the same logits.
 
-    Written to a temporary folder and renamed, so a failure leaves nothing behind. Before anything is written, the
-    shapes are checked against a model built from the config.
+    Widths that the config can express load by plain ``AutoModelForCausalLM.from_pretrained(path)``. For all others
+    (FFNs of different widths, or a family without a field for the width) the config lists what differs and
+    ``modeling_ffnscope.py`` lies beside the weights: `load_model` loads them as they are, plain `transformers` with
+    ``trust_remote_code=True``, and without it raises, because shapes differ.
+
+    Args:
+        model: a `transformers` causal LM.
+        tokenizer: saved too, with its chat template; may be None.
+        path: folder; written under a temporary name and renamed, so a failure leaves nothing behind.
+        plan: saved beside the model and told in its card.
+        results: label ("dense", "pruned") -> measurements, told in the card.
+        max_shard_size: largest safetensors file, such as "5GB".
+        overwrite: replace what is there.
 
     Raises:
         ArtifactError: ``path`` exists and ``overwrite`` is not set, or it cannot be written.
-        UsageError: the config cannot express the shapes, so that the checkpoint would not load.
+        UsageError: not a size of shards.
+        ModelError: a checkpoint could not be loaded, because the config does not build this model's parameters.
+        NotAvailableError: different widths in a model whose code is not part of `transformers`.
     """
-    if path.exists() and not overwrite:
-        raise ArtifactError(f"{path} already exists. Choose another output, or pass --overwrite to replace it.")
-    check_reloadable(model)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with writing(path), quiet_transformers(), saving(model) as arguments:
-            part.mkdir(parents=True)
-            cast(Any, model).save_pretrained(part, **arguments)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(part)
-            if plan is not None:
-                write_plan(part / CARD, plan)
-            _swap(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    check_shard_size(max_shard_size)
+    changes = {} if fit_config(model) else narrowing(model)
+    if changes and not stock_class(model).__module__.startswith("transformers."):
+        raise NotAvailableError(
+            f"{type(model).__name__} comes with code of its own, whose config cannot express these widths. Pad to the "
+            "widest (--pad-to-widest), or use the allocator 'local'."
+        )
+    with replacing_folder(path, overwrite) as part, quiet_transformers():
+        write_checkpoint(part, model, tokenizer, plan, max_shard_size)
+        if changes:
+            _add_modeling(part, model, changes)
+        loading = loading_code(path.name, remote=bool(changes))
+        write_card(part, model_card(model, path.name, loading, plan, results or {}))
 
 
-def check_reloadable(model: nn.Module) -> None:
-    """Raise UsageError unless a model built from the config has exactly the shapes of this one.
-
-    The check builds on the meta device, so it costs no memory.
-    """
-    with quiet_transformers(), torch.device("meta"):
-        maker: Any = type(model)
-        expected: Mapping[str, torch.Tensor] = maker(model.config).state_dict()
-    for name, value in model.state_dict().items():
-        if name in expected and expected[name].shape != value.shape:
-            raise UsageError(
-                f"the checkpoint would not load: {name} has shape {tuple(value.shape)}, but its config builds "
-                f"{tuple(expected[name].shape)}. Prune all layers to one width, or pad to the widest."
-            )
+def check_shard_size(size: str) -> None:
+    """Raise UsageError unless ``size`` is a number of bytes with a unit."""
+    if not re.fullmatch(SHARD_SIZE, size):
+        raise UsageError(f"max_shard_size must be a number with KB, MB, GB or TB, such as 5GB; got {size!r}.")
 
 
-def _swap(part: Path, path: Path) -> None:
-    """Rename ``part`` to ``path``; what was there is moved aside first, put back on failure, and removed last."""
-    if not path.exists():
-        part.replace(path)
-        return
-    old = part.with_suffix(".old")
-    path.replace(old)
-    try:
-        part.replace(path)
-    except BaseException:
-        old.replace(path)
-        raise
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink()
+def write_checkpoint(
+    folder: Path, model: nn.Module, tokenizer: Any, plan: PruningPlan | None, max_shard_size: str
+) -> None:
+    """Write weights, configs, tokenizer and plan into a new folder, without what an earlier pruning left."""
+    with saving(model) as arguments:
+        cast(Any, model).save_pretrained(folder, max_shard_size=max_shard_size, **arguments)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if plan is not None:
+        write_plan(folder / PLAN, plan)
+    (folder / MODELING.name).unlink(missing_ok=True)
+    config = read_config(folder)
+    classes = {k: v for k, v in (config.pop("auto_map", None) or {}).items() if f"{MODELING.stem}." not in str(v)}
+    kept = {k: v for k, v in config.items() if k not in (NARROWED, WIDTHS)}
+    write_config(folder, {**kept, "auto_map": classes} if classes else kept)
 
 
-def _padded(model: nn.Module, plan: PruningPlan, width: int) -> PruningPlan:
-    """Zero the removed channels and return a plan that keeps ``width`` per site, the zeroed ones filling up."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a folder in the making."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.json`` of a folder in the making."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write the model card of a folder in the making."""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _add_modeling(folder: Path, model: nn.Module, changes: dict[str, Any]) -> None:
+    """Lay our modeling file beside the weights, and write into ``config.json`` what it needs."""
+    shutil.copyfile(MODELING, folder / MODELING.name)
+    config = read_config(folder)
+    config["auto_map"] = {**config.get("auto_map", {}), AUTO: f"{MODELING.stem}.{stock_class(model).__name__}"}
+    config[WIDTHS] = {site.name: site.d_ff for site in find_sites(model)}
+    write_config(folder, {**config, NARROWED: changes})
+
+
+def _padded(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    """Zero the removed channels and return a plan that keeps as many per site as the widest, the zeroed ones too."""
+    planned = {site.name for site in plan.kept}
+    widest = {site.d_ff: site.d_ff for site in find_sites(model) if site.name not in planned}
+    for site, width in plan.widths.items():
+        widest[site.d_ff] = max(width, widest.get(site.d_ff, 0))
     kept: dict[FFNSite, torch.Tensor] = {}
     for site, index in plan.kept.items():
         removed = plan.removed(site)
         with torch.no_grad(), materialised(model, site, write=True):
             for entry in coupled(model, site, removed):
                 entry.parameter.index_fill_(entry.axis, entry.index.to(entry.parameter.device), 0)
-        kept[site] = torch.cat([index, removed[: width - index.numel()]]).sort().values
+        kept[site] = torch.cat([index, removed[: widest[site.d_ff] - index.numel()]]).sort().values
     return PruningPlan(kept, plan.metric, plan.allocator, plan.budget, plan.protected, plan.provenance)

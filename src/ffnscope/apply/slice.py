@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from ffnscope.apply.mask import check_plan
+from ffnscope.apply.widths import fit_config
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import coupled, is_projection, out_axis, projection
-from ffnscope.ffn.sites import find_sites
 from ffnscope.types import FFNSite, PruningPlan
 
-# names by which configs and FFN modules of `transformers` call d_ff
+# names by which FFN modules of `transformers` remember d_ff
 WIDTH_FIELDS = (
     "intermediate_size",
     "ffn_dim",
@@ -29,8 +29,9 @@ WIDTH_FIELDS = (
 def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Remove the channels that a plan does not keep, in place, and return the model.
 
-    Weights and biases shrink, widths that modules remember follow, and the config's width follows when all sites of
-    the model now agree. Offloaded weights stay offloaded. Unequal widths work in memory; for saving see `prune_`.
+    Weights and biases shrink, widths that modules remember follow, and the config's fields follow when they can
+    express the new widths (see `fit_config`). Offloaded weights stay offloaded. Unequal widths work too; for saving see
+    `save_model`.
 
     Raises:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
@@ -41,7 +42,7 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
         if kept.numel() < site.d_ff:
             with materialised(model, site, write=True):
                 _slice_site(model, site, kept)
-    _update_config(model, plan)
+    fit_config(model)
     return model
 
 
@@ -76,18 +77,3 @@ def _remember_width(parent: nn.Module, old: int, new: int) -> None:
     for name, value in list(vars(parent).items()):
         if name in WIDTH_FIELDS and isinstance(value, int) and value == old:
             setattr(parent, name, new)
-
-
-def _update_config(model: nn.Module, plan: PruningPlan) -> None:
-    """Write the width that all sites now share into every field that held the old one, else into an unset one."""
-    widths = {site.d_ff for site in find_sites(model)}
-    if len(widths) != 1:
-        return
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    old = {site.d_ff for site in plan.kept}
-    present = [name for name in WIDTH_FIELDS if hasattr(text, name)]
-    held = [name for name in present if getattr(text, name) in old]
-    unset = [name for name in present if getattr(text, name) is None]
-    for name in held or unset[:1]:
-        setattr(text, name, min(widths))

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from ffnscope.apply.export import prune_, save_model
+from ffnscope.apply.export import SHARD
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT, score_all
 from ffnscope.cli.files import Out, Overwrite, check_output, read_metric
 from ffnscope.cli.groups import grouped, option_names
 from ffnscope.errors import UsageError
+from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_plan
 from ffnscope.plan.build import build_plan, top_core
 from ffnscope.registry import ALLOCATORS
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
+from ffnscope.run.saving import Saving
 from ffnscope.run.steps import compare_with_dense
 from ffnscope.run.texts import held_out_split
 from ffnscope.types import Budget, PruningPlan, Scores
@@ -30,6 +31,24 @@ from ffnscope.types import Budget, PruningPlan, Scores
 _TEXT = option_names(opt.TextChoice)
 _OF_SCORES = (*option_names(opt.MetricOptions), "split")
 _OF_PLAN = ("metric", "scores", "allocator", "multiple_of", "protect_fraction", *_OF_SCORES)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """The form of the checkpoint."""
+
+    form: Annotated[str, typer.Option("--format", help="transformers, decilm (vLLM) or gguf (one file).")] = (
+        "transformers"
+    )
+    pad_to_widest: Annotated[bool, typer.Option("--pad-to-widest", help="Zero-pad all FFNs to the widest.")] = False
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, such as 500MB.")] = SHARD
+
+    def saving(self, context: typer.Context, out: Path, overwrite: bool) -> Saving:
+        """Check these options, and join them with the output."""
+        saving = Saving(out, self.form, self.pad_to_widest, self.max_shard_size, overwrite)
+        if self.form == "gguf":
+            opt.refuse_useless(context, "--format gguf, which writes one file", ("max_shard_size",))
+        return saving
 
 
 @grouped
@@ -47,19 +66,20 @@ def prune_command(
     protect_fraction: Annotated[
         float | None, typer.Option(help="Keep this share of each FFN, its best by --metric, whatever the allocator.")
     ] = None,
-    pad_to_widest: Annotated[bool, typer.Option("--pad-to-widest", help="Save unequal widths zero-padded.")] = False,
+    form: SaveOptions,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after on held-out text.")] = True,
     text: opt.TextChoice,
     needs: opt.MetricOptions,
     loading: opt.Loading,
     overwrite: Overwrite = False,
 ) -> None:
-    """Prune and save: score -> plan -> slice -> OUT, a checkpoint that plain transformers loads."""
+    """Prune and save: score -> plan -> slice -> OUT, a checkpoint that transformers (or vLLM, llama.cpp) loads."""
     if (sparsity is None) == (plan is None):
         raise UsageError("give either --sparsity (make a plan) or --plan FILE (apply one).")
     _refuse_useless(context, plan, scores, evaluate)
     _check_protection(protect_fraction, sparsity or 0.0)
     check_output(out, overwrite)
+    saving = form.saving(context, out, overwrite)
     held_out = replace(text, split=None)
     if evaluate:
         _check_held_out(text.text, text.split)
@@ -73,19 +93,18 @@ def prune_command(
     found = read_metric(scores, metric) if scores else None
     reporter = Reporter()
     loaded = loading.open(reporter, model)
+    saving.check_model(loaded)
     if given is None:
         one = _of_this_model(*found, scores, loaded) if found else _score(loaded, inputs, text, reporter)
+        one = replace(one, facts={**one.facts, "model_id": model})
         given = _plan(one, budget, allocator, protect_fraction, reporter)
-    _check_widths(loaded, given, pad_to_widest, reporter)
+    saving.check_plan(loaded, given, reporter)
+    rows: list[EvalRow] = []
     if evaluate:
         windows = held_out.held_out(loaded)
         rows = compare_with_dense(reporter, loaded.model, {"pruned": given}, windows, text.batch_size)
         print_results(rows, OUT)
-    before = sum(p.numel() for p in loaded.model.parameters())
-    prune_(loaded.model, given, pad_to_widest=pad_to_widest)
-    after = sum(p.numel() for p in loaded.model.parameters())
-    save_model(loaded.model, loaded.tokenizer, out, plan=given, overwrite=overwrite)
-    reporter.say(f"{before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer), saved in {out}")
+    saving.prune_and_save(loaded, given, {row.label: row.results for row in rows}, reporter)
 
 
 def _refuse_useless(context: typer.Context, plan: Path | None, scores: Path | None, evaluate: bool) -> None:
@@ -120,17 +139,6 @@ def _plan(one: Scores, budget: Budget, allocator: str, protect: float | None, re
             f"note: --protect-fraction {protect:g} changes nothing here; the plan keeps these channels anyway."
         )
     return made
-
-
-def _check_widths(loaded: LoadedModel, plan: PruningPlan, pad_to_widest: bool, reporter: Reporter) -> None:
-    """Stop before the evaluation when the widths cannot be saved; say so when padding is asked of equal ones."""
-    widths = {site.name: site.d_ff for site in find_sites(loaded.model)}
-    widths |= {site.name: width for site, width in plan.widths.items()}
-    if len(set(widths.values())) == 1:
-        if pad_to_widest:
-            reporter.say("note: --pad-to-widest changes nothing here; every FFN keeps the same number of channels.")
-    elif not pad_to_widest:
-        prune_(loaded.model, plan)  # raises
 
 
 def _check_held_out(text: str, split: str | None) -> None:

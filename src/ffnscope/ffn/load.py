@@ -24,6 +24,7 @@ from ffnscope.ffn.checkpoint import (
 from ffnscope.ffn.gguf import PACKAGE, cache_dir, converted, find_gguf
 from ffnscope.ffn.guard import check_config, check_model
 from ffnscope.ffn.messages import explained, quiet_transformers
+from ffnscope.ffn.narrowed import causal_lm
 
 __all__ = [
     "DTYPES",
@@ -206,7 +207,7 @@ def _access(source: ModelSource) -> dict[str, Any]:
 def _from_pretrained(
     origin: str, source: ModelSource, dtype: torch.dtype | str, commit: str | None
 ) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     access = {**_access(source), "revision": commit or source.revision}
     remote = {"trust_remote_code": source.trust_remote_code}
@@ -222,7 +223,7 @@ def _from_pretrained(
         how["offload_folder"] = source.offload_folder
         how["max_memory"] = _memory(source.max_memory)
     try:
-        model = AutoModelForCausalLM.from_pretrained(origin, **access, **remote, **how, **source.model_kwargs)
+        model = causal_lm(config).from_pretrained(origin, **access, **remote, **how, **source.model_kwargs)
     except OSError as error:
         if not source.allow_pickle:
             explain_pickle(origin, source.model_id, access, error)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ffnscope.apply.export import SHARD
 from ffnscope.calibrate.corpora import SPLITS
 from ffnscope.errors import UsageError
 from ffnscope.registry import METRICS
@@ -52,6 +53,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _text_keys,
         _splits,
         _held_out,
+        _checkpoints,
     ):
         yield from rule(config)
     yield from _metric_blocks(config)
@@ -220,6 +222,19 @@ def _held_out(config: RunConfig) -> Iterator[Finding]:
             message = f"the held-out text {text.words!r} is the same as that of {seen[text.identity]}"
             yield _finding(path, f"{message}. Give another {cure}", *reads)
         seen.setdefault(text.identity, show(path))
+
+
+def _checkpoints(config: RunConfig) -> Iterator[Finding]:
+    output = config.output
+    if output.checkpoints and not config.pruning.enabled:
+        message = "would save nothing: pruning.enabled is false. Set it to true"
+        yield _finding(("output", "checkpoints"), message, ("pruning", "enabled"))
+    for key in ("format", "pad_to_widest", "max_shard_size"):
+        if not output.checkpoints and getattr(output, key) != type(output).model_fields[key].default:
+            yield _finding(("output", key), "would do nothing without 'checkpoints: true'", ("output", "checkpoints"))
+    if output.checkpoints and output.format == "gguf" and output.max_shard_size != SHARD:
+        message = "would do nothing: 'format: gguf' writes one file. Leave it out"
+        yield _finding(("output", "max_shard_size"), message, ("output", "format"))
 
 
 def _metric_blocks(config: RunConfig) -> Iterator[Finding]:

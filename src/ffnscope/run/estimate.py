@@ -18,6 +18,7 @@ from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
+from ffnscope.run.checkpoints import check_format
 from ffnscope.run.choices import core_rule, core_size, metric_params, model_source, pass_options
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
@@ -58,6 +59,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     check_folder(config, overwrite=overwrite)
     libraries = peak_memory()["resident"]
     loaded = load_model(model_source(config))
+    check_format(config, loaded)
     sites = find_sites(loaded.model, config.model.tracked_layers)
     calibration = calibration_windows(config, loaded.tokenizer)
     held_out = evaluation_windows(config, loaded.tokenizer)
@@ -70,6 +72,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         *(_calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_decision_lines(config, sites),
         *_evaluation_lines(config, held_out, speed),
+        *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
     ]
     batches = [w[: config.dataset.batch_size] for w in held_out]
     peak = _peak_bytes(loaded.model, sites, steps, batches) + 2 * sums

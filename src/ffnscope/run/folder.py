@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _held(folder: Path) -> Generator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Delete the unfinished files of a process that was killed while it wrote."""
+    """Delete the unfinished files and folders of a process that was killed while it wrote."""
     unfinished = f".*.{'[0-9a-f]' * 32}.tmp"  # as `ffnscope.io.replacing` names them
     for path in (*folder.glob(unfinished), *folder.glob(f"*/{unfinished}")):
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import load_model
 from ffnscope.report.tables import results_columns, results_frame
 from ffnscope.run import stages
+from ffnscope.run.checkpoints import check_format, checkpoints_stage
 from ffnscope.run.choices import model_source
 from ffnscope.run.folder import LOG_FILE, open_folder, write_if_changed
 from ffnscope.run.outputs import check_plots, report_stage, summary
@@ -64,6 +65,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         reporter.say(f"ffnscope {ffnscope.__version__}: {config.experiment.name} -> {folder}")
         with reporter.task(f"load {config.model.model_id}", "models"):
             loaded = load_model(model_source(config))
+        check_format(config, loaded)
         job = stages.open_job(config, folder, reporter, loaded)
         stats = stages.calibrate_stage(job)
         scores = stages.score_stage(job, stats)
@@ -71,6 +73,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         rows = stages.evaluate_stage(job, plans)
         samples = stages.samples_stage(job, plans)
         report_stage(job, scores, rows)
+        checkpoints_stage(job, plans, rows)
         job.ledger.keep(job.keys)
         write_if_changed(folder / "summary.json", summary(job, plans, rows))
         reporter.say(f"results in {folder}")

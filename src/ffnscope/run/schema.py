@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool
 
+from ffnscope.apply.export import SHARD_SIZE
 from ffnscope.registry import METRICS
 from ffnscope.run.fields import (
     AllocatorName,
@@ -30,6 +31,7 @@ from ffnscope.run.fields import (
     Text,
 )
 from ffnscope.run.metric_arguments import parse_arguments
+from ffnscope.run.saving import Form
 from ffnscope.run.texts import TextSource, held_out_split
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -232,6 +234,14 @@ class Output(Block):
     """Folder of the results; null: runs/<experiment.name>."""
     plots: StrictBool = True
     """Draw the plots."""
+    checkpoints: StrictBool = False
+    """Save every pruned model as checkpoints/<metric>-<sparsity>, with the measured numbers in its model card."""
+    format: Form = "transformers"
+    """Form of these checkpoints: transformers (a folder), decilm (for vLLM) or gguf (a file)."""
+    pad_to_widest: StrictBool = False
+    """Zero-pad FFNs of different widths to the widest, so that every loader takes them."""
+    max_shard_size: Annotated[Text, Field(pattern=SHARD_SIZE)] = "5GB"
+    """Largest safetensors file, a number with KB, MB, GB or TB."""
 
 
 class RunConfig(Block):

@@ -189,7 +189,11 @@ def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]
                 budgets[ratio],
                 asked.allocator,
                 protected=core if config.supernode.protect_core else None,
-                provenance={"scores": job.keys["score"], "supernode": config.supernode.model_dump()},
+                provenance={
+                    "model_id": config.model.model_id,
+                    "scores": job.keys["score"],
+                    "supernode": config.supernode.model_dump(),
+                },
             )
             write_plan(paths[label], plan)
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import ffnscope
 from checkpoints import make_checkpoint
-from ffnscope.io import read_plan, read_scores, write_plan, write_scores
+from ffnscope.io import read_json, read_plan, read_scores, write_plan, write_scores
 from ffnscope.run import config_from_dict
 from runs import quiet_run, small_run
 from tiny import D_FF, HIDDEN, LAYERS, tokens
@@ -122,7 +122,7 @@ def test_an_option_that_changes_nothing_is_told(ok: Ok, decided: tuple[Any, ...]
     options = (*decided, "--sparsity", 0.5, "--scores", scored)
     result = ok(*options, "--protect-fraction", 0.1, "--pad-to-widest")
     assert "note: --protect-fraction 0.1 changes nothing here; the plan keeps these channels anyway." in result.stderr
-    assert "note: --pad-to-widest changes nothing here; every FFN keeps the same number" in result.stderr
+    assert "note: padding changes nothing here; every FFN keeps the same number" in result.stderr
     plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
     assert {index.numel() for index in plan.protected.values()} == {5}
 
@@ -135,13 +135,21 @@ def test_prune_with_a_parameter(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -
     assert any(one.kept[site].tolist() != two.kept[site].tolist() for site in one.kept)
 
 
-def test_unequal_widths_need_padding(
-    ok: Ok, fails: Fails, decided: tuple[Any, ...], scored: Path, checkpoint: Path, tmp_path: Path
-) -> None:
-    options = (*decided, "--sparsity", 0.5, "--allocator", "global", "--scores", scored)
-    assert "--pad-to-widest" in fails(2, *options)
-    assert not (tmp_path / "out").exists()
-    result = ok(*options, "--pad-to-widest")
+def test_different_widths(ok: Ok, decided: tuple[Any, ...], scored: Path, checkpoint: Path, tmp_path: Path) -> None:
+    result = ok(*decided, "--sparsity", 0.5, "--allocator", "global", "--scores", scored)
+    assert "widths differ: load it with ffnscope, or in transformers with trust_remote_code=True" in result.stderr
+    plan, dense = read_plan(tmp_path / "out" / "ffnscope_plan.json"), reload(checkpoint)
+    pruned = ffnscope.load_model(str(tmp_path / "out")).model
+    assert [site.d_ff for site in ffnscope.find_sites(pruned)] == list(plan.widths.values())
+    assert said(result)[1] == parameters(pruned)
+    with torch.no_grad(), ffnscope.masked(dense, plan):
+        expected = dense(input_ids=tokens()).logits
+        assert torch.allclose(pruned(input_ids=tokens()).logits, expected, atol=1e-4)
+    assert "2 FFNs, 48 channels" in ok("inspect", tmp_path / "out").stdout
+
+
+def test_padded_to_the_widest(ok: Ok, decided: tuple[Any, ...], scored: Path, checkpoint: Path, tmp_path: Path) -> None:
+    result = ok(*decided, "--sparsity", 0.5, "--allocator", "global", "--scores", scored, "--pad-to-widest")
     plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
     pruned, dense = reload(tmp_path / "out"), reload(checkpoint)
     assert pruned.config.intermediate_size == max(plan.widths.values()) < D_FF
@@ -151,15 +159,53 @@ def test_unequal_widths_need_padding(
         assert torch.allclose(pruned(input_ids=tokens()).logits, expected, atol=1e-4)
 
 
-def test_unequal_plan_is_refused_before_the_evaluation(
-    fails: Fails, base: tuple[Any, ...], decided: tuple[Any, ...], ok: Ok, scored: Path, tmp_path: Path
-) -> None:
-    ok(*decided, "--sparsity", 0.5, "--allocator", "global", "--scores", scored, "--pad-to-widest")
-    plan = tmp_path / "out" / "ffnscope_plan.json"
-    options = [value for value in base if value != "--no-evaluate"]
-    options[options.index("--text") + 1] = "sotu"
-    written = fails(2, *options, "--plan", plan, "--out", tmp_path / "again")
-    assert "evaluate" not in written
+def test_decilm(ok: Ok, fails: Fails, decided: tuple[Any, ...], scored: Path, texts: Path, tmp_path: Path) -> None:
+    ok(*decided, "--sparsity", 0.5, "--allocator", "global", "--scores", scored, "--format", "decilm")
+    config = read_json(tmp_path / "out" / "config.json")
+    widths = read_plan(tmp_path / "out" / "ffnscope_plan.json").widths
+    assert [block["ffn"]["intermediate_size"] for block in config["block_configs"]] == list(widths.values())
+    gpt2 = make_checkpoint(tmp_path / "gpt2", "gpt2")
+    options = ("--sparsity", 0.5, "--format", "decilm", "--out", tmp_path / "no", "--text", texts / "train.txt")
+    written = fails(2, "prune", gpt2, *options, "--no-evaluate")
+    assert "this model is a GPT2LMHeadModel" in written and "calibrate" not in written
+
+
+def test_gguf(ok: Ok, fails: Fails, decided: tuple[Any, ...], scored: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.gguf"
+    options = (*decided, "--scores", scored, "--format", "gguf", "--out", out, "--sparsity", 0.5)
+    assert "the format 'gguf' has one width for all FFNs" in fails(2, *options, "--allocator", "global")
+    assert not out.exists()
+    assert "--max-shard-size would do nothing" in fails(2, *options, "--max-shard-size", "1GB")
+    ok(*options)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=out.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    ).eval()
+    ok(*decided, "--scores", scored, "--sparsity", 0.5)
+    with torch.no_grad():
+        expected = reload(tmp_path / "out")(input_ids=tokens()).logits
+        assert torch.equal(again(input_ids=tokens()).logits, expected)
+    assert "already exists" in fails(1, *options)
+    ok(*options, "--allocator", "global", "--pad-to-widest", "--overwrite")
+
+
+def test_the_achieved_sparsity_and_shards(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
+    result = ok(*base, "--sparsity", 0.4, "-m", "magnitude", "--multiple-of", 16, "--max-shard-size", "20KB")
+    assert "removed 0.3333 of the FFN channels (asked 0.4; widths are multiples of 16)" in result.stderr
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    result = ok(*base, "--sparsity", 0.25, "-m", "magnitude", "--overwrite")
+    assert "removed 0.2500 of the FFN channels (asked 0.25)\n" in result.stderr
+
+
+def test_the_card(ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--sparsity", 0.25, "-m", "wanda", "--out", tmp_path / "out", "--text", "pydoc_topics")
+    ok("prune", checkpoint, *options, *SMALL)
+    card = (tmp_path / "out" / "README.md").read_text()
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
+    assert f"| calibration hash | {plan.provenance['calibration']['hash']} |" in card
+    assert "| made from | llama |" in card and "| metric | wanda |" in card
+    assert re.search(
+        r"\| dense \| perplexity \| [\d.]+ ± [\d.]+ \| \d+ \| pydoc_topics.*\n\| pruned \| perplexity", card
+    )
 
 
 def test_before_and_after_on_held_out_text(ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
@@ -194,6 +240,8 @@ def test_overwrite_replaces_a_checkpoint(ok: Ok, fails: Fails, base: tuple[Any, 
         (["--sparsity", "30"], "sparsity must be in [0, 1), the fraction of channels to remove; got 30."),
         (["--sparsity", "0.5", "-m", "wandas"], "Did you mean 'wanda'?"),
         (["--sparsity", "0.5", "--allocator", "globl"], "Did you mean 'global'?"),
+        (["--sparsity", "0.5", "--format", "ggfu"], "Unknown format 'ggfu'. Did you mean 'gguf'?"),
+        (["--sparsity", "0.5", "--max-shard-size", "5 apples"], "max_shard_size must be a number with KB, MB"),
         (["--sparsity", "0.5", "--multiple-of", "0"], "multiple_of and min_width must be at least 1"),
         (["--sparsity", "0.5", "--multiple-of", "64"], "no width of at least 1 that is a multiple of 64 fits"),
         (

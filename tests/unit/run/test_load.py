@@ -50,7 +50,10 @@ FAULTS = [
         "dataset: {max_length: 4}",
         "line 3: dataset.max_length: unknown key 'max_length'. Did you mean 'calibration.max_length'?",
     ),
-    ("output: {zzz: 1}", "line 3: output.zzz: unknown key 'zzz'. Known here: dir, plots."),
+    (
+        "output: {zzz: 1}",
+        "output.zzz: unknown key 'zzz'. Known here: checkpoints, dir, format, max_shard_size, pad_to_widest, plots.",
+    ),
     ("metrics: {scra: {}}", "line 3: metrics.scra: unknown key 'scra'. Did you mean 'scar'?"),
     ("metrics: {wnada: {}}", "line 3: metrics.wnada: unknown key 'wnada'. Did you mean 'wanda'?"),
     ("experiment: [1]", "line 3: experiment: expected a mapping of keys to values; got a list."),

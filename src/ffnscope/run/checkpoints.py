@@ -1,0 +1,64 @@
+"""The last stage of a run: every plan as a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ffnscope.evaluate.compare import EvalRow
+from ffnscope.ffn.load import LoadedModel, load_model
+from ffnscope.report.tables import results_rows
+from ffnscope.run.choices import model_source
+from ffnscope.run.saving import Saving
+from ffnscope.run.schema import RunConfig
+from ffnscope.run.stages import Job
+from ffnscope.types import EvalResult, PruningPlan
+
+FOLDER = "checkpoints"
+
+
+def check_format(config: RunConfig, loaded: LoadedModel) -> None:
+    """Raise NotAvailableError when the checkpoints that a configuration asks for cannot hold this model."""
+    if config.output.checkpoints:
+        _saving(config, Path(FOLDER)).check_model(loaded)
+
+
+def checkpoints_stage(job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow]) -> None:
+    """Save ``checkpoints/METRIC-SPARSITY`` for every plan.
+
+    Slicing changes a model for good, so each is loaded again, on the CPU.
+    """
+    config = job.config
+    if not config.output.checkpoints:
+        return
+    suffix = ".gguf" if config.output.format == "gguf" else ""
+    for label, plan in plans.items():
+        saving = _saving(config, job.folder / FOLDER / f"{label}{suffix}")
+        measured = {"dense": _of(rows, "dense"), label: _of(rows, label)}
+        files: list[Path] = []
+
+        make = partial(_save, job, saving, plan, measured, files)
+        flat = results_rows([row for row in rows if row.label in measured])
+        output = config.output.model_dump(exclude={"dir", "plots"})
+        job.stage(f"checkpoint {label}", [job.model_hash, job.keys["plan"], label, output, flat], files, make)
+
+
+def _save(
+    job: Job, saving: Saving, plan: PruningPlan, measured: Mapping[str, list[EvalResult]], files: list[Path]
+) -> None:
+    """Load, prune and save one model, and add what was written to ``files``."""
+    loaded = load_model(replace(model_source(job.config), device="cpu", device_map=None))
+    saving.check_plan(loaded, plan, job.reporter)
+    saving.prune_and_save(loaded, plan, {label: found for label, found in measured.items() if found}, job.reporter)
+    files += sorted(p for p in saving.out.rglob("*") if p.is_file()) if saving.out.is_dir() else [saving.out]
+
+
+def _saving(config: RunConfig, out: Path) -> Saving:
+    asked = config.output
+    return Saving(out, asked.format, asked.pad_to_widest, asked.max_shard_size, overwrite=True)
+
+
+def _of(rows: Sequence[EvalRow], label: str) -> list[EvalResult]:
+    return [one for row in rows if row.label == label for one in row.results]

@@ -1,0 +1,83 @@
+"""The formats in which pruned models are saved, and what each of them refuses before the work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from ffnscope.apply.decilm import check_llama_like, save_decilm
+from ffnscope.apply.export import SHARD, check_shard_size, prune_, save_model
+from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
+from ffnscope.errors import unknown_name
+from ffnscope.ffn.load import LoadedModel
+from ffnscope.ffn.narrowed import MODELING
+from ffnscope.ffn.sites import find_sites
+from ffnscope.run.progress import Reporter
+from ffnscope.types import EvalResult, PruningPlan
+
+Form = Literal["transformers", "decilm", "gguf"]
+FORMATS: tuple[Form, ...] = get_args(Form)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Where and in which format a pruned model goes.
+
+    Raises:
+        UsageError: no such format, or not a size of shards.
+    """
+
+    out: Path
+    form: str = "transformers"
+    pad_to_widest: bool = False
+    max_shard_size: str = SHARD
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMATS:
+            raise unknown_name("format", self.form, FORMATS)
+        check_shard_size(self.max_shard_size)
+
+    def check_model(self, loaded: LoadedModel) -> None:
+        """Raise NotAvailableError when the format cannot hold a model of this family, or its tokenizer."""
+        if self.form == "decilm":
+            check_llama_like(loaded.model, self.form)
+        elif self.form == "gguf":
+            check_gguf(loaded.model, loaded.tokenizer)
+
+    def check_plan(self, loaded: LoadedModel, plan: PruningPlan, reporter: Reporter) -> None:
+        """Raise NotAvailableError when the format cannot hold a plan's widths; say so when padding does nothing."""
+        planned = {site.name for site in plan.kept}
+        rest = {site.d_ff for site in find_sites(loaded.model) if site.name not in planned}
+        widths = rest | set(plan.widths.values())
+        if self.pad_to_widest and len(widths) == 1:
+            reporter.say("note: padding changes nothing here; every FFN keeps the same number of channels.")
+        if self.form == "gguf" and not self.pad_to_widest:
+            check_one_width(widths)
+
+    def prune_and_save(
+        self, loaded: LoadedModel, plan: PruningPlan, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter
+    ) -> None:
+        """Slice the model, save it, and say what is gone and how the result loads."""
+        model, tokenizer = loaded.model, loaded.tokenizer
+        before = sum(p.numel() for p in model.parameters())
+        prune_(model, plan, pad_to_widest=self.pad_to_widest)
+        after = sum(p.numel() for p in model.parameters())
+        if self.form == "gguf":
+            save_gguf(model, tokenizer, self.out, overwrite=self.overwrite)
+        else:
+            save = save_decilm if self.form == "decilm" else save_model
+            size, replace = self.max_shard_size, self.overwrite
+            save(model, tokenizer, self.out, plan=plan, results=results, max_shard_size=size, overwrite=replace)
+        reporter.say(f"{before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer), saved in {self.out}")
+        reporter.say(_achieved(plan))
+        if (self.out / MODELING.name).exists():
+            reporter.say("widths differ: load it with ffnscope, or in transformers with trust_remote_code=True")
+
+
+def _achieved(plan: PruningPlan) -> str:
+    step = plan.budget.multiple_of
+    why = f"; widths are multiples of {step}" if step > 1 else ""
+    return f"removed {plan.sparsity:.4f} of the FFN channels (asked {plan.budget.sparsity:g}{why})"
