@@ -13,6 +13,7 @@ from ffnscope.analyze.repeats import Repeat, repeat_scores
 from ffnscope.analyze.stability import stability
 from ffnscope.apply.export import check_reloadable, prune_, save_model
 from ffnscope.apply.mask import masked
+from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
@@ -27,6 +28,7 @@ from ffnscope.evaluate.samples import generate_samples
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites, select_sites
+from ffnscope.ffn.survey import survey
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_scores, write_stats
 from ffnscope.plan.build import build_plan, diff_plans, top_core
 from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
@@ -72,6 +74,7 @@ __all__ = [
     "calibrate_all",
     "capture",
     "capture_size",
+    "check_cut",
     "check_reloadable",
     "compare_plans",
     "diff_plans",
@@ -98,6 +101,7 @@ __all__ = [
     "slice_",
     "stability",
     "statistic",
+    "survey",
     "top_core",
     "weights_hash",
     "weights_of",
