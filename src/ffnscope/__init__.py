@@ -15,6 +15,7 @@ from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
+from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
@@ -33,6 +34,7 @@ from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites, select_sites
+from ffnscope.ffn.survey import survey
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_scores, write_stats
 from ffnscope.plan.build import build_plan, diff_plans, top_core
 from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
@@ -82,6 +84,7 @@ __all__ = [
     "calibrate_all",
     "capture",
     "capture_size",
+    "check_cut",
     "compare_plans",
     "diff_plans",
     "find_sites",
@@ -110,6 +113,7 @@ __all__ = [
     "slice_",
     "stability",
     "statistic",
+    "survey",
     "top_core",
     "weights_hash",
     "weights_of",

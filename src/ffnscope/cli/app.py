@@ -1,4 +1,4 @@
-"""The commands that look: run, metrics, inspect, plan show, plan diff; and how errors end the process."""
+"""The commands run, metrics, plan show and plan diff; and how errors end the process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ from ffnscope import __version__
 from ffnscope.cli.bench import bench_command
 from ffnscope.cli.channels import OUT, eval_command, score_command
 from ffnscope.cli.files import Overwrite
-from ffnscope.cli.groups import grouped
-from ffnscope.cli.options import Loading, Model
+from ffnscope.cli.inspect import inspect_command
 from ffnscope.cli.prune import prune_command
 from ffnscope.cli.rank import rank_command
 from ffnscope.errors import FFNScopeError, UsageError
-from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_plan
 from ffnscope.plan.build import diff_plans
 from ffnscope.registry import METRICS, cost_of
-from ffnscope.run.progress import Reporter
 from ffnscope.types import PruningPlan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -36,6 +33,7 @@ app.command("rank")(rank_command)
 app.command("prune")(prune_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
+app.command("inspect")(inspect_command)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
@@ -97,32 +95,6 @@ def metrics_command(as_json: Annotated[bool, typer.Option("--json", help="Print 
         OUT.print(Text.assemble((row["name"], "bold"), (params, "cyan")))
         OUT.print(Text(f"    {row['summary']}"))
         OUT.print(Text(f"    cost {row['cost']}; {sign}; needs {needs}; source {row['source']}", style="dim"))
-
-
-@app.command("inspect")
-@grouped
-def inspect_command(
-    *,
-    model: Model,
-    tracked: Annotated[list[str] | None, typer.Option("--tracked", help="Pattern of layers; repeatable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    loading: Loading,
-) -> None:
-    """Show the FFNs that were found in a model."""
-    from dataclasses import asdict
-
-    loaded = loading.open(Reporter(), model)
-    sites = find_sites(loaded.model, tracked)
-    if as_json:
-        _print_json([asdict(s) for s in sites])
-        return
-    table = Table("layer", "path", "gate", "up", "down", "d_model", "d_ff", "activation")
-    for s in sites:
-        gate = f"{s.gate} ({s.fused})" if s.fused else s.gate or "-"
-        table.add_row(str(s.layer), s.path, gate, s.up, s.down, str(s.d_model), str(s.d_ff), s.activation)
-    OUT.print(table)
-    channels_in_all = sum(s.d_ff for s in sites)
-    OUT.print(Text(f"{type(loaded.model).__name__}: {len(sites)} FFNs, {channels_in_all:,} channels"))
 
 
 @plan_app.command("show")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ffnscope.apply.export import CARD
+from ffnscope.apply.export import PLAN
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.forward import input_device
@@ -88,7 +88,7 @@ def _second(
             raise UsageError("give a second model (the pruned one), or a plan to slice the dense model by.")
         return dense, True, plan
     source = replace(dense, model_id=pruned, revision=None) if isinstance(pruned, str) else pruned
-    card = Path(source.model_id) / CARD
+    card = Path(source.model_id) / PLAN
     return source, False, read_plan(card) if plan is None and card.exists() else plan
 
 

@@ -6,29 +6,28 @@ is the down projection of an FFN. It is, when its input is
 
 * position-wise and channel-diagonal in the outputs of its producers (this rejects attention and norms),
 * not linear in its producers together (this rejects low-rank pairs and sums),
-* a function of those outputs alone (this rejects products with other inputs of the layer): the first two tokens get
-  the same random numbers, so it must agree there,
+* a function of those outputs alone (this rejects products with other inputs of the layer): the first two tokens and
+  the last get the same random numbers, so it must agree there,
 * the only use of those outputs (this rejects everything on the residual stream).
 
 Weights are never read, so zero or NaN weights do not matter, and offloaded models work. The forward runs outside any
-``no_grad`` or ``inference_mode`` of the caller.
+``no_grad`` or ``inference_mode`` of the caller, and of the model's own code.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffnscope.ffn.jacobian import Kind, Refusal, classify
 from ffnscope.ffn.offload import set_requires_grad
 from ffnscope.ffn.projection import in_width, is_projection, out_width
-
-TRIALS = 6
-Order = Literal["concat", "interleaved"]
+from ffnscope.types import Fused
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,22 @@ class Found:
     gate: str | None
     up: str
     down: str
-    fused: Literal["gate_up", "up_gate"] | None
+    fused: Fused | None
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What a probe saw.
+
+    Attributes:
+        ffns: the FFNs, in the order of the model.
+        misses: what is built like a down projection but cannot be cut: its name and why.
+        ran: every projection that took part.
+    """
+
+    ffns: tuple[Found, ...]
+    misses: dict[str, str]
+    ran: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -59,17 +73,23 @@ def layer_path(name: str) -> str | None:
     return None
 
 
-def probe(model: nn.Module, input_ids: Tensor) -> list[Found]:
-    """Run the probe on ``input_ids`` [1, T], T >= 4, and return the FFNs in the order of the model."""
+def probe(model: nn.Module, input_ids: Tensor) -> Probed:
+    """Run the probe on ``input_ids`` [1, T], T >= 4 ([codebooks, T] for a model with several)."""
     trace = _Trace()
     found: list[Found] = []
+    misses: dict[str, str] = {}
     with torch.inference_mode(False), torch.enable_grad():
         with _cut(model, trace):
             model(input_ids=input_ids, use_cache=False)
         for layer, reads in trace.reads.items():
-            found += _ffns_of_layer(model, layer, reads, trace.writes[layer])
+            for down, ffn in _ffns_of_layer(model, layer, reads, trace.writes[layer]):
+                if isinstance(ffn, Found):
+                    found.append(ffn)
+                else:
+                    misses[down] = ffn
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(found, key=lambda f: order[f.down])
+    ran = frozenset(name for writes in trace.writes.values() for name in writes)
+    return Probed(tuple(sorted(found, key=lambda f: order[f.down])), misses, ran)
 
 
 @contextlib.contextmanager
@@ -104,10 +124,13 @@ def _cut(model: nn.Module, trace: _Trace) -> Generator[None]:
 
 
 def _replacer(trace: _Trace, layer: str, name: str, random: torch.Generator) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        if not isinstance(output, Tensor):
+            return None  # routers that are linear modules and return a choice
+        torch.set_grad_enabled(True)  # reversible layers run without gradients
         noise = torch.randn(output.shape, generator=random).to(output)
         tokens = noise.view(-1, output.shape[-1])
-        tokens[1:2] = tokens[:1]
+        tokens[1:2] = tokens[-1:] = tokens[:1]
         noise.requires_grad_()
         reads, writes = trace.reads.setdefault(layer, {}), trace.writes.setdefault(layer, {})
         if name not in reads and args:
@@ -137,20 +160,46 @@ def _detach_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return tuple(cut(a) for a in args), {k: cut(v) for k, v in kwargs.items()}
 
 
-def _ffns_of_layer(model: nn.Module, layer: str, reads: dict[str, Tensor], writes: dict[str, Tensor]) -> list[Found]:
+def _ffns_of_layer(
+    model: nn.Module, layer: str, reads: dict[str, Tensor], writes: dict[str, Tensor]
+) -> Iterator[tuple[str, Found | str]]:
+    """Yield the down projections of a layer, each with its FFN or the reason why it cannot be cut."""
     producers = {name: _producers(x, writes) for name, x in reads.items()}
     uses = [p for names in producers.values() for p in names]
-    found: list[Found] = []
     for down, names in producers.items():
-        if not down or layer_path(down) is None or not 1 <= len(names) <= 2 or any(uses.count(n) > 1 for n in names):
+        if not down or layer_path(down) is None or not names or any(uses.count(n) > 1 for n in names):
             continue
         d_model = out_width(model.get_submodule(down))
-        if any(in_width(model.get_submodule(n)) != d_model for n in names):
+        others = [n for n in names if in_width(model.get_submodule(n)) != d_model]
+        if len(others) == len(names):
             continue
-        ffn = _classify(layer, down, reads[down], {n: writes[n] for n in names})
-        if ffn is not None:
-            found.append(ffn)
-    return found
+        kind = classify(reads[down], [writes[n] for n in names])
+        if kind is None:
+            continue
+        if others:
+            yield down, f"{', '.join(others)} (an adapter) adds to its gate or up projection"
+        elif isinstance(kind, Kind):
+            yield down, _named(layer, down, names, kind)
+        elif kind is Refusal.PRODUCERS:
+            yield down, f"more than two projections make its channels: {', '.join(names)}"
+        elif len(names) > 1 or reads[down].shape[-1] >= d_model:  # else a low-rank pair with a norm between
+            yield down, _why_not_independent(model, down, reads[down].shape[-1])
+
+
+def _named(layer: str, down: str, names: list[str], kind: Kind) -> Found:
+    if kind.gate is None:
+        return Found(layer, None, names[0], down, None)
+    if kind.fused is not None:
+        return Found(layer, names[0], names[0], down, kind.fused)
+    return Found(layer, names[kind.gate], names[1 - kind.gate], down, None)
+
+
+def _why_not_independent(model: nn.Module, down: str, d_ff: int) -> str:
+    parent = down.rpartition(".")[0]
+    for name, module in model.get_submodule(parent).named_modules(prefix=parent):
+        if "norm" in type(module).__name__.lower() and any(tuple(p.shape) == (d_ff,) for p in module.parameters()):
+            return f"a norm over all its channels ({name}) stands before it, so removing one changes the others"
+    return "its channels do not each depend on one output of gate and up alone, so none can be removed by itself"
 
 
 def _producers(x: Tensor, writes: dict[str, Tensor]) -> list[str]:
@@ -160,77 +209,3 @@ def _producers(x: Tensor, writes: dict[str, Tensor]) -> list[str]:
     total = (x * weight).sum()
     grads: Any = torch.autograd.grad(total, list(writes.values()), retain_graph=True, allow_unused=True)
     return [name for name, g in zip(writes, grads, strict=True) if g is not None and bool((g != 0).any())]
-
-
-def _classify(layer: str, down: str, x: Tensor, writes: dict[str, Tensor]) -> Found | None:
-    d_ff = x.shape[-1]
-    names, outputs = list(writes), list(writes.values())
-    if any(o.shape[:-1] != x.shape[:-1] for o in outputs):
-        return None
-    widths = [o.shape[-1] for o in outputs]
-    fused = widths == [2 * d_ff]
-    if not fused and any(w != d_ff for w in widths):
-        return None
-    if not _alike(x.flatten(0, -2)[:2]) or not _is_diagonal(x, outputs, halves=2 if fused else 1):
-        return None
-    halves = (slice(0, d_ff), slice(d_ff, 2 * d_ff))
-    factors = _factors(x, [(outputs[0], h) for h in halves] if fused else [(o, slice(None)) for o in outputs])
-    if all(_alike(f.derivative.flatten(0, -2)) for f in factors):
-        return None  # linear
-    if len(factors) == 1:
-        return Found(layer, None, names[0], down, None)
-    gate = _which_is_gate(factors)
-    if fused:
-        return Found(layer, names[0], names[0], down, "gate_up" if gate == 0 else "up_gate")
-    return Found(layer, names[gate], names[1 - gate], down, None)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Factor:
-    """What x is computed from, with dx/dvalue per element and the mean size of the second derivative."""
-
-    value: Tensor
-    derivative: Tensor
-    curvature: float
-
-
-def _factors(x: Tensor, parts: list[tuple[Tensor, slice]]) -> list[_Factor]:
-    """Differentiate a channel-diagonal x twice by each part of an output."""
-    factors: list[_Factor] = []
-    for output, part in parts:
-        (first,) = torch.autograd.grad(x.sum(), output, create_graph=True)
-        derivative, curvature = first[..., part], 0.0
-        if derivative.requires_grad:
-            second: Any = torch.autograd.grad(derivative.sum(), output, retain_graph=True, allow_unused=True)[0]
-            curvature = 0.0 if second is None else float(second[..., part].abs().mean())
-        factors.append(_Factor(output.detach()[..., part], derivative.detach(), curvature))
-    return factors
-
-
-def _is_diagonal(x: Tensor, outputs: list[Tensor], halves: int) -> bool:
-    """Whether random subsets of x depend on the same subset of every output, and nearly all of it."""
-    touched = [torch.zeros(o.shape[-1], dtype=torch.bool, device=x.device) for o in outputs]
-    for trial in range(TRIALS):
-        mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(trial)).to(x.device) < 0.5
-        grads = torch.autograd.grad((x * mask).sum(), outputs, retain_graph=True)
-        allowed = torch.cat([mask] * halves, -1)
-        for i, grad in enumerate(grads):
-            nonzero = grad != 0
-            if bool((nonzero & ~allowed).any()):
-                return False
-            touched[i] |= nonzero.flatten(0, -2).any(0)
-    return all(float(t.float().mean()) > 0.8 for t in touched)
-
-
-def _alike(tokens: Tensor) -> bool:
-    """Whether all rows are the same."""
-    return bool(torch.allclose(tokens, tokens[:1].expand_as(tokens)))
-
-
-def _which_is_gate(factors: list[_Factor]) -> int:
-    """0 or 1: x is linear in up and curved in gate; a ReLU gate is not curved, but x is dead where it is negative."""
-    first, second = factors
-    if first.curvature == second.curvature == 0:
-        dead = [float((f.derivative[f.value < 0] == 0).float().mean()) for f in factors]
-        return 0 if dead[0] >= dead[1] else 1
-    return 0 if first.curvature >= second.curvature else 1

@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import nn
 
-from ffnscope.errors import LayoutError, UsageError
-from ffnscope.ffn.guard import check_model
-from ffnscope.ffn.probe import Found, layer_path, probe
-from ffnscope.ffn.projection import in_width, is_projection, out_width
+from ffnscope.errors import UsageError
+from ffnscope.ffn.survey import describe, nothing_found, survey
 from ffnscope.types import FFNSite
 
-PROBE_TOKENS = 8
 WRAPPERS = ("model", "module", "base_model", "language_model", "transformer")
 
 
 def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[FFNSite]:
-    """Find every dense FFN of a causal LM, in the order of its layers.
+    """Find the FFNs of a causal LM, in the order of its layers.
+
+    FFNs that cannot be cut are left out with a warning that names them and the reason; `survey` lists them.
 
     Args:
         model: a `transformers` causal LM, on any device. It is run once on 8 tokens and left as it was.
         tracked: patterns that select sites (see `select_sites`); None selects all.
 
     Raises:
-        LayoutError: the model has no FFN that this version can address, or is a mixture of experts.
+        LayoutError: the model has no FFN that this version can address.
         ModelError: a quantised, adapter-wrapped, tensor-parallel or compiled model.
         UsageError: a pattern matches nothing.
     """
-    check_model(model)
-    _refuse_experts(model)
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.arange(PROBE_TOKENS, device=_input_device(model))[None] % text.vocab_size
-    sites = [_site(model, f, _activation(text)) for f in probe(model, ids)]
-    if not sites:
-        raise LayoutError(
-            f"no FFN with channels was found in {type(model).__name__} (model_type {text.model_type!r}): no projection "
-            "reads an element-wise function of other projections. Run `ffnscope inspect` on a supported layout, or "
-            "report the architecture."
-        )
-    _refuse_partial(model, sites)
-    _refuse_shared(model, sites)
-    return sites if tracked is None else select_sites(sites, tracked)
+    found = survey(model)
+    if not found.sites:
+        raise nothing_found(model, found)
+    if found.refused:
+        warnings.warn(f"left whole in {found.model_class}: {describe(found.refused)}.", stacklevel=1)
+    return list(found.sites) if tracked is None else select_sites(found.sites, tracked)
 
 
 def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNSite]:
@@ -69,12 +58,6 @@ def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNS
             )
         chosen.update(hits)
     return [s for s in sites if s in chosen]
-
-
-def _input_device(model: Any) -> torch.device:
-    """Where token ids go; an offloaded embedding (on meta) takes them from the CPU."""
-    device: torch.device = next(model.get_input_embeddings().parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -104,72 +87,3 @@ def _part_matches(part: str, wanted: str) -> bool:
     if part == "*":
         return wanted.isdigit()
     return re.fullmatch(re.escape(part).replace(r"\*", r"\d+"), wanted) is not None
-
-
-def _site(model: nn.Module, found: Found, activation: str) -> FFNSite:
-    names = [n for n in (found.gate, found.up, found.down) if n is not None]
-    parents = [n.split(".")[:-1] for n in names]
-    shortest = min(len(p) for p in parents)
-    cut = next((i for i in range(shortest) if len({p[i] for p in parents}) > 1), shortest)
-    relative = [None if n is None else ".".join(n.split(".")[cut:]) for n in (found.gate, found.up, found.down)]
-    down = model.get_submodule(found.down)
-    return FFNSite(
-        layer=int(found.layer.rsplit(".", 1)[-1]),
-        path=".".join(parents[0][:cut]),
-        gate=relative[0],
-        up=relative[1] or "",
-        down=relative[2] or "",
-        d_model=out_width(down),
-        d_ff=in_width(down),
-        activation=activation,
-        fused=found.fused,
-    )
-
-
-def _activation(text_config: Any) -> str:
-    for name in ("hidden_act", "hidden_activation", "activation_function", "activation"):
-        value = getattr(text_config, name, None)
-        if isinstance(value, str):
-            return value
-    return "unknown"
-
-
-def _refuse_experts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and re.search(r"(^|\.)\d+\.", name) and "expert" in name:
-            raise LayoutError(
-                f"{type(model).__name__} is a mixture of experts ({name} {tuple(parameter.shape)}); channels of "
-                "experts are not available in this version."
-            )
-
-
-def _refuse_partial(model: nn.Module, sites: Sequence[FFNSite]) -> None:
-    """A layer whose FFN has the names of the others but does not compute like them would be left out silently."""
-    found = {site.projections[-1] for site in sites}
-    wanted = {_in_any_layer(name) for name in found}
-    for name, module in model.named_modules():
-        if is_projection(module) and name not in found and _in_any_layer(name) in wanted:
-            raise LayoutError(
-                f"{name} of {type(model).__name__} is named like the down projection of other layers, but its channels "
-                "are not independent of each other; pruning only the other layers is not available in this version."
-            )
-
-
-def _in_any_layer(name: str) -> tuple[str, str]:
-    """List of layers that a module is in, and its path inside the layer."""
-    layer = layer_path(name) or ""
-    return layer.rpartition(".")[0], name.removeprefix(layer)
-
-
-def _refuse_shared(model: nn.Module, sites: Sequence[FFNSite]) -> None:
-    """Two sites that share a weight cannot lose different channels, and masking one would change the other."""
-    owners: dict[int, str] = {}
-    for site in sites:
-        for name in site.projections:
-            for parameter in model.get_submodule(name).parameters(recurse=False):
-                other = owners.setdefault(id(parameter), name)
-                if other != name:
-                    raise LayoutError(
-                        f"{other} and {name} of {type(model).__name__} share their weights; FFNs that several layers "
-                        "share are not available in this version."
-                    )

@@ -19,7 +19,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 import ffnscope
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, small_tokenizer
 from ffnscope.calibrate import collect
 from ffnscope.cli.files import read_plans
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_stats
@@ -27,6 +27,7 @@ from ffnscope.plan.build import build_plan
 from ffnscope.registry import METRICS
 from runs import small_run, strict_json
 from tiny import D_FF, HIDDEN, LAYERS
+from tiny_all import tiny_causal_lm
 
 Ok = Callable[..., Result]
 Fails = Callable[..., str]
@@ -263,7 +264,10 @@ def test_inspect(ok: Ok, fails: Fails, checkpoint: Path) -> None:
     text = ok("inspect", checkpoint).stdout
     assert "model.layers.1.mlp" in text
     assert f"LlamaForCausalLM: {LAYERS} FFNs, {LAYERS * D_FF} channels" in text
-    (row,) = json.loads(ok("inspect", checkpoint, "--json", "--tracked", "layers.1.mlp.down_proj").stdout)
+    found = json.loads(ok("inspect", checkpoint, "--json", "--tracked", "layers.1.mlp.down_proj").stdout)
+    assert (found["model_class"], found["model_type"], found["refused"]) == ("LlamaForCausalLM", "llama", [])
+    (row,) = found["sites"]
+    assert (row["name"], row["expert"], row["fused"]) == ("model.layers.1.mlp", None, None)
     assert (row["layer"], row["gate"], row["d_model"], row["d_ff"]) == (1, "gate_proj", HIDDEN, D_FF)
     assert "pattern 'nothing' matches no FFN" in fails(2, "inspect", checkpoint, "--tracked", "nothing")
     assert "error: nothing does not exist; model_id may be" in fails(2, "inspect", "./nothing")
@@ -273,6 +277,35 @@ def test_inspect_gpt2(ok: Ok, tmp_path: Path) -> None:
     text = ok("inspect", make_checkpoint(tmp_path / "gpt2", "gpt2")).stdout
     assert "transformer.h.0.mlp" in text
     assert "c_fc" in text
+
+
+def saved(folder: Path, arch: str) -> Path:
+    """A checkpoint of any architecture of `tiny_all`."""
+    tiny_causal_lm(arch).save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_inspect_tells_what_is_left_whole(ok: Ok, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", "gemma3n_text")
+    text = ok("inspect", folder).stdout
+    assert "model.layers.1.mlp.down_proj" in text
+    assert "its channels do not each depend on one output of gate and up alone" in text
+    assert "Gemma3nForCausalLM: 2 FFNs, 336 channels, 2 left whole" in text
+    found = json.loads(ok("inspect", folder, "--json").stdout)
+    assert [row["path"] for row in found["refused"]] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+
+
+def test_inspect_tells_of_helpers(ok: Ok, tmp_path: Path) -> None:
+    text = ok("inspect", saved(tmp_path / "model", "xmod")).stdout
+    assert "adapter_modules is a helper network" in text
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"), [("mamba", "its layers are state-space mixers"), ("bitnet", "a norm over")]
+)
+def test_inspect_of_a_model_without_sites(fails: Fails, tmp_path: Path, arch: str, reason: str) -> None:
+    assert reason in fails(2, "inspect", saved(tmp_path / "model", arch))
 
 
 def test_metrics(ok: Ok) -> None:

@@ -1,0 +1,67 @@
+"""The command inspect: the FFNs of a model, layer by layer, and what is left whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ffnscope.cli.channels import OUT
+from ffnscope.cli.groups import grouped
+from ffnscope.cli.options import Loading, Model
+from ffnscope.ffn.sites import select_sites
+from ffnscope.ffn.survey import LeftOut, Survey, nothing_found, survey
+from ffnscope.run.progress import Reporter
+from ffnscope.types import FFNSite
+
+
+@grouped
+def inspect_command(
+    *,
+    model: Model,
+    tracked: Annotated[list[str] | None, typer.Option("--tracked", help="Pattern of layers; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    loading: Loading,
+) -> None:
+    """Show the FFNs that were found in a model, and what is left whole and why."""
+    loaded = loading.open(Reporter(), model).model
+    found = survey(loaded)
+    sites = list(found.sites) if tracked is None else select_sites(found.sites, tracked)
+    if as_json:
+        print(json.dumps(_as_json(found, sites), indent=2, allow_nan=False))  # noqa: T201
+    else:
+        _print(found, sites)
+    if not found.sites:
+        raise nothing_found(loaded, found)
+
+
+def _as_json(found: Survey, sites: Sequence[FFNSite]) -> dict[str, Any]:
+    return {**asdict(found), "sites": [{"name": s.name, **asdict(s)} for s in sites]}
+
+
+def _print(found: Survey, sites: Sequence[FFNSite]) -> None:
+    if sites:
+        table = Table("layer", "path", "expert", "gate", "up", "down", "fused", "d_model", "d_ff", "activation")
+        for s in sites:
+            expert = "-" if s.expert is None else str(s.expert)
+            names = (s.gate or "-", s.up, s.down, s.fused or "-")
+            table.add_row(str(s.layer), s.path, expert, *names, str(s.d_model), str(s.d_ff), s.activation)
+        OUT.print(table)
+    for title, rows in (("left whole", found.refused), ("helper networks, not pruned", found.helpers)):
+        if rows:
+            OUT.print(_left_out(title, rows))
+    channels = sum(s.d_ff for s in sites)
+    whole = f", {len(found.refused)} left whole" if found.refused else ""
+    OUT.print(Text(f"{found.model_class}: {len(sites)} FFNs, {channels:,} channels{whole}"))
+
+
+def _left_out(title: str, rows: Sequence[LeftOut]) -> Table:
+    table = Table(title, "why")
+    for row in rows:
+        table.add_row(row.path, row.reason)
+    return table

@@ -1,0 +1,201 @@
+"""Everything that looks like an FFN in a model: the sites, and what is left out, by name and with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffnscope.errors import LayoutError
+from ffnscope.ffn.guard import check_model
+from ffnscope.ffn.probe import Found, Probed, layer_path, probe
+from ffnscope.ffn.projection import in_width, is_projection, out_width
+from ffnscope.types import FFNSite
+
+PROBE_TOKENS = 8
+# parts of a module path that tell a small helper network, which is built like an FFN, from the FFN of a layer
+HELPERS = re.compile(r".*norm|.*router.*|gate|.*hyper_connection.*|.*_hc|altup|adapter_modules|patcher", re.IGNORECASE)
+# word in the class names of layers that have no FFN at all -> what they have instead
+WITHOUT_FFN = {"Mamba": "state-space mixers, whose input projection feeds a convolution and a scan over the tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A part of a model that is left whole: the path of its down projection (or of its module), and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found in a model.
+
+    Attributes:
+        model_class: name of the model's class.
+        model_type: its type, as the config tells it.
+        sites: the FFNs that can be scored and cut, in the order of the layers.
+        refused: FFNs that cannot be, each with the reason.
+        helpers: networks that are built like an FFN, but are none of a layer's (routers, adapters, gated norms).
+    """
+
+    model_class: str
+    model_type: str
+    sites: tuple[FFNSite, ...]
+    refused: tuple[LeftOut, ...]
+    helpers: tuple[LeftOut, ...]
+
+
+def survey(model: nn.Module) -> Survey:
+    """Look for FFNs in a causal LM, on any device. It is run once on 8 tokens and left as it was.
+
+    Raises:
+        ModelError: a quantised, adapter-wrapped, tensor-parallel or compiled model.
+    """
+    check_model(model)
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    seen = probe(model, probe_ids(model, PROBE_TOKENS))
+    helpers = tuple(LeftOut(f.down, f"{_helper_part(f.down)} is a helper network") for f in seen.ffns if _is_helper(f))
+    ffns = [f for f in seen.ffns if not _is_helper(f)]
+    shared = dict(_shared(model, ffns))
+    refused = [LeftOut(name, reason) for name, reason in {**_unlike(model, ffns, seen), **shared}.items()]
+    refused += _experts(model)
+    sites = tuple(_site(model, f, _activation(text)) for f in ffns if f.down not in shared)
+    return Survey(type(model).__name__, text.model_type, sites, tuple(refused), helpers)
+
+
+def describe(left_out: Iterable[LeftOut]) -> str:
+    """One clause per reason, layers of the same name drawn together: ``model.layers.*.mlp.down_proj: why``."""
+    rows: dict[tuple[str, str], int] = {}
+    for one in left_out:
+        key = (_any_number(one.path), _any_number(one.reason))
+        rows[key] = rows.get(key, 0) + 1
+    return "; ".join(f"{path}{f' ({n} times)' if n > 1 else ''}: {why}" for (path, why), n in rows.items())
+
+
+def nothing_found(model: nn.Module, found: Survey) -> LayoutError:
+    """Build the error for a model without a single site: what it has instead."""
+    name = f"{found.model_class} (model_type {found.model_type!r})"
+    if found.refused:
+        return LayoutError(f"none of the FFNs of {name} can be cut. {describe(found.refused)}.")
+    kinds = dict.fromkeys(type(m).__name__ for n, m in model.named_modules() if layer_path(n) and _has_children(m))
+    known = next((what for word, what in WITHOUT_FFN.items() if any(word in kind for kind in kinds)), None)
+    if known is not None:
+        return LayoutError(f"no FFN with channels is in {name}: its layers are {known}. There is nothing to cut.")
+    return LayoutError(
+        f"no FFN with channels was found in {name}: no projection of its layers ({', '.join(kinds) or 'none'}) reads "
+        "an element-wise function of other projections. Please report the architecture."
+    )
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None and not isinstance(module, nn.ModuleList)
+
+
+def probe_ids(model: Any, length: int) -> torch.Tensor:
+    """Token ids [1, length], or [codebooks, length] for a model with one embedding per codebook."""
+    tables = model.get_input_embeddings()
+    device: torch.device = next(tables.parameters()).device
+    # an offloaded embedding (on meta) takes its ids from the CPU
+    where = torch.device("cpu") if device.type == "meta" else device
+    ids = torch.arange(length, device=where)[None] % model.config.get_text_config().vocab_size
+    return ids.expand(len(tables), -1) if isinstance(tables, nn.ModuleList) else ids
+
+
+def _is_helper(found: Found) -> bool:
+    return _helper_part(found.down) is not None
+
+
+def _helper_part(name: str) -> str | None:
+    """First part of a path that names a helper; of what stands before the layers, only whole modules count."""
+    layer = layer_path(name) or ""
+    inside = name.removeprefix(layer).split(".")[:-1]
+    before = [part for part in layer.split(".") if part == "patcher"]
+    return next((part for part in (*before, *inside) if HELPERS.fullmatch(part)), None)
+
+
+def _unlike(model: nn.Module, ffns: Iterable[Found], seen: Probed) -> dict[str, str]:
+    """What is built or named like the down projection of an FFN, but cannot be cut."""
+    found = {f.down for f in seen.ffns}
+    wanted = {_in_any_layer(f.down) for f in ffns}
+    reasons = {name: why for name, why in seen.misses.items() if _helper_part(name) is None}
+    for name, module in model.named_modules():
+        if is_projection(module) and name not in found and name not in reasons and _in_any_layer(name) in wanted:
+            reasons[name] = (
+                "it is named like the down projection of other layers, but its channels are not independent of each "
+                "other"
+                if name in seen.ran
+                else "it is named like the down projection of other layers, but takes no part in reading a text"
+            )
+    return reasons
+
+
+def _in_any_layer(name: str) -> tuple[str, str]:
+    """List of layers that a module is in, and its path inside the layer."""
+    layer = layer_path(name) or ""
+    return layer.rpartition(".")[0], name.removeprefix(layer)
+
+
+def _shared(model: nn.Module, ffns: Iterable[Found]) -> Iterator[tuple[str, str]]:
+    """Two FFNs that share a weight cannot lose different channels, and masking one would change the other."""
+    owners: dict[int, list[Found]] = {}
+    for ffn in ffns:
+        for name in dict.fromkeys(n for n in (ffn.gate, ffn.up, ffn.down) if n is not None):
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(ffn)
+    for group in owners.values():
+        names = list(dict.fromkeys(f.down for f in group))
+        for name in names if len(names) > 1 else ():
+            yield name, f"it shares its weights with {', '.join(n for n in names if n != name)}"
+
+
+def _experts(model: nn.Module) -> list[LeftOut]:
+    reason = "a mixture of experts, whose channels are not available in this version"
+    return [
+        LeftOut(name, reason)
+        for name, module in model.named_modules()
+        if layer_path(name) and "expert" in name and _is_fused(module)
+    ]
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds several matrices in one parameter, or matrices outside of projections."""
+    own = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+    return bool(own) and not is_projection(module)
+
+
+def _any_number(text: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", text)
+
+
+def _site(model: nn.Module, found: Found, activation: str) -> FFNSite:
+    names = [n for n in (found.gate, found.up, found.down) if n is not None]
+    parents = [n.split(".")[:-1] for n in names]
+    shortest = min(len(p) for p in parents)
+    cut = next((i for i in range(shortest) if len({p[i] for p in parents}) > 1), shortest)
+    relative = [None if n is None else ".".join(n.split(".")[cut:]) for n in (found.gate, found.up, found.down)]
+    down = model.get_submodule(found.down)
+    return FFNSite(
+        layer=int(found.layer.rsplit(".", 1)[-1]),
+        path=".".join(parents[0][:cut]),
+        gate=relative[0],
+        up=relative[1] or "",
+        down=relative[2] or "",
+        d_model=out_width(down),
+        d_ff=in_width(down),
+        activation=activation,
+        fused=found.fused,
+    )
+
+
+def _activation(text_config: Any) -> str:
+    for name in ("hidden_act", "hidden_activation", "activation_function", "activation"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, str):
+            return value
+    return "unknown"

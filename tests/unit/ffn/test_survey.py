@@ -1,0 +1,121 @@
+"""What a survey tells: sites, refusals and helpers, each by name and reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ffnscope.ffn.survey import LeftOut, describe, nothing_found, survey
+from tiny import tiny
+from tiny_all import tiny_causal_lm
+
+
+def refusals(model: Any) -> dict[str, str]:
+    return {one.path: one.reason for one in survey(model).refused}
+
+
+def test_a_plain_model() -> None:
+    found = survey(tiny("llama"))
+    assert (found.model_class, found.model_type) == ("LlamaForCausalLM", "llama")
+    assert [s.path for s in found.sites] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert (found.refused, found.helpers) == ((), ())
+
+
+def test_channels_that_depend_on_each_other() -> None:
+    model = tiny("llama")
+    model.model.layers[1].mlp.act_fn = torch.nn.Softmax(-1)
+    reason = "its channels do not each depend on one output of gate and up alone, so none can be removed by itself"
+    assert refusals(model) == {"model.layers.1.mlp.down_proj": reason}
+    assert [s.layer for s in survey(model).sites] == [0]
+
+
+def test_an_inner_norm_is_named() -> None:
+    found = refusals(tiny_causal_lm("bitnet"))
+    assert len(found) == 3
+    assert "a norm over all its channels (model.layers.2.mlp.ffn_sub_norm)" in found["model.layers.2.mlp.down_proj"]
+
+
+def test_sparse_activations_of_some_layers() -> None:
+    model = tiny_causal_lm("gemma3n_text")
+    assert [s.layer for s in survey(model).sites] == [2, 3]
+    assert list(refusals(model)) == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+
+
+def test_a_layer_that_takes_no_part() -> None:
+    model = tiny_causal_lm("mllama, cross attention")
+    assert [s.layer for s in survey(model).sites] == [0, 2]
+    reason = "it is named like the down projection of other layers, but takes no part in reading a text"
+    assert refusals(model) == {"model.layers.1.mlp.down_proj": reason}
+
+
+def test_weights_that_layers_share() -> None:
+    model = tiny("llama", num_hidden_layers=3)
+    first, second, _ = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    assert refusals(model) == {
+        "model.layers.0.mlp.down_proj": "it shares its weights with model.layers.1.mlp.down_proj",
+        "model.layers.1.mlp.down_proj": "it shares its weights with model.layers.0.mlp.down_proj",
+    }
+    assert [s.layer for s in survey(model).sites] == [2]
+
+
+def test_adapters_of_a_shared_block() -> None:
+    reasons = refusals(tiny_causal_lm("zamba2")).values()
+    assert len(reasons) == 2
+    assert all("(an adapter) adds to its gate or up projection" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("name", "sites", "helper"),
+    [
+        ("xmod", 3, "roberta.encoder.layer.0.output.adapter_modules.en_XX.dense2"),
+        ("blt", 9, "model.patcher.layers.0.mlp.down_proj"),
+        ("axk2", 3, "model.layers.0.input_layernorm.mlp.fc2"),
+        ("qwen4_exp_text", 3, "model.layers.0.attn_hyper_connection.input_mix_weight_up"),
+    ],
+)
+def test_helper_networks_are_no_sites(name: str, sites: int, helper: str) -> None:
+    found = survey(tiny_causal_lm(name))
+    assert helper in [one.path for one in found.helpers]
+    assert len(found.sites) == sites
+
+
+def test_a_prefix_named_like_a_helper() -> None:
+    assert len(survey(tiny_causal_lm("roberta-prelayernorm")).sites) == 3
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba"])
+def test_an_architecture_without_ffn(name: str) -> None:
+    model = tiny_causal_lm(name)
+    found = survey(model)
+    assert not found.sites + found.refused
+    assert "its layers are state-space mixers, whose input projection feeds a convolution" in str(
+        nothing_found(model, found)
+    )
+
+
+def test_an_unknown_architecture_names_its_layers() -> None:
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.mlp = torch.nn.Identity()
+    text = str(nothing_found(model, survey(model)))
+    assert text.startswith("no FFN with channels was found in LlamaForCausalLM (model_type 'llama')")
+    assert "(LlamaDecoderLayer, LlamaAttention)" in text
+    assert text.endswith("Please report the architecture.")
+
+
+def test_nothing_but_refusals() -> None:
+    model = tiny_causal_lm("zamba")
+    text = str(nothing_found(model, survey(model)))
+    assert text.startswith("none of the FFNs of ZambaForCausalLM (model_type 'zamba') can be cut. model.layers.*")
+
+
+def test_a_model_of_several_codebooks() -> None:
+    assert len(survey(tiny_causal_lm("musicgen")).sites) == 3
+
+
+def test_layers_are_drawn_together() -> None:
+    rows = [LeftOut(f"layers.{i}.down", f"like layers.{i}.norm") for i in range(12)]
+    assert describe([*rows, LeftOut("head.1", "no")]) == ("layers.*.down (12 times): like layers.*.norm; head.*: no")
