@@ -254,7 +254,7 @@ def test_ctrl_c_ends_with_130(fails: Fails, config_file: Path, monkeypatch: pyte
 
     monkeypatch.setattr(collect, "observe_batch", stop)
     said = fails(130, "run", config_file)
-    assert "interrupted. Called again, `run` goes on where it stopped, and `score` in its first pass." in said
+    assert "interrupted. Called again, `run` and `score` go on where they stopped." in said
 
 
 # --- looking ---
@@ -376,7 +376,7 @@ def test_score_goes_on_after_ctrl_c(
 
     monkeypatch.setattr(collect, "observe_batch", stop_at_the_fifth)
     fails(130, *options)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["statistics.part.safetensors"]
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["score.part", "calibrate.safetensors"]
     ok(*options)
     assert len(calls) == 4 + 1 + 1
     whole = (*options[:-1], tmp_path / "whole")
@@ -391,8 +391,8 @@ def test_a_damaged_state_of_an_interrupted_pass_is_told_and_made_again(
 ) -> None:
     options = ("score", checkpoint, "-m", "wanda", "--text", texts / "train.txt", *SMALL, "--out")
     ok(*options, tmp_path / "whole")
-    part = tmp_path / "out" / "statistics.part.safetensors"
-    part.parent.mkdir()
+    part = tmp_path / "out" / "score.part" / "calibrate.safetensors"
+    part.parent.mkdir(parents=True)
     stats, _ = read_stats(tmp_path / "whole" / "statistics.safetensors")
     write_stats(part, stats.values(), {"key": "k"})
     if damage == "truncated":
