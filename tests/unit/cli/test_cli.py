@@ -158,7 +158,8 @@ COMMANDS = {
         (2, ["--text", "rows.jsonl"], "rows.jsonl line 1 is not JSON"),
         (2, ["--text", "sotu", "--split", "trian"], "Unknown split of sotu 'trian'. Did you mean 'train'"),
         (1, [], "already exists. Choose another --out"),
-        (1, ["--overwrite", "--out", "file/x.csv"], "is a file, not a folder. Choose another --out."),
+        (1, ["--overwrite", "--out", "file/x.csv"], "cannot write file: Not a directory."),
+        (1, ["--overwrite", "--out", "/dev/null/x.csv"], "cannot write /dev/null: Not a directory."),
     ],
 )
 def test_faults_are_found_before_the_model_is_loaded(
@@ -255,6 +256,17 @@ def test_ctrl_c_ends_with_130(fails: Fails, config_file: Path, monkeypatch: pyte
     monkeypatch.setattr(collect, "observe_batch", stop)
     said = fails(130, "run", config_file)
     assert "interrupted. Called again, `run` and `score` go on where they stopped." in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", [["metrics"], ["metrics", "--json"], ["--version"], ["metrics", "--help"]])
+def test_what_cannot_be_printed_ends_without_a_traceback(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ffnscope", *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: [Errno 28] No space left on device.\n"
 
 
 # --- looking ---
