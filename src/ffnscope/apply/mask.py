@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
-from ffnscope.ffn.projection import Coupled, check_resident, coupled, down_projection, in_width, out_width, projection
-from ffnscope.types import FFNSite, PruningPlan
+from ffnscope.ffn.projection import Coupled, check_resident, coupled, producer_widths, shape_of
+from ffnscope.types import PruningPlan
 
 
 @contextlib.contextmanager
@@ -40,25 +40,20 @@ def masked(model: nn.Module, plan: PruningPlan) -> Generator[nn.Module]:
 def check_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Raise unless every site of the plan is in the model, resident, with the shapes that the plan was made for."""
     for site in plan.kept:
-        found, d_model = (width(down_projection(model, site)) for width in (in_width, out_width))
+        found, d_model = shape_of(model, site)
         if (found, d_model) != (site.d_ff, site.d_model):
             raise UsageError(
                 f"the plan was made for {site.name} with {site.d_ff} channels of width {site.d_model}; this model has "
                 f"{found} of width {d_model} there. Use the model that was scored."
             )
-        _check_producers(model, site)
+        expected = (2 if site.fused else 1) * site.d_ff
+        for name, width in producer_widths(model, site).items():
+            if width != expected:
+                raise UsageError(
+                    f"the plan was made for {site.name} with {expected} outputs of {name}; this model has {width}. "
+                    "Use the model that was scored."
+                )
         check_resident(model, site)
-
-
-def _check_producers(model: nn.Module, site: FFNSite) -> None:
-    expected = (2 if site.fused else 1) * site.d_ff
-    for name in dict.fromkeys(n for n in (site.gate, site.up) if n is not None):
-        found = out_width(projection(model, site, name))
-        if found != expected:
-            raise UsageError(
-                f"the plan was made for {site.name} with {expected} outputs of {name}; this model has {found}. "
-                "Use the model that was scored."
-            )
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffnscope.apply.expert_slice import slice_experts_
 from ffnscope.apply.mask import check_plan
 from ffnscope.ffn.projection import coupled, is_projection, out_axis, projection
 from ffnscope.ffn.sites import find_sites
@@ -29,7 +30,8 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Remove the channels that a plan does not keep, in place, and return the model.
 
     Weights and biases shrink, widths that modules remember follow, and the config's width follows when all sites of
-    the model now agree. Unequal widths work in memory; for saving see `prune_`.
+    the model now agree. Unequal widths work in memory; for saving see `prune_`. Experts of one layer share their
+    tensors and stay equally wide (see `slice_experts_`).
 
     Raises:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
@@ -37,8 +39,9 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """
     check_plan(model, plan)
     for site, kept in plan.kept.items():
-        if kept.numel() < site.d_ff:
+        if site.expert is None and kept.numel() < site.d_ff:
             _slice_site(model, site, kept)
+    slice_experts_(model, plan)
     _update_config(model, plan)
     return model
 

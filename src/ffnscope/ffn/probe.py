@@ -102,7 +102,9 @@ def _cut(model: nn.Module, trace: _Trace) -> Generator[None]:
 
 
 def _replacer(trace: _Trace, layer: str, name: str, random: torch.Generator) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, Tensor):  # a router that is also a Linear
+            return output
         noise = torch.randn(output.shape, generator=random).to(output)
         tokens = noise.view(-1, output.shape[-1])
         tokens[1:2] = tokens[:1]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ffnscope.errors import LayoutError, UsageError
+from ffnscope.ffn.experts import find_experts
 from ffnscope.ffn.guard import check_model
 from ffnscope.ffn.probe import Found, layer_path, probe
 from ffnscope.ffn.projection import in_width, is_projection, out_width
@@ -20,24 +21,24 @@ WRAPPERS = ("model", "module", "base_model", "language_model", "transformer")
 
 
 def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[FFNSite]:
-    """Find every dense FFN of a causal LM, in the order of its layers.
+    """Find every FFN of a causal LM, dense ones and experts, in the order of its layers.
 
     Args:
         model: a `transformers` causal LM, on any device. It is run once on 8 tokens and left as it was.
         tracked: patterns that select sites (see `select_sites`); None selects all.
 
     Raises:
-        LayoutError: the model has no FFN that this version can address, or is a mixture of experts.
+        LayoutError: the model has no FFN that this version can address, or experts of an unknown kind.
         ModelError: a quantised, adapter-wrapped, tensor-parallel or compiled model.
         UsageError: a pattern matches nothing.
     """
     check_model(model)
-    _refuse_experts(model)
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     ids = torch.arange(PROBE_TOKENS, device=_input_device(model))[None] % text.vocab_size
     sites = [_site(model, f, _activation(text)) for f in probe(model, ids)]
-    if not sites:
+    experts = find_experts(model, ids, _activation(text))
+    if not sites and not experts:
         raise LayoutError(
             f"no FFN with channels was found in {type(model).__name__} (model_type {text.model_type!r}): no projection "
             "reads an element-wise function of other projections. Run `ffnscope inspect` on a supported layout, or "
@@ -45,6 +46,7 @@ def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[F
         )
     _refuse_partial(model, sites)
     _refuse_shared(model, sites)
+    sites = _in_model_order(model, [*sites, *experts])
     return sites if tracked is None else select_sites(sites, tracked)
 
 
@@ -60,7 +62,7 @@ def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNS
     """
     chosen: set[FFNSite] = set()
     for pattern in patterns:
-        hits = [s for s in sites if any(_matches(pattern, name) for name in (*s.projections, s.path))]
+        hits = [s for s in sites if any(_matches(pattern, name) for name in (*s.projections, s.path, s.name))]
         if not hits:
             example = sites[0].projections[-1] if sites else "none"
             raise UsageError(
@@ -134,13 +136,9 @@ def _activation(text_config: Any) -> str:
     return "unknown"
 
 
-def _refuse_experts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and re.search(r"(^|\.)\d+\.", name) and "expert" in name:
-            raise LayoutError(
-                f"{type(model).__name__} is a mixture of experts ({name} {tuple(parameter.shape)}); channels of "
-                "experts are not available in this version."
-            )
+def _in_model_order(model: nn.Module, sites: Sequence[FFNSite]) -> list[FFNSite]:
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(sites, key=lambda s: order[s.path if s.expert is not None else s.projections[-1]])
 
 
 def _refuse_partial(model: nn.Module, sites: Sequence[FFNSite]) -> None:

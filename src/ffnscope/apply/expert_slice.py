@@ -1,0 +1,100 @@
+"""Real removal within fused experts: all experts of a layer lie in the same tensors, so they become equally wide."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ffnscope.ffn.expert_calls import Experts, group_experts
+from ffnscope.ffn.projection import Coupled, coupled, owner_of
+from ffnscope.types import FFNSite, PruningPlan
+
+# names by which modules with fused experts remember d_ff, or 2 * d_ff where gate and up are one projection
+_WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size", "input_size", "output_size")
+
+
+def slice_experts_(model: nn.Module, plan: PruningPlan) -> None:
+    """Cut the channels that a plan does not keep out of the tensors of the experts, in place.
+
+    Experts keep different channels, but as many as the expert of their layer that keeps most: of the others, removed
+    channels stay in the tensor with all their weights zero, which computes the same. A `UserWarning` tells how many.
+    Experts that the plan leaves out keep all.
+    """
+    padded: dict[str, tuple[int, int]] = {}
+    for experts, sites in group_experts(plan.kept).items():
+        kept = _kept_by_all(model, experts, {e: plan.kept[s] for e, s in sites.items()}, next(iter(sites.values())))
+        width = max(index.numel() for index in kept.values())
+        surplus = sum(width - index.numel() for index in kept.values())
+        if surplus:
+            padded[experts.path] = (width, surplus)
+        _slice(model, experts, {s: _widened(model, s, index, width) for s, index in kept.items()})
+    if padded:
+        path, (width, surplus) = next(iter(padded.items()))
+        warnings.warn(
+            f"experts of one layer lie in one tensor and have one width; in {len(padded)} layer(s) they keep different "
+            f"numbers of channels, so the tensors are cut to the widest expert and other removed channels are zeroed "
+            f"({path}: width {width}, {surplus} zeroed). Plan with the allocator 'local' to remove them all.",
+            stacklevel=3,
+        )
+
+
+def _kept_by_all(
+    model: nn.Module, experts: Experts, planned: Mapping[int, Tensor], example: FFNSite
+) -> dict[FFNSite, Tensor]:
+    """Kept channels of every expert in the tensors, those that the plan leaves out included."""
+    rows = model.get_submodule(experts.path).get_parameter(experts.down).shape[0]
+    count = rows if experts.d_ff is None else rows // experts.d_ff
+    everything = torch.arange(example.d_ff)
+    return {replace(example, expert=e): planned.get(e, everything) for e in range(count)}
+
+
+@torch.no_grad()
+def _widened(model: nn.Module, site: FFNSite, kept: Tensor, width: int) -> Tensor:
+    """Add as many removed channels as are missing to ``width``, their weights zeroed."""
+    if kept.numel() == width:
+        return kept
+    mask = torch.ones(site.d_ff, dtype=torch.bool)
+    mask[kept] = False
+    extra = mask.nonzero().flatten()[: width - kept.numel()]
+    for entry in coupled(model, site, extra):
+        entry.parameter.index_fill_(entry.axis, entry.index.to(entry.parameter.device), 0)
+    return torch.cat([kept, extra]).sort().values
+
+
+@torch.no_grad()
+def _slice(model: nn.Module, experts: Experts, kept: Mapping[FFNSite, Tensor]) -> None:
+    example, width = next((site, index.numel()) for site, index in kept.items())
+    if width == example.d_ff:
+        return
+    entries = [list(coupled(model, site, index)) for site, index in kept.items()]
+    for column in zip(*entries, strict=True):
+        old = getattr(column[0].module, column[0].name)
+        setattr(column[0].module, column[0].name, nn.Parameter(_cut(old, column), requires_grad=old.requires_grad))
+    owners = {owner_of(model, example, name) for name in (*experts.producers, experts.down)}
+    parent = model.get_submodule(experts.path.rpartition(".")[0])
+    for module in {*owners, model.get_submodule(experts.path), parent}:
+        _remember_width(module, example.d_ff, width, twice=module in owners and example.fused is not None)
+
+
+def _cut(whole: Tensor, entries: Sequence[Coupled]) -> Tensor:
+    parts = [e.parameter.index_select(e.axis, e.index.to(whole.device)) for e in entries]
+    if entries[0].rows is not None:
+        return torch.cat(parts)
+    last = entries[-1]
+    # LongCat keeps rows in its producers for experts that do nothing; they are never read
+    idle = [p.index_select(last.axis, last.index.to(whole.device)) for p in whole[len(parts) :]]
+    return torch.stack([*parts, *idle])
+
+
+def _remember_width(module: nn.Module, old: int, new: int, *, twice: bool) -> None:
+    """Follow integers by which a module remembers the width of its experts."""
+    for name in _WIDTHS:
+        value = vars(module).get(name)
+        if value == old:
+            setattr(module, name, new)
+        elif twice and value == 2 * old:
+            setattr(module, name, 2 * new)
