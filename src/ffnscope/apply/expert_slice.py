@@ -20,26 +20,35 @@ _WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_si
 def slice_experts_(model: nn.Module, plan: PruningPlan) -> None:
     """Cut the channels that a plan does not keep out of the tensors of the experts, in place.
 
-    Experts keep different channels, but as many as the expert of their layer that keeps most: of the others, removed
-    channels stay in the tensor with all their weights zero, which computes the same. A `UserWarning` tells how many.
-    Experts that the plan leaves out keep all.
+    Experts keep different channels, but as many as the expert of their layer that keeps most, rounded up to what the
+    grouped kernel of `transformers` can run (rows of 16 bytes: 4 channels in float32, 8 in bfloat16). Where an expert
+    keeps fewer, removed channels stay in the tensor with all their weights zero, which computes the same. A
+    `UserWarning` tells how many. Experts that the plan leaves out keep all.
     """
-    padded: dict[str, tuple[int, int]] = {}
+    surplus: dict[str, tuple[int, int]] = {}
     for experts, sites in group_experts(plan.kept).items():
         kept = _kept_by_all(model, experts, {e: plan.kept[s] for e, s in sites.items()}, next(iter(sites.values())))
-        width = max(index.numel() for index in kept.values())
-        surplus = sum(width - index.numel() for index in kept.values())
-        if surplus:
-            padded[experts.path] = (width, surplus)
+        width = _common_width(model.get_submodule(experts.path), experts, kept)
+        zeroed = sum(width - index.numel() for index in kept.values())
+        if zeroed:
+            surplus[experts.path] = (width, zeroed)
         _slice(model, experts, {s: _widened(model, s, index, width) for s, index in kept.items()})
-    if padded:
-        path, (width, surplus) = next(iter(padded.items()))
+    if surplus:
+        path, (width, zeroed) = next(iter(surplus.items()))
         warnings.warn(
-            f"experts of one layer lie in one tensor and have one width; in {len(padded)} layer(s) they keep different "
-            f"numbers of channels, so the tensors are cut to the widest expert and other removed channels are zeroed "
-            f"({path}: width {width}, {surplus} zeroed). Plan with the allocator 'local' to remove them all.",
+            "experts of one layer lie in one tensor, so they have one width, which the grouped kernel wants in rows of "
+            f"16 bytes; in {len(surplus)} layer(s) the plan asks for others, and {sum(n for _, n in surplus.values())} "
+            f"removed channels are zeroed instead of cut ({path}: width {width}, {zeroed} zeroed). The allocator "
+            "'local' with multiple_of 8 cuts all.",
             stacklevel=3,
         )
+
+
+def _common_width(module: nn.Module, experts: Experts, kept: Mapping[FFNSite, Tensor]) -> int:
+    """Width of the tensors: that of the widest expert, rounded up where a grouped kernel may run it."""
+    widest, d_ff = max(index.numel() for index in kept.values()), next(iter(kept)).d_ff
+    step = 16 // module.get_parameter(experts.down).itemsize if hasattr(module, "is_transposed") else 1
+    return min(-(-widest // max(step, 1)) * max(step, 1), d_ff)
 
 
 def _kept_by_all(

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.captured import INDEX, KIND, Capture, new_folder, read_capture
 from ffnscope.calibrate.observe import not_finite, observe_batch
+from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.ffn.frozen import frozen

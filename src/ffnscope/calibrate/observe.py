@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.forward import forward_logits, memory_errors
+from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.taps import OnActivation, OnGradient, OnRouting, SignalTap, channel_taps
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError
