@@ -13,8 +13,8 @@ from ffnscope.ffn.expert_calls import Experts, group_experts
 from ffnscope.ffn.projection import Coupled, coupled, owner_of
 from ffnscope.types import FFNSite, PruningPlan
 
-# names by which modules with fused experts remember d_ff, or 2 * d_ff where gate and up are one projection
-_WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size", "input_size", "output_size")
+# names by which modules with fused experts remember d_ff
+_WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size")
 
 
 def slice_experts_(model: nn.Module, plan: PruningPlan) -> None:
@@ -86,7 +86,7 @@ def _slice(model: nn.Module, experts: Experts, kept: Mapping[FFNSite, Tensor]) -
     owners = {owner_of(model, example, name) for name in (*experts.producers, experts.down)}
     parent = model.get_submodule(experts.path.rpartition(".")[0])
     for module in {*owners, model.get_submodule(experts.path), parent}:
-        _remember_width(module, example.d_ff, width, twice=module in owners and example.fused is not None)
+        _remember_width(module, example.d_ff, width)
 
 
 def _cut(whole: Tensor, entries: Sequence[Coupled]) -> Tensor:
@@ -99,11 +99,13 @@ def _cut(whole: Tensor, entries: Sequence[Coupled]) -> Tensor:
     return torch.stack([*parts, *idle])
 
 
-def _remember_width(module: nn.Module, old: int, new: int, *, twice: bool) -> None:
+def _remember_width(module: nn.Module, old: int, new: int) -> None:
     """Follow integers by which a module remembers the width of its experts."""
     for name in _WIDTHS:
-        value = vars(module).get(name)
-        if value == old:
+        if vars(module).get(name) == old:
             setattr(module, name, new)
-        elif twice and value == 2 * old:
-            setattr(module, name, 2 * new)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 3:  # one projection of all experts
+        for name, size in zip(("output_size", "input_size"), weight.shape[1:], strict=True):
+            if name in vars(module):
+                setattr(module, name, size)

@@ -206,21 +206,6 @@ class TestTrackedLayers:
 
 
 class TestRefusals:
-    def test_a_mixture_of_experts(self) -> None:
-        from transformers import AutoModelForCausalLM, MixtralConfig
-
-        config = MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        )
-        with pytest.raises(LayoutError, match=r"MixtralForCausalLM is a mixture of experts \(model.layers.0.*experts"):
-            find_sites(AutoModelForCausalLM.from_config(config))
-
     def test_no_ffn(self) -> None:
         from transformers import AutoModelForCausalLM, MambaConfig
 
