@@ -168,7 +168,7 @@ class _Frame:
         if any(e not in self.routed for e in numbers):
             raise LayoutError(
                 f"{self.experts.path}.{name} is multiplied with channels that come from no product with "
-                f"{' or '.join(self.experts.producers)}; channels of such experts are not available in this version."
+                f"{' or '.join(self.experts.producers)}"
             )
         parts = tuple(self.routed[e] for e in numbers)
         return Call(self.experts, name, x, parts, self._is_last(weight, axis, name))
@@ -199,7 +199,7 @@ class _Frame:
                 return index[start : start + x.shape[0]]
         raise LayoutError(
             f"{self.experts.path}: the tokens that an expert is given cannot be told, because they are not picked by "
-            "an index from the input of the experts; channels of such experts are not available in this version."
+            "an index from the input of the experts"
         )
 
     def _batched(self, x: Tensor) -> tuple[Part, ...]:
@@ -207,7 +207,7 @@ class _Frame:
         if x.dim() != 3 or x.shape[1] not in (self.n_tokens, self.n_tokens // x.shape[0]):
             raise LayoutError(
                 f"{self.experts.path} multiplies {tuple(x.shape)} with all experts at once; expected [n_experts, "
-                f"{self.n_tokens}, width]. Channels of such experts are not available in this version."
+                f"{self.n_tokens}, width]"
             )
         routed = (x != 0).any(-1)
         return tuple(Part(e, e, one.nonzero().flatten()) for e, one in enumerate(routed))

@@ -59,26 +59,43 @@ class _Seen:
     layout: _Layout | None = None
 
 
-def find_experts(model: nn.Module, input_ids: Tensor, activation: str) -> list[FFNSite]:
-    """Return one site per routed or shared expert that is kept in fused parameters, in the order of the model.
+@dataclass(frozen=True, slots=True)
+class FoundExperts:
+    """Experts in fused parameters: one site each, in the order of the model; and path -> why those cannot be used."""
 
-    ``input_ids`` [1, T] are run once. An expert that they do not reach has the layout of its siblings.
+    sites: tuple[FFNSite, ...]
+    refused: Mapping[str, str]
 
-    Raises:
-        LayoutError: fused experts whose channels are not independent, or cannot be observed, by name and reason.
+
+def find_experts(model: nn.Module, input_ids: Tensor, activation: str) -> FoundExperts:
+    """Find the routed and shared experts that are kept in fused parameters.
+
+    ``input_ids`` [1, T] are run once, when the model has any; it is left as it was. An expert that they do not reach
+    has the layout of its siblings.
     """
     candidates = [e for name, module in model.named_modules() for e in _candidates(name, module)]
     seen: dict[Experts, _Seen] = {}
     prober = _Prober(seen, torch.Generator().manual_seed(0))
+    refused: dict[str, str] = {}
+    opened: set[Experts] = set()
     watched = expert_calls(model, candidates, prober)
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model), watched as opened:
-        if candidates:
-            model(input_ids=input_ids, use_cache=False)
-    running = [e for e in candidates if e in opened]  # attention may use the same classes in another way
-    sites = [s for e in running for s in _sites(model, e, _layout(model, e, seen), activation)]
-    idle = {f"{e.path}.{n}" for e in candidates if e not in opened for n in (*e.producers, e.down)}
-    _refuse_unknown(model, {name for site in sites for name in site.projections} | idle)
-    return sites
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), frozen(model), watched as opened:
+            if candidates:
+                model(input_ids=input_ids, use_cache=False)
+    except LayoutError as error:
+        refused |= {e.path: str(error) for e in candidates}
+    sites: list[FFNSite] = []
+    # attention may use the same classes in another way: its forward is not run
+    for experts in [] if refused else [e for e in candidates if e in opened]:
+        layout = _layout(model, experts, seen)
+        if layout is None:
+            where = f"{experts.path}.{experts.down}"
+            refused[experts.path] = f"no product of tokens with {where} was seen, so how its channels lie is not known"
+        else:
+            sites += _sites(model, experts, layout, activation)
+    known = {f"{e.path}.{n}" for e in candidates for n in (*e.producers, e.down)}
+    return FoundExperts(tuple(sites), refused | _unknown(model, known))
 
 
 def _candidates(path: str, module: nn.Module) -> list[Experts]:
@@ -124,13 +141,8 @@ def _classify(call: Call, outputs: Mapping[str, Tensor], producers_last: bool, d
     storage = _STORAGE.get((producers_last, call.contracts_last, call.experts.d_ff is not None))
     order = _order(call.x, values)
     if storage is None or order is None:
-        reason = (
-            "are stored in a way that is not known" if order else "depend on each other, or on more than gate and up"
-        )
-        raise LayoutError(
-            f"the channels of {call.experts.path} ({', '.join(names)} {[tuple(v.shape) for v in values]}) {reason}; "
-            "such experts are not available in this version."
-        )
+        reason = "are stored in an unknown way" if order else "depend on each other, or on more than gate and up"
+        raise LayoutError(f"the channels of {call.experts.path} ({', '.join(names)} -> {call.name}) {reason}")
     if order == "plain":
         return _Layout(None, names[0], None, storage, d_model, d_ff)
     parts = _halves(values, order, d_ff)
@@ -139,9 +151,7 @@ def _classify(call: Call, outputs: Mapping[str, Tensor], producers_last: bool, d
         return _Layout(names[gate], names[1 - gate], None, storage, d_model, d_ff)
     if order == "interleaved":
         if gate != 0:
-            raise LayoutError(
-                f"{call.experts.path} interleaves up and gate, up first; only gate first is known in this version."
-            )
+            raise LayoutError(f"{call.experts.path} interleaves up and gate, up first; only gate first is known")
         return _Layout(names[0], names[0], "interleaved", storage, d_model, d_ff)
     return _Layout(names[0], names[0], "gate_up" if gate == 0 else "up_gate", storage, d_model, d_ff)
 
@@ -195,18 +205,12 @@ def _gate_index(h: Tensor, parts: Sequence[tuple[Tensor, slice]]) -> int:
     return 0 if first_is_gate else 1
 
 
-def _layout(model: nn.Module, experts: Experts, seen: Mapping[Experts, _Seen]) -> _Layout:
+def _layout(model: nn.Module, experts: Experts, seen: Mapping[Experts, _Seen]) -> _Layout | None:
     """Layout of fused experts; when no token reached any of them, that of others with the same names and shapes."""
     if experts in seen and (own := seen[experts].layout) is not None:
         return own
     shapes = _shapes(model, experts)
-    for other, state in seen.items():
-        if state.layout is not None and _shapes(model, other) == shapes:
-            return state.layout
-    raise LayoutError(
-        f"no product of tokens with {experts.path}.{experts.down} was seen, so how its channels lie is not known; such "
-        "experts are not available in this version."
-    )
+    return next((s.layout for e, s in seen.items() if s.layout is not None and _shapes(model, e) == shapes), None)
 
 
 def _shapes(model: nn.Module, experts: Experts) -> dict[str, torch.Size]:
@@ -234,12 +238,10 @@ def _sites(model: nn.Module, experts: Experts, layout: _Layout, activation: str)
     ]
 
 
-def _refuse_unknown(model: nn.Module, known: set[str]) -> None:
-    """Experts that no table row names would be left out silently."""
-    for name, parameter in model.named_parameters():
-        inside = layer_path(name) is not None and "expert" in name
-        if inside and parameter.dim() == 3 and name not in known:
-            raise LayoutError(
-                f"{type(model).__name__} is a mixture of experts whose parameter {name} {tuple(parameter.shape)} is "
-                "not known to hold channels of experts; such experts are not available in this version."
-            )
+def _unknown(model: nn.Module, known: set[str]) -> dict[str, str]:
+    """Experts that no table row names, which would be left out silently."""
+    return {
+        name: f"{tuple(parameter.shape)} is not known to hold channels of experts"
+        for name, parameter in model.named_parameters()
+        if layer_path(name) is not None and "expert" in name and parameter.dim() == 3 and name not in known
+    }

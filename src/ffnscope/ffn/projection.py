@@ -34,7 +34,10 @@ class Coupled:
     @property
     def parameter(self) -> Tensor:
         """The parameter as the module holds it now; for an expert the view of its own part."""
-        whole: Tensor = getattr(self.module, self.name)
+        return self.part(getattr(self.module, self.name))
+
+    def part(self, whole: Tensor) -> Tensor:
+        """View of a value of the whole parameter; for an expert of its own part."""
         return whole if self.expert is None else _part_of(whole, self.expert, self.rows)
 
 

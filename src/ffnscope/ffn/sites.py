@@ -38,7 +38,13 @@ def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[F
     ids = torch.arange(PROBE_TOKENS, device=_input_device(model))[None] % text.vocab_size
     sites = [_site(model, f, _activation(text)) for f in probe(model, ids)]
     experts = find_experts(model, ids, _activation(text))
-    if not sites and not experts:
+    if experts.refused:
+        path, reason = next(iter(experts.refused.items()))
+        raise LayoutError(
+            f"{type(model).__name__} is a mixture of experts that cannot be used. {path}: {reason}. Pruning only its "
+            "other FFNs is not available in this version."
+        )
+    if not sites and not experts.sites:
         raise LayoutError(
             f"no FFN with channels was found in {type(model).__name__} (model_type {text.model_type!r}): no projection "
             "reads an element-wise function of other projections. Run `ffnscope inspect` on a supported layout, or "
@@ -46,7 +52,7 @@ def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[F
         )
     _refuse_partial(model, sites)
     _refuse_shared(model, sites)
-    sites = _in_model_order(model, [*sites, *experts])
+    sites = _in_model_order(model, [*sites, *experts.sites])
     return sites if tracked is None else select_sites(sites, tracked)
 
 
