@@ -9,7 +9,7 @@ from ffnscope.errors import LayoutError
 from ffnscope.ffn.expert_calls import Call, expert_calls, group_experts
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites
-from tiny import HIDDEN, logits, tokens
+from tiny import HIDDEN, logits, tiny, tokens
 from tiny_moe import DENSE, EXPERT, MIXTURES, N_EXPERTS, SHARED, tiny_moe
 
 GATE_UP = ("gate_up_proj", "gate_up_proj", "down_proj")
@@ -118,6 +118,13 @@ def test_unknown_parameters_of_experts_are_refused_by_name():
     with pytest.raises(
         LayoutError, match=r"MixtralForCausalLM .* model.layers.1.mlp.experts.extra: \(4, 2, 2\) is not known to"
     ):
+        find_sites(model)
+
+
+def test_experts_as_a_list_of_modules_are_refused():
+    model = tiny("llama")
+    model.model.layers[1].mlp.experts = nn.ModuleList([tiny("llama").model.layers[0].mlp for _ in range(2)])
+    with pytest.raises(LayoutError, match=r"model.layers.1.mlp.experts: its experts are modules of their own"):
         find_sites(model)
 
 
