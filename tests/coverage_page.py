@@ -34,8 +34,9 @@ def coverage_page(rows: Sequence[Row]) -> str:
             f"logits differ by less than {TOLERANCE:g}. Masking moves them by more than {VISIBLE:g}, and so does "
             "cutting other channels (the control).",
             "- **gradients**: the gradient of the loss reaches the channels of every FFN.",
-            "- **reload**: the cut model, saved and loaded by its stock class, gives the same logits; *refused* means "
-            "that the config cannot express the widths and that nothing was written.",
+            "- **reload**: the cut model, saved and loaded by its stock class, gives the same logits; *with code*: the "
+            "config cannot express the widths, so the modeling file saved beside the weights loads it; *refused*: "
+            "nothing was written.",
             "",
             *_totals(mapped),
             "",
@@ -72,8 +73,8 @@ def _totals(rows: Sequence[Row]) -> list[str]:
         f"Of {len(rows)} architectures, {built} can be built; in {len(cut)} of them FFNs were found, in {whole} every "
         f"one of them ({sum(r.sites for r in cut)} FFNs in all).",
         "",
-        "| check | ok | refused, with the reason | failed |",
-        "|---|---:|---:|---:|",
+        "| check | ok | with code | refused, with the reason | failed |",
+        "|---|---:|---:|---:|---:|",
     ]
     for title, check in (
         ("built", "built"),
@@ -82,5 +83,6 @@ def _totals(rows: Sequence[Row]) -> list[str]:
         ("gradients", "gradients"),
         ("reload", "reload"),
     ):
-        lines.append(f"| {title} | {count(check, 'ok')} | {count(check, 'refused')} | {count(check, 'failed')} |")
+        numbers = (str(count(check, status)) for status in ("ok", "with code", "refused", "failed"))
+        lines.append(f"| {title} | {' | '.join(numbers)} |")
     return lines

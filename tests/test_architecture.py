@@ -129,16 +129,12 @@ def test_the_fence_sees_a_hidden_import(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, time, json, torch\n"
-        "start = time.perf_counter()\n"
-        "import ffnscope\n"
-        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))\n"
-    )
-    runs = [json.loads(subprocess.check_output([sys.executable, "-c", code], text=True)) for _ in range(2)]
-    loaded = {name.split(".")[0] for name in runs[0][1]}
+    """What is not loaded takes no time; a clock would fail the test on a busy machine."""
+    code = "import sys, json, ffnscope; print(json.dumps(sorted(sys.modules)))"
+    loaded = {
+        name.split(".")[0] for name in json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+    }
     assert loaded.isdisjoint(HEAVY)
-    assert min(seconds for seconds, _ in runs) < 0.5
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import tempfile
 import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -52,6 +53,22 @@ def writing(path: Path) -> Generator[None]:
         raise ArtifactError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ArtifactError unless a file can be made in a folder, or in the one above that is there; none stays."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with writing(folder), tempfile.TemporaryFile(dir=nearest):
+        pass
+
+
+@contextlib.contextmanager
+def disposable(outcome: str) -> Generator[None]:
+    """Add to an ArtifactError that the file may be deleted, and what happens then: for what is made without asking."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} Delete it, and {outcome}.") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text atomically."""
     with replacing(path) as part:
@@ -70,7 +87,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist.") from error
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read as JSON ({error}); delete it to make it again.") from error
+        raise ArtifactError(f"{path} cannot be read as JSON ({error}): damaged, or another kind of file.") from error
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -103,13 +120,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); delete it to make it again.") from error
+        raise ArtifactError(f"{path} cannot be read ({error}): damaged, or another kind of file.") from error
     if "ffnscope" not in header:
         raise ArtifactError(f"{path} is a safetensors file, but ffnscope did not write it.")
     try:
         return tensors, json.loads(header["ffnscope"])
     except ValueError as error:
-        raise ArtifactError(f"{path} has a damaged header ({error}); delete it to make it again.") from error
+        raise ArtifactError(f"{path} has a damaged header ({error}).") from error
 
 
 def write_stats(path: Path, stats: Iterable[ChannelStats], facts: Mapping[str, Any]) -> None:

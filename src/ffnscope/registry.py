@@ -31,7 +31,8 @@ class Statistic:
     ``reads`` names the signals in the order of ``fn``'s arguments, each over the n counted tokens of a batch: ``x`` FFN
     input [n, d_model], ``h`` channel activations [n, d_ff], ``y`` FFN output [n, d_model], ``dy`` and ``g`` the
     gradients of the summed token NLL with respect to y and h; and ``core``, the indices of the site's supernode core,
-    which must be known before the pass. ``shape`` says how large the result is, in numbers or d_ff, d_model, core.
+    which must be known before the pass. ``shape`` says how large the result is, in numbers or d_ff, d_model, core; on
+    an axis ``core`` each entry belongs to one core channel alone, so that a part of the core has a part of the result.
     ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the number of
     predicted tokens. ``counts`` is for whole numbers: ``fn(counts, *signals)`` adds them to its int32 tensor of that
     shape in place, which is cheaper than a tensor of new ones for each batch.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import html.parser
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 import pandas
 import pytest
 import torch
-from rich.console import Console
 
 from ffnscope.display import frame, html_table
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import EvalRow
-from ffnscope.report.tables import print_stability, results_frame, results_rows
+from ffnscope.report.tables import results_frame, results_rows
 from ffnscope.run import RunResult
 from ffnscope.types import Budget, EvalResult, FFNSite, PruningPlan, Scores
 
@@ -161,25 +159,3 @@ def test_html_table_escapes_and_formats() -> None:
     assert found.tags == {"table", "thead", "tbody", "tr", "th", "td"}
     assert found.rows == [["<a>", "b"], ["1", "x & y"], ["2", "0.3333"], ["–", "<"], ["True", "-1e-09"]]
     assert Cells(html_table({"a": []})).rows == [["a"]]
-
-
-# --- the terminal ---
-
-
-def test_stability_in_the_terminal() -> None:
-    row = {
-        **{"metric": "wanda", "first": "a [red]", "second": "b", "documents_first": 3, "documents_second": 4},
-        **{"spearman": 0.98765, "spearman_low": 0.9, "spearman_high": 1.0},
-        **{"top1_jaccard": 0.5, "top1_jaccard_low": None, "top1_jaccard_high": None},
-    }
-    console = Console(width=120, file=io.StringIO(), color_system=None)
-    print_stability([row, {**row, "spearman": None, "spearman_low": None}], console)
-    text = console.file.getvalue()
-    assert "0.988 (0.900 to 1.000)" in text
-    assert "a [red]" in text
-    assert "–" in text
-    assert "0.500 (" not in text
-    assert "95 % bootstrap intervals over documents" in text
-    console = Console(width=120, file=io.StringIO(), color_system=None)
-    print_stability([{**row, "spearman_low": None}], console)
-    assert "bootstrap" not in console.file.getvalue()

@@ -67,6 +67,20 @@ class TestAtomic:
         with pytest.raises(ArtifactError, match=r"cannot write .*c.txt: (File exists|Not a directory)"):
             io.write_text(tmp_path / "file" / "c.txt", "")
 
+    def test_whether_a_folder_can_be_written_is_tried_without_a_trace(self, tmp_path: Path) -> None:
+        for folder in (tmp_path, tmp_path / "new" / "deep"):
+            io.check_writable(folder)
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "file").touch()
+        with pytest.raises(ArtifactError, match=r"cannot write .*file/new: Not a directory"):
+            io.check_writable(tmp_path / "file" / "new")
+
+    def test_a_folder_of_a_file_system_that_takes_no_files(self) -> None:
+        if not Path("/proc/self").exists():
+            pytest.skip("this system has no /proc")
+        with pytest.raises(ArtifactError, match=r"cannot write /proc/new: "):
+            io.check_writable(Path("/proc/new"))
+
     def test_two_writers_do_not_meet(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
         writers = [threading.Thread(target=io.write_text, args=(path, str(i) * 100_000)) for i in range(8)]
@@ -105,7 +119,9 @@ class TestJson:
     def test_damaged(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "a.json"
         path.write_bytes(content)
-        with pytest.raises(ArtifactError, match=r"a.json cannot be read as JSON .*; delete it to make it again"):
+        with pytest.raises(
+            ArtifactError, match=r"a.json cannot be read as JSON .*: damaged, or another kind of file\."
+        ):
             io.read_json(path)
 
     def test_missing(self, tmp_path: Path) -> None:
@@ -150,7 +166,7 @@ class TestTensors:
         path = tmp_path / "a.st"
         io.write_tensors(path, {"a": torch.arange(100)}, {})
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(ArtifactError, match=r"a.st cannot be read .*; delete it to make it again"):
+        with pytest.raises(ArtifactError, match=r"a.st cannot be read .*: damaged, or another kind of file\."):
             io.read_tensors(path)
 
     def test_missing_and_foreign(self, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from functools import reduce
 
 import torch
+from torch import Tensor
 
 from ffnscope.calibrate.collect import join_statistics
 from ffnscope.registry import STATISTICS
@@ -30,6 +31,25 @@ def only(stats: Mapping[FFNSite, ChannelStats], names: Collection[str]) -> Stats
             {name: part.counts[name] for name in chosen},
             {name: part.reductions[name] for name in chosen},
         )
+    return found
+
+
+def with_core(stats: Stats, union: Mapping[FFNSite, Tensor], core: Mapping[FFNSite, Tensor]) -> Stats:
+    """Pick the entries of one core from statistics that were taken for the ``union`` of several.
+
+    Args:
+        stats: statistics whose shapes may have axes of core channels.
+        union: site -> sorted indices of the channels that they were taken for; empty where no core is read.
+        core: site -> some of these.
+    """
+    found = dict(stats)
+    for site, channels in union.items():
+        place = torch.searchsorted(channels, core[site])
+        values: dict[str, Tensor] = {}
+        for name, value in stats[site].values.items():
+            axes = [axis for axis, size in enumerate(STATISTICS.get(name).shape) if size == "core"]
+            values[name] = reduce(lambda v, axis: v.index_select(axis, place), axes, value)
+        found[site] = ChannelStats(site, values, stats[site].counts, stats[site].reductions)
     return found
 
 

@@ -46,6 +46,10 @@ class CoreRule:
         if self.count is not None and self.count < 1:
             raise UsageError(f"the core must have at least 1 channel per site; got {self.count}.")
 
+    def size(self, sites: Sequence[FFNSite]) -> int:
+        """Channels of the core of the widest site."""
+        return self.count or max(1, round(self.fraction * max(site.d_ff for site in sites)))
+
     def find(self, model: nn.Module, stats: Mapping[FFNSite, ChannelStats]) -> dict[FFNSite, Tensor]:
         """Return the core of every site."""
         return top_core(score(model, stats, self.metric, **self.params), self.fraction, count=self.count)

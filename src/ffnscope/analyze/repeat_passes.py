@@ -41,7 +41,8 @@ class RepeatPasses:
 
 def repeat_passes(metrics: Params, rule: CoreRule, n_groups: int = GROUPS) -> RepeatPasses:
     """Return which statistics a repeat takes in which pass, for a text of ``n_groups`` groups of documents."""
-    sampled = {m: p for m, p in metrics.items() if is_jackknifed(interval_method(m, p, n_groups))}
+    methods = interval_methods(metrics, rule, n_groups)
+    sampled = {m: p for m, p in metrics.items() if is_jackknifed(methods[m])}
     return RepeatPasses(
         required_statistics(first_level(metrics, rule), core=False),
         required_statistics(metrics, core=True),
@@ -52,8 +53,9 @@ def repeat_passes(metrics: Params, rule: CoreRule, n_groups: int = GROUPS) -> Re
 def repeat_bytes(sites: Sequence[FFNSite], passes: RepeatPasses, core_size: int, n_groups: int = GROUPS) -> int:
     """Memory of the sums of a repeat, in bytes: vectors per group, larger statistics in total and of one group.
 
-    ``core_size`` is the number of core channels per site.
+    ``core_size`` is the number of core channels per site. Those of all groups together are taken as twice as many.
     """
+    core_size *= 2
     kept = [name for name in (*passes.first, *passes.core) if not is_large(name)]
     vectors = statistics_bytes(sites, kept, core_size)
     first, core, again = (
@@ -64,8 +66,28 @@ def repeat_bytes(sites: Sequence[FFNSite], passes: RepeatPasses, core_size: int,
     return n_groups * vectors + max(in_first, later)
 
 
-def interval_method(metric: str, params: Mapping[str, Any], n_groups: int = GROUPS) -> Method:
-    """Return how the intervals of a metric are made for a text of ``n_groups`` groups of documents."""
+def interval_methods(metrics: Params, rule: CoreRule, n_groups: int = GROUPS) -> dict[str, Method]:
+    """Return how the intervals of each metric are made for a text of ``n_groups`` groups of documents."""
+    return {m: _method(m, p, n_groups, fixed_core=not finds_cores(metrics, rule)) for m, p in metrics.items()}
+
+
+def finds_cores(metrics: Params, rule: CoreRule) -> bool:
+    """Whether the core of the text without a group is known before the core pass, and statistics can follow it.
+
+    The metric that defines the core must need vectors only, which are kept per group; and each statistic that reads the
+    core must have an axis of core channels, from which those of any one core can be picked.
+    """
+    defines = METRICS.get(rule.metric).needed(rule.params)
+    reads = required_statistics(metrics, core=True)
+    return not any(map(is_large, defines)) and all("core" in STATISTICS.get(name).shape for name in reads)
+
+
+def is_jackknifed(method: Method) -> bool:
+    """Whether scores without each group are needed."""
+    return method.startswith("jackknife")
+
+
+def _method(metric: str, params: Mapping[str, Any], n_groups: int, *, fixed_core: bool) -> Method:
     rule = METRICS.get(metric)
     needed = [STATISTICS.get(name) for name in rule.needed(params)]
     if not needed and "core" not in rule.inputs:
@@ -74,9 +96,4 @@ def interval_method(metric: str, params: Mapping[str, Any], n_groups: int = GROU
         return "one document"
     if any(one.reduce == "max" and is_large(one.name) for one in needed):
         return "maximum"
-    return "jackknife, fixed core" if "core" in rule.inputs else "jackknife"
-
-
-def is_jackknifed(method: Method) -> bool:
-    """Whether scores without each group are needed."""
-    return method.startswith("jackknife")
+    return "jackknife, fixed core" if fixed_core and "core" in rule.inputs else "jackknife"

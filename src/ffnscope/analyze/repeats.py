@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ffnscope.analyze.group_sums import GroupSums, Stats, only
+from ffnscope.analyze.group_sums import GroupSums, Stats, only, with_core
 from ffnscope.analyze.jackknife import GROUPS, document_groups
 from ffnscope.analyze.levels import needs_core
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeat_files import RepeatFiles
-from ffnscope.analyze.repeat_passes import Method, interval_method, is_jackknifed, repeat_passes
+from ffnscope.analyze.repeat_passes import Method, finds_cores, interval_methods, is_jackknifed, repeat_passes
 from ffnscope.calibrate.collect import PassOptions, collect, join_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
@@ -61,8 +62,9 @@ def repeat_scores(
 ) -> Repeat:
     """Calibrate on a text and score, and score without each group of its documents.
 
-    Metrics that need the supernode core are scored with the core of the whole text, so their intervals are conditional
-    on it: finding the core anew would take another pass per group.
+    Without a group the supernode core is found anew where that needs no further pass, as by the loss proxy (see
+    `finds_cores`). Otherwise it is that of the whole text, and the intervals of metrics that read it are conditional on
+    that.
 
     Args:
         asked: model, sites and metrics.
@@ -86,7 +88,7 @@ def repeat_scores(
         )
     masks = document_groups(windows, groups)
     parts = [windows[mask] for mask in masks]
-    methods: dict[str, Method] = {m: interval_method(m, p, len(parts)) for m, p in asked.params.items()}
+    methods = interval_methods(asked.params, asked.rule, len(parts))
     key = "" if folder is None else _key(asked, windows, masks, options)
     run = _Run(asked, parts, options, RepeatFiles(folder, key), on_batch)
     whole, *without = run.tables([m for m, how in methods.items() if is_jackknifed(how)])
@@ -121,22 +123,37 @@ class _Run:
         if len(tables) >= count:
             return tables[:count]
         first = self._sums("first", self.passes.first, None)
-        level = first.whole()
-        core = self.asked.rule.find(self.asked.model, level) if needs_core(self.asked.params) else None
-        second = self._sums("core", self.passes.core, core)
+        cores = self._cores(first)
+        union = {site: torch.cat([core[site] for core in cores]).unique() for site in cores[0]}
+        second = self._sums("core", self.passes.core, union)
         if not tables:
-            tables = [self.asked.scores(join_statistics(level, second.whole()), core)]
+            stats = join_statistics(first.whole(), with_core(second.whole(), union, cores[0]))
+            tables = [self.asked.scores(stats, cores[0])]
             self.files.save_table(0, tables[0])
         self._skip(self.parts[: len(tables) - 1], self.passes.again)
         for index in range(len(tables) - 1, count - 1):
-            stats = self._without(index, first, second, core)
-            tables.append(self.asked.scores(stats, core, metrics=sampled))
-            del stats  # its memory is needed for the next group
+            large = self._collect(self.parts[index], self.passes.again, union)
+            rest = first.without(index, only(large, self.passes.first))
+            of_core = with_core(second.without(index, only(large, self.passes.core)), union, cores[index + 1])
+            tables.append(self.asked.scores(join_statistics(rest, of_core), cores[index + 1], metrics=sampled))
             self.files.save_table(index + 1, tables[-1])
+            del large, rest, of_core  # the next group needs their memory
         self.files.drop_sums()
         return tables
 
+    def _cores(self, first: GroupSums) -> list[Core]:
+        """The core of the whole text, then without each group: found anew if possible; empty where none is needed."""
+        asked, rule = self.asked, self.asked.rule
+        if not needs_core(asked.params):
+            return [{}] * (1 + len(self.parts))
+        whole = rule.find(asked.model, first.whole())
+        if len(self.parts) < 2 or not finds_cores(asked.params, rule):
+            return [whole] * (1 + len(self.parts))
+        nothing = only(first.whole(), ())
+        return [whole, *(rule.find(asked.model, first.without(i, nothing)) for i in range(len(self.parts)))]
+
     def _sums(self, name: str, statistics: Sequence[str], core: Core | None) -> GroupSums:
+        """Sums of a pass over all groups."""
         sums = self.files.sums(name)
         self._skip(self.parts[: len(sums.groups)], statistics)
         pending = 0
@@ -147,15 +164,6 @@ class _Run:
                 self.files.save_sums(name, sums)
                 pending = 0
         return sums
-
-    def _without(self, index: int, first: GroupSums, second: GroupSums, core: Core | None) -> Stats:
-        """Statistics of the text without one group."""
-        large = self._collect(self.parts[index], self.passes.again, core)
-        rest = [
-            sums.without(index, only(large, names))
-            for sums, names in ((first, self.passes.first), (second, self.passes.core))
-        ]
-        return join_statistics(*rest)
 
     def _collect(self, part: Windows, statistics: Sequence[str], core: Core | None) -> Stats:
         """Statistics of one group, which tell their share of the progress."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ffnscope.calibrate.accumulate import Accumulator
-from ffnscope.io import read_stats, write_stats
+from ffnscope.io import disposable, read_stats, write_stats
 
 
 class Checkpoint:
@@ -32,7 +32,8 @@ class Checkpoint:
         """
         if not self.path.exists():
             return 0
-        stats, facts = read_stats(self.path)
+        with disposable("the pass starts anew"):
+            stats, facts = read_stats(self.path)
         if facts.get("key") != self.key:
             return 0
         accumulator.restore(stats.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +16,12 @@ from rich.text import Text
 
 from ffnscope import __version__
 from ffnscope.cli.bench import bench_command
-from ffnscope.cli.channels import OUT, eval_command, score_command
+from ffnscope.cli.channels import OUT, eval_command
 from ffnscope.cli.files import Overwrite
 from ffnscope.cli.inspect import inspect_command
 from ffnscope.cli.prune import prune_command
 from ffnscope.cli.rank import rank_command
+from ffnscope.cli.score import score_command
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.io import read_plan
 from ffnscope.plan.build import diff_plans
@@ -38,16 +41,35 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 def main() -> None:
-    """Run the command line; an error of ffnscope ends it with one message and status 1, Ctrl-C with 130."""
+    """Run the command line; an error ends it with one message and status 1 or 2, Ctrl-C with 130."""
+    try:
+        status = _call()
+        sys.stdout.flush()
+    except OSError as error:  # what is printed cannot be written, or a file of which no command knows more
+        _say(f"error: {error}.")
+        _drop_output()
+        status = 1
+    sys.exit(status)
+
+
+def _call() -> int | str | None:
+    """Run the command and return its status."""
     try:
         app()
     except FFNScopeError as error:
         _say(f"error: {error}")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        return 2 if isinstance(error, UsageError) else 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _say("interrupted. Called again, `run` goes on where it stopped, and `score` in its first pass.")
-        raise
+            _say("interrupted. Called again, `run` and `score` go on where they stopped.")
+        return end.code
+    return 0
+
+
+def _drop_output() -> None:
+    """Let nothing be written at the end of the process either, where it would fail with a traceback."""
+    with contextlib.suppress(OSError), Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)

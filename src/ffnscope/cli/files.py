@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.progress import DENSE
-from ffnscope.io import read_plan, read_scores, write_csv, write_json
+from ffnscope.io import check_writable, read_plan, read_scores, write_csv, write_json
 from ffnscope.types import PruningPlan, Scores
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -22,11 +21,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Raise ArtifactError when an output exists and may not be replaced, or when its folder cannot be written."""
     if path.exists() and not overwrite:
         raise ArtifactError(f"{path} already exists. Choose another --out, or pass --overwrite to replace it.")
-    folders = [path] if path.is_dir() else []
-    for folder in (*folders, next(parent for parent in path.absolute().parents if parent.exists())):
-        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            what = "may not be written to" if folder.is_dir() else "is a file, not a folder"
-            raise ArtifactError(f"cannot write {path}: {folder} {what}. Choose another --out.")
+    for folder in (path.parent, path) if path.is_dir() else (path.parent,):
+        check_writable(folder)
 
 
 def check_table(path: Path | None, overwrite: bool) -> None:

@@ -11,9 +11,9 @@ import typer
 from pydantic import ValidationError
 
 from ffnscope.analyze.levels import CoreRule, needs_core
+from ffnscope.analyze.question import Question
 from ffnscope.calibrate.text import TextSource, check_text, load_windows
 from ffnscope.calibrate.windows import Windows
-from ffnscope.cli.passes import Question
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, read_token
 from ffnscope.ffn.sites import find_sites
@@ -131,12 +131,16 @@ class MetricOptions:
     ] = CoreRule().fraction
     reference: Annotated[str | None, typer.Option(help="Model before fine-tuning, for delta_alignment.")] = None
 
-    def inputs(self, context: typer.Context, metrics: list[str]) -> Inputs:
+    def inputs(self, context: typer.Context, metrics: list[str], seed: int) -> Inputs:
         """Check all of it for these metrics; raises UsageError, also for an option that no metric reads."""
-        found = Inputs(metric_params(self.param, metrics), self.core_fraction, self.reference)
+        found = Inputs(self.params(metrics, seed), self.core_fraction, self.reference)
         if given(context, "core_fraction") and not needs_core(found.params):
             raise UsageError("--core-fraction would do nothing: no metric here reads the supernode core. Leave it out.")
         return found
+
+    def params(self, metrics: list[str], seed: int) -> dict[str, dict[str, Any]]:
+        """Parameters of the metrics. Those that draw random numbers draw with ``seed``, unless --param says another."""
+        return metric_params(self.param, metrics, seed)
 
 
 def refuse_useless(context: typer.Context, beside: str, useless: Iterable[str]) -> None:
@@ -167,7 +171,7 @@ class TextChoice:
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Windows per forward; changes memory, not results.")
     ] = 4
-    seed: Annotated[int, typer.Option(help="Seed that chooses the windows.")] = 42
+    seed: Annotated[int, typer.Option(help="Seed that chooses the windows; also of metrics that draw.")] = 42
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("max_length", 2), ("batch_size", 1)):
@@ -192,7 +196,7 @@ class TextChoice:
         return self._windows(self._held_out(), loaded)
 
     def repeats(self, seeds: int, texts: list[str]) -> dict[str, TextChoice]:
-        """Label -> the same choice with other seeds, and with other texts; empty when neither is asked for.
+        """Label -> the same choice with the next seeds, then with other texts; empty when neither is asked for.
 
         Raises:
             UsageError: fewer seeds than one, or a text that is there already.
@@ -218,13 +222,13 @@ class TextChoice:
         return load_windows(source, loaded.tokenizer, n=self.num_samples, length=self.max_length, seed=self.seed)
 
 
-def metric_params(given: list[str] | None, metrics: list[str]) -> dict[str, dict[str, Any]]:
-    """Parse ``METRIC.NAME=VALUE`` options into typed arguments per metric.
+def metric_params(given: list[str] | None, metrics: list[str], seed: int) -> dict[str, dict[str, Any]]:
+    """Parse ``METRIC.NAME=VALUE`` options into typed arguments per metric; ``seed`` is for those that have one.
 
     Raises:
         UsageError: malformed, of a wrong type, missing, or for a metric that is not asked for.
     """
-    raw: dict[str, dict[str, Any]] = {m: {} for m in metrics}
+    raw: dict[str, dict[str, Any]] = {m: {"seed": seed} if "seed" in METRICS.get(m).params else {} for m in metrics}
     for item in given or ():
         left, equals, value = item.partition("=")
         name, dot, key = left.partition(".")

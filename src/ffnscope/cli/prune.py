@@ -84,7 +84,7 @@ def prune_command(
     if evaluate:
         _check_held_out(text.text, text.split)
         held_out.check_held_out()
-    inputs = None if plan or scores else needs.inputs(context, [metric])
+    inputs = None if plan or scores else needs.inputs(context, [metric], text.seed)
     if inputs:
         text.check_calibration()
     budget = Budget(sparsity or 0.0, multiple_of)

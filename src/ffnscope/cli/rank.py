@@ -50,7 +50,7 @@ def rank_command(
         found = _some_sites(read_metric(scores, metric)[0], tracked)
     else:
         reporter = Reporter()
-        inputs = needs.inputs(context, [metric])
+        inputs = needs.inputs(context, [metric], text.seed)
         text.check_calibration()
         loaded = loading.open(reporter, model or "")
         (found,) = score_all(loaded, inputs.question(loaded, tracked), text, reporter).values()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
 from ffnscope.ffn.offload import named_values
-from ffnscope.io import SCHEMA, expect_kind, hash_json, hash_tensors, plan_to_dict, read_json, write_json
+from ffnscope.io import SCHEMA, disposable, expect_kind, hash_json, hash_tensors, plan_to_dict, read_json, write_json
 from ffnscope.types import PruningPlan
 
 DENSE = "dense"
@@ -69,13 +69,14 @@ def open_progress(path: Path | None, model: nn.Module, windows: Windows) -> Prog
     fresh = Progress(path, {"schema": SCHEMA, "text": windows.hash, "model": fingerprint(model)}, len(windows))
     if path is None or not path.exists():
         return fresh
-    value: dict[str, Any] = read_json(path)
-    expect_kind(path, value, KIND)
-    if any(value.get(name) != found for name, found in fresh.of.items()):
-        return fresh
-    rows: dict[str, Row] = value.get("rows", {})
-    if any(len(values) != len(windows) for row in rows.values() for values in row.values()):
-        raise ArtifactError(f"{path} does not hold one number per window ({len(windows)}); delete it to make it again.")
+    with disposable("everything is measured anew"):
+        value: dict[str, Any] = read_json(path)
+        expect_kind(path, value, KIND)
+        if any(value.get(name) != found for name, found in fresh.of.items()):
+            return fresh
+        rows: dict[str, Row] = value.get("rows", {})
+        if any(len(values) != len(windows) for row in rows.values() for values in row.values()):
+            raise ArtifactError(f"{path} does not hold one number per window ({len(windows)}).")
     fresh.rows = rows
     return fresh
 

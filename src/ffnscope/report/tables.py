@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,28 +124,6 @@ def print_grid(grid: Grid, console: Console) -> None:
 
 def _broken(text: str) -> str:
     return text.replace(" ± ", "\n± ").replace(" / ", " /\n").replace(" (", "\n(")
-
-
-def print_stability(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the rows of `ffnscope.analyze.stability.stability_rows`: agreement of rankings, with 95 % intervals."""
-    from rich.table import Table
-    from rich.text import Text
-
-    title = Text("Agreement of rankings", style="bold")
-    table = Table("metric", "calibration", "with", "Spearman", "top 1 % Jaccard", title=title, title_justify="left")
-    for row in rows:
-        cells = [row["metric"], row["first"], row["second"], _bounded(row, "spearman"), _bounded(row, "top1_jaccard")]
-        table.add_row(*map(Text, cells))
-    console.print(table)
-    if any(row["spearman_low"] is not None or row["top1_jaccard_low"] is not None for row in rows):
-        console.print(Text("In brackets: 95 % bootstrap intervals over documents.", style="dim"))
-
-
-def _bounded(row: Mapping[str, Any], name: str) -> str:
-    value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
-    if value is None:
-        return BLANK
-    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def panels(rows: Sequence[EvalRow]) -> list[Panel]:

@@ -95,8 +95,7 @@ def core_rule(config: RunConfig) -> CoreRule:
 
 def core_size(config: RunConfig, sites: Sequence[FFNSite]) -> int:
     """Channels of the core of the widest site."""
-    asked, widest = config.supernode, max(s.d_ff for s in sites)
-    return asked.top_k or max(1, round((asked.core_fraction or 0.01) * widest))
+    return core_rule(config).size(sites)
 
 
 def metric_params(config: RunConfig, name: str) -> dict[str, Any]:

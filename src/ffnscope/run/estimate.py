@@ -67,15 +67,15 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     each = [plan_steps(calibration, names, pass_options(config)) for names in passes]
     steps = [step for one in each for step in one]
     sums = sum(statistics_bytes(sites, names, core_size(config, sites)) for names in passes)
-    speed = _seconds_per_token(loaded.model, sites)
+    speed = seconds_per_token(loaded.model, sites)
     lines = [
-        *(_calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
+        *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_decision_lines(config, sites),
         *_evaluation_lines(config, held_out, speed),
         *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
     ]
     batches = [w[: config.dataset.batch_size] for w in held_out]
-    peak = _peak_bytes(loaded.model, sites, steps, batches) + 2 * sums
+    peak = peak_bytes(loaded.model, sites, steps, batches) + 2 * sums
     on_cpu = all(p.device.type in ("cpu", "meta") for p in loaded.model.parameters())
     return Estimate(lines, peak + libraries if on_cpu else peak, passes, sums)
 
@@ -84,15 +84,21 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
     """Print the estimate as a table."""
     with quiet_transformers():
         found = estimate(config, overwrite=overwrite)
-    table = Table("stage", "what", "about", title=Text(f"{config.experiment.name}: nothing was computed (--dry-run)"))
-    for line in found.lines:
-        table.add_row(line.stage, Text(line.what), "seconds" if line.seconds is None else _duration(line.seconds))
-    console.print(table)
+    print_lines(found.lines, config.experiment.name, console)
     for i, names in enumerate(found.statistics, 1):
         what = ", ".join(names) if names else "nothing: there is no pass"
         console.print(Text(f"calibration pass {i} of {len(found.statistics)} collects: {what}"))
     console.print(Text(f"statistics {found.statistics_bytes / 2**20:,.0f} MiB in memory, and as much on disk"))
     console.print(Text(f"peak memory about {found.peak_bytes / 2**30:.1f} GiB; output in {config.output_dir}"))
+
+
+def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
+    """Print what each stage would do and about how long it would take."""
+    table = Table("stage", "what", "about", title=Text(f"{title}: nothing was computed (--dry-run)"))
+    for line in lines:
+        about = "seconds" if line.seconds is None else _duration(line.seconds)
+        table.add_row(Text(line.stage), Text(line.what), about)
+    console.print(table)
 
 
 def _passes(config: RunConfig) -> list[list[str]]:
@@ -103,7 +109,8 @@ def _passes(config: RunConfig) -> list[list[str]]:
     return [first, second] if second else [first]
 
 
-def _calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
+def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
+    """Tell one pass over the text; ``speed`` in seconds per token of a forward."""
     forward = sum(s.batch.n_tokens for s in steps)
     backward = sum(s.batch.n_tokens for s in steps if s.backward)
     if not forward:
@@ -139,7 +146,7 @@ def _n_plans(config: RunConfig) -> int:
     return len(config.pruning.algorithms) * len(config.pruning.ratios) if config.pruning.enabled else 0
 
 
-def _seconds_per_token(model: Any, sites: Sequence[FFNSite]) -> float:
+def seconds_per_token(model: Any, sites: Sequence[FFNSite]) -> float:
     """Time of one token's forward: 2 FLOP per weight at the measured speed of a matrix product of the FFN's shape."""
     device, dtype = input_device(model), next(p.dtype for p in model.parameters() if p.dim() == 2)
     a = torch.randn(1024, sites[0].d_model, device=device, dtype=dtype)
@@ -153,7 +160,7 @@ def _seconds_per_token(model: Any, sites: Sequence[FFNSite]) -> float:
     return 2 * sum(p.numel() for p in model.parameters()) / (speed * EFFICIENCY)
 
 
-def _peak_bytes(model: Any, sites: Sequence[FFNSite], steps: Sequence[Step], held_out: Sequence[Windows]) -> int:
+def peak_bytes(model: Any, sites: Sequence[FFNSite], steps: Sequence[Step], held_out: Sequence[Windows]) -> int:
     """Weights and the larger of a calibration batch (saved activations, logits) and an evaluation batch."""
     size = next(iter(model.parameters())).element_size()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

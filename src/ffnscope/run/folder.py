@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ffnscope.errors import ArtifactError
-from ffnscope.io import read_json, write_json, write_text, writing
+from ffnscope.io import check_writable, read_json, write_json, write_text, writing
 from ffnscope.run.load import dump_config
 from ffnscope.run.schema import RunConfig
 
@@ -40,7 +40,7 @@ def open_folder(config: RunConfig, *, overwrite: bool = False) -> Generator[Path
 
 
 def check_folder(config: RunConfig, *, overwrite: bool = False) -> None:
-    """Refuse a folder that is not this run's; nothing is written.
+    """Refuse a folder that is not this run's, or that cannot be written; nothing stays in it.
 
     A folder in which no stage was begun holds nothing to protect, so a configuration that failed at once can be
     mended and run again.
@@ -52,6 +52,7 @@ def check_folder(config: RunConfig, *, overwrite: bool = False) -> None:
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; output.dir must be a folder.")
+    check_writable(folder)
     with writing(folder):
         held = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
     if overwrite or held <= {CONFIG, LOG_FILE}:

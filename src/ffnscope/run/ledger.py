@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ffnscope.errors import ArtifactError
-from ffnscope.io import SCHEMA, expect_kind, hash_file, read_json, write_json
+from ffnscope.io import SCHEMA, disposable, expect_kind, hash_file, read_json, write_json
 
 NAME = "ledger.json"
 
@@ -27,11 +27,12 @@ class Ledger:
         self.stages: dict[str, dict[str, Any]] = {}
         path = folder / NAME
         if path.exists():
-            value = read_json(path)
-            expect_kind(path, value, "ledger")
-            self.stages = value.get("stages", {})
-            if not _well_formed(self.stages):
-                raise ArtifactError(f"{path} is not a complete ledger; delete it, and all stages run again.")
+            with disposable("all stages run again"):
+                value = read_json(path)
+                expect_kind(path, value, "ledger")
+                self.stages = value.get("stages", {})
+                if not _well_formed(self.stages):
+                    raise ArtifactError(f"{path} is not a complete ledger.")
 
     def current(self, stage: str, key: str) -> bool:
         """Whether the results of a stage are present, undamaged and made from the same inputs."""

@@ -15,7 +15,7 @@ from ffnscope.analyze import repeats
 from ffnscope.analyze.jackknife import document_groups
 from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.question import Question
-from ffnscope.analyze.repeat_passes import interval_method, repeat_bytes, repeat_passes
+from ffnscope.analyze.repeat_passes import finds_cores, interval_methods, repeat_bytes, repeat_passes
 from ffnscope.analyze.repeats import Repeat, repeat_scores
 from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, statistics_bytes
 from ffnscope.calibrate.windows import Windows, contiguous_windows
@@ -84,7 +84,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
 
 @pytest.mark.parametrize(("windows", "groups"), [(text(), 3), (padded([16, 5, 9, 2, 12]), 8)], ids=["groups", "each"])
 def test_every_metric_without_a_group_is_a_calibration_on_the_others(windows: Windows, groups: int) -> None:
-    """A fresh calibration on the complement, the core being that of the whole text."""
+    """A fresh calibration on the complement, the core found anew."""
     asked = question(exact("llama"))
     found = repeat_scores(asked, windows, groups=groups, options=PassOptions(batch_size=2))
     model, sites = asked.model, asked.sites
@@ -96,9 +96,7 @@ def test_every_metric_without_a_group_is_a_calibration_on_the_others(windows: Wi
     masks = document_groups(windows, groups)
     assert len(found.without) == len(masks) > 2
     for mask, without in zip(masks, found.without, strict=True):
-        rest = windows[~mask]
-        passes = (calibrate(model, rest, ALL, sites=sites, core=c) for c in (None, core))
-        expected = asked.scores(join_statistics(*passes), core)
+        expected = asked.scores(*calibrate_all(model, windows[~mask], ALL, sites=sites, rule=RULE))
         assert without.keys() == ALL.keys() - TEXT_FREE
         for name, one in without.items():
             same(one, expected[name], rtol=1e-7, atol=1e-10)
@@ -112,14 +110,54 @@ def test_the_repeat_tells_documents_and_shares() -> None:
     assert sorted(found.shares) == sorted([16 / 44, 12 / 44, 9 / 44, 7 / 44])
 
 
+@pytest.mark.usefixtures("registries")
+def test_a_core_that_would_need_another_pass_is_that_of_the_whole_text() -> None:
+    @statistic("core_power", reads=("h", "core"), reduce="sum")
+    def core_power(h: Tensor, core: Tensor) -> Tensor:
+        """h^2 times the power of the core: one number for all of its channels."""
+        return (h.square() * h[:, core].square().sum(1, keepdim=True)).sum(0)
+
+    @metric("beside_core", needs=("core_power",), inputs=("core",))
+    def beside_core(stats: Any, weights: Any, *, core: Tensor) -> Tensor:
+        """Activity while the core is active."""
+        return stats.mean("core_power")
+
+    windows, model = text(), exact("llama")
+    name = "supernode_protection_score"
+    for rule, metrics in ((CoreRule("sparsegpt", count=3), {name: {}}), (RULE, {name: {}, "beside_core": {}})):
+        assert not finds_cores(metrics, rule)
+        asked = Question(model, find_sites(model), metrics, rule)
+        found = repeat_scores(asked, windows, groups=3)
+        assert set(found.methods.values()) == {"jackknife, fixed core"}
+        _, core = calibrate_all(model, windows, metrics, sites=asked.sites, rule=rule)
+        for mask, without in zip(document_groups(windows, 3), found.without, strict=True):
+            passes = (calibrate(model, windows[~mask], metrics, sites=asked.sites, core=c) for c in (None, core))
+            expected = asked.scores(join_statistics(*passes), core)
+            for metric_name, one in without.items():
+                same(one, expected[metric_name], rtol=1e-7, atol=1e-10)
+
+
+def test_the_core_moves_with_the_documents() -> None:
+    """What the sweeps collect is for the cores of all complements; otherwise the first test would show nothing."""
+    asked = question(tiny("llama"), {"supernode_protection_score": {}})
+    assert finds_cores(asked.params, RULE)
+    windows = text()
+    cores = [
+        calibrate_all(asked.model, part, asked.params, sites=asked.sites, rule=RULE)[1]
+        for part in (windows, *(windows[~mask] for mask in document_groups(windows, 3)))
+    ]
+    assert any(not torch.equal(core[site], cores[0][site]) for core in cores[1:] for site in asked.sites)
+
+
 def test_how_intervals_are_made() -> None:
-    methods = {name: interval_method(name, {}) for name in ALL}
+    methods = interval_methods(ALL, RULE)
     assert {name for name, how in methods.items() if how == "no text"} == TEXT_FREE
-    assert {name for name, how in methods.items() if how == "jackknife, fixed core"} == CORE
-    assert {how for name, how in methods.items() if name not in TEXT_FREE | CORE} == {"jackknife"}
-    assert interval_method("wanda", {}, 1) == "one document"
-    assert interval_method("random", {}, 1) == "no text"
-    assert interval_method("composite", {"parts": {"random": 1.0, "magnitude": 1.0}}) == "no text"
+    assert {how for name, how in methods.items() if name not in TEXT_FREE} == {"jackknife"}
+    fixed = interval_methods(ALL, CoreRule("sparsegpt"))
+    assert {name for name, how in fixed.items() if how == "jackknife, fixed core"} == CORE
+    assert interval_methods({"wanda": {}, "random": {}}, RULE, 1) == {"wanda": "one document", "random": "no text"}
+    parts = {"composite": {"parts": {"random": 1.0, "magnitude": 1.0}}}
+    assert interval_methods(parts, RULE) == {"composite": "no text"}
 
 
 def test_one_document_is_scored_once(collected: list[Any]) -> None:
@@ -209,7 +247,7 @@ def test_the_bytes_of_a_repeat_by_hand() -> None:
     assert repeat_bytes(sites, repeat_passes({"wanda": {}}, RULE, 5), 3, 5) == 5 * vectors
     assert repeat_bytes(sites, repeat_passes(MOMENTS, RULE, 5), 3, 5) == 5 * vectors + 2 * moments
     passes = repeat_passes({**MOMENTS, "supernode_protection_score": {}}, RULE, 5)
-    core = LAYERS * 8 * 3 * D_FF
+    core = LAYERS * 8 * 2 * 3 * D_FF  # the cores of all groups count twice one
     assert repeat_bytes(sites, passes, 3, 5) == 5 * 3 * vectors + 2 * (moments + core)
     assert statistics_bytes(sites, ["x_outer"]) == LAYERS * 8 * HIDDEN * HIDDEN  # the unit of all this
 

@@ -320,7 +320,9 @@ def test_a_checkpoint_of_another_pass_is_ignored(tmp_path, change):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     file = tmp_path / "pass.safetensors"
     file.write_bytes(b"not safetensors")
-    with pytest.raises(ArtifactError, match=r"pass.safetensors cannot be read.*delete it"):
+    with pytest.raises(
+        ArtifactError, match=r"pass.safetensors cannot be read.*\. Delete it, and the pass starts anew\."
+    ):
         calibrate(tiny("llama"), text(2), ["wanda"], options=PassOptions(checkpoint=file))
 
 

@@ -158,7 +158,8 @@ COMMANDS = {
         (2, ["--text", "rows.jsonl"], "rows.jsonl line 1 is not JSON"),
         (2, ["--text", "sotu", "--split", "trian"], "Unknown split of sotu 'trian'. Did you mean 'train'"),
         (1, [], "already exists. Choose another --out"),
-        (1, ["--overwrite", "--out", "file/x.csv"], "is a file, not a folder. Choose another --out."),
+        (1, ["--overwrite", "--out", "file/x.csv"], "cannot write file: Not a directory."),
+        (1, ["--overwrite", "--out", "/dev/null/x.csv"], "cannot write /dev/null: Not a directory."),
     ],
 )
 def test_faults_are_found_before_the_model_is_loaded(
@@ -254,7 +255,18 @@ def test_ctrl_c_ends_with_130(fails: Fails, config_file: Path, monkeypatch: pyte
 
     monkeypatch.setattr(collect, "observe_batch", stop)
     said = fails(130, "run", config_file)
-    assert "interrupted. Called again, `run` goes on where it stopped, and `score` in its first pass." in said
+    assert "interrupted. Called again, `run` and `score` go on where they stopped." in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", [["metrics"], ["metrics", "--json"], ["--version"], ["metrics", "--help"]])
+def test_what_cannot_be_printed_ends_without_a_traceback(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ffnscope", *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: [Errno 28] No space left on device.\n"
 
 
 # --- looking ---
@@ -376,7 +388,7 @@ def test_score_goes_on_after_ctrl_c(
 
     monkeypatch.setattr(collect, "observe_batch", stop_at_the_fifth)
     fails(130, *options)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["statistics.part.safetensors"]
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["score.part", "calibrate.safetensors"]
     ok(*options)
     assert len(calls) == 4 + 1 + 1
     whole = (*options[:-1], tmp_path / "whole")
@@ -391,8 +403,8 @@ def test_a_damaged_state_of_an_interrupted_pass_is_told_and_made_again(
 ) -> None:
     options = ("score", checkpoint, "-m", "wanda", "--text", texts / "train.txt", *SMALL, "--out")
     ok(*options, tmp_path / "whole")
-    part = tmp_path / "out" / "statistics.part.safetensors"
-    part.parent.mkdir()
+    part = tmp_path / "out" / "score.part" / "calibrate.safetensors"
+    part.parent.mkdir(parents=True)
     stats, _ = read_stats(tmp_path / "whole" / "statistics.safetensors")
     write_stats(part, stats.values(), {"key": "k"})
     if damage == "truncated":

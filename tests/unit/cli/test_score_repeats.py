@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 
 import ffnscope
@@ -90,8 +91,8 @@ def test_every_kind_of_metric_can_be_repeated(ok: Ok, base: tuple[Any, ...], tmp
     ok(*base, *metrics, "--repeats", 2, "--reference", reference, "--core-fraction", 0.1)
     rows = rows_of(tmp_path / "out")
     assert [row["metric"] for row in rows] == names
-    assert rows[0]["spearman"] == 1.0  # no text, no change
     assert all(math.isfinite(row["spearman"]) for row in rows)
+    assert [row["interval_method"] for row in rows] == ["no text", *["one document"] * 4]  # train.txt is one document
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,117 @@ def test_a_missing_text_is_refused_before_the_first_calibration(
 ) -> None:
     monkeypatch.setattr(collect, "observe_batch", None)
     assert "none.txt" in fails(2, *base, "-m", "wanda", "--repeat-text", tmp_path / "none.txt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_that_draw_follow_the_repeat_unless_fixed(
+    ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The floor: random agrees with itself as much as any two random rankings do."""
+    options = ("--text", "pydoc_topics", "--repeats", 2, "--repeat-text", texts / "train.txt", "--seed", 7, *SMALL)
+    ok("score", checkpoint, "-m", "random", "--out", tmp_path / "free", *options)
+    rows = rows_of(tmp_path / "free")
+    assert len(rows) == 3
+    assert all(abs(row["spearman"]) < 0.5 for row in rows)  # also of the other text, which has the same text seed
+    found, _ = read_scores(tmp_path / "free" / "scores.safetensors")
+    assert found["random"].facts["params"] == {"seed": 7}
+    model = ffnscope.load_model(str(checkpoint)).model
+    tables = [ffnscope.score(model, found["random"].sites, "random", seed=7 + i) for i in range(3)]
+    assert all(torch.equal(v, tables[0].values[site]) for site, v in found["random"].values.items())
+    expected = [ffnscope.agreement(tables[a], tables[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert [row["spearman"] for row in rows] == [one.spearman for one in expected]
+    ok("score", checkpoint, "-m", "random", "--param", "random.seed=3", "--out", tmp_path / "fixed", *options)
+    assert [row["spearman"] for row in rows_of(tmp_path / "fixed")] == [1.0] * 3
+
+
+ALL_KINDS = ("-m", "wanda", "-m", "sparsegpt", "-m", "supernode_protection_score", "-m", "random")
+REPEATED = ("--text", "pydoc_topics", "--num-samples", 6, "--max-length", 16, "--batch-size", 1, "--repeats", 2)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Batches that models ran; with a number in it, an interrupt comes instead of that batch."""
+    real, seen = collect.observe_batch, [0, 0]
+
+    def counted(*args: Any) -> None:
+        seen[0] += 1
+        if seen[0] == seen[1]:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(collect, "observe_batch", counted)
+    return seen
+
+
+@pytest.mark.parametrize("stop", [3, 9, 14, 21, 27, 33, 47])
+def test_score_goes_on_in_every_pass(
+    ok: Ok, fails: Fails, checkpoint: Path, tmp_path: Path, batches: list[int], stop: int
+) -> None:
+    """Eight passes of 6 batches: two, and three for each of two calibrations. A finished pass is not run again."""
+    options = ("score", checkpoint, *ALL_KINDS, *REPEATED, "--out")
+    ok(*options, tmp_path / "whole")
+    assert batches[0] == 8 * 6
+    batches[:] = [0, stop]
+    said = fails(130, *options, tmp_path / "out")
+    assert "interrupted. Called again, `run` and `score` go on where they stopped." in said
+    finished = (stop - 1) // 6
+    assert (tmp_path / "out").exists() == (finished > 0)
+    ok(*options, tmp_path / "out")
+    assert batches[0] - stop <= 6 * (8 - finished)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_an_unfinished_output_may_be_finished_by_another_question(
+    ok: Ok, fails: Fails, checkpoint: Path, tmp_path: Path, batches: list[int]
+) -> None:
+    out = tmp_path / "out"
+    batches[1] = 33
+    fails(130, "score", checkpoint, *ALL_KINDS, *REPEATED, "--out", out)
+    for folder in (out, tmp_path / "fresh"):
+        ok("score", checkpoint, "-m", "flap", *REPEATED, "--out", folder)
+    assert files_of(out) == files_of(tmp_path / "fresh")
+    assert "already exists" in fails(1, "score", checkpoint, "-m", "flap", *REPEATED, "--out", out)
+    ok("score", checkpoint, "-m", "flap", *REPEATED[:-2], "--out", out, "--overwrite")
+    assert "stability.json" not in files_of(out)  # it belonged to the replaced scores
+
+
+def test_a_damaged_state_of_a_repeat_is_told_and_made_again(
+    ok: Ok, fails: Fails, checkpoint: Path, tmp_path: Path, batches: list[int]
+) -> None:
+    options = ("score", checkpoint, *ALL_KINDS, *REPEATED, "--out")
+    ok(*options, tmp_path / "whole")
+    batches[:] = [0, 47]
+    fails(130, *options, tmp_path / "out")
+    damaged = sorted((tmp_path / "out" / "score.part").rglob("*.safetensors"))
+    assert {path.parent.name for path in damaged} == {"score.part", "repeat_0", "repeat_1"}
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-7])
+    said = ok(*options, tmp_path / "out").stderr
+    assert all(str(path) in said for path in damaged)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_dry_run_tells_every_pass_and_computes_nothing(
+    ok: Ok, checkpoint: Path, tmp_path: Path, batches: list[int]
+) -> None:
+    options = ("score", checkpoint, *REPEATED, "--out", tmp_path / "out", "--dry-run")
+    text = ok(*options, *ALL_KINDS).stdout
+    assert "8 passes over a text in all" in text  # two, and three for each of two calibrations
+    for label in ("pydoc_topics seed 42", "pydoc_topics seed 43"):
+        for stage in ("calibrate", "calibrate core", "leave groups out"):
+            assert f"{label}: {stage} " in text
+    assert text.count("96 tokens forward, 96 of them backward") == 8
+    assert "without each of" in text and "nothing was computed" in text
+    assert "3 passes over a text in all" in ok(*options, "-m", "wanda").stdout
+    assert "5 passes over a text in all" in ok(*options, "-m", "sparsegpt").stdout
+    assert "0 passes over a text in all" in ok(*options, "-m", "random").stdout
+    alone = ok(*options[:-5], *options[-3:], "-m", "sparsegpt").stdout
+    assert "1 passes over a text in all" in alone and "without each of" not in alone
+    assert batches[0] == 0
     assert not (tmp_path / "out").exists()
 
 

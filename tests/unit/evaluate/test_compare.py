@@ -222,7 +222,9 @@ def test_damaged_or_foreign_state_is_refused(model, plans, windows, tmp_path):
     value = json.loads(state.read_text(encoding="utf-8"))
     value["rows"]["dense"]["nll"].pop()
     state.write_text(json.dumps(value), encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"one number per window \(7\); delete it"):
+    with pytest.raises(
+        ArtifactError, match=r"one number per window \(7\)\. Delete it, and everything is measured anew\."
+    ):
         compare_plans(model, plans, windows, state=state)
 
 

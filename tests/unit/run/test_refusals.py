@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import make_checkpoint
+from faults import small_files
 from ffnscope.errors import ArtifactError, DeviceError, ModelError, NonFiniteError, TextError, UsageError
 from ffnscope.run import RunConfig, outputs
 from ffnscope.run.folder import open_folder
 from runs import quiet_run, results, strict_json
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond ``size`` bytes: the disk is as good as full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
 
 # --- the folder ---
 
@@ -173,7 +160,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     small: Callable[..., RunConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str], size: int
 ) -> None:
     config = small()
-    with largest_file(size), pytest.raises(ArtifactError, match=r"cannot write .*out/.*File too large"):
+    with small_files(size), pytest.raises(ArtifactError, match=r"cannot write .*out/.*File too large"):
         quiet_run(config)
     assert not list(config.output_dir.rglob("*.tmp"))
     assert "Traceback" not in capfd.readouterr().err

@@ -1,0 +1,122 @@
+"""The command score: every channel by metrics, once or over several calibrations."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ffnscope.analyze.stability import stability_rows
+from ffnscope.calibrate.collect import PassOptions
+from ffnscope.cli import options as opt
+from ffnscope.cli.channels import OUT, UNFINISHED, score_all
+from ffnscope.cli.files import Out, Overwrite, check_output
+from ffnscope.cli.groups import grouped
+from ffnscope.cli.passes import compare_calibrations
+from ffnscope.cli.score_estimate import print_score_estimate
+from ffnscope.errors import ArtifactError
+from ffnscope.io import write_csv, write_json, writing
+from ffnscope.report.stability_table import print_stability
+from ffnscope.report.summary import correlation_summary, score_summary
+from ffnscope.run.progress import Reporter
+
+Metrics = Annotated[list[str], typer.Option("--metric", "-m", help="Metric; repeatable. See `ffnscope metrics`.")]
+Repeats = Annotated[int, typer.Option(help="Calibrate with this many seeds, --seed and the next ones, and compare.")]
+RepeatText = Annotated[list[str] | None, typer.Option(help="Also compare with this text; repeatable.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long it would take.")]
+
+
+@grouped
+def score_command(
+    *,
+    context: typer.Context,
+    model: opt.Model,
+    metric: Metrics,
+    out: Out,
+    text: opt.TextChoice,
+    needs: opt.MetricOptions,
+    tracked: opt.Tracked = None,
+    repeats: Repeats = 1,
+    repeat_text: RepeatText = None,
+    loading: opt.Loading,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score every channel: OUT/scores.safetensors, scores.json, statistics.safetensors. An interrupted call goes on.
+
+    With several calibrations also OUT/stability.json and stability.csv: how far their rankings agree, with 95 %
+    intervals over documents for every metric. Metrics that draw random numbers draw others in each calibration (seeds
+    --seed, --seed + 1, ...), unless --param fixes their seed.
+    """
+    _check_output(out, overwrite)
+    inputs = needs.inputs(context, metric, text.seed)
+    choices = text.repeats(repeats, repeat_text or [])
+    for one in (text, *choices.values()):
+        one.check_calibration()
+    reporter = Reporter()
+    loaded = loading.open(reporter, model)
+    asked = inputs.question(loaded, tracked)
+    windows = text.calibration(loaded)
+    questions = [replace(asked, params=needs.params(metric, text.seed + i)) for i in range(len(choices))]
+    texts = {  # all, before a pass starts
+        label: (question, one.calibration(loaded))
+        for question, (label, one) in zip(questions, choices.items(), strict=True)
+    }
+    options = PassOptions(batch_size=text.batch_size)
+    if dry_run:
+        print_score_estimate(asked, windows, texts, options, OUT)
+        return
+    with _unfinished(out) as part:
+        found = score_all(loaded, asked, text, reporter, out, windows)
+        summary = {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)}
+        write_json(out / "scores.json", summary)
+        rows = stability_rows(compare_calibrations(texts, options, reporter, part)) if texts else []
+        _write_stability(out, rows)
+    if rows:
+        print_stability(rows, OUT)
+    reporter.say(f"scores of {len(found)} metric(s) in {out}")
+
+
+def _check_output(out: Path, overwrite: bool) -> None:
+    """Raise ArtifactError unless the output is new, empty, not finished, or may be replaced."""
+    if out.is_file():
+        raise ArtifactError(f"{out} is a file; --out must be a folder.")
+    unfinished = out.is_dir() and ((out / UNFINISHED).is_dir() or not any(out.iterdir()))
+    check_output(out, overwrite or unfinished)
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path) -> Generator[Path]:
+    """Yield the folder that marks an output as not finished, for what its passes find; remove it at the end.
+
+    After an interrupt or error it stays, unless nothing was found yet.
+    """
+    part = out / UNFINISHED
+    with writing(part):
+        part.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            part.rmdir()
+            out.rmdir()
+        raise
+    with writing(part):
+        shutil.rmtree(part)
+
+
+def _write_stability(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the comparison, or delete the one of scores that were replaced."""
+    paths = out / "stability.json", out / "stability.csv"
+    if rows:
+        write_json(paths[0], {"rows": rows})
+        write_csv(paths[1], rows)
+        return
+    for path in paths:
+        with writing(path):
+            path.unlink(missing_ok=True)
