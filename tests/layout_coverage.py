@@ -155,6 +155,7 @@ def _left_out(model: Any, found: Survey) -> str:
     widths = {w for s in found.sites for w in (s.d_ff, 2 * s.d_ff)}
     widths |= {w for width in (D_FF, SECOND, EXPERT, SHARED) for w in (width, 2 * width)}
     taken = {name for s in found.sites for name in s.projections}
+    taken |= {name.rpartition(".")[0] for s in found.sites if s.expert is not None for name in s.projections}
     told = [one.path.rpartition(".")[0] for one in (*found.refused, *found.helpers)]
     ran: list[str] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -29,6 +30,9 @@ def score(
 ) -> Scores:
     """Score every channel with one metric; high = keep.
 
+    An expert that no token of the calibration reached has no scores: its channels get 0, it is named in the facts under
+    ``unreached`` and in a `UserWarning`, and `build_plan` leaves it whole.
+
     Args:
         model: gives the weights; not run.
         stats: what `calibrate` returned, or only the sites for a metric that needs no text.
@@ -52,13 +56,18 @@ def score(
     if not parts:
         raise UsageError("there is no FFN site to score.")
     values: dict[FFNSite, Tensor] = {}
+    unreached = _unreached(rule, parts, params)
     for site, part in parts.items():
+        if site.name in unreached:
+            values[site] = torch.zeros(site.d_ff, dtype=torch.float64)
+            continue
         extra = {name: _input(rule, name, site, core, reference) for name in rule.inputs}
         with materialised(model, site):
             values[site] = _values(rule, part, weights_of(model, site), {**params, **extra})
     defaults = {k: p.default for k, p in rule.params.items() if p.default is not p.empty}
+    known = {"params": {**defaults, **params}, "source": rule.source, **(facts or {})}
     with naming_weights(model):
-        return Scores(metric, values, {"params": {**defaults, **params}, "source": rule.source, **(facts or {})})
+        return Scores(metric, values, {**known, "unreached": unreached} if unreached else known)
 
 
 @contextlib.contextmanager
@@ -81,6 +90,21 @@ def not_finite_weight(model: nn.Module) -> str | None:
         if not bool(torch.isfinite(value.detach()).all()):
             return name
     return None
+
+
+def _unreached(rule: Metric, parts: Mapping[FFNSite, ChannelStats], params: Mapping[str, Any]) -> list[str]:
+    """Names of experts that have no token in a statistic that the metric needs, with a warning."""
+    needs = rule.needed(params)
+    found = [s.name for s, p in parts.items() if s.expert is not None and any(p.counts.get(n) == 0 for n in needs)]
+    if found:
+        experts = sum(site.expert is not None for site in parts)
+        warnings.warn(
+            f"{len(found)} of {experts} experts were reached by no calibration token ({', '.join(found[:3])}"
+            f"{', ...' if len(found) > 3 else ''}), so {rule.name} cannot rank their channels. Plans leave them whole; "
+            "calibrate on more or other text to rank them.",
+            stacklevel=3,
+        )
+    return found
 
 
 def _input(

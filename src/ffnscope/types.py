@@ -14,7 +14,8 @@ from ffnscope.display import frame, html_table
 from ffnscope.errors import NonFiniteError, UsageError
 
 Reduction = Literal["sum", "max"]
-Fused = Literal["gate_up", "up_gate"]
+Fused = Literal["gate_up", "up_gate", "interleaved"]
+Storage = Literal["linear", "transposed", "flat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,12 @@ class FFNSite:
         d_model: width of the residual stream.
         d_ff: number of channels.
         activation: name of the activation function as the config tells it, or "unknown".
-        fused: order of the halves when one projection holds gate and up, else None.
-        expert: index of the expert, or None for a dense FFN.
+        fused: order of the halves when one projection holds gate and up ("interleaved" = gate, up, gate, up, ...),
+            else None.
+        expert: index of the expert, or None for a dense FFN. All experts of a layer share their parameters: ``path`` is
+            the module that is given the tokens, and gate, up and down name parameters instead of modules.
+        storage: how an expert lies in those parameters: "linear" [n_experts, out, in], "transposed" [n_experts, in,
+            out], or "flat" [n_experts * d_ff, d_model]. A dense FFN is "linear", whatever its modules do.
     """
 
     layer: int
@@ -44,6 +49,7 @@ class FFNSite:
     activation: str = "unknown"
     fused: Fused | None = None
     expert: int | None = None
+    storage: Storage = "linear"
 
     def __post_init__(self) -> None:
         if self.d_model < 1 or self.d_ff < 1:
@@ -54,11 +60,11 @@ class FFNSite:
     @property
     def name(self) -> str:
         """Unique name of the site, used as key in every file."""
-        return self.path if self.expert is None else f"{self.path}.experts.{self.expert}"
+        return self.path if self.expert is None else f"{self.path.removesuffix('.experts')}.experts.{self.expert}"
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Full module paths of the distinct projections, gate first."""
+        """Full paths of the distinct projections, gate first: modules, or parameters for an expert."""
         names = dict.fromkeys(n for n in (self.gate, self.up, self.down) if n is not None)
         return tuple(f"{self.path}.{n}" if self.path else n for n in names)
 
@@ -150,11 +156,17 @@ class ChannelStats:
         """Join two disjoint parts of a calibration; exact, whatever the split."""
         if other.site != self.site or other.reductions != self.reductions:
             raise UsageError(f"cannot merge statistics of {self.site.name} with those of {other.site.name}.")
-        join = {"sum": torch.add, "max": torch.maximum}
-        values = {k: join[self.reductions[k]](v, other.values[k]) for k, v in self.values.items()}
+        values = {k: self._joined(k, v, other) for k, v in self.values.items()}
         return ChannelStats(
             self.site, values, {k: n + other.counts[k] for k, n in self.counts.items()}, self.reductions
         )
+
+    def _joined(self, name: str, value: Tensor, other: ChannelStats) -> Tensor:
+        if self.reductions[name] == "sum":
+            return value + other.values[name]
+        if self.counts[name] == 0 or other.counts[name] == 0:  # a maximum over nothing is none
+            return value if self.counts[name] else other.values[name]
+        return torch.maximum(value, other.values[name])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -95,6 +95,13 @@ class TestChannelStats:
         with pytest.raises(UsageError, match=r"\(collected: none\)"):
             empty.total("grad_sq")
 
+    def test_a_part_without_tokens_has_no_maximum(self, site: FFNSite) -> None:
+        some, none = stats(site, [2.0], [-3.0], 4), stats(site, [0.0], [0.0], 0)
+        for merged in (some.merge(none), none.merge(some)):
+            assert merged.total("act_max").tolist() == [-3.0]
+            assert merged.total("act_sum").tolist() == [2.0]
+            assert merged.counts == {"act_sum": 4, "act_max": 4}
+
     def test_parts_of_different_sites_do_not_merge(self, site: FFNSite) -> None:
         with pytest.raises(UsageError, match=r"cannot merge statistics of layers.0.mlp with those of layers.1.mlp"):
             stats(site, [1.0], [1.0], 1).merge(stats(replace(site, path="layers.1.mlp"), [1.0], [1.0], 1))

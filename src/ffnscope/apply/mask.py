@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
 from ffnscope.ffn.offload import check_values, edited, is_offloaded
-from ffnscope.ffn.projection import Coupled, coupled, down_projection, in_width, out_width, projection
+from ffnscope.ffn.projection import Coupled, coupled, producer_widths, shape_of
 from ffnscope.types import FFNSite, PruningPlan
 
 
@@ -30,14 +30,13 @@ def masked(model: nn.Module, plan: PruningPlan) -> Generator[nn.Module]:
     saved: list[tuple[Coupled, Tensor]] = []
     with contextlib.ExitStack() as edits:
         try:
-            for site in plan.kept:
-                removed = plan.removed(site)
-                if removed.numel():
-                    for entry in coupled(model, site, removed):
-                        if is_offloaded(entry.parameter):
-                            edits.enter_context(edited(model, entry.module, entry.name, partial(_zeroed, entry)))
-                        else:
-                            _zero(entry, saved)
+            # of one parameter together: experts share it, and each edit copies it
+            for (module, name), entries in _removed(model, plan).items():
+                if is_offloaded(getattr(module, name)):
+                    edits.enter_context(edited(model, module, name, partial(_zeroed, entries)))
+                else:
+                    for entry in entries:
+                        _zero(entry, saved)
             yield model
         finally:
             _restore(saved)
@@ -46,7 +45,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Generator[nn.Module]:
 def check_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Raise unless every site of the plan is in the model, with values, in the shapes that the plan was made for."""
     for site in plan.kept:
-        found, d_model = (width(down_projection(model, site)) for width in (in_width, out_width))
+        found, d_model = shape_of(model, site)
         if (found, d_model) != (site.d_ff, site.d_model):
             raise UsageError(
                 f"the plan was made for {site.name} with {site.d_ff} channels of width {site.d_model}; this model has "
@@ -58,13 +57,23 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
 
 def _check_producers(model: nn.Module, site: FFNSite) -> None:
     expected = (2 if site.fused else 1) * site.d_ff
-    for name in dict.fromkeys(n for n in (site.gate, site.up) if n is not None):
-        found = out_width(projection(model, site, name))
+    for name, found in producer_widths(model, site).items():
         if found != expected:
             raise UsageError(
                 f"the plan was made for {site.name} with {expected} outputs of {name}; this model has {found}. "
                 "Use the model that was scored."
             )
+
+
+def _removed(model: nn.Module, plan: PruningPlan) -> dict[tuple[nn.Module, str], list[Coupled]]:
+    """Entries of the removed channels, by the parameter that they are in."""
+    found: dict[tuple[nn.Module, str], list[Coupled]] = {}
+    for site in plan.kept:
+        removed = plan.removed(site)
+        if removed.numel():
+            for entry in coupled(model, site, removed):
+                found.setdefault((entry.module, entry.name), []).append(entry)
+    return found
 
 
 @torch.no_grad()
@@ -75,8 +84,11 @@ def _zero(entry: Coupled, saved: list[tuple[Coupled, Tensor]]) -> None:
     parameter.index_fill_(entry.axis, index, 0)
 
 
-def _zeroed(entry: Coupled, value: Tensor) -> Tensor:
-    return value.index_fill(entry.axis, entry.index.to(value.device), 0)
+def _zeroed(entries: Sequence[Coupled], value: Tensor) -> Tensor:
+    new = value.clone()
+    for entry in entries:
+        entry.part(new).index_fill_(entry.axis, entry.index.to(new.device), 0)
+    return new
 
 
 @torch.no_grad()

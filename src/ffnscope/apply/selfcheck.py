@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from ffnscope.apply.mask import masked
 from ffnscope.apply.slice import slice_
-from ffnscope.calibrate.taps import frozen
 from ffnscope.errors import LayoutError
+from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.projection import coupled
 from ffnscope.ffn.survey import probe_ids
 from ffnscope.types import Budget, FFNSite, PruningPlan
@@ -39,7 +40,7 @@ def check_cut(model: nn.Module, sites: Sequence[FFNSite], *, seed: int = 0) -> l
 
     The model is run on 16 tokens, three times for the first site and twice for each other, and stays as it was: what
     is cut is a second model that shares every weight but those of the tried site. Sites are of one kind when their
-    paths differ in layer numbers only and their widths agree.
+    paths differ in layer numbers only and their widths agree. Experts that share their tensors are tried together.
 
     Raises:
         LayoutError: cutting computes something else than masking, so `slice_` would damage the model.
@@ -48,7 +49,7 @@ def check_cut(model: nn.Module, sites: Sequence[FFNSite], *, seed: int = 0) -> l
     checks: list[CutCheck] = []
     with torch.no_grad(), frozen(model):
         for site in _one_of_each_kind(sites):
-            plan = _random_half(site, seed)
+            plan = _random_halves(_cut_together(site, sites), seed)
             dense = _output(model, site, ids)
             with masked(model, plan):
                 expected = _output(model, site, ids)
@@ -73,10 +74,18 @@ def _one_of_each_kind(sites: Sequence[FFNSite]) -> list[FFNSite]:
     return list(kinds.values())
 
 
-def _random_half(site: FFNSite, seed: int) -> PruningPlan:
-    order = torch.randperm(site.d_ff, generator=torch.Generator().manual_seed(seed))
-    kept = order[: max(1, round(site.d_ff * (1 - REMOVED)))].sort().values
-    return PruningPlan({site: kept}, "random", "local", Budget(REMOVED))
+def _cut_together(site: FFNSite, sites: Sequence[FFNSite]) -> list[FFNSite]:
+    """Experts of one module are cut out of the same tensors; any other site is cut alone."""
+    return [site] if site.expert is None else [s for s in sites if s.expert is not None and s.path == site.path]
+
+
+def _random_halves(sites: Sequence[FFNSite], seed: int) -> PruningPlan:
+    random = torch.Generator().manual_seed(seed)
+    kept: dict[FFNSite, Tensor] = {}
+    for site in sites:
+        order = torch.randperm(site.d_ff, generator=random)
+        kept[site] = order[: max(1, round(site.d_ff * (1 - REMOVED)))].sort().values
+    return PruningPlan(kept, "random", "local", Budget(REMOVED))
 
 
 def _output(model: Any, site: FFNSite, ids: Tensor) -> Tensor:
@@ -96,7 +105,11 @@ def _output(model: Any, site: FFNSite, ids: Tensor) -> Tensor:
 
 def _output_when_cut(model: nn.Module, plan: PruningPlan, site: FFNSite, ids: Tensor) -> Tensor:
     try:
-        return _output(slice_(_sharing(model, site), plan), site, ids)
+        with warnings.catch_warnings():
+            # half of the channels need not be a width that experts can have; zeroing the surplus is checked as well
+            warnings.filterwarnings("ignore", message="experts of one layer lie in one tensor")
+            cut = slice_(_sharing(model, site), plan)
+        return _output(cut, site, ids)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # something beside gate, up and down is as wide as the channels
@@ -105,7 +118,7 @@ def _output_when_cut(model: nn.Module, plan: PruningPlan, site: FFNSite, ids: Te
 
 def _sharing(model: nn.Module, site: FFNSite) -> nn.Module:
     """A second model with the same tensors, but copies of those of a site."""
-    own = {id(entry.parameter) for entry in coupled(model, site, torch.arange(site.d_ff))}
+    own = {id(getattr(entry.module, entry.name)) for entry in coupled(model, site, torch.arange(site.d_ff))}
     tensors = chain(model.parameters(), model.buffers(), *(vars(m).values() for m in model.modules()))
     return copy.deepcopy(model, {id(t): t for t in tensors if isinstance(t, Tensor) and id(t) not in own})
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffnscope.apply.expert_slice import slice_experts_
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.widths import fit_config
 from ffnscope.ffn.offload import materialised
@@ -31,7 +32,7 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
     Weights and biases shrink, widths that modules remember follow, and the config's fields follow when they can
     express the new widths (see `fit_config`). Offloaded weights stay offloaded. Unequal widths work too; for saving see
-    `save_model`.
+    `save_model`. Experts of one layer share their tensors and stay equally wide (see `slice_experts_`).
 
     Raises:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
@@ -39,9 +40,10 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """
     check_plan(model, plan)
     for site, kept in plan.kept.items():
-        if kept.numel() < site.d_ff:
+        if site.expert is None and kept.numel() < site.d_ff:
             with materialised(model, site, write=True):
                 _slice_site(model, site, kept)
+    slice_experts_(model, plan)
     fit_config(model)
     return model
 

@@ -7,46 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ffnscope.errors import LayoutError, UsageError
+from ffnscope.calibrate.rows import TokenRows
+from ffnscope.errors import UsageError
 from ffnscope.registry import SIGNALS, STATISTICS, Statistic
 from ffnscope.types import ChannelStats, FFNSite, check_core
-
-
-class TokenRows:
-    """Picks the counted tokens of a batch from signals of its sites.
-
-    ``valid`` [batch, T] is False for padding, which is never counted.
-    """
-
-    def __init__(self, valid: Tensor):
-        self.valid = valid
-        self._index: dict[tuple[torch.device, int], Tensor | None] = {}
-
-    def take(self, site: FFNSite, signal: Tensor, every: int = 1) -> Tensor:
-        """[batch, T, d_ff] -> [n, d_ff]: every k-th token of each window, counted from its start, without padding.
-
-        A model that flattens tokens before its FFN (OPT) gives [batch * T, d_ff], which is taken as well.
-
-        Raises:
-            LayoutError: the signal does not hold one row per token of the batch.
-        """
-        flat = signal.reshape(-1, signal.shape[-1])
-        if flat.shape[0] != self.valid.numel():
-            raise LayoutError(
-                f"{site.name} was given {flat.shape[0]} rows for a batch of {tuple(self.valid.shape)} = "
-                f"{self.valid.numel()} tokens; the channels of an FFN that sees only some tokens are not available."
-            )
-        index = self._indices(signal.device, every)
-        return flat if index is None else flat.index_select(0, index)
-
-    def _indices(self, device: torch.device, every: int) -> Tensor | None:
-        key = (device, every)
-        if key not in self._index:
-            chosen = self.valid.clone()
-            chosen[:, torch.arange(chosen.shape[1]) % every != 0] = False
-            index = chosen.flatten().nonzero().flatten()
-            self._index[key] = None if index.numel() == chosen.numel() else index.to(device)
-        return self._index[key]
 
 
 class Accumulator:
@@ -91,12 +55,28 @@ class Accumulator:
         """Whether a statistic of the coming batch reads h before g comes, which brings h again."""
         return any("h" in s.reads and _last(s) != "g" for s in self._active)
 
-    def begin(self, valid: Tensor, n_targets: int, *, forward: bool = True, backward: bool = True) -> None:
-        """Announce a batch: which tokens are not padding [batch, T], how many are predicted, what is observed."""
-        self._rows = TokenRows(valid)
+    def begin(
+        self,
+        valid: Tensor,
+        n_targets: int,
+        *,
+        targets: Tensor | None = None,
+        forward: bool = True,
+        backward: bool = True,
+    ) -> None:
+        """Announce a batch: which tokens are not padding [batch, T], how many are predicted, what is observed.
+
+        Gradient statistics of experts need ``targets`` [batch, T] too: which tokens are predicted.
+        """
+        self._rows = TokenRows(valid, targets)
         self._n_targets = n_targets
         self._held.clear()
         self._active = [*(self.forward if forward else ()), *(self.backward if backward else ())]
+
+    def observe_routing(self, site: FFNSite, tokens: Tensor) -> None:
+        """Take the tokens of one expert, [n] indices in batch * T, before its signals."""
+        assert self._rows is not None, "begin was not called"
+        self._rows.route(site, tokens)
 
     def observe(self, site: FFNSite, h: Tensor) -> None:
         """Take h [batch, T, d_ff] of one batch."""
@@ -118,7 +98,7 @@ class Accumulator:
         rows: dict[tuple[str, int], Tensor] = {}
         for read, every in dict.fromkeys((r, s.every) for s in due for r in s.reads if r != "core"):
             rows[read, every] = self._take(site, held[read], every)
-        values = [self._add(site, s, rows) for s in due]
+        values = [self._add(site, s, rows) for s in due if all(len(r) for r in rows.values())]
         if values and not any(v.is_floating_point() for v in values):  # whole numbers cannot show NaN
             seen = [torch.isfinite(r).all() for r in rows.values()]
             self._finite[site] = torch.stack([*seen, self._finite.get(site, seen[0])]).all()
@@ -146,12 +126,15 @@ class Accumulator:
         """
         found: dict[FFNSite, ChannelStats] = {}
         for site in self.sites:
-            names = [s for s in (*self.forward, *self.backward) if (site, s.name) in self._sums]
+            # an expert that no token has reached has zeros of count 0
+            wanted = [
+                s for s in (*self.forward, *self.backward) if site.expert is not None or (site, s.name) in self._sums
+            ]
             found[site] = ChannelStats(
                 site,
-                {s.name: self._sums[site, s.name].to("cpu", copy=copy) for s in names},
-                {s.name: self._counts[site, s.name] for s in names},
-                {s.name: s.reduce for s in names},
+                {s.name: self._sum(site, s).to("cpu", copy=copy) for s in wanted},
+                {s.name: self._counts.get((site, s.name), 0) for s in wanted},
+                {s.name: s.reduce for s in wanted},
             )
         return found
 
@@ -159,8 +142,20 @@ class Accumulator:
         """Continue from sums that were saved."""
         for part in stats:
             for name, value in part.values.items():
-                self._sums[part.site, name] = value.clone()
-                self._counts[part.site, name] = part.counts[name]
+                if part.counts[name] or part.reductions[name] == "sum":  # a maximum over nothing is none
+                    self._sums[part.site, name] = value.clone()
+                    self._counts[part.site, name] = part.counts[name]
+
+    def _sum(self, site: FFNSite, statistic: Statistic) -> Tensor:
+        key = (site, statistic.name)
+        return (
+            self._sums[key] if key in self._sums else torch.zeros(self._shape(site, statistic), dtype=_dtype(statistic))
+        )
+
+    def _shape(self, site: FFNSite, statistic: Statistic) -> list[int]:
+        core = self.core[site].numel() if site in self.core else 0
+        sizes = {"d_ff": site.d_ff, "d_model": site.d_model, "core": core}
+        return [size if isinstance(size, int) else sizes[size] for size in statistic.shape]
 
     def _take(self, site: FFNSite, signal: Tensor, every: int = 1) -> Tensor:
         assert self._rows is not None, "begin was not called"
@@ -171,7 +166,10 @@ class Accumulator:
         key = (site, statistic.name)
         signals = [self.core[site] if r == "core" else rows[r, statistic.every] for r in statistic.reads]
         first = rows[next(r for r in statistic.reads if r != "core"), statistic.every]
-        count = self._n_targets if statistic.needs_gradient else first.shape[0]
+        count = first.shape[0]
+        if statistic.needs_gradient:
+            assert self._rows is not None, "begin was not called"
+            count = self._n_targets if site.expert is None else self._rows.n_targets(site)
         if self._places is None:
             self._places = self._reserve(first.device)
         self._counts[key] = self._counts.get(key, 0) + count
@@ -197,17 +195,12 @@ class Accumulator:
         places: dict[tuple[FFNSite, str], Tensor] = {}
         with torch.inference_mode(False):  # sums made in inference mode could not be used in autograd
             for site in self.sites:
-                core = self.core[site].numel() if site in self.core else 0
-                sizes = {"d_ff": site.d_ff, "d_model": site.d_model, "core": core}
                 for statistic in (*self.forward, *self.backward):
-                    shape = [size if isinstance(size, int) else sizes[size] for size in statistic.shape]
                     if (site, statistic.name) not in self._sums:
                         room = "cpu" if device.type == "mps" else device
-                        places[site, statistic.name] = (
-                            torch.zeros(shape, dtype=torch.int32, device=room)
-                            if statistic.counts
-                            else torch.empty(shape, dtype=torch.float64, device=room)
-                        )
+                        make = torch.zeros if statistic.counts else torch.empty
+                        shape = self._shape(site, statistic)
+                        places[site, statistic.name] = make(shape, dtype=_dtype(statistic), device=room)
         return places
 
     def _check(self, statistic: Statistic) -> None:
@@ -239,6 +232,10 @@ def _start(site: FFNSite, statistic: Statistic, place: Tensor, value: Tensor) ->
     with torch.inference_mode(False):
         place = place if place.device == value.device else torch.empty_like(place, device=value.device)
         return place.copy_(value)
+
+
+def _dtype(statistic: Statistic) -> torch.dtype:
+    return torch.int32 if statistic.counts else torch.float64
 
 
 def _last(statistic: Statistic) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnscope.calibrate.accumulate import TokenRows
 from ffnscope.calibrate.captured import INDEX, KIND, Capture, new_folder, read_capture
 from ffnscope.calibrate.observe import not_finite, observe_batch
-from ffnscope.calibrate.taps import frozen
+from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import UsageError
+from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.projection import down_projection
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import SCHEMA, write_json, write_tensors
@@ -163,12 +163,25 @@ def _chosen(
 ) -> dict[FFNSite, Tensor | None]:
     """Sites and their channel indices (None = all)."""
     if channels is None:
-        return dict.fromkeys(sites if sites is not None else find_sites(model))
+        wanted = list(sites if sites is not None else find_sites(model))
+        _refuse_experts(wanted)
+        return dict.fromkeys(wanted)
     wanted = list(channels) if sites is None else list(sites)
+    _refuse_experts(wanted)
     odd = [s.name for s in {*wanted, *channels} if s not in channels or s not in wanted]
     if odd:
         raise UsageError(f"{odd[0]} is in only one of sites and channels; channels must have one entry per site.")
     return {site: _index(site, channels[site]) for site in wanted}
+
+
+def _refuse_experts(sites: Sequence[FFNSite]) -> None:
+    """A capture has one row per token of the text; an expert has rows for some of them."""
+    expert = next((s.name for s in sites if s.expert is not None), None)
+    if expert is not None:
+        raise NotAvailableError(
+            f"{expert} sees only the tokens that are routed to it; capturing experts is not available in this version. "
+            "Give the dense FFNs as sites, or calibrate for statistics."
+        )
 
 
 def _index(site: FFNSite, channels: Tensor | Sequence[int]) -> Tensor:

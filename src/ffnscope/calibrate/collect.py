@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate.checkpoint import Checkpoint
 from ffnscope.calibrate.observe import not_finite, observe_batch
-from ffnscope.calibrate.taps import SignalTap, frozen
+from ffnscope.calibrate.taps import SignalTap
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
+from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import named_values
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import hash_json, hash_tensors
@@ -242,14 +243,15 @@ def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Ite
 
 
 def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator) -> None:
-    accumulator.begin(step.batch.valid, step.batch.n_targets, forward=step.forward, backward=step.backward)
+    batch = step.batch
+    accumulator.begin(batch.valid, batch.n_targets, targets=batch.targets, forward=step.forward, backward=step.backward)
     observe = accumulator.observe if accumulator.reads_activation else None
     observe_gradient = accumulator.observe_gradient if step.backward else None
     tap = SignalTap(accumulator.observe_signal, accumulator.signals) if accumulator.signals else None
-    observe_batch(model, sites, step.batch, observe, observe_gradient, tap)
+    observe_batch(model, sites, batch, observe, observe_gradient, tap, accumulator.observe_routing)
     suspect = accumulator.first_not_finite()
     if suspect is not None:
-        raise not_finite(model, sites, step.batch, suspect)
+        raise not_finite(model, sites, batch, suspect)
 
 
 def _checkpoint(

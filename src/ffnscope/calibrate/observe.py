@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ffnscope.calibrate.accumulate import TokenRows
 from ffnscope.calibrate.forward import forward_logits, memory_errors
-from ffnscope.calibrate.taps import OnActivation, OnGradient, SignalTap, channel_taps
+from ffnscope.calibrate.rows import TokenRows
+from ffnscope.calibrate.taps import OnActivation, OnGradient, OnRouting, SignalTap, channel_taps
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError
 from ffnscope.types import FFNSite
@@ -22,8 +22,11 @@ def observe_batch(
     on_activation: OnActivation | None,
     on_gradient: OnGradient | None = None,
     signal_tap: SignalTap | None = None,
+    on_routing: OnRouting | None = None,
 ) -> None:
     """Run one batch; call back with h, and with h and g = d(summed token NLL) / dh when ``on_gradient`` is given.
+
+    ``on_routing`` is told the tokens of an expert before its h comes (see `channel_taps`).
 
     The model must be `frozen`. Without ``on_gradient`` there is no backward, and the forward runs under
     ``inference_mode``.
@@ -35,10 +38,10 @@ def observe_batch(
     size = f"{len(batch)} windows of {batch.length} tokens"
     with memory_errors(f"out of memory in the calibration pass ({size}). Lower {key}."):
         if on_gradient is None:
-            with torch.inference_mode(), channel_taps(model, sites, on_activation, None, signal_tap):
+            with torch.inference_mode(), channel_taps(model, sites, on_activation, None, signal_tap, on_routing):
                 forward_logits(model, batch)
         else:
-            taps = channel_taps(model, sites, on_activation, on_gradient, signal_tap)
+            taps = channel_taps(model, sites, on_activation, on_gradient, signal_tap, on_routing)
             with torch.inference_mode(False), torch.enable_grad(), taps:
                 sum_nll(forward_logits(model, batch), batch).backward()
 
@@ -66,7 +69,7 @@ def not_finite(model: nn.Module, sites: Sequence[FFNSite], batch: Windows, gradi
         if not bad and not bool(torch.isfinite(rows.take(site, h)).all()):
             bad.append(site)
 
-    observe_batch(model, sites, batch, look)
+    observe_batch(model, sites, batch, look, on_routing=rows.route)
     what, site = ("activation", bad[0]) if bad else ("gradient", gradient)
     return NonFiniteError(
         f"a channel {what} of {site.name} is NaN or infinite. In float16 this is usually an overflow: load the model "

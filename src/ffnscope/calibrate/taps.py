@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ffnscope.ffn.offload import set_requires_grad
+from ffnscope.ffn.expert_calls import Call, Experts, Part, expert_calls, group_experts
 from ffnscope.ffn.projection import down_projection, projection
 from ffnscope.types import FFNSite
 
 OnActivation = Callable[[FFNSite, Tensor], None]
 OnGradient = Callable[[FFNSite, Tensor, Tensor], None]
 OnSignal = Callable[[FFNSite, str, Tensor], None]
+OnRouting = Callable[[FFNSite, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,48 +34,104 @@ def channel_taps(
     on_activation: OnActivation | None,
     on_gradient: OnGradient | None = None,
     signal_tap: SignalTap | None = None,
+    on_routing: OnRouting | None = None,
 ) -> Generator[None]:
     """Call back with h [batch, T, d_ff] in the forward, and with h and its gradient in the backward.
 
     A model that flattens tokens before its FFN (OPT) gives [batch * T, d_ff]. h and g are views: do not change them.
     ``signal_tap`` also brings x, y [batch, T, d_model] in the forward and dy, before g, in the backward.
 
+    An expert gives only the n tokens that are routed to it, h [n, d_ff]; ``on_routing`` is called before with their
+    indices [n] in batch * T. It is called for no expert without tokens. Its y is the product with down alone, before
+    bias and router weight.
+
     When gradients are wanted and nothing before a site needs one (weights are frozen), its h starts the autograd
     graph: the backward ends at the first tapped site. All hooks are removed on exit, also after an exception.
+
+    Raises:
+        LayoutError: inside the block, when it cannot be told which tokens an expert is given.
     """
     handles: list[Any] = []
+    groups = group_experts(sites)
+    tap = _ExpertTap(groups, on_activation, on_gradient, signal_tap, on_routing)
     try:
         for site in sites:
-            down = down_projection(model, site)
-            hook = _forward_hook(site, on_activation, on_gradient)
-            handles.append(down.register_forward_pre_hook(hook))
-            if signal_tap is not None and "x" in signal_tap.names:
-                up = projection(model, site, site.up)
-                handles.append(up.register_forward_pre_hook(_input_hook(site, signal_tap)))
-            if signal_tap is not None and {"y", "dy"} & set(signal_tap.names):
-                handles.append(down.register_forward_hook(_output_hook(site, signal_tap)))
-        yield
+            if site.expert is None:
+                _hook_dense(model, site, handles, _forward_hook(site, on_activation, on_gradient), signal_tap)
+        with expert_calls(model, list(groups), tap):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Generator[None]:
-    """Put the model in eval mode without weight gradients; restore both on exit."""
-    # by name: a forward replaces the parameters that are offloaded
-    flags = [(m, n, p.requires_grad) for m in model.modules() for n, p in m.named_parameters(recurse=False)]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        for module, name, _ in flags:
-            set_requires_grad(module, name, flag=False)
-        yield
-    finally:
-        for module, name, flag in flags:
-            set_requires_grad(module, name, flag)
-        for module, training in modes:
-            module.training = training
+def _hook_dense(model: nn.Module, site: FFNSite, handles: list[Any], hook: Any, signal_tap: SignalTap | None) -> None:
+    down = down_projection(model, site)
+    handles.append(down.register_forward_pre_hook(hook))
+    if signal_tap is not None and "x" in signal_tap.names:
+        up = projection(model, site, site.up)
+        handles.append(up.register_forward_pre_hook(_input_hook(site, signal_tap)))
+    if signal_tap is not None and {"y", "dy"} & set(signal_tap.names):
+        handles.append(down.register_forward_hook(_output_hook(site, signal_tap)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ExpertTap:
+    """Observer of the products of fused experts."""
+
+    groups: Mapping[Experts, Mapping[int, FFNSite]]
+    on_activation: OnActivation | None
+    on_gradient: OnGradient | None
+    signal_tap: SignalTap | None
+    on_routing: OnRouting | None
+
+    def __call__(self, call: Call, run: Callable[[Tensor], Tensor]) -> Tensor:
+        sites = self.groups[call.experts]
+        parts = [(sites[p.expert], p) for p in call.parts if p.expert in sites and p.tokens.numel()]
+        if not call.is_down:
+            if call.name == call.experts.producers[0]:
+                self._begin(call, parts)
+            return run(call.x)
+        h = call.x
+        for site, part in parts:
+            if self.on_activation is not None:
+                self.on_activation(site, part.rows(h.detach()))
+        if self.on_gradient is not None and parts:
+            h = h if h.requires_grad else h.detach().requires_grad_()
+            _on_gradient_rows(h, parts, self.on_gradient)
+        out = run(h)
+        if self.signal_tap is not None:
+            self._end(out, parts, self.signal_tap)
+        return out
+
+    def _begin(self, call: Call, parts: Sequence[tuple[FFNSite, Part]]) -> None:
+        for site, part in parts:
+            if self.on_routing is not None:
+                self.on_routing(site, part.tokens)
+            if self.signal_tap is not None and "x" in self.signal_tap.names:
+                self.signal_tap.call(site, "x", part.rows(call.x.detach()))
+
+    def _end(self, out: Tensor, parts: Sequence[tuple[FFNSite, Part]], tap: SignalTap) -> None:
+        for site, part in parts:
+            if "y" in tap.names:
+                tap.call(site, "y", part.rows(out.detach()))
+        if "dy" in tap.names and out.requires_grad:
+
+            def hook(dy: Tensor) -> None:
+                for site, part in parts:
+                    tap.call(site, "dy", part.rows(dy))
+
+            out.register_hook(hook)
+
+
+def _on_gradient_rows(h: Tensor, parts: Sequence[tuple[FFNSite, Part]], call: OnGradient) -> None:
+    values = h.detach()  # holding h itself would be a reference cycle
+
+    def hook(g: Tensor) -> None:
+        for site, part in parts:
+            call(site, part.rows(values), part.rows(g))
+
+    h.register_hook(hook)
 
 
 def _forward_hook(site: FFNSite, on_activation: OnActivation | None, on_gradient: OnGradient | None) -> Any:

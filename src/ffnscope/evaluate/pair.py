@@ -22,7 +22,8 @@ class Removed:
         dense: FFN parameters of the dense model.
         found: how many fewer the pruned model has.
         planned: how many the plan removes, None without a plan. Equal to ``found``, unless ``padded``.
-        padded: the plan keeps unequal widths, and the model was saved padded with zeros to the widest of them.
+        padded: the plan keeps unequal widths, and the model was saved padded with zeros to the widest of them; also
+            experts of one layer, which always have one width.
     """
 
     dense: int
@@ -78,12 +79,14 @@ def removed_parameters(
     planned, widths = _planned(dense, dense_sites, plan)
     now = {s.name: s.d_ff for s in pruned_sites}
     padded = len(set(widths.values())) > 1 and set(now.values()) == {max(widths.values())}
-    wrong = next((name for name, width in widths.items() if now[name] != width), None)
+    experts = {s.name for s in pruned_sites if s.expert is not None and s.d_ff > widths[s.name]}
+    wrong = next((name for name, width in widths.items() if now[name] != width and name not in experts), None)
     if wrong is not None and not padded:
         raise UsageError(
             f"{wrong} has {now[wrong]} channels in the pruned model, but the plan leaves {widths[wrong]}. Give the "
             "plan that the model was pruned by."
         )
+    padded = padded or bool(experts)
     if planned != found and not padded:
         raise UsageError(
             f"the plan removes {planned:,} FFN parameters, but the pruned model lacks {found:,}. {_NO_PAIR}"
@@ -147,7 +150,12 @@ def _check_rest(
 
 def _shapes_outside(model: nn.Module, sites: Sequence[FFNSite]) -> dict[str, tuple[int, ...]]:
     inside = {name for site in sites for name in site.projections}
-    return {n: tuple(p.shape) for n, p in model.named_parameters() if n.rpartition(".")[0] not in inside}
+
+    def is_inside(name: str) -> bool:
+        # projections of experts are parameters, not modules, and so are their biases
+        return name.rpartition(".")[0] in inside or name.removesuffix("_bias") in inside
+
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if not is_inside(n)}
 
 
 def _planned(model: nn.Module, sites: Sequence[FFNSite], plan: PruningPlan) -> tuple[int, dict[str, int]]:

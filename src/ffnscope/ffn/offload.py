@@ -162,7 +162,7 @@ def saving(model: Any) -> Generator[dict[str, Any]]:
         model.hf_device_map = {"": "cpu"}  # by this `save_pretrained` knows that it has to fetch weights
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-            yield {"state_dict": once, "max_shard_size": "5GB"}
+            yield {"state_dict": once}
     finally:
         del model.hf_device_map
         if before is not None:

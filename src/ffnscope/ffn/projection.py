@@ -1,7 +1,7 @@
 """Projections: the linear modules of an FFN, and which of their entries belong to which channel.
 
-The one place that knows that `transformers` stores some projections transposed (``Conv1D``) and some as one
-matrix for gate and up.
+The one place that knows that `transformers` stores some projections transposed (``Conv1D``), some as one matrix for
+gate and up, and all experts of a layer in one parameter.
 """
 
 from __future__ import annotations
@@ -18,17 +18,27 @@ from ffnscope.types import FFNSite, FFNWeights
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coupled:
-    """Entries of one parameter that belong to a set of channels: ``parameter.index_select(axis, index)``."""
+    """Entries of one parameter that belong to a set of channels: ``parameter.index_select(axis, index)``.
+
+    For an expert, ``rows`` is how many rows of a flat parameter [n_experts * rows, ..] one expert has, or None for a
+    parameter [n_experts, ..].
+    """
 
     module: nn.Module
     name: str
     axis: int
     index: Tensor
+    expert: int | None = None
+    rows: int | None = None
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as the module holds it now."""
-        return getattr(self.module, self.name)
+    def parameter(self) -> Tensor:
+        """The parameter as the module holds it now; for an expert the view of its own part."""
+        return self.part(getattr(self.module, self.name))
+
+    def part(self, whole: Tensor) -> Tensor:
+        """View of a value of the whole parameter; for an expert of its own part."""
+        return whole if self.expert is None else _part_of(whole, self.expert, self.rows)
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -67,6 +77,28 @@ def down_projection(model: nn.Module, site: FFNSite) -> nn.Module:
     return projection(model, site, site.down)
 
 
+def shape_of(model: nn.Module, site: FFNSite) -> tuple[int, int]:
+    """(d_ff, d_model) of the down projection that this model has at a site.
+
+    Raises:
+        LayoutError: the site is not in this model.
+    """
+    if site.expert is None:
+        down = down_projection(model, site)
+        return in_width(down), out_width(down)
+    part = _expert_part(model, site, site.down)
+    axis = _channel_axis(site, site.down)
+    return part.shape[axis], part.shape[1 - axis]
+
+
+def producer_widths(model: nn.Module, site: FFNSite) -> dict[str, int]:
+    """Name -> number of outputs of gate and up as this model has them; one entry when they are fused."""
+    if site.expert is None:
+        return {name: out_width(projection(model, site, name)) for name in _producers(site)}
+    axis = _channel_axis(site, site.up)
+    return {name: _expert_part(model, site, name).shape[axis] for name in _producers(site)}
+
+
 def weights_of(model: nn.Module, site: FFNSite) -> FFNWeights:
     """Canonical views of a site's weights.
 
@@ -75,18 +107,18 @@ def weights_of(model: nn.Module, site: FFNSite) -> FFNWeights:
         LayoutError: the site is not in this model.
     """
     check_resident(model, site)
-    up_weight, up_bias = _canonical(projection(model, site, site.up))
-    down_weight, down_bias = _canonical(projection(model, site, site.down))
+    up_weight, up_bias = _canonical(model, site, site.up)
+    down_weight, down_bias = _canonical(model, site, site.down)
     if site.gate is None:
         return FFNWeights(None, up_weight, down_weight, None, up_bias, down_bias)
     if site.fused is None:
-        gate_weight, gate_bias = _canonical(projection(model, site, site.gate))
+        gate_weight, gate_bias = _canonical(model, site, site.gate)
         return FFNWeights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-    first, second = up_weight.chunk(2)
-    first_bias, second_bias = (None, None) if up_bias is None else up_bias.chunk(2)
-    if site.fused == "gate_up":
-        return FFNWeights(first, second, down_weight, first_bias, second_bias, down_bias)
-    return FFNWeights(second, first, down_weight, second_bias, first_bias, down_bias)
+    first, second = _halves(site, up_weight)
+    first_bias, second_bias = (None, None) if up_bias is None else _halves(site, up_bias)
+    if site.fused == "up_gate":
+        return FFNWeights(second, first, down_weight, second_bias, first_bias, down_bias)
+    return FFNWeights(first, second, down_weight, first_bias, second_bias, down_bias)
 
 
 def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupled]:
@@ -94,9 +126,11 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
 
     Rows of gate and up with their biases, and columns of down; the bias of down belongs to no channel.
     """
-    producers = dict.fromkeys(n for n in (site.gate, site.up) if n is not None)
-    rows = torch.cat([channels, channels + site.d_ff]) if site.fused else channels
-    for name in producers:
+    rows = _rows(site, channels)
+    if site.expert is not None:
+        yield from _coupled_expert(model, site, channels, rows)
+        return
+    for name in _producers(site):
         module = projection(model, site, name)
         yield Coupled(module, "weight", out_axis(module), rows)
         if getattr(module, "bias", None) is not None:
@@ -105,10 +139,24 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
     yield Coupled(down, "weight", 1 - out_axis(down), channels)
 
 
+def owner_of(model: nn.Module, site: FFNSite, name: str) -> nn.Module:
+    """Module that holds the weight of a projection: the projection itself, or the module with an expert's parameter."""
+    if site.expert is None:
+        return projection(model, site, name)
+    path = ".".join(p for p in (site.path, name.rpartition(".")[0]) if p)
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError as error:
+        raise _absent(site, name) from error
+    if not isinstance(getattr(owner, name.rpartition(".")[2], None), Tensor):
+        raise _absent(site, name)
+    return owner
+
+
 def check_resident(model: nn.Module, site: FFNSite) -> None:
     """Raise ModelError when a weight of the site is on the meta device, where it has no value."""
-    for name in dict.fromkeys(n for n in (site.gate, site.up, site.down) if n is not None):
-        if any(p.device.type == "meta" for p in projection(model, site, name).parameters(recurse=False)):
+    for name in (*_producers(site), site.down):
+        if any(p.device.type == "meta" for p in owner_of(model, site, name).parameters(recurse=False)):
             raise ModelError(
                 f"the weights of {site.path}.{name} are offloaded (or were never loaded) and cannot be read or changed "
                 "in place. Work inside `with materialised(model, site):` (ffnscope.ffn.offload), or load the model "
@@ -116,7 +164,71 @@ def check_resident(model: nn.Module, site: FFNSite) -> None:
             )
 
 
-def _canonical(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
-    bias: Tensor | None = getattr(module, "bias", None)
-    return (weight if out_axis(module) == 0 else weight.T), None if bias is None else bias.detach()
+def _producers(site: FFNSite) -> tuple[str, ...]:
+    """Distinct names of gate and up."""
+    return tuple(dict.fromkeys(n for n in (site.gate, site.up) if n is not None))
+
+
+def _rows(site: FFNSite, channels: Tensor) -> Tensor:
+    """Outputs of the producers that belong to channels, in the order of a narrower producer."""
+    if site.fused is None:
+        return channels
+    if site.fused == "interleaved":
+        return torch.stack([2 * channels, 2 * channels + 1], 1).flatten()
+    return torch.cat([channels, channels + site.d_ff])
+
+
+def _halves(site: FFNSite, both: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second half of what a fused projection holds."""
+    if site.fused == "interleaved":
+        return both[0::2], both[1::2]
+    first, second = both.chunk(2)
+    return first, second
+
+
+def _coupled_expert(model: nn.Module, site: FFNSite, channels: Tensor, rows: Tensor) -> Iterator[Coupled]:
+    per_expert = site.d_ff if site.storage == "flat" else None
+    for name in (*_producers(site), site.down):
+        owner, leaf = owner_of(model, site, name), name.rpartition(".")[2]
+        index = channels if name == site.down else rows
+        yield Coupled(owner, leaf, _channel_axis(site, name), index, site.expert, per_expert)
+        if name != site.down and getattr(owner, f"{leaf}_bias", None) is not None:
+            yield Coupled(owner, f"{leaf}_bias", 0, index, site.expert)
+
+
+def _channel_axis(site: FFNSite, name: str) -> int:
+    """Axis of one expert's matrix that runs over channels."""
+    if name == site.down:
+        return 1 if site.storage == "linear" else 0
+    return 1 if site.storage == "transposed" else 0
+
+
+def _expert_part(model: nn.Module, site: FFNSite, name: str) -> Tensor:
+    """One expert's matrix, as stored."""
+    whole = getattr(owner_of(model, site, name), name.rpartition(".")[2])
+    rows = site.d_ff if site.storage == "flat" else None
+    n_experts = whole.shape[0] if rows is None else whole.shape[0] / rows
+    if n_experts % 1 or (site.expert or 0) >= n_experts:
+        raise _absent(site, name)
+    return _part_of(whole, site.expert or 0, rows)
+
+
+def _part_of(whole: Tensor, expert: int, rows: int | None) -> Tensor:
+    return (whole if rows is None else whole.view(-1, rows, *whole.shape[1:]))[expert]
+
+
+def _absent(site: FFNSite, name: str) -> LayoutError:
+    return LayoutError(f"{site.name} ({name}) is not in this model; the site or plan was made for another model.")
+
+
+def _canonical(model: nn.Module, site: FFNSite, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight as [out, in] and bias of one projection."""
+    if site.expert is None:
+        module = projection(model, site, name)
+        weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
+        bias: Tensor | None = getattr(module, "bias", None)
+        return (weight if out_axis(module) == 0 else weight.T), None if bias is None else bias.detach()
+    part = _expert_part(model, site, name).detach()
+    biases = getattr(owner_of(model, site, name), f"{name.rpartition('.')[2]}_bias", None)
+    outputs_first = _channel_axis(site, name) == (1 if name == site.down else 0)
+    return (part if outputs_first else part.T), None if biases is None else biases[site.expert].detach()

@@ -16,7 +16,7 @@ WRAPPERS = ("model", "module", "base_model", "language_model", "transformer")
 
 
 def find_sites(model: nn.Module, tracked: Sequence[str] | None = None) -> list[FFNSite]:
-    """Find the FFNs of a causal LM, in the order of its layers.
+    """Find the FFNs of a causal LM, dense ones and experts, in the order of its layers.
 
     FFNs that cannot be cut are left out with a warning that names them and the reason; `survey` lists them.
 
@@ -49,7 +49,7 @@ def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNS
     """
     chosen: set[FFNSite] = set()
     for pattern in patterns:
-        hits = [s for s in sites if any(_matches(pattern, name) for name in (*s.projections, s.path))]
+        hits = [s for s in sites if any(_matches(pattern, name) for name in (*s.projections, s.path, s.name))]
         if not hits:
             example = sites[0].projections[-1] if sites else "none"
             raise UsageError(

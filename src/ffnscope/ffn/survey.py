@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ffnscope.errors import LayoutError
+from ffnscope.ffn.experts import find_experts
 from ffnscope.ffn.guard import check_model
 from ffnscope.ffn.probe import Found, Probed, layer_path, probe
 from ffnscope.ffn.projection import in_width, is_projection, out_width
@@ -59,13 +60,15 @@ def survey(model: nn.Module) -> Survey:
     check_model(model)
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    seen = probe(model, probe_ids(model, PROBE_TOKENS))
+    ids, activation = probe_ids(model, PROBE_TOKENS), _activation(text)
+    seen, experts = probe(model, ids), find_experts(model, ids, activation)
     helpers = tuple(LeftOut(f.down, f"{_helper_part(f.down)} is a helper network") for f in seen.ffns if _is_helper(f))
-    ffns = [f for f in seen.ffns if not _is_helper(f)]
+    ffns = [f for f in seen.ffns if not _is_helper(f) and not _is_within(f.down, experts.refused)]
     shared = dict(_shared(model, ffns))
-    refused = [LeftOut(name, reason) for name, reason in {**_unlike(model, ffns, seen), **shared}.items()]
-    refused += _experts(model)
-    sites = tuple(_site(model, f, _activation(text)) for f in ffns if f.down not in shared)
+    unlike = {n: why for n, why in _unlike(model, ffns, seen).items() if not _is_within(n, experts.refused)}
+    refused = [LeftOut(name, reason) for name, reason in {**unlike, **shared, **experts.refused}.items()]
+    dense = [_site(model, f, activation) for f in ffns if f.down not in shared]
+    sites = tuple(_in_model_order(model, [*dense, *experts.sites]))
     return Survey(type(model).__name__, text.model_type, sites, tuple(refused), helpers)
 
 
@@ -154,19 +157,13 @@ def _shared(model: nn.Module, ffns: Iterable[Found]) -> Iterator[tuple[str, str]
             yield name, f"it shares its weights with {', '.join(n for n in names if n != name)}"
 
 
-def _experts(model: nn.Module) -> list[LeftOut]:
-    reason = "a mixture of experts, whose channels are not available in this version"
-    return [
-        LeftOut(name, reason)
-        for name, module in model.named_modules()
-        if layer_path(name) and "expert" in name and _is_fused(module)
-    ]
+def _is_within(name: str, paths: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
-def _is_fused(module: nn.Module) -> bool:
-    """Whether a module holds several matrices in one parameter, or matrices outside of projections."""
-    own = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
-    return bool(own) and not is_projection(module)
+def _in_model_order(model: nn.Module, sites: Iterable[FFNSite]) -> list[FFNSite]:
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(sites, key=lambda s: order[s.path if s.expert is not None else s.projections[-1]])
 
 
 def _any_number(text: str) -> str:

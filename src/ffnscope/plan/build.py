@@ -32,16 +32,22 @@ def build_plan(
 
     Equal scores are kept in order of channel index, and of site for a global ranking, so a plan is reproducible.
 
+    Experts that the calibration did not reach (``scores.facts["unreached"]``) are left whole: all their channels are
+    protected, and the budget is for the other sites.
+
     Raises:
         UsageError: an impossible budget, or more protected channels than a site keeps.
     """
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     protected = {site: torch.unique(index) for site, index in (protected or {}).items()}
-    lifted = _lift(scores, protected)
+    unreached = scores.facts.get("unreached", ())
+    whole = {s: torch.arange(s.d_ff) for s in scores.values if s.name in unreached}
+    lifted = _without(_lift(scores, protected), whole)
     rule = ALLOCATORS.get(allocator)
     # nothing to remove: a width that is no multiple stays as it is
-    nothing = {site: site.d_ff for site in lifted.values}
-    widths: dict[FFNSite, int] = rule.fn(lifted, budget) if budget.sparsity else nothing
+    widths: dict[FFNSite, int] = {site: site.d_ff for site in lifted.values}
+    if budget.sparsity and widths:
+        widths = rule.fn(lifted, budget)
     kept: dict[FFNSite, Tensor] = {}
     for site, value in lifted.values.items():
         width = widths[site]
@@ -52,7 +58,9 @@ def build_plan(
             )
         order = torch.sort(value, descending=True, stable=True).indices
         kept[site] = order[:width].sort().values
-    return PruningPlan(kept, scores.metric, allocator, budget, protected, {**scores.facts, **(provenance or {})})
+    kept = {site: whole[site] if site in whole else kept[site] for site in scores.values}
+    facts = {**scores.facts, **(provenance or {})}
+    return PruningPlan(kept, scores.metric, allocator, budget, {**protected, **whole}, facts)
 
 
 def top_core(scores: Scores, fraction: float = 0.01, *, count: int | None = None) -> dict[FFNSite, Tensor]:
@@ -93,6 +101,11 @@ def diff_plans(first: PruningPlan, second: PruningPlan) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _without(scores: Scores, whole: Mapping[FFNSite, Tensor]) -> Scores:
+    """Scores of the sites that a budget applies to."""
+    return Scores(scores.metric, {s: v for s, v in scores.values.items() if s not in whole}, scores.facts)
 
 
 def _lift(scores: Scores, protected: Mapping[FFNSite, Tensor]) -> Scores:

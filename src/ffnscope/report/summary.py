@@ -37,13 +37,16 @@ def score_summary(scores: Mapping[str, Scores]) -> dict[str, Any]:
     Returns:
         ``{metric: {"natural_sign", "sites": {site name: {"layer", "d_ff", "mean", "std", "min", "max",
         "quantiles": {"0.01": ..., ..., "0.99": ...}}}}}``. The standard deviation divides by d_ff; quantiles are
-        interpolated linearly. Every number is finite.
+        interpolated linearly. Every number is finite. A metric with experts that no calibration token reached lists
+        their names under ``unreached``.
     """
     found: dict[str, Any] = {}
     for name, one in scores.items():
         sign = natural_sign(one.metric)
         sites = {site.name: _describe(site, as_array(value) * sign) for site, value in one.values.items()}
         found[name] = {"natural_sign": sign, "sites": sites}
+        if "unreached" in one.facts:
+            found[name]["unreached"] = one.facts["unreached"]
     return found
 
 

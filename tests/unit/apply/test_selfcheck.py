@@ -15,6 +15,7 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.types import FFNSite
 from tiny import ARCHITECTURES, logits, tiny
 from tiny_all import logits_of, tiny_causal_lm
+from tiny_moe import MIXTURES, tiny_moe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -30,6 +31,21 @@ def test_what_can_be_cut_passes(arch: str, dtype: torch.dtype) -> None:
 def test_other_layouts_pass(name: str) -> None:
     model = tiny_causal_lm(name)
     assert all(c.difference < 1e-4 < c.effect for c in check_cut(model, find_sites(model)))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_pass(name: str) -> None:
+    model = tiny_moe(name)
+    checks = check_cut(model, find_sites(model))
+    assert any(c.site.expert is not None for c in checks)
+    assert all(c.difference < 1e-4 < c.effect for c in checks)
+
+
+def test_experts_of_the_wrong_order_stop_it() -> None:
+    model = tiny_moe("gpt_oss")
+    sites = [replace(s, fused="gate_up") for s in find_sites(model)]
+    with pytest.raises(LayoutError, match=r"model.layers.0.mlp.experts.0 of GptOssForCausalLM .* cannot be cut"):
+        check_cut(model, sites)
 
 
 def test_one_site_of_each_kind() -> None:

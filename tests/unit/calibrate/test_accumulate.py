@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffnscope.calibrate.accumulate import Accumulator, TokenRows
+from ffnscope.calibrate.accumulate import Accumulator
+from ffnscope.calibrate.rows import TokenRows
 from ffnscope.errors import LayoutError, UnknownNameError, UsageError
 from ffnscope.registry import SIGNALS, STATISTICS, Statistic
 from ffnscope.types import FFNSite

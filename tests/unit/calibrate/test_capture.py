@@ -11,8 +11,8 @@ from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import read_capture
 from ffnscope.calibrate.collect import calibrate
 from ffnscope.calibrate.observe import observe_batch
-from ffnscope.calibrate.taps import frozen
 from ffnscope.errors import ArtifactError, NonFiniteError, UnknownNameError, UsageError
+from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.sites import find_sites
 from reference import exact, padded, text
 from tiny import tiny

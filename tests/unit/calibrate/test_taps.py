@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.functional import silu
 
 from ffnscope.calibrate.observe import observe_batch, sum_nll
-from ffnscope.calibrate.taps import channel_taps, frozen
+from ffnscope.calibrate.taps import channel_taps
+from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.sites import find_sites
 from reference import exact, text
 from tiny import tiny, tokens

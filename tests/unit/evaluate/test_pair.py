@@ -16,6 +16,7 @@ from ffnscope.ffn.load import LoadedModel, ModelSource
 from ffnscope.ffn.sites import find_sites
 from ffnscope.types import Budget, PruningPlan
 from tiny import D_FF, HIDDEN, LAYERS, tiny
+from tiny_moe import EXPERT, N_EXPERTS, tiny_moe
 
 
 def loaded(model: Any, name: str, tokenizer: Any = None) -> LoadedModel:
@@ -49,6 +50,28 @@ def test_unequal_widths_and_a_part_of_the_sites(random_plan: Callable[..., Pruni
     found = removed(dense, pruned, plan)
     assert found.found == found.planned == (D_FF - 7) * 3 * HIDDEN
     assert not found.padded
+
+
+@pytest.mark.parametrize(("name", "biases"), [("mixtral", 0), ("gpt_oss", 2), ("dbrx", 0), ("jetmoe", 0)])
+def test_fused_experts(name: str, biases: int, random_plan: Callable[..., PruningPlan]) -> None:
+    dense, pruned = tiny_moe(name), tiny_moe(name)
+    plan = random_plan(dense, 0.5)
+    ffnscope.slice_(pruned, plan)
+    found = removed(dense, pruned, plan)
+    assert found.found == found.planned == 2 * N_EXPERTS * EXPERT // 2 * (3 * HIDDEN + biases)
+    assert not found.padded
+
+
+def test_experts_with_zeroed_channels_are_called_padded() -> None:
+    dense, pruned = tiny_moe("jetmoe"), tiny_moe("jetmoe")
+    kept = {s: torch.arange(6 if s.expert else 8) for s in find_sites(dense)}
+    plan = PruningPlan(kept, "by hand", "by hand", Budget(0.5))
+    with pytest.warns(UserWarning, match="experts of one layer lie in one tensor"):
+        ffnscope.slice_(pruned, plan)
+    found = removed(dense, pruned, plan)
+    assert found.padded
+    assert found.found == 2 * N_EXPERTS * 8 * 3 * HIDDEN
+    assert found.planned == found.found + 2 * (N_EXPERTS - 1) * 2 * 3 * HIDDEN
 
 
 def test_a_padded_model_is_called_that() -> None:
