@@ -15,6 +15,7 @@ from torch import nn
 from ffnscope.apply.card import loading_code, model_card
 from ffnscope.apply.folder import replacing_folder
 from ffnscope.apply.mask import check_plan
+from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.slice import slice_
 from ffnscope.apply.widths import fit_config, narrowing, stock_class
 from ffnscope.errors import NotAvailableError, UsageError
@@ -37,13 +38,16 @@ def prune_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool = False) 
 
     With ``pad_to_widest``, FFNs that had one width before have one width after it (sites that the plan leaves out
     count): every site is sliced to the widest kept width and the surplus channels are zeroed. This computes the same,
-    loads wherever the dense model does, and saves only down to the widest site.
+    loads wherever the dense model does, and saves only down to the widest site. Before anything is changed, cutting is
+    compared with masking on this very model (see `check_cut`).
 
     Raises:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
-        ModelError: a weight is offloaded; the model is then unchanged.
+        ModelError: a weight has no value; the model is then unchanged.
+        LayoutError: cutting would compute something else than masking; the model is then unchanged.
     """
     check_plan(model, plan)
+    check_cut(model, list(plan.kept))
     return slice_(model, _padded(model, plan) if pad_to_widest else plan)
 
 

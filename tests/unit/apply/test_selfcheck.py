@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from ffnscope.apply import selfcheck
+from ffnscope.apply.export import prune_
 from ffnscope.apply.selfcheck import check_cut
 from ffnscope.errors import LayoutError
 from ffnscope.ffn.sites import find_sites
-from ffnscope.types import FFNSite
+from ffnscope.types import Budget, FFNSite, PruningPlan
 from tiny import ARCHITECTURES, logits, tiny
 from tiny_all import logits_of, tiny_causal_lm
 from tiny_moe import MIXTURES, tiny_moe
@@ -77,6 +78,17 @@ def test_channels_that_depend_on_each_other_stop_it() -> None:
     message = r"cannot be cut: .* differs by [\d.]+ from .* \(masking moves it by [\d.]+\).*The model was not changed"
     with pytest.raises(LayoutError, match=message):
         check_cut(model, [site_of(model, 48)])
+
+
+@pytest.mark.filterwarnings("ignore:left whole in Llama")
+def test_a_model_is_checked_before_it_is_pruned() -> None:
+    model = tiny("llama")
+    model.model.layers[0].mlp.act_fn = torch.nn.Softmax(-1)
+    site = site_of(model, 48)
+    plan = PruningPlan({site: torch.arange(24)}, "random", "local", Budget(0.5), {}, {})
+    with pytest.raises(LayoutError, match="cannot be cut"):
+        prune_(model, plan)
+    assert model.model.layers[0].mlp.up_proj.weight.shape[0] == 48
 
 
 def test_a_wrong_order_of_halves_in_the_cut_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
