@@ -44,7 +44,8 @@ def print_score_estimate(
     print_lines(lines, "score", console)
     n_passes = sum(isinstance(what, list) for _, what in found)
     console.print(Text(f"{n_passes} passes over a text in all"))
-    console.print(Text(f"sums {sums / 2**20:,.0f} MiB, and as much on disk; up to {held / 2**20:,.0f} MiB in memory"))
+    disk = f"{sums / 2**20:,.0f} MiB on disk, up to {3 if texts else 2} times that until it is finished"
+    console.print(Text(f"sums take up to {held / 2**20:,.0f} MiB in memory; {disk}"))
     peak = peak_bytes(asked.model, asked.sites, steps, []) + held + _reference_bytes(asked)
     on_cpu = all(p.device.type == "cpu" for p in asked.model.parameters())
     console.print(Text(f"peak memory about {(peak + libraries * on_cpu) / 2**30:.1f} GiB"))
