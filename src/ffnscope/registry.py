@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.types import Reduction
+from ffnscope.types import FFNSite, Reduction
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 SIGNALS = ("x", "h", "y", "dy", "g")
 """What a statistic may read, in the order in which one batch brings it."""
+GRADIENTS = ("dy", "g")
+"""The signals that need a backward."""
 SIZES = ("d_ff", "d_model", "core")
 """Names that the shape of a statistic may use for a number."""
 INPUTS = ("core", "reference")
@@ -31,11 +33,11 @@ class Statistic:
     ``reads`` names the signals in the order of ``fn``'s arguments, each over the n counted tokens of a batch: ``x`` FFN
     input [n, d_model], ``h`` channel activations [n, d_ff], ``y`` FFN output [n, d_model], ``dy`` and ``g`` the
     gradients of the summed token NLL with respect to y and h; and ``core``, the indices of the site's supernode core,
-    which must be known before the pass. ``shape`` says how large the result is, in numbers or d_ff, d_model, core; on
-    an axis ``core`` each entry belongs to one core channel alone, so that a part of the core has a part of the result.
-    ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the number of
-    predicted tokens. ``counts`` is for whole numbers: ``fn(counts, *signals)`` adds them to its int32 tensor of that
-    shape in place, which is cheaper than a tensor of new ones for each batch.
+    which must be known before the pass. ``shape`` says how large the result is, in numbers or d_ff, d_model, core.
+    Along an axis ``core`` each entry belongs to one core channel alone, so that a part of the core has a part of the
+    result. ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the
+    number of predicted tokens. ``in_place``: ``fn(total, *signals)`` adds to its float64 sum of that shape itself,
+    which for a matrix is cheaper than a new one for each batch. ``counts`` is the same for whole numbers, in int32.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Statistic:
     every: int
     summary: str
     counts: bool = False
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         for read in self.reads:
@@ -61,18 +64,34 @@ class Statistic:
             raise UsageError(f"statistic {self.name!r} has a shape with 'core' but does not read 'core'.")
         if self.every < 1:
             raise UsageError(f"statistic {self.name!r}: every must be at least 1 (all tokens); got {self.every}.")
-        if self.counts and self.reduce != "sum":
-            raise UsageError(f"statistic {self.name!r} counts, so parts are summed; got reduce={self.reduce!r}.")
+        if self.adds and self.reduce != "sum":
+            how = "counts" if self.counts else "adds in place"
+            raise UsageError(f"statistic {self.name!r} {how}, so parts are summed; got reduce={self.reduce!r}.")
 
     @property
     def needs_gradient(self) -> bool:
         """Whether a backward pass is needed."""
-        return "g" in self.reads or "dy" in self.reads
+        return bool({*GRADIENTS} & {*self.reads})
 
     @property
     def needs_core(self) -> bool:
         """Whether the supernode core must be known before the pass."""
         return "core" in self.reads
+
+    @property
+    def adds(self) -> bool:
+        """Whether ``fn`` adds to its sum itself, instead of returning what is added."""
+        return self.counts or self.in_place
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per number of its sum."""
+        return 4 if self.counts else 8
+
+    def sizes(self, site: FFNSite, core_size: int) -> tuple[int, ...]:
+        """Shape of the result for one site with ``core_size`` core channels."""
+        known = {"d_ff": site.d_ff, "d_model": site.d_model, "core": core_size}
+        return tuple(n if isinstance(n, int) else known[n] for n in self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +224,12 @@ def statistic(
     shape: tuple[int | str, ...] = ("d_ff",),
     every: int = 1,
     counts: bool = False,
+    in_place: bool = False,
 ) -> Callable[[F], F]:
     """Register a statistic (see `Statistic`)."""
 
     def add(fn: F) -> F:
-        STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn), counts))
+        STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn), counts, in_place))
         return fn
 
     return add

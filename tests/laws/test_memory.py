@@ -15,7 +15,8 @@ import torch
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeat_passes import repeat_bytes, repeat_passes
 from ffnscope.analyze.repeats import repeat_scores
-from ffnscope.calibrate.collect import PassOptions, calibrate, required_statistics, statistics_bytes
+from ffnscope.calibrate.collect import PassOptions, calibrate, required_statistics
+from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.ffn.sites import find_sites
 from reference import text
 from tiny import tiny

@@ -1,4 +1,4 @@
-"""Calibration in dependency levels: what needs the supernode core comes in a second pass."""
+"""Calibration in dependency levels: what needs the supernode core comes in a second pass, or is cut down to it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ffnscope.calibrate.collect import PassOptions, calibrate, join_statistics, required_statistics
+from ffnscope.analyze.group_sums import with_core
+from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, required_statistics
+from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.plan.build import top_core
-from ffnscope.registry import METRICS
+from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.scoring import score
 from ffnscope.types import ChannelStats, FFNSite
 
@@ -84,6 +87,50 @@ def first_level(metrics: Params, rule: CoreRule) -> dict[str, Mapping[str, Any]]
     return {**metrics, rule.metric: asked}
 
 
+def takes_one_pass(sites: Sequence[FFNSite], metrics: Params, options: PassOptions | None = None) -> bool:
+    """Whether the first pass takes what needs the core for every channel, which spares the second pass.
+
+    Once the core is known, its part is picked (see `Statistic`). That needs a [d_ff, d_ff] sum per site where a second
+    pass needs [core, d_ff], and is done as long as these take at most ``options.one_pass_bytes`` in all.
+    """
+    names = required_statistics(metrics, core=True)
+    if not names or not all("core" in STATISTICS.get(name).shape for name in names):
+        return False
+    return statistics_bytes(sites, names, None) <= (options or PassOptions()).one_pass_bytes
+
+
+def calibration_passes(
+    sites: Sequence[FFNSite], metrics: Params, rule: CoreRule, options: PassOptions | None = None
+) -> list[list[str]]:
+    """Statistics of each pass that `calibrate_all` makes with the same arguments: one or two lists, or an empty one."""
+    level = first_level(metrics, rule)
+    if takes_one_pass(sites, metrics, options):
+        return [required_statistics(level)]
+    first, second = (required_statistics(level, core=core) for core in (False, True))
+    return [first, second] if second else [first]
+
+
+def calibrate_at_once(
+    model: nn.Module,
+    windows: Windows,
+    metrics: Params,
+    *,
+    sites: Sequence[FFNSite],
+    rule: CoreRule,
+    options: PassOptions | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[dict[FFNSite, ChannelStats], dict[FFNSite, Tensor]]:
+    """Collect in one pass the statistics of metrics that need the core, for every channel; then cut them down to it.
+
+    See `calibrate_all` for the arguments, and `takes_one_pass` for the memory.
+    """
+    every = {site: torch.arange(site.d_ff) for site in sites}
+    names = required_statistics(first_level(metrics, rule))
+    stats = collect(model, windows, names, sites=sites, core=every, options=options, on_batch=on_batch)
+    core = rule.find(model, stats)
+    return with_core(stats, every, core), core
+
+
 def calibrate_all(
     model: nn.Module,
     windows: Windows,
@@ -95,6 +142,8 @@ def calibrate_all(
     on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[FFNSite, ChannelStats], dict[FFNSite, Tensor] | None]:
     """Collect the statistics of all metrics: in one pass, or in two when a metric needs the supernode core.
+
+    Also with a core it is one pass where the memory allows it (see `takes_one_pass`): the sums are the same.
 
     Args:
         model: a causal LM; left as it was.
@@ -115,6 +164,8 @@ def calibrate_all(
     """
     rule = rule or CoreRule()
     options = options or PassOptions()
+    if takes_one_pass(sites, metrics, options):
+        return calibrate_at_once(model, windows, metrics, sites=sites, rule=rule, options=options, on_batch=on_batch)
     stats = calibrate(model, windows, first_level(metrics, rule), sites=sites, options=options, on_batch=on_batch)
     if not needs_core(metrics):
         return stats, None

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from ffnscope.analyze.group_sums import is_large
 from ffnscope.analyze.jackknife import GROUPS
 from ffnscope.analyze.levels import CoreRule, first_level
-from ffnscope.calibrate.collect import required_statistics, statistics_bytes
+from ffnscope.calibrate.collect import required_statistics
+from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.types import FFNSite
 

@@ -1,4 +1,4 @@
-"""Running sums of statistics over batches, exact under any split."""
+"""What a batch brings, handed to the statistics that read it: running sums, exact under any split."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.calibrate.rows import TokenRows
+from ffnscope.calibrate.sums import Sums, finite
 from ffnscope.errors import UsageError
 from ffnscope.registry import SIGNALS, STATISTICS, Statistic
 from ffnscope.types import ChannelStats, FFNSite, check_core
@@ -21,8 +22,8 @@ class Accumulator:
 
     Raises:
         UsageError: a gradient statistic asks for every k-th token (its mean would have no fixed denominator), or a
-            statistic reads the core, which was not given for every site, or is no set of channels; later, a statistic
-            returned another shape than it declares.
+            statistic reads the core, which was not given for every site, or is no set of channels.
+        UsageError, DeviceError: later, see `Sums.add`.
     """
 
     def __init__(self, sites: Sequence[FFNSite], names: Iterable[str], core: Mapping[FFNSite, Tensor] | None = None):
@@ -35,11 +36,9 @@ class Accumulator:
         self.backward = [s for s in statistics if s.needs_gradient]
         for statistic in statistics:
             self._check(statistic)
-        self._sums: dict[tuple[FFNSite, str], Tensor] = {}
-        self._counts: dict[tuple[FFNSite, str], int] = {}
+        self.sums = Sums(self.sites, (*self.forward, *self.backward), self.core)
         self._finite: dict[FFNSite, Tensor] = {}
         self._held: dict[FFNSite, dict[str, Tensor]] = {}
-        self._places: dict[tuple[FFNSite, str], Tensor] | None = None
         self._active: list[Statistic] = statistics
         self._rows: TokenRows | None = None
         self._n_targets = 0
@@ -98,21 +97,25 @@ class Accumulator:
         rows: dict[tuple[str, int], Tensor] = {}
         for read, every in dict.fromkeys((r, s.every) for s in due for r in s.reads if r != "core"):
             rows[read, every] = self._take(site, held[read], every)
-        values = [self._add(site, s, rows) for s in due if all(len(r) for r in rows.values())]
-        if values and not any(v.is_floating_point() for v in values):  # whole numbers cannot show NaN
-            seen = [torch.isfinite(r).all() for r in rows.values()]
-            self._finite[site] = torch.stack([*seen, self._finite.get(site, seen[0])]).all()
+        if not all(len(part) for part in rows.values()):
+            due = []  # an expert without counted tokens
+        shown = {(r, s.every) for s in due if _shows_nan(self._add(site, s, rows)) for r in s.reads}
+        hidden = [part for key, part in rows.items() if key not in shown]
+        if hidden:
+            before = [self._finite[site]] if site in self._finite else []
+            self._finite[site] = torch.stack([*before, *(finite(part) for part in hidden)]).all()
         for done in [k for k in held if k not in later]:
             del held[done]
 
-    def first_not_finite(self) -> FFNSite | None:
-        """Return the site where sums turned NaN or infinite, or None.
+    def first_not_finite(self, *, matrices: bool = True) -> FFNSite | None:
+        """Return the site where signals or sums turned NaN or infinite, or None.
 
         Activations are looked through in the order of the sites, then gradients from the last site to the first: the
-        ways that they flow.
+        ways that they flow. Without ``matrices`` only signals and vectors are looked at, which is cheaper: it misses
+        finite signals whose products overflow.
         """
-        sums = [v for v in self._sums.values() if v.is_floating_point()]
-        if _all_true([_finite(v) for v in sums] + list(self._finite.values())):
+        sums = [v for v in self.sums.values.values() if v.is_floating_point() and (matrices or v.dim() == 1)]
+        if _all_true([finite(v) for v in sums] + list(self._finite.values())):
             return None
         forward, backward = [s.name for s in self.forward], [s.name for s in self.backward]
         bad = [s for s in self.sites if not self._is_finite(s, forward)]
@@ -124,38 +127,11 @@ class Accumulator:
         With ``copy`` false they are the sums themselves where these are on the CPU: they change with the next batch,
         and take no more memory.
         """
-        found: dict[FFNSite, ChannelStats] = {}
-        for site in self.sites:
-            # an expert that no token has reached has zeros of count 0
-            wanted = [
-                s for s in (*self.forward, *self.backward) if site.expert is not None or (site, s.name) in self._sums
-            ]
-            found[site] = ChannelStats(
-                site,
-                {s.name: self._sum(site, s).to("cpu", copy=copy) for s in wanted},
-                {s.name: self._counts.get((site, s.name), 0) for s in wanted},
-                {s.name: s.reduce for s in wanted},
-            )
-        return found
+        return self.sums.result(copy=copy)
 
     def restore(self, stats: Iterable[ChannelStats]) -> None:
         """Continue from sums that were saved."""
-        for part in stats:
-            for name, value in part.values.items():
-                if part.counts[name] or part.reductions[name] == "sum":  # a maximum over nothing is none
-                    self._sums[part.site, name] = value.clone()
-                    self._counts[part.site, name] = part.counts[name]
-
-    def _sum(self, site: FFNSite, statistic: Statistic) -> Tensor:
-        key = (site, statistic.name)
-        return (
-            self._sums[key] if key in self._sums else torch.zeros(self._shape(site, statistic), dtype=_dtype(statistic))
-        )
-
-    def _shape(self, site: FFNSite, statistic: Statistic) -> list[int]:
-        core = self.core[site].numel() if site in self.core else 0
-        sizes = {"d_ff": site.d_ff, "d_model": site.d_model, "core": core}
-        return [size if isinstance(size, int) else sizes[size] for size in statistic.shape]
+        self.sums.restore(stats)
 
     def _take(self, site: FFNSite, signal: Tensor, every: int = 1) -> Tensor:
         assert self._rows is not None, "begin was not called"
@@ -163,45 +139,13 @@ class Accumulator:
         return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
     def _add(self, site: FFNSite, statistic: Statistic, rows: Mapping[tuple[str, int], Tensor]) -> Tensor:
-        key = (site, statistic.name)
         signals = [self.core[site] if r == "core" else rows[r, statistic.every] for r in statistic.reads]
         first = rows[next(r for r in statistic.reads if r != "core"), statistic.every]
         count = first.shape[0]
         if statistic.needs_gradient:
             assert self._rows is not None, "begin was not called"
             count = self._n_targets if site.expert is None else self._rows.n_targets(site)
-        if self._places is None:
-            self._places = self._reserve(first.device)
-        self._counts[key] = self._counts.get(key, 0) + count
-        if statistic.counts:
-            total = self._sums[key] if key in self._sums else self._places.pop(key)
-            self._sums[key] = total = total.to(first.device)
-            statistic.fn(total, *signals)
-            return total
-        value: Tensor = statistic.fn(*signals)
-        if value.device.type == "mps":
-            value = value.cpu()  # no float64 there
-        if key not in self._sums:
-            self._sums[key] = _start(site, statistic, self._places.pop(key), value)
-            return value
-        total = self._sums[key].to(value.device)
-        self._sums[key] = (
-            total.add_(value) if statistic.reduce == "sum" else torch.maximum(total, value.to(total), out=total)
-        )
-        return value
-
-    def _reserve(self, device: torch.device) -> dict[tuple[FFNSite, str], Tensor]:
-        """Memory of all sums that are still to begin, taken at once: values between them would leave holes."""
-        places: dict[tuple[FFNSite, str], Tensor] = {}
-        with torch.inference_mode(False):  # sums made in inference mode could not be used in autograd
-            for site in self.sites:
-                for statistic in (*self.forward, *self.backward):
-                    if (site, statistic.name) not in self._sums:
-                        room = "cpu" if device.type == "mps" else device
-                        make = torch.zeros if statistic.counts else torch.empty
-                        shape = self._shape(site, statistic)
-                        places[site, statistic.name] = make(shape, dtype=_dtype(statistic), device=room)
-        return places
+        return self.sums.add(site, statistic, signals, count)
 
     def _check(self, statistic: Statistic) -> None:
         if statistic.needs_gradient and statistic.every != 1:
@@ -217,25 +161,8 @@ class Accumulator:
             )
 
     def _is_finite(self, site: FFNSite, names: Sequence[str]) -> bool:
-        sums = [self._sums[site, n] for n in names if (site, n) in self._sums]
         seen = self._finite.get(site)
-        return all(bool(_finite(v)) for v in sums) and (seen is None or bool(seen))
-
-
-def _start(site: FFNSite, statistic: Statistic, place: Tensor, value: Tensor) -> Tensor:
-    """Begin a sum with its first value, in the memory that was reserved for it."""
-    if value.shape != place.shape:
-        raise UsageError(
-            f"statistic {statistic.name!r} returned {tuple(value.shape)} for {site.name}; expected "
-            f"{tuple(place.shape)} = {statistic.shape}, the shape that it declares."
-        )
-    with torch.inference_mode(False):
-        place = place if place.device == value.device else torch.empty_like(place, device=value.device)
-        return place.copy_(value)
-
-
-def _dtype(statistic: Statistic) -> torch.dtype:
-    return torch.int32 if statistic.counts else torch.float64
+        return self.sums.is_finite(site, names) and (seen is None or bool(seen))
 
 
 def _last(statistic: Statistic) -> str:
@@ -243,9 +170,9 @@ def _last(statistic: Statistic) -> str:
     return max((r for r in statistic.reads if r != "core"), key=SIGNALS.index)
 
 
-def _finite(value: Tensor) -> Tensor:
-    """Whether a sum is finite; NaN and infinity show in the total of a matrix, which is cheaper to look at."""
-    return torch.isfinite(value.sum() if value.dim() > 1 else value).all()
+def _shows_nan(added: Tensor) -> bool:
+    """Whether what was added shows NaN of its signals when sums are looked at; whole numbers do not."""
+    return added.dim() == 1 and added.is_floating_point()
 
 
 def _all_true(flags: Sequence[Tensor]) -> bool:

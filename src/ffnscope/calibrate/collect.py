@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ class PassOptions:
         checkpoint_every: windows between two savings of the sums.
         keep_checkpoint: leave the file of a finished pass, from which the same call takes its result; the caller
             removes it. For passes that are followed by longer ones.
+        one_pass_bytes: memory that may be spent to spare the pass for the supernode core; see `takes_one_pass`.
     """
 
     batch_size: int = 4
@@ -47,12 +47,15 @@ class PassOptions:
     checkpoint: Path | None = None
     checkpoint_every: int = 32
     keep_checkpoint: bool = False
+    one_pass_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_windows", "gradient_length", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1; got {value}.")
+        if self.one_pass_bytes < 0:
+            raise UsageError(f"one_pass_bytes must not be negative, 0 = never one pass; got {self.one_pass_bytes}.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,21 +79,6 @@ def required_statistics(metrics: MetricChoice, *, core: bool | None = None) -> l
     chosen = metrics if isinstance(metrics, Mapping) else {name: {} for name in metrics}
     names = dict.fromkeys(need for name, params in chosen.items() for need in METRICS.get(name).needed(params))
     return [n for n in names if core is None or STATISTICS.get(n).needs_core is core]
-
-
-def statistics_bytes(sites: Sequence[FFNSite], statistics: Iterable[str], core_size: int = 0) -> int:
-    """Memory of the sums of a pass, in bytes: 8 per value, 4 per count.
-
-    ``core_size`` is the number of core channels per site, for statistics that have it in their shape.
-    """
-    rules = [STATISTICS.get(name) for name in statistics]
-    total = 0
-    for site in sites:
-        size = {"d_ff": site.d_ff, "d_model": site.d_model, "core": core_size}
-        for rule in rules:
-            length = math.prod(n if isinstance(n, int) else size[n] for n in rule.shape)
-            total += length * (4 if rule.counts else 8)
-    return total
 
 
 def calibrate(
@@ -153,7 +141,7 @@ def collect(
     with frozen(model):
         for i, step in enumerate(steps):
             if i >= start:
-                _run(model, sites, step, accumulator)
+                _run(model, sites, step, accumulator, last=i == len(steps) - 1)
                 if saver:
                     saver.after(i, len(step.batch), accumulator)
             done += step.batch.n_tokens
@@ -242,14 +230,14 @@ def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Ite
         yield Step(batch, forward, backward)
 
 
-def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator) -> None:
+def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator, *, last: bool) -> None:
     batch = step.batch
     accumulator.begin(batch.valid, batch.n_targets, targets=batch.targets, forward=step.forward, backward=step.backward)
     observe = accumulator.observe if accumulator.reads_activation else None
     observe_gradient = accumulator.observe_gradient if step.backward else None
     tap = SignalTap(accumulator.observe_signal, accumulator.signals) if accumulator.signals else None
     observe_batch(model, sites, batch, observe, observe_gradient, tap, accumulator.observe_routing)
-    suspect = accumulator.first_not_finite()
+    suspect = accumulator.first_not_finite(matrices=last)
     if suspect is not None:
         raise not_finite(model, sites, batch, suspect)
 

@@ -44,10 +44,19 @@ def check_length(model: nn.Module, length: int) -> None:
 
 def max_positions(model: nn.Module) -> int | None:
     """Tokens that a model was built for, or None when its config does not say."""
+    return _of_config(model, "max_position_embeddings")
+
+
+def experts_per_token(model: nn.Module) -> int:
+    """How many experts of a layer each token is routed to; 1 when the model's config does not say."""
+    return _of_config(model, "num_experts_per_tok") or 1
+
+
+def _of_config(model: nn.Module, name: str) -> int | None:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    value = getattr(text, name, None)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ float64 (counts in int32), so results do not depend on how text is split into ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ _MANTISSA_BITS = 2  # 4 = 2^2 bins per octave
 _SHIFT = 23 - _MANTISSA_BITS
 _OFFSET = (127 + FIRST_OCTAVE) << _MANTISSA_BITS
 _FOLD = 128
+_BLOCK = 256
 
 
 @statistic("act_sum", reads=("h",), reduce="sum")
@@ -30,7 +33,7 @@ def act_sum(h: Tensor) -> Tensor:
 @statistic("act_abs", reads=("h",), reduce="sum")
 def act_abs(h: Tensor) -> Tensor:
     """Sum of |h|."""
-    return h.abs().sum(0)
+    return _sum_in_parts(torch.abs, h)
 
 
 @statistic("act_sq", reads=("h",), reduce="sum")
@@ -63,26 +66,30 @@ def grad_sq(g: Tensor) -> Tensor:
 @statistic("taylor_abs", reads=("h", "g"), reduce="sum")
 def taylor_abs(h: Tensor, g: Tensor) -> Tensor:
     """Sum of |h g|."""
-    return (h * g).abs_().sum(0)
+    return _sum_in_parts(lambda h, g: (h * g).abs_(), h, g)
 
 
 @statistic("taylor_sq", reads=("h", "g"), reduce="sum")
 def taylor_sq(h: Tensor, g: Tensor) -> Tensor:
     """Sum of (h g)^2."""
-    return (h * g).square_().sum(0)
+    return _sum_in_parts(lambda h, g: (h * g).square_(), h, g)
 
 
 @statistic("taylor_sum", reads=("h", "g"), reduce="sum")
 def taylor_sum(h: Tensor, g: Tensor) -> Tensor:
     """Sum of h g, with sign."""
-    return (h * g).sum(0)
+    return _sum_in_parts(torch.mul, h, g)
 
 
-@statistic("taylor_core", reads=("h", "g", "core"), reduce="sum", shape=("core", "d_ff"))
-def taylor_core(h: Tensor, g: Tensor, core: Tensor) -> Tensor:
+@statistic("taylor_core", reads=("h", "g", "core"), reduce="sum", shape=("core", "d_ff"), in_place=True)
+def taylor_core(total: Tensor, h: Tensor, g: Tensor, core: Tensor) -> None:
     """Sum of q_s q_i over the core's channels s and all channels i, with q = h g."""
     q = h * g
-    return q[:, core.to(q.device)].T @ q
+    core = core.to(q.device)
+    if torch.equal(core, torch.arange(q.shape[1], device=q.device)):
+        _add_second_moment(total, q)
+    else:
+        total.add_(q[:, core].T @ q)
 
 
 @statistic("x_sum", reads=("x",), reduce="sum", shape=("d_model",))
@@ -91,22 +98,33 @@ def x_sum(x: Tensor) -> Tensor:
     return x.sum(0)
 
 
-@statistic("x_outer", reads=("x",), reduce="sum", shape=("d_model", "d_model"))
-def x_outer(x: Tensor) -> Tensor:
+@statistic("x_outer", reads=("x",), reduce="sum", shape=("d_model", "d_model"), in_place=True)
+def x_outer(total: Tensor, x: Tensor) -> None:
     """Sum of x x^T, the second moment of the FFN input."""
-    return x.T @ x
+    _add_second_moment(total, x)
 
 
-@statistic("xh_outer", reads=("x", "h"), reduce="sum", shape=("d_model", "d_ff"))
-def xh_outer(x: Tensor, h: Tensor) -> Tensor:
+@statistic("xh_outer", reads=("x", "h"), reduce="sum", shape=("d_model", "d_ff"), in_place=True)
+def xh_outer(total: Tensor, x: Tensor, h: Tensor) -> None:
     """Sum of x h^T, the cross moment of FFN input and channels."""
-    return x.T @ h
+    for rows, part in zip(total.split(_BLOCK), x.split(_BLOCK, dim=1), strict=True):
+        rows.add_(part.T @ h)
 
 
-@statistic("h_outer", reads=("h",), reduce="sum", shape=("d_ff", "d_ff"))
-def h_outer(h: Tensor) -> Tensor:
+@statistic("h_outer", reads=("h",), reduce="sum", shape=("d_ff", "d_ff"), in_place=True)
+def h_outer(total: Tensor, h: Tensor) -> None:
     """Sum of h h^T, the second moment of the channels."""
-    return h.T @ h
+    _add_second_moment(total, h)
+
+
+def _add_second_moment(total: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to ``total`` in blocks: each pair of columns is multiplied once, and no large product is made."""
+    width = rows.shape[1]
+    for first in range(0, width, _BLOCK):
+        last = min(first + _BLOCK, width)
+        product = rows[:, first:last].T @ rows[:, first:]
+        total[first:last, first:].add_(product)
+        total[last:, first:last].add_(product[:, last - first :].T)
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:
@@ -117,3 +135,11 @@ def _sum_of_squares(rows: Tensor) -> Tensor:
     for part in others:
         total[: len(part)].addcmul_(part, part)
     return total.sum(0)
+
+
+def _sum_in_parts(term: Callable[..., Tensor], *signals: Tensor) -> Tensor:
+    """Sum of ``term(*signals)`` over rows, a few rows at a time for the same reason."""
+    total = signals[0].new_zeros(signals[0].shape[1])
+    for rows in zip(*(signal.split(_FOLD) for signal in signals), strict=True):
+        total += term(*rows).sum(0)
+    return total

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ffnscope.analyze.memory import calibration_bytes
 from ffnscope.analyze.question import Question
-from ffnscope.calibrate.collect import PassOptions, required_statistics, weights_hash
+from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.files import Overwrite, check_table, read_plans, write_table
@@ -70,7 +71,8 @@ def score_all(
     facts = {"model": weights_hash(loaded.model), **loaded.facts, "calibration": describe_windows(windows)}
     if asked.reference is not None:
         facts["reference"] = weights_hash(asked.reference)
-    announce(reporter, asked.sites, required_statistics(asked.params), asked.rule.size(asked.sites))
+    given: Any = {"sites": asked.sites, "rule": asked.rule, "options": options}
+    announce(reporter, calibration_bytes(asked.model, windows, asked.params, **given))
     for path in part.parent.glob(f"*{part.name}") if part else ():
         discard_damaged(reporter, path)
     with reporter.task("calibrate", "tokens") as update, naming_weights(loaded.model):

@@ -93,11 +93,6 @@ def core_rule(config: RunConfig) -> CoreRule:
     return CoreRule(asked.score_metric, asked.core_fraction or 0.01, asked.top_k, params)
 
 
-def core_size(config: RunConfig, sites: Sequence[FFNSite]) -> int:
-    """Channels of the core of the widest site."""
-    return core_rule(config).size(sites)
-
-
 def metric_params(config: RunConfig, name: str) -> dict[str, Any]:
     """Arguments of a metric as the YAML gives them; seed and halo_fraction come from their own blocks if not given."""
     known = METRICS.get(name).params

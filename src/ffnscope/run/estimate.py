@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ffnscope.analyze.levels import first_level
-from ffnscope.calibrate.collect import Step, plan_steps, required_statistics, statistics_bytes
+from ffnscope.analyze.levels import calibration_passes
+from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
+from ffnscope.calibrate.collect import Step, plan_steps
 from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
 from ffnscope.run.checkpoints import check_format
-from ffnscope.run.choices import core_rule, core_size, metric_params, model_source, pass_options
+from ffnscope.run.choices import core_rule, metric_params, model_source, pass_options
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.progress import peak_memory
@@ -41,12 +42,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Lines per stage, peak memory of the model's device in bytes, the statistics of each pass, and their bytes."""
+    """Lines per stage, peak memory of the model's device in bytes, the statistics of each pass, and what they take."""
 
     lines: list[Line]
     peak_bytes: int
     statistics: list[list[str]]
-    statistics_bytes: int
+    calibration: CalibrationBytes
 
 
 def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
@@ -63,10 +64,12 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     sites = find_sites(loaded.model, config.model.tracked_layers)
     calibration = calibration_windows(config, loaded.tokenizer)
     held_out = evaluation_windows(config, loaded.tokenizer)
-    passes = _passes(config)
-    each = [plan_steps(calibration, names, pass_options(config)) for names in passes]
+    metrics = {name: metric_params(config, name) for name in config.metric_names}
+    rule, options = core_rule(config), pass_options(config)
+    passes = calibration_passes(sites, metrics, rule, options)
+    each = [plan_steps(calibration, names, options) for names in passes]
     steps = [step for one in each for step in one]
-    sums = sum(statistics_bytes(sites, names, core_size(config, sites)) for names in passes)
+    found = calibration_bytes(loaded.model, calibration, metrics, sites=sites, rule=rule, options=options)
     speed = seconds_per_token(loaded.model, sites)
     lines = [
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
@@ -75,9 +78,9 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
     ]
     batches = [w[: config.dataset.batch_size] for w in held_out]
-    peak = peak_bytes(loaded.model, sites, steps, batches) + 2 * sums
+    peak = peak_bytes(loaded.model, sites, steps, batches) + found.beside_batches
     on_cpu = all(p.device.type in ("cpu", "meta") for p in loaded.model.parameters())
-    return Estimate(lines, peak + libraries if on_cpu else peak, passes, sums)
+    return Estimate(lines, peak + libraries if on_cpu else peak, passes, found)
 
 
 def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = False) -> None:
@@ -88,7 +91,7 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
     for i, names in enumerate(found.statistics, 1):
         what = ", ".join(names) if names else "nothing: there is no pass"
         console.print(Text(f"calibration pass {i} of {len(found.statistics)} collects: {what}"))
-    console.print(Text(f"statistics {found.statistics_bytes / 2**20:,.0f} MiB in memory, and as much on disk"))
+    console.print(Text(found.calibration.told))
     console.print(Text(f"peak memory about {found.peak_bytes / 2**30:.1f} GiB; output in {config.output_dir}"))
 
 
@@ -99,14 +102,6 @@ def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
         about = "seconds" if line.seconds is None else _duration(line.seconds)
         table.add_row(Text(line.stage), Text(line.what), about)
     console.print(table)
-
-
-def _passes(config: RunConfig) -> list[list[str]]:
-    """Statistics of each pass: one, or two when a metric needs the supernode core."""
-    metrics = {name: metric_params(config, name) for name in config.metric_names}
-    first = required_statistics(first_level(metrics, core_rule(config)), core=False)
-    second = required_statistics(metrics, core=True)
-    return [first, second] if second else [first]
 
 
 def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:

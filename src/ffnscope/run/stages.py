@@ -12,10 +12,14 @@ from typing import Any
 import torch
 
 import ffnscope
-from ffnscope.analyze.levels import first_level, needs_core
+from ffnscope.analyze.group_sums import Stats, only
+from ffnscope.analyze.levels import calibrate_at_once, first_level, needs_core, takes_one_pass
+from ffnscope.analyze.memory import calibration_bytes
 from ffnscope.apply.mask import masked
 from ffnscope.calibrate.collect import (
-    calibrate,
+    OnBatch,
+    PassOptions,
+    collect,
     join_statistics,
     required_statistics,
     weights_hash,
@@ -40,7 +44,6 @@ from ffnscope.plan.build import build_plan
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.run.choices import (
     core_rule,
-    core_size,
     find_core,
     load_reference,
     metric_params,
@@ -100,52 +103,60 @@ def open_job(config: RunConfig, folder: Path, reporter: Reporter, loaded: Loaded
 def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
     """Collect the statistics of all metrics: ``statistics.safetensors``, in one pass.
 
-    Metrics that need the supernode core get a second pass: ``statistics_core.safetensors``.
+    What needs the supernode core is in ``statistics_core.safetensors``: from the same pass where memory allows that
+    (see `takes_one_pass`), otherwise, or when only the core has changed, from a second one.
     """
     metrics = {name: metric_params(job.config, name) for name in job.config.metric_names}
-    rule = core_rule(job.config)
-    wanted = first_level(metrics, rule)
-    announce(job.reporter, job.sites, required_statistics(wanted), core_size(job.config, job.sites))
-    path, names = job.folder / "statistics.safetensors", required_statistics(wanted, core=False)
-    stats = _pass(job, "calibrate", path, wanted, names, None)
-    path, names = job.folder / "statistics_core.safetensors", required_statistics(metrics, core=True)
-    if not names:
+    rule, model, windows = core_rule(job.config), job.loaded.model, job.calibration
+    options = pass_options(job.config)
+    names, of_core = (required_statistics(first_level(metrics, rule), core=core) for core in (False, True))
+    announce(job.reporter, calibration_bytes(model, windows, metrics, sites=job.sites, rule=rule, options=options))
+    ahead: Stats = {}
+
+    def first(options: PassOptions, update: OnBatch) -> Stats:
+        if not takes_one_pass(job.sites, metrics, options):
+            return collect(model, windows, names, sites=job.sites, options=options, on_batch=update)
+        given: Any = {"sites": job.sites, "rule": rule, "options": options, "on_batch": update}
+        stats, _ = calibrate_at_once(model, windows, metrics, **given)
+        ahead.update(only(stats, of_core))
+        return only(stats, names)
+
+    stats = _statistics(job, "statistics", names, None, first)
+    if not of_core:
         return stats
-    more = _pass(job, "calibrate core", path, metrics, names, rule.find(job.loaded.model, stats))
-    return join_statistics(stats, more)
+    core = rule.find(model, stats)
+
+    def second(options: PassOptions, update: OnBatch) -> Stats:
+        return ahead or collect(model, windows, of_core, sites=job.sites, core=core, options=options, on_batch=update)
+
+    return join_statistics(stats, _statistics(job, "statistics_core", of_core, core, second))
 
 
-def _pass(
+def _statistics(
     job: Job,
     name: str,
-    path: Path,
-    metrics: Mapping[str, Mapping[str, Any]],
     statistics: Sequence[str],
     core: Mapping[FFNSite, torch.Tensor] | None,
-) -> dict[FFNSite, ChannelStats]:
+    take: Callable[[PassOptions, OnBatch], Stats],
+) -> Stats:
+    """The stage that makes one file of statistics by ``take``."""
+    path = job.folder / f"{name}.safetensors"
     part = path.with_suffix(".part.safetensors")
     options = pass_options(job.config, part)
     facts = describe_windows(job.calibration)
     sizes = {"gradient_windows": options.gradient_windows, "gradient_length": options.gradient_length}
+    stage = name.replace("statistics", "calibrate").replace("_", " ")
 
     def make() -> None:
         discard_damaged(job.reporter, part)
-        with job.reporter.task(name, "tokens") as update, naming_weights(job.loaded.model):
-            stats = calibrate(
-                job.loaded.model,
-                job.calibration,
-                metrics,
-                sites=job.sites,
-                core=core,
-                options=options,
-                on_batch=update,
-            )
+        with job.reporter.task(stage, "tokens") as update, naming_weights(job.loaded.model):
+            stats = take(options, update)
         of = {"model": job.model_hash, **job.loaded.facts, "calibration": facts}
         write_stats(path, stats.values(), {**of, **sizes})
 
     chosen = {site.name: index.tolist() for site, index in (core or {}).items()}
     depends = [job.model_hash, facts["hash"], sorted(statistics), sizes, [asdict(s) for s in job.sites], chosen]
-    job.stage(name, depends, [path], make)
+    job.stage(stage, depends, [path], make)
     return read_stats(path)[0]
 
 

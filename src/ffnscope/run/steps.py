@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ffnscope.calibrate.collect import statistics_bytes
+from ffnscope.analyze.memory import CalibrationBytes
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.io import read_stats, writing
 from ffnscope.run.progress import Reporter
-from ffnscope.types import FFNSite, PruningPlan
+from ffnscope.types import PruningPlan
 
 ANNOUNCED_BYTES = 2**28
 
 
-def announce(reporter: Reporter, sites: Sequence[FFNSite], statistics: Sequence[str], core: int) -> None:
-    """Say how large the sums are before a pass that takes second moments; ``core`` = channels of the core."""
-    size = statistics_bytes(sites, statistics, core)
-    if size > ANNOUNCED_BYTES:
-        reporter.say(f"statistics need {size / 2**20:,.0f} MiB of memory, and as much on disk")
+def announce(reporter: Reporter, found: CalibrationBytes) -> None:
+    """Say how much a calibration takes, before one that takes much: with second moments, or of large batches."""
+    if found.memory > ANNOUNCED_BYTES:
+        reporter.say(found.told)
 
 
 def compare_with_dense(

@@ -1,4 +1,4 @@
-"""Calibration in dependency levels: two passes exactly when a metric needs the core."""
+"""Calibration in dependency levels: with a core in one pass or in two, by the memory that it may take."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ import pytest
 import torch
 
 from ffnscope.analyze import levels
-from ffnscope.analyze.levels import CoreRule, calibrate_all, first_level, needs_core
-from ffnscope.calibrate.collect import PassOptions, calibrate, join_statistics, required_statistics
+from ffnscope.analyze.levels import (
+    CoreRule,
+    calibrate_all,
+    calibrate_at_once,
+    calibration_passes,
+    first_level,
+    needs_core,
+    takes_one_pass,
+)
+from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, required_statistics
 from ffnscope.calibrate.windows import Windows, contiguous_windows
 from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.plan.build import top_core
+from ffnscope.registry import METRICS, STATISTICS, Metric, Statistic
 from ffnscope.scoring import score
-from tiny import D_FF, tokens
+from reference import exact, padded
+from tiny import D_FF, LAYERS, tokens
 
 CORE = "supernode_protection_score"
+TWO = PassOptions(one_pass_bytes=0)
 
 
 @pytest.fixture
@@ -30,11 +41,15 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Keyword arguments of every pass that `calibrate_all` runs."""
     seen: list[dict[str, Any]] = []
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return calibrate(*args, **kwargs)
+    def counted(run: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(kwargs)
+            return run(*args, **kwargs)
 
-    monkeypatch.setattr(levels, "calibrate", counted)
+        return call
+
+    for run in (calibrate, collect):
+        monkeypatch.setattr(levels, run.__name__, counted(run))
     return seen
 
 
@@ -73,7 +88,7 @@ def test_a_metric_of_weights_alone_runs_nothing(llama: Any, text: Windows) -> No
 def test_two_levels_are_the_two_passes_by_hand(llama: Any, text: Windows, passes: list[dict[str, Any]]) -> None:
     sites, metrics = find_sites(llama), {CORE: {}, "wanda": {}}
     rule = CoreRule(fraction=0.1)
-    stats, core = calibrate_all(llama, text, metrics, sites=sites, rule=rule)
+    stats, core = calibrate_all(llama, text, metrics, sites=sites, rule=rule, options=TWO)
     assert len(passes) == 2
     first = calibrate(llama, text, [CORE, "wanda", "scar_loss_proxy"], sites=sites)
     by_hand = top_core(score(llama, first, "scar_loss_proxy"), 0.1)
@@ -89,6 +104,73 @@ def test_two_levels_are_the_two_passes_by_hand(llama: Any, text: Windows, passes
     found = score(llama, stats, CORE, core=core)
     for site in sites:
         assert set(found.values[site].topk(core[site].numel()).indices.tolist()) == set(core[site].tolist())
+
+
+@pytest.mark.parametrize("count", [1, 5, D_FF])
+@pytest.mark.parametrize("options", [{}, {"gradient_windows": 2}, {"gradient_length": 7, "batch_size": 3}], ids=str)
+def test_one_pass_gives_what_two_give(passes: list[dict[str, Any]], count: int, options: dict[str, Any]) -> None:
+    model, windows, metrics = exact("llama"), padded([16, 3, 9, 16, 7]), {name: {} for name in METRICS.names()}
+    sites, rule = find_sites(model), CoreRule(count=count)
+    one, core = calibrate_all(model, windows, metrics, sites=sites, rule=rule, options=PassOptions(**options))
+    assert len(passes) == 1
+    two, same_core = calibrate_all(
+        model, windows, metrics, sites=sites, rule=rule, options=PassOptions(**options, one_pass_bytes=0)
+    )
+    assert len(passes) == 3
+    assert core is not None and same_core is not None
+    for site, part in two.items():
+        assert torch.equal(core[site], same_core[site])
+        assert (one[site].counts, one[site].reductions) == (part.counts, part.reductions)
+        for name, value in part.values.items():
+            assert one[site].values[name].shape == value.shape
+            size = part.values["taylor_sq"].max() if name == "taylor_core" else 1e-300
+            assert torch.allclose(one[site].values[name], value, rtol=1e-11, atol=1e-12 * float(size)), name
+    for metric in (CORE, "supernode_connectivity_score"):
+        first, second = (score(model, stats, metric, core=core) for stats in (one, two))
+        assert all(torch.allclose(first.values[s], v, rtol=1e-9, atol=0) for s, v in second.values.items())
+
+
+def test_when_one_pass_is_taken(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, rule = find_sites(llama), CoreRule()
+    metrics = {CORE: {}, "wanda": {}}
+    size = LAYERS * 8 * D_FF * D_FF
+    enough, little = PassOptions(one_pass_bytes=size), PassOptions(one_pass_bytes=size - 1)
+    assert takes_one_pass(sites, metrics, enough) and takes_one_pass(sites, metrics)
+    assert not takes_one_pass(sites, metrics, little)
+    assert not takes_one_pass(sites, {"wanda": {}}, enough)  # no core, no second pass
+    first, second = ["taylor_sum", "taylor_sq", "act_sq"], ["taylor_core"]
+    assert calibration_passes(sites, metrics, rule, little) == [first, second]
+    assert calibration_passes(sites, metrics, rule, enough) == [["taylor_sum", "taylor_sq", "taylor_core", "act_sq"]]
+    assert calibration_passes(sites, {"random": {}}, rule) == [[]]
+    item = Statistic("whole", lambda h, core: h[:, core].sum((0, 1))[None], ("h", "core"), "sum", (1,), 1, "No axis.")
+    monkeypatch.setitem(STATISTICS._items, "whole", item)
+    rule_of_it = Metric("of_whole", lambda s, w, *, core: w.up.sum(1), ("whole",), "", 1, "", "", ("core",))
+    monkeypatch.setitem(METRICS._items, "of_whole", rule_of_it)
+    assert not takes_one_pass(sites, {"of_whole": {}, CORE: {}}, enough)  # it cannot be cut down to a core
+    with pytest.raises(UsageError, match="one_pass_bytes must not be negative, 0 = never one pass; got -1"):
+        PassOptions(one_pass_bytes=-1)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_an_interrupted_single_pass_goes_on(llama: Any, text: Windows, tmp_path: Any, batches: int) -> None:
+    options = PassOptions(1, checkpoint=tmp_path / "part.safetensors", checkpoint_every=1)
+    sites, given = find_sites(llama), {"rule": CoreRule()}
+    calls: list[int] = []
+
+    def cut(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_at_once(llama, text, {CORE: {}}, sites=sites, options=options, on_batch=cut, **given)
+    stats, core = calibrate_at_once(llama, text, {CORE: {}}, sites=sites, options=options, on_batch=cut, **given)
+    assert calls == [16, 32, 48, 64]
+    assert not list(tmp_path.iterdir())
+    unbroken, same = calibrate_at_once(llama, text, {CORE: {}}, sites=sites, options=PassOptions(1), **given)
+    for site, part in unbroken.items():
+        assert torch.equal(core[site], same[site])
+        assert all(torch.equal(stats[site].values[name], value) for name, value in part.values.items())
 
 
 def test_another_rule_finds_another_core(llama: Any, text: Windows) -> None:
@@ -120,7 +202,8 @@ def test_statistics_of_the_parts_of_a_composite_are_collected(llama: Any, text: 
 def test_each_pass_has_a_checkpoint_of_its_own(
     llama: Any, text: Windows, passes: list[dict[str, Any]], tmp_path: Any
 ) -> None:
-    options = PassOptions(batch_size=1, checkpoint=tmp_path / "part.safetensors", checkpoint_every=1)
+    path = tmp_path / "part.safetensors"
+    options = PassOptions(batch_size=1, checkpoint=path, checkpoint_every=1, one_pass_bytes=0)
     calls: list[tuple[int, int]] = []
     calibrate_all(
         llama, text, {CORE: {}}, sites=find_sites(llama), options=options, on_batch=lambda *now: calls.append(now)
@@ -133,7 +216,8 @@ def test_each_pass_has_a_checkpoint_of_its_own(
 @pytest.mark.parametrize("batches", [2, 4, 6, 8])
 def test_an_interrupt_in_either_pass_repeats_no_batch(llama: Any, text: Windows, tmp_path: Any, batches: int) -> None:
     """With checkpoints that are kept, the first pass is read when the second goes on."""
-    options = PassOptions(1, checkpoint=tmp_path / "part.safetensors", checkpoint_every=1, keep_checkpoint=True)
+    path = tmp_path / "part.safetensors"
+    options = PassOptions(1, checkpoint=path, checkpoint_every=1, keep_checkpoint=True, one_pass_bytes=0)
     sites = find_sites(llama)
     calls: list[int] = []
 
@@ -147,7 +231,8 @@ def test_an_interrupt_in_either_pass_repeats_no_batch(llama: Any, text: Windows,
     stats, core = calibrate_all(llama, text, {CORE: {}}, sites=sites, options=options, on_batch=cut)
     assert calls == 2 * [16, 32, 48, 64]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["core_part.safetensors", "part.safetensors"]
-    unbroken, same_core = calibrate_all(llama, text, {CORE: {}}, sites=sites, options=PassOptions(1))
+    whole = PassOptions(1, one_pass_bytes=0)
+    unbroken, same_core = calibrate_all(llama, text, {CORE: {}}, sites=sites, options=whole)
     assert core is not None and same_core is not None
     for site in sites:
         assert torch.equal(core[site], same_core[site])

@@ -17,7 +17,8 @@ from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeat_passes import finds_cores, interval_methods, repeat_bytes, repeat_passes
 from ffnscope.analyze.repeats import Repeat, repeat_scores
-from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, statistics_bytes
+from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics
+from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.calibrate.windows import Windows, contiguous_windows
 from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites

@@ -284,7 +284,7 @@ def test_memory_of_all_sums_is_taken_at_once():
     sums = Accumulator([SITE, OTHER], names)
     sums.begin(FULL, 10)
     sums.observe(SITE, signal())
-    reserved = {key: place.data_ptr() for key, place in sums._places.items()}
+    reserved = {key: place.data_ptr() for key, place in sums.sums.places.items()}
     assert {*reserved} == {(SITE, "taylor_sum"), *((OTHER, n) for n in names)}
     sums.observe(OTHER, signal())
     found = sums.result(copy=False)[OTHER]

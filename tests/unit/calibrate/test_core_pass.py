@@ -11,8 +11,8 @@ from ffnscope.calibrate.collect import (
     calibrate,
     join_statistics,
     required_statistics,
-    statistics_bytes,
 )
+from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
@@ -179,7 +179,7 @@ def test_the_result_is_not_copied(monkeypatch):
     result = Accumulator.result
 
     def watched(self, **options):
-        kept.append({v.data_ptr() for v in self._sums.values()})
+        kept.append({v.data_ptr() for v in self.sums.values.values()})
         return result(self, **options)
 
     monkeypatch.setattr(Accumulator, "result", watched)

@@ -1,0 +1,63 @@
+"""What a calibration takes in memory and on disk, told before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ffnscope.analyze.levels import CoreRule, Params, first_level, takes_one_pass
+from ffnscope.calibrate.collect import PassOptions, plan_steps, required_statistics
+from ffnscope.calibrate.forward import experts_per_token
+from ffnscope.calibrate.memory import pass_bytes, statistics_bytes
+from ffnscope.calibrate.windows import Windows
+from ffnscope.types import FFNSite
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationBytes:
+    """Bytes of a calibration.
+
+    Attributes:
+        memory: peak beyond bare forwards (and backwards) of the same batches.
+        sums: share of ``memory`` that the sums take, those of two passes together.
+        disk: size of the statistics in files.
+    """
+
+    memory: int
+    sums: int
+    disk: int
+
+    @property
+    def beside_batches(self) -> int:
+        """Most that sums take beside the batches; while they are written to files, statistics are there twice."""
+        return max(self.sums, 2 * self.disk)
+
+    @property
+    def told(self) -> str:
+        """The three in words."""
+        memory, sums, disk = (f"{size / 2**20:,.0f} MiB" for size in (self.memory, self.sums, self.disk))
+        return f"calibration needs {memory} beside the model and its batches, {sums} of them for sums; {disk} on disk"
+
+
+def calibration_bytes(
+    model: nn.Module,
+    windows: Windows,
+    metrics: Params,
+    *,
+    sites: Sequence[FFNSite],
+    rule: CoreRule,
+    options: PassOptions,
+) -> CalibrationBytes:
+    """Return what `calibrate_all` takes with the same arguments; the model is not run."""
+    names = required_statistics(first_level(metrics, rule))
+    core = rule.size(sites)
+    taken = None if takes_one_pass(sites, metrics, options) else core
+    backward = [step.batch.input_ids.numel() for step in plan_steps(windows, names, options) if step.backward]
+    given = max(backward, default=0), next(model.parameters()).dtype, taken
+    return CalibrationBytes(
+        pass_bytes(sites, names, *given, experts_per_token=experts_per_token(model)),
+        statistics_bytes(sites, names, taken),
+        statistics_bytes(sites, names, core),
+    )
