@@ -37,15 +37,20 @@ def fidelity(dense: Tensor, pruned: Tensor, targets: Tensor) -> tuple[Tensor, Te
         )
     kl = torch.zeros(targets.shape, dtype=torch.float64)
     agree = torch.zeros(targets.shape, dtype=torch.float64)
-    for rows, columns in target_chunks(targets, dense.shape[-1]):
+    for rows, columns in target_chunks(targets, dense):
         one, other = chunk_logits(dense, rows, columns), chunk_logits(pruned, rows, columns)
         kl[rows, columns] = _kl(one.log_softmax(-1), other.log_softmax(-1)).cpu().double()
-        agree[rows, columns] = (one.argmax(-1) == other.argmax(-1)).cpu().double()
+        agree[rows, columns] = (_first(one) == _first(other)).cpu().double()
     return kl.sum(1), agree.sum(1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) [n] of rows of log probabilities [n, vocab]; never negative."""
     p = log_p.exp()
-    difference = torch.where(p == 0, 0.0, log_p - log_q)  # 0 log 0 = 0, also when q is 0
-    return (log_q.exp() - p + p * difference).sum(-1).clamp_min(0.0)
+    difference = (log_p - log_q).masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, also when q is 0
+    return log_q.exp().sub_(p).addcmul_(p, difference).sum(-1).clamp_min(0.0)
+
+
+def _first(logits: Tensor) -> Tensor:
+    """Place of the largest logit, [n] of [n, vocab]; on the CPU faster than argmax."""
+    return logits.max(-1).indices

@@ -83,7 +83,7 @@ def nll_sums(logits: Tensor, batch: Windows) -> Tensor:
     """Sum of the NLL of each window's targets, [b] fp64 on the CPU, from logits [b, T, vocab]."""
     ids = batch.input_ids.cpu()
     nll = torch.zeros(ids.shape, dtype=torch.float64)
-    for rows, columns in target_chunks(batch.targets, logits.shape[-1]):
+    for rows, columns in target_chunks(batch.targets, logits):
         log_p = chunk_logits(logits, rows, columns).log_softmax(-1)
         wanted = ids[rows, columns, None].to(log_p.device)
         nll[rows, columns] = -log_p.gather(-1, wanted)[:, 0].cpu().double()

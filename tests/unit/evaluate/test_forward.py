@@ -48,7 +48,7 @@ def test_logits_have_no_graph(model, windows):
 
 def test_chunks_cover_every_target_once_and_stay_bounded(padded, monkeypatch):
     monkeypatch.setattr(forward, "CHUNK_VALUES", 64 * 4)
-    parts = list(target_chunks(padded.targets, 64))
+    parts = list(target_chunks(padded.targets, torch.empty(1, 1, 64)))
     assert max(len(rows) for rows, _ in parts) == 4
     assert sum(len(rows) for rows, _ in parts) == padded.n_targets
     seen = torch.zeros_like(padded.targets)
