@@ -1,6 +1,6 @@
 """Cost of calibration over a bare forward (+ backward) of the same batches: time, and memory as announced.
 
-    python benchmarks/calibration_cost.py [--windows 16] [--length 256] [--batch-size 4] [--repeats 4] [--two-passes]
+    python benchmarks/calibration_cost.py [--windows 8] [--length 512] [--batch-size 4] [--repeats 5] [--two-passes]
 
 Runs alternate (bare, calibration, calibration, bare, ...); every pair gives one ratio. The bare forward + backward is
 the cheapest possible: weights frozen, the graph starts at the first FFN's channels, no statistic is taken. Calibration
@@ -133,10 +133,10 @@ def compare_memory(args, group, announced, bare_peaks):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--two-passes", action="store_true", help="find the supernode core in a pass before its own")
     parser.add_argument("--child")
     parser.add_argument("--group")

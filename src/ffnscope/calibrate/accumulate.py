@@ -100,7 +100,7 @@ class Accumulator:
         if not all(len(part) for part in rows.values()):
             due = []  # an expert without counted tokens
         shown = {(r, s.every) for s in due if _shows_nan(self._add(site, s, rows)) for r in s.reads}
-        hidden = [part for key, part in rows.items() if key not in shown]
+        hidden = [part for (r, every), part in rows.items() if not {(r, every), (r, 1)} & shown]
         if hidden:
             before = [self._finite[site]] if site in self._finite else []
             self._finite[site] = torch.stack([*before, *(finite(part) for part in hidden)]).all()

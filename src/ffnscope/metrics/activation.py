@@ -56,7 +56,7 @@ def activation_variance(stats: ChannelStats, weights: FFNWeights) -> Tensor:
 def activation_outlier_index(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Outlier index, the 99.9 % quantile of |h| over its mean.
 
-    [d_ff]; 0 for a channel that is never active. The quantile comes from a fixed histogram of every 16th token and is
+    [d_ff]; 0 for a channel that is never active. The quantile comes from a fixed histogram of every 32nd token and is
     the geometric middle of its bin: bins span at most a factor 1.25, so the quantile is within 12 % of the sample's.
     Below 1,000 histogram tokens (16,000 of calibration) it is the largest bin seen. Values under 2^-16 or over 2^16
     fall into the end bins.

@@ -75,7 +75,7 @@ def test_what_is_said_is_what_a_calibration_takes() -> None:
     ]
     growth = said[1] - said[0]
     assert growth > 2 * 4 * 8 * 200 * 200
-    assert abs(peaks[1] - peaks[0] - growth) < 0.05 * growth
+    assert 0 <= peaks[1] - peaks[0] - growth < 2 * 8 * 200 * 200  # temporaries of one FFN are not counted
 
 
 def test_words() -> None:

@@ -161,7 +161,7 @@ def test_the_first_site_that_is_not_finite(names, bad):
     sums.observe(OTHER, signal())
     assert sums.first_not_finite() is None
     h = signal()
-    h[1, 0, 2] = bad  # the histogram reads the first token of each window, and every 16th after
+    h[1, 0, 2] = bad  # the histogram reads the first token of each window, and every 32nd after
     sums.observe(OTHER, h)
     assert sums.first_not_finite() == OTHER
     sums.observe(SITE, h)

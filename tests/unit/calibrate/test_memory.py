@@ -94,7 +94,8 @@ def test_experts_hold_the_tokens_that_are_routed_to_them():
     sites = find_sites(model)
     announced = pass_bytes(sites, GRADIENTS, 256, torch.float32, experts_per_token=experts_per_token(model))
     assert announced == statistics_bytes(sites, GRADIENTS) + 4 * 256 * TOP_K * EXPERT * 4
-    assert near(announced, growth(model, sites, GRADIENTS))
+    copies = 3 * 256 * EXPERT * 4  # of h, g and their product for one expert's tokens, at most all
+    assert 0 <= growth(model, sites, GRADIENTS) - announced < copies + 2**16  # and indices of the routed tokens
 
 
 def test_bytes_of_statistics():

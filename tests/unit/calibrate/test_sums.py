@@ -41,11 +41,11 @@ def test_the_error_of_a_batch_does_not_hide_it(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    model, windows = tiny("llama"), text(1)
     monkeypatch.setattr(sums.torch, "empty", full)
-    with pytest.raises(
-        DeviceError, match=r"for the sums of the calibration pass, .* statistic 'act_sq' alone"
-    ) as caught:
-        calibrate(tiny("llama"), text(1), ["wanda"])
+    asked = r"for the sums of the calibration pass, .* statistic 'act_sq' alone"
+    with pytest.raises(DeviceError, match=asked) as caught:
+        calibrate(model, windows, ["wanda"])
     assert "batch_size" not in str(caught.value)
 
 

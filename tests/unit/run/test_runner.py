@@ -104,7 +104,7 @@ def test_statistics_count_the_windows_that_ran_backward(full: RunResult) -> None
     stats, facts = read_stats(full.folder / "statistics.safetensors")
     assert [site.name for site in stats] == SITES
     for part in stats.values():
-        assert (part.counts["act_sq"], part.counts["act_hist"]) == (6 * 32, 6 * 2)  # each 16th token
+        assert (part.counts["act_sq"], part.counts["act_hist"]) == (6 * 32, 6)  # each 32nd token
         assert part.counts["taylor_abs"] == part.counts["grad_sq"] == 4 * 15  # four windows, cut to 16 tokens
     assert (facts["gradient_windows"], facts["gradient_length"]) == (4, 16)
 
