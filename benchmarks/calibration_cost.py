@@ -79,23 +79,28 @@ def work(kind, group, model, sites, windows, options):
 
 
 def timed(call):
-    start = time.perf_counter()
+    """Wall and processor time in seconds."""
+    start, busy = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def compare(repeats, group, context):
-    ratios, base = [], []
+    walls, busy, base = [], [], []
     for i in range(repeats + 1):
         times = {}
         for kind in ("bare", "pass") if i % 2 else ("pass", "bare"):
             times[kind] = timed(lambda k=kind: work(k, group, *context))
         if i:  # the first pair warms up
-            ratios.append(times["pass"] / times["bare"])
-            base.append(times["bare"])
+            for ratios, (whole, alone) in zip(
+                (walls, busy), zip(times["pass"], times["bare"], strict=True), strict=True
+            ):
+                ratios.append(whole / alone)
+            base.append(times["bare"][0])
     print(
         f"{TITLES[group]:38s} bare {statistics.median(base):6.2f} s   calibration / bare: median "
-        f"{statistics.median(ratios):.3f}  (min {min(ratios):.3f}, max {max(ratios):.3f}, n {len(ratios)})",
+        f"{statistics.median(walls):.3f}  (min {min(walls):.3f}, max {max(walls):.3f}, n {len(walls)}), "
+        f"processor time {statistics.median(busy):.3f} ({min(busy):.3f} to {max(busy):.3f})",
         flush=True,
     )
 
