@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from ffnscope.calibrate.collect import PassOptions
 from ffnscope.ffn.sites import find_sites
 from ffnscope.plan.build import build_plan
 from ffnscope.scoring import score
@@ -40,6 +41,14 @@ def threads(request: pytest.FixtureRequest) -> None:
 def llama() -> Any:
     """A tiny Llama of two layers."""
     return tiny("llama")
+
+
+@pytest.fixture
+def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory to spare the pass of what needs the core, unless it is asked for."""
+    *others, _ = PassOptions.__init__.__defaults__ or ()
+    monkeypatch.setattr(PassOptions.__init__, "__defaults__", (*others, 0))
+    assert PassOptions().one_pass_bytes == 0
 
 
 @pytest.fixture

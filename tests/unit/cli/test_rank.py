@@ -98,6 +98,7 @@ def test_scores_of_a_file(ok: Ok, scored: Path) -> None:
     assert {row[1] for row in printed(one)} == {"0"}
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_a_metric_that_needs_the_core_takes_two_passes(
     ok: Ok, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

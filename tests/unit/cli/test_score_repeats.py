@@ -171,6 +171,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.usefixtures("two_passes")
 @pytest.mark.parametrize("stop", [3, 9, 14, 21, 27, 33, 47])
 def test_score_goes_on_in_every_pass(
     ok: Ok, fails: Fails, checkpoint: Path, tmp_path: Path, batches: list[int], stop: int
@@ -203,6 +204,7 @@ def test_an_unfinished_output_may_be_finished_by_another_question(
     assert "stability.json" not in files_of(out)  # it belonged to the replaced scores
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_a_damaged_state_of_a_repeat_is_told_and_made_again(
     ok: Ok, fails: Fails, checkpoint: Path, tmp_path: Path, batches: list[int]
 ) -> None:
@@ -219,6 +221,7 @@ def test_a_damaged_state_of_a_repeat_is_told_and_made_again(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_dry_run_tells_every_pass_and_computes_nothing(
     ok: Ok, checkpoint: Path, tmp_path: Path, batches: list[int]
 ) -> None:
@@ -239,6 +242,20 @@ def test_dry_run_tells_every_pass_and_computes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("stop", [3, 9])
+def test_score_goes_on_where_one_pass_finds_the_core_too(
+    ok: Ok, fails: Fails, checkpoint: Path, tmp_path: Path, batches: list[int], stop: int
+) -> None:
+    options = ("score", checkpoint, *ALL_KINDS, *REPEATED, "--out")
+    assert "7 passes over a text in all" in ok(*options, tmp_path / "whole", "--dry-run").stdout
+    ok(*options, tmp_path / "whole")
+    assert batches[0] == 7 * 6
+    batches[:] = [0, stop]
+    fails(130, *options, tmp_path / "out")
+    ok(*options, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
 # --- metrics that need more ---
 
 
@@ -256,6 +273,7 @@ def test_core_metrics_through_score(ok: Ok, base: tuple[Any, ...], checkpoint: P
         assert all(one.values[site].tolist() == again.values[site].tolist() for site in stats)
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_core_metrics_through_prune(
     ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def test_lines_count_passes_tokens_and_models(small: Callable[..., RunConfig]) -
         "samples": "10 texts of up to 3 tokens",
     }
     assert [sorted(names) for names in found.statistics] == [["act_sq", "grad_sq", "taylor_abs", "taylor_sq"]]
-    assert found.statistics_bytes == 4 * 8 * LAYERS * D_FF
+    assert found.calibration.disk == found.calibration.sums == 4 * 8 * LAYERS * D_FF
     assert all(line.seconds is None or line.seconds > 0 for line in found.lines)
     assert not config.output_dir.exists()
 
@@ -76,6 +76,7 @@ def test_it_is_printed_as_a_table(small: Callable[..., RunConfig], tmp_path: Pat
         assert words in text.getvalue()
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_a_metric_that_needs_the_core_is_a_second_pass(small: Callable[..., RunConfig]) -> None:
     found = estimate(small(metrics={"enabled": ["supernode_protection_score"]}))
     assert [line.stage for line in found.lines[:2]] == ["calibrate 1", "calibrate 2"]
@@ -83,6 +84,13 @@ def test_a_metric_that_needs_the_core_is_a_second_pass(small: Callable[..., RunC
     assert found.statistics[1] == ["taylor_core"]
 
 
+def test_a_metric_that_needs_the_core_is_no_second_pass_where_its_sums_fit(small: Callable[..., RunConfig]) -> None:
+    found = estimate(small(metrics={"enabled": ["supernode_protection_score"]}))
+    assert [line.stage for line in found.lines[:2]] == ["calibrate", "score"]
+    assert {"taylor_sum", "taylor_core"} <= set(found.statistics[0])
+    assert found.calibration.sums > 8 * LAYERS * D_FF**2 > found.calibration.disk
+
+
 def test_second_moments_are_announced(small: Callable[..., RunConfig]) -> None:
     found = estimate(small(metrics={"enabled": ["sparsegpt"]}))
-    assert found.statistics_bytes == 8 * LAYERS * D_FF * (D_FF + 4)
+    assert found.calibration.disk == found.calibration.sums == 8 * LAYERS * D_FF * (D_FF + 4)
