@@ -44,6 +44,10 @@ class Matrix:
             yield weight
 
 
+def _none() -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Branch:
     """An FFN or one expert: it reads the residual cut before its step, and writes to the cut after it.
@@ -53,12 +57,15 @@ class Branch:
         up: edges from residual channels to channels, [d_ff, d_model].
         down: edges from channels to residual channels, [d_model, d_ff].
         gate: the second edge from each residual channel to each channel, or None for a plain FFN.
+        up_bias: reads the bias of up [d_ff], or None where there is none. It is no edge; what a channel gets from its
+            inputs alone and what it is differ by it.
     """
 
     site: FFNSite
     up: Matrix
     down: Matrix
     gate: Matrix | None = None
+    up_bias: Callable[[], Tensor | None] = _none
 
     @property
     def readers(self) -> tuple[Matrix, ...]:

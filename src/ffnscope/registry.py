@@ -223,6 +223,8 @@ METRICS: Registry[Metric] = Registry(
             "reconstruction",
             "supernode",
             "combine",
+            "pagerank",
+            "layerwise",
         )
     ),
     "ffnscope.metrics",

@@ -97,14 +97,19 @@ def _unreached(rule: Metric, parts: Mapping[FFNSite, ChannelStats], params: Mapp
     needs = rule.needed(params)
     found = [s.name for s, p in parts.items() if s.expert is not None and any(p.counts.get(n) == 0 for n in needs)]
     if found:
-        experts = sum(site.expert is not None for site in parts)
-        warnings.warn(
-            f"{len(found)} of {experts} experts were reached by no calibration token ({', '.join(found[:3])}"
-            f"{', ...' if len(found) > 3 else ''}), so {rule.name} cannot rank their channels. Plans leave them whole; "
-            "calibrate on more or other text to rank them.",
-            stacklevel=3,
-        )
+        warn_unreached(rule.name, found, list(parts), stacklevel=4)
     return found
+
+
+def warn_unreached(metric: str, found: Sequence[str], sites: Sequence[FFNSite], *, stacklevel: int) -> None:
+    """Warn that the experts named in ``found`` have no scores."""
+    experts = sum(site.expert is not None for site in sites)
+    warnings.warn(
+        f"{len(found)} of {experts} experts were reached by no calibration token ({', '.join(found[:3])}"
+        f"{', ...' if len(found) > 3 else ''}), so {metric} cannot rank their channels. Plans leave them whole; "
+        "calibrate on more or other text to rank them.",
+        stacklevel=stacklevel,
+    )
 
 
 def _input(

@@ -9,9 +9,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
-from ffnscope.ffn.offload import is_offloaded, stored
+from ffnscope.ffn.offload import is_offloaded, materialised, stored
 from ffnscope.ffn.probe import layer_path
-from ffnscope.ffn.projection import canonical_weight, owner_of
+from ffnscope.ffn.projection import canonical_weight, owner_of, weights_of
 from ffnscope.graph import Branch, DecoderGraph, Matrix
 from ffnscope.types import FFNSite
 
@@ -34,11 +34,18 @@ def decoder_graph(model: nn.Module, sites: Sequence[FFNSite]) -> DecoderGraph:
 def _branch(model: nn.Module, site: FFNSite) -> Branch:
     wide, narrow = (site.d_ff, site.d_model), (site.d_model, site.d_ff)
     gate = None if site.gate is None else _matrix(model, site, "gate", wide)
-    return Branch(site, _matrix(model, site, "up", wide), _matrix(model, site, "down", narrow), gate)
+    up, down = _matrix(model, site, "up", wide), _matrix(model, site, "down", narrow)
+    return Branch(site, up, down, gate, partial(_up_bias, model, site))
 
 
 def _matrix(model: nn.Module, site: FFNSite, role: str, shape: tuple[int, int]) -> Matrix:
     return Matrix(f"{site.name}.{getattr(site, role)}", shape, partial(_opened, model, site, role))
+
+
+def _up_bias(model: nn.Module, site: FFNSite) -> Tensor | None:
+    with materialised(model, site):
+        bias = weights_of(model, site).up_bias
+        return None if bias is None else bias.clone()
 
 
 @contextlib.contextmanager

@@ -18,8 +18,11 @@ activations that depend on the batch size (here sums over all tokens), and the f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
+from ffnscope.graph import DecoderGraph
 from ffnscope.metrics.scorers import (
     ActivationScorer,
     BaseScorer,
@@ -30,9 +33,9 @@ from ffnscope.metrics.scorers import (
     WeightedPageRankScorer,
     shares_of,
 )
-from ffnscope.metrics.views import ROW_NEEDS, ProjectionView
+from ffnscope.metrics.views import ROW_CHAIN_NEEDS, ROW_NEEDS, ProjectionView, chained_scores
 from ffnscope.registry import metric
-from ffnscope.types import ChannelStats, FFNWeights
+from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 
 LLM_RANK = "arXiv:2410.13299, public code, rows of up"
 
@@ -89,6 +92,35 @@ def layerwise_modified_pagerank(
     nothing after up, and ignores the gate. Changes under up * c, down / c.
     """
     return _alone(ModifiedPageRankScorer(z_importance, sparsity), stats, weights)
+
+
+@metric(
+    "layerwise_weighted_pagerank_chained",
+    needs=ROW_CHAIN_NEEDS,
+    source=f"{LLM_RANK}; arXiv:2104.02764",
+    scope="model",
+)
+def layerwise_weighted_pagerank_chained(
+    graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, gamma: float = 0.9, theta: float = 0.5
+) -> dict[FFNSite, Tensor]:
+    """LLM-Rank parity: weighted PageRank through up, down, up, down, ... of all FFNs as one chain.
+
+    Site -> [d_ff], with sum 1 each. With gamma = 0, the public default, it is ``layerwise_activation``. Attention and
+    the residual skip are left out, and the gate is ignored. Changes under up * c, down / c.
+    """
+    return chained_scores(WeightedPageRankScorer(gamma, theta), graph, stats, ProjectionView)
+
+
+@metric("layerwise_modified_pagerank_chained", needs=ROW_CHAIN_NEEDS, source=LLM_RANK, scope="model")
+def layerwise_modified_pagerank_chained(
+    graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, z_importance: bool = False, sparsity: float = 0.3
+) -> dict[FFNSite, Tensor]:
+    """LLM-Rank parity: modified PageRank through up, down, up, down, ... of all FFNs as one chain.
+
+    Site -> [d_ff], with sum 1 each. ``sparsity`` is the share of inputs that ``z_importance`` sets to 0. Attention and
+    the residual skip are left out, and the gate is ignored. Changes under up * c, down / c.
+    """
+    return chained_scores(ModifiedPageRankScorer(z_importance, sparsity), graph, stats, ProjectionView)
 
 
 def _alone(scorer: BaseScorer, stats: ChannelStats, weights: FFNWeights) -> Tensor:

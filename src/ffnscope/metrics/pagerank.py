@@ -7,12 +7,15 @@ never active or has a down column of zeros. The public formulas, faults included
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
+from ffnscope.graph import DecoderGraph
 from ffnscope.metrics.scorers import ActivationScorer, BaseScorer, ModifiedPageRankScorer, WeightedPageRankScorer
-from ffnscope.metrics.views import CHANNEL_NEEDS, ChannelView
+from ffnscope.metrics.views import CHANNEL_CHAIN_NEEDS, CHANNEL_NEEDS, ChannelView, chained_scores
 from ffnscope.registry import metric
-from ffnscope.types import ChannelStats, FFNWeights
+from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 
 LLM_RANK = "arXiv:2410.13299, on channels and h"
 
@@ -27,9 +30,7 @@ def write_norm(stats: ChannelStats, weights: FFNWeights) -> Tensor:
 
 
 @metric("weighted_pagerank", needs=CHANNEL_NEEDS, source=f"{LLM_RANK}; arXiv:2104.02764")
-def weighted_pagerank(
-    stats: ChannelStats, weights: FFNWeights, *, gamma: float = 0.9, theta: float = 0.5
-) -> Tensor:
+def weighted_pagerank(stats: ChannelStats, weights: FFNWeights, *, gamma: float = 0.9, theta: float = 0.5) -> Tensor:
     """One step of weighted PageRank from the FFN's input to its channels, times what all of them write.
 
     [d_ff]. gamma P p + (1 - gamma) w / sum(w), times sum(w), with w = ``write_norm`` and p = sqrt(E[x^2]) over its sum.
@@ -51,6 +52,32 @@ def modified_pagerank(
     under up * c, down / c.
     """
     return _alone(ModifiedPageRankScorer(z_importance, sparsity), stats, weights)
+
+
+@metric("weighted_pagerank_chained", needs=CHANNEL_CHAIN_NEEDS, source=f"{LLM_RANK}; arXiv:2104.02764", scope="model")
+def weighted_pagerank_chained(
+    graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, gamma: float = 0.9, theta: float = 0.5
+) -> dict[FFNSite, Tensor]:
+    """Weighted PageRank, FFN after FFN: p is what the FFN before gives to the residual channels.
+
+    Site -> [d_ff]. ``weighted_pagerank`` with p from the same step through the down projection of the FFN before (its
+    columns with norm 1, teleport sqrt(E[y^2])); experts of a layer give their mean, weighted by tokens. Attention and
+    the residual skip are left out. Invariant under up * c, down / c.
+    """
+    return chained_scores(WeightedPageRankScorer(gamma, theta), graph, stats, ChannelView)
+
+
+@metric("modified_pagerank_chained", needs=CHANNEL_CHAIN_NEEDS, source=f"{LLM_RANK} (modified PageRank)", scope="model")
+def modified_pagerank_chained(
+    graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, z_importance: bool = False, sparsity: float = 0.3
+) -> dict[FFNSite, Tensor]:
+    """Modified PageRank, FFN after FFN: p is what the FFN before gives to the residual channels.
+
+    Site -> [d_ff]. ``modified_pagerank`` with p = sqrt(E[y^2]) times the sum of |down|, its columns with norm 1, over
+    the channels of the FFN before, weighted by their importance. Attention and the residual skip are left out.
+    Invariant under up * c, down / c.
+    """
+    return chained_scores(ModifiedPageRankScorer(z_importance, sparsity), graph, stats, ChannelView)
 
 
 def _alone(scorer: BaseScorer, stats: ChannelStats, weights: FFNWeights) -> Tensor:

@@ -40,7 +40,9 @@ class Layer:
         n_out, n_in = self.weight.shape
         if self.in_activation.shape != (n_in,) or self.out_activation.shape != (n_out,):
             found = f"{tuple(self.in_activation.shape)} and {tuple(self.out_activation.shape)}"
-            raise UsageError(f"activations {found} do not fit a weight [{n_out}, {n_in}]; expected ({n_in},), ({n_out},).")
+            raise UsageError(
+                f"activations {found} do not fit a weight [{n_out}, {n_in}]; expected ({n_in},), ({n_out},)."
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,9 +83,7 @@ class BaseScorer:
     def __init__(self, device: str | None = None) -> None:
         self.device = device
 
-    def score(
-        self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor
-    ) -> Tensor:
+    def score(self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor) -> Tensor:
         """Importance of the outputs of one matrix; [n_out]."""
         raise NotImplementedError(f"{type(self).__name__} has no score(self, {', '.join(ARGUMENTS)}).")
 
@@ -105,7 +105,7 @@ class BaseScorer:
         """Called once before a model is scored; a scorer that draws random numbers starts again here."""
 
     def apply(self, prev_importance: Tensor, layer: Layer) -> Tensor:
-        """Call ``score`` on one matrix and check what it returns; [n_out] float64.
+        """Call ``score`` on one matrix and check what it returns; [n_out] float64, on the CPU.
 
         Raises:
             UsageError: ``score`` returned another shape, or a value that is negative, NaN or infinite.
@@ -117,7 +117,7 @@ class BaseScorer:
         with torch.no_grad():
             found = _call(self, {k: v.clone() if k != "weight" else v for k, v in given.items()})
         self._check(found, weight.shape[0])
-        return found.detach().double()
+        return found.detach().cpu().double()
 
     def _check(self, found: Tensor, n_out: int) -> None:
         name = type(self).__name__
@@ -141,23 +141,19 @@ class NormScorer(BaseScorer):
         super().__init__(device)
         self.p = float(p)
 
-    def score(
-        self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor
-    ) -> Tensor:
+    def score(self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor) -> Tensor:
         """(sum_j |W_ij|^p)^(1/p); [n_out]."""
         return row_norms(weight, self.p)
 
     def score_channels(self, prev_importance: Tensor, channels: Channels) -> Tensor:
         """Product of the p-norms of the channel's gate row, up row and down column; [d_ff]."""
-        return channel_norms(channels.weights, self.p).prod(0).double()
+        return channel_norms(channels.weights, self.p).prod(0).cpu().double()
 
 
 class ActivationScorer(BaseScorer):
     """Size of the output over the calibration text."""
 
-    def score(
-        self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor
-    ) -> Tensor:
+    def score(self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor) -> Tensor:
         """The output activations themselves; [n_out]."""
         return out_activations
 
@@ -179,9 +175,7 @@ class RandomScorer(BaseScorer):
         """Start the draws again."""
         self._generator = torch.Generator().manual_seed(self.seed)
 
-    def score(
-        self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor
-    ) -> Tensor:
+    def score(self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor) -> Tensor:
         """Uniform in [0, 1); [n_out]."""
         return torch.rand(weight.shape[0], generator=self._generator).to(weight)
 
@@ -189,15 +183,13 @@ class RandomScorer(BaseScorer):
 class WandaScorer(BaseScorer):
     """Sum over a row of Wanda's |W_ij| ||x_j||. In the default mode the metric ``wanda``: it reads down, not up."""
 
-    def score(
-        self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor
-    ) -> Tensor:
+    def score(self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor) -> Tensor:
         """sum_j |W_ij| in_activation_j; [n_out]."""
         return weight @ in_activations
 
     def score_channels(self, prev_importance: Tensor, channels: Channels) -> Tensor:
         """sqrt(E[h^2]) times the L1 norm of the down column; [d_ff]."""
-        return channels.power * row_norms(channels.weights.down.T, 1).to(channels.power)
+        return (channels.power * row_norms(channels.weights.down.T, 1).to(channels.power)).cpu().double()
 
 
 class WeightedPageRankScorer(BaseScorer):
@@ -227,9 +219,7 @@ class WeightedPageRankScorer(BaseScorer):
         super().__init__(device)
         self.gamma, self.theta = float(gamma), float(theta)
 
-    def score(
-        self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor
-    ) -> Tensor:
+    def score(self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor) -> Tensor:
         """One step; [n_out], with sum 1 unless inputs or activations are all 0."""
         edges = (weight != 0).to(weight)
         strength = weight @ ratio(prev_importance, weight.sum(0))
@@ -265,9 +255,7 @@ class ModifiedPageRankScorer(BaseScorer):
         super().__init__(device)
         self.z_importance, self.sparsity = z_importance, float(sparsity)
 
-    def score(
-        self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor
-    ) -> Tensor:
+    def score(self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor) -> Tensor:
         """out_activation_i sum_j |W_ij| p_j; [n_out]."""
         if self.z_importance:
             kept = len(prev_importance) - int(len(prev_importance) * self.sparsity)

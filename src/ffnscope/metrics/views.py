@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ffnscope.graph import Branch, DecoderGraph
 from ffnscope.metrics.norms import row_norms
 from ffnscope.metrics.scorers import BaseScorer, Channels, Layer, ratio, shares_of
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
@@ -133,10 +134,39 @@ def rank_chain(
             with open_view(site) as view:
                 scores = view.rank(scorer, view.start if previous is None else previous)
                 passes = last or i < len(steps) - 1
-                found[site] = Ranked(scores.cpu(), view.pass_on(scorer, scores).cpu() if passes else None)
+                found[site] = Ranked(scores, view.pass_on(scorer, scores) if passes else None)
         votes = [n_tokens[s] * r for s in sites if (r := found[s].residual) is not None]
         previous = torch.stack(votes).sum(0) if votes else previous
     return found
+
+
+def chained_scores(
+    scorer: BaseScorer,
+    graph: DecoderGraph,
+    stats: Mapping[FFNSite, ChannelStats],
+    view: type[ChannelView] | type[ProjectionView],
+) -> dict[FFNSite, Tensor]:
+    """Scores of all FFNs of a graph as one chain: site -> [d_ff]; zeros for an expert that no token reached."""
+    branches = {branch.site: branch for branch in graph.branches}
+
+    @contextmanager
+    def opened(site: FFNSite) -> Generator[View]:
+        with _weights(branches[site]) as weights:
+            yield view(stats[site], weights)
+
+    steps = [[branch.site for branch in step] for step in graph.steps]
+    found = rank_chain(scorer, steps, opened, {site: part.n_tokens for site, part in stats.items()})
+    unreached = {site: torch.zeros(site.d_ff, dtype=torch.float64) for site in stats if site not in found}
+    return {site: unreached[site] if site in unreached else found[site].channels for site in stats}
+
+
+@contextmanager
+def _weights(branch: Branch) -> Generator[FFNWeights]:
+    """All matrices of one branch, within a context."""
+    with ExitStack() as stack:
+        gate = None if branch.gate is None else stack.enter_context(branch.gate.read())
+        up, down = (stack.enter_context(matrix.read()) for matrix in (branch.up, branch.down))
+        yield FFNWeights(gate, up, down, up_bias=branch.up_bias())
 
 
 def _row_shares(weight: Tensor) -> Tensor:
