@@ -18,6 +18,10 @@ from ffnscope.errors import UsageError
 from ffnscope.types import FFNSite
 
 
+def _none() -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
     """A weight [n_out, n_in] that is read when it is asked for.
@@ -26,11 +30,13 @@ class Matrix:
         name: path of the weight in the model.
         shape: (n_out, n_in).
         open: makes a context in which the weight is in memory, also one that is offloaded. `read` checks the shape.
+        bias: reads the bias [n_out] that is added to its product, or None where there is none. It is no edge.
     """
 
     name: str
     shape: tuple[int, int]
     open: Callable[[], AbstractContextManager[Tensor]]
+    bias: Callable[[], Tensor | None] = _none
 
     @contextmanager
     def read(self) -> Generator[Tensor]:
@@ -44,10 +50,6 @@ class Matrix:
             yield weight
 
 
-def _none() -> None:
-    return None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Branch:
     """An FFN or one expert: it reads the residual cut before its step, and writes to the cut after it.
@@ -57,15 +59,12 @@ class Branch:
         up: edges from residual channels to channels, [d_ff, d_model].
         down: edges from channels to residual channels, [d_model, d_ff].
         gate: the second edge from each residual channel to each channel, or None for a plain FFN.
-        up_bias: reads the bias of up [d_ff], or None where there is none. It is no edge; what a channel gets from its
-            inputs alone and what it is differ by it.
     """
 
     site: FFNSite
     up: Matrix
     down: Matrix
     gate: Matrix | None = None
-    up_bias: Callable[[], Tensor | None] = _none
 
     @property
     def readers(self) -> tuple[Matrix, ...]:

@@ -32,6 +32,7 @@ from ffnscope.metrics.views import (
     ProjectionView,
     Ranked,
     View,
+    ffn_steps,
     rank_chain,
 )
 from ffnscope.plan.pruners import BasePruner, RankedLayer, plan_by_pruner, row_masks
@@ -111,8 +112,7 @@ class BasePipeline:
             NonFiniteError, DeviceError: see `calibrate`.
         """
         sites = find_sites(self.model, self.tracked)
-        graph = decoder_graph(self.model, sites)
-        chains = self.chains([[branch.site for branch in step] for step in graph.steps])
+        chains = self.chains(ffn_steps(decoder_graph(self.model, sites)))
         self._check_chains(chains, sites)
         with naming_weights(self.model):
             stats = collect(

@@ -102,14 +102,14 @@ def x_sum(x: Tensor) -> Tensor:
     return x.sum(0)
 
 
-@statistic("x_sq", reads=("x",), reduce="sum", shape=("d_model",))
-def x_sq(x: Tensor) -> Tensor:
+@statistic("ffn_in_sq", reads=("x",), reduce="sum", shape=("d_model",))
+def ffn_in_sq(x: Tensor) -> Tensor:
     """Sum of squares of the FFN input."""
     return _sum_of_squares(x)
 
 
-@statistic("y_sq", reads=("y",), reduce="sum", shape=("d_model",))
-def y_sq(y: Tensor) -> Tensor:
+@statistic("ffn_out_sq", reads=("y",), reduce="sum", shape=("d_model",))
+def ffn_out_sq(y: Tensor) -> Tensor:
     """Sum of squares of the FFN output (of an expert: before its bias and router weight)."""
     return _sum_of_squares(y)
 

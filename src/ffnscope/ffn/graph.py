@@ -34,17 +34,18 @@ def decoder_graph(model: nn.Module, sites: Sequence[FFNSite]) -> DecoderGraph:
 def _branch(model: nn.Module, site: FFNSite) -> Branch:
     wide, narrow = (site.d_ff, site.d_model), (site.d_model, site.d_ff)
     gate = None if site.gate is None else _matrix(model, site, "gate", wide)
-    up, down = _matrix(model, site, "up", wide), _matrix(model, site, "down", narrow)
-    return Branch(site, up, down, gate, partial(_up_bias, model, site))
+    return Branch(site, _matrix(model, site, "up", wide), _matrix(model, site, "down", narrow), gate)
 
 
 def _matrix(model: nn.Module, site: FFNSite, role: str, shape: tuple[int, int]) -> Matrix:
-    return Matrix(f"{site.name}.{getattr(site, role)}", shape, partial(_opened, model, site, role))
+    opened, bias = partial(_opened, model, site, role), partial(_bias, model, site, role)
+    return Matrix(f"{site.name}.{getattr(site, role)}", shape, opened, bias)
 
 
-def _up_bias(model: nn.Module, site: FFNSite) -> Tensor | None:
+def _bias(model: nn.Module, site: FFNSite, role: str) -> Tensor | None:
+    """A copy of the bias of gate, up or down."""
     with materialised(model, site):
-        bias = weights_of(model, site).up_bias
+        bias = getattr(weights_of(model, site), f"{role}_bias")
         return None if bias is None else bias.clone()
 
 

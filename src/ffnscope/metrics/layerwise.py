@@ -59,14 +59,14 @@ def layerwise_activation(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     return _alone(ActivationScorer(), stats, weights)
 
 
-@metric("layerwise_wanda", needs=("x_sq",), source=LLM_RANK)
+@metric("layerwise_wanda", needs=("ffn_in_sq",), source=LLM_RANK)
 def layerwise_wanda(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """LLM-Rank parity: sum over the up row of |W_ij| sqrt(E[x_j^2]), over the sum of the FFN.
 
     [d_ff]. Wanda's score of weights that feed the channel; for those that it feeds take ``wanda``. Changes under
     up * c, down / c.
     """
-    size = stats.mean("x_sq").sqrt()
+    size = stats.mean("ffn_in_sq").sqrt()
     return shares_of(WandaScorer().apply(size, Layer(weights.up, size, size.new_zeros(stats.site.d_ff))))
 
 

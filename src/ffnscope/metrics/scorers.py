@@ -41,7 +41,8 @@ class Layer:
         if self.in_activation.shape != (n_in,) or self.out_activation.shape != (n_out,):
             found = f"{tuple(self.in_activation.shape)} and {tuple(self.out_activation.shape)}"
             raise UsageError(
-                f"activations {found} do not fit a weight [{n_out}, {n_in}]; expected ({n_in},), ({n_out},)."
+                f"activations of shape {found} do not fit a weight [{n_out}, {n_in}]; expected ({n_in},) and "
+                f"({n_out},)."
             )
 
 

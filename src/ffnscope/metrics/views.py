@@ -14,8 +14,8 @@ from ffnscope.metrics.norms import row_norms
 from ffnscope.metrics.scorers import BaseScorer, Channels, Layer, ratio, shares_of
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 
-CHANNEL_NEEDS, CHANNEL_CHAIN_NEEDS = ("x_sq", "act_sq"), ("x_sq", "act_sq", "y_sq")
-ROW_NEEDS, ROW_CHAIN_NEEDS = ("x_sum", "x_outer"), ("x_sum", "x_outer", "act_sq", "y_sq")
+CHANNEL_NEEDS, CHANNEL_CHAIN_NEEDS = ("ffn_in_sq", "act_sq"), ("ffn_in_sq", "act_sq", "ffn_out_sq")
+ROW_NEEDS, ROW_CHAIN_NEEDS = ("x_sum", "x_outer"), ("x_sum", "x_outer", "act_sq", "ffn_out_sq")
 
 
 class ChannelView:
@@ -25,7 +25,7 @@ class ChannelView:
     has a down column of zeros has no edge.
 
     Args:
-        stats: sums of one FFN: x_sq and act_sq, and y_sq to pass importance on.
+        stats: sums of one FFN: ffn_in_sq and act_sq, and ffn_out_sq to pass importance on.
         weights: its weights.
     """
 
@@ -37,7 +37,7 @@ class ChannelView:
     @property
     def start(self) -> Tensor:
         """Importance of the inputs when no FFN is before this one: their size, sqrt(E[x^2]) [d_model]."""
-        return self.stats.mean("x_sq").sqrt()
+        return self.stats.mean("ffn_in_sq").sqrt()
 
     def rank(self, scorer: BaseScorer, previous: Tensor) -> Tensor:
         """Scores of the channels, in the scorer's own unit; [d_ff]."""
@@ -52,17 +52,17 @@ class ChannelView:
         """
         down = self.weights.down.to(torch.promote_types(self.weights.down.dtype, torch.float32))
         unit = ratio(down, row_norms(down.T)[None].expand_as(down))
-        return shares_of(scorer.apply(importance, Layer(unit, self._write, self.stats.mean("y_sq").sqrt())))
+        return shares_of(scorer.apply(importance, Layer(unit, self._write, self.stats.mean("ffn_out_sq").sqrt())))
 
 
 class ProjectionView:
     """Layerwise mode: the projections up and down as LLM-Rank takes them, gate and nonlinearity left out.
 
-    A row of up is a channel by its linear output W_up x, before the gate; a row of down is a residual channel. Scores of
-    either have sum 1.
+    A row of up is a channel by its linear output W_up x, before the gate; a row of down is a residual channel. Scores
+    of either have sum 1.
 
     Args:
-        stats: sums of one FFN: x_sum and x_outer, and act_sq and y_sq to pass importance on.
+        stats: sums of one FFN: x_sum and x_outer, and act_sq and ffn_out_sq to pass importance on.
         weights: its weights.
     """
 
@@ -80,7 +80,7 @@ class ProjectionView:
 
     def pass_on(self, scorer: BaseScorer, importance: Tensor) -> Tensor:
         """Scores of the rows of down, which are residual channels; [d_model], with sum 1 (or all 0)."""
-        sizes = (self.stats.mean(name).sqrt() for name in ("act_sq", "y_sq"))
+        sizes = (self.stats.mean(name).sqrt() for name in ("act_sq", "ffn_out_sq"))
         return shares_of(scorer.apply(importance, Layer(self.weights.down, *sizes)))
 
     def _linear_output(self) -> Tensor:
@@ -147,17 +147,23 @@ def chained_scores(
     view: type[ChannelView] | type[ProjectionView],
 ) -> dict[FFNSite, Tensor]:
     """Scores of all FFNs of a graph as one chain: site -> [d_ff]; zeros for an expert that no token reached."""
-    branches = {branch.site: branch for branch in graph.branches}
+    branches = {branch.site: branch for branch in graph.branches if branch.site in graph.sites}
 
     @contextmanager
     def opened(site: FFNSite) -> Generator[View]:
         with _weights(branches[site]) as weights:
             yield view(stats[site], weights)
 
-    steps = [[branch.site for branch in step] for step in graph.steps]
-    found = rank_chain(scorer, steps, opened, {site: part.n_tokens for site, part in stats.items()})
-    unreached = {site: torch.zeros(site.d_ff, dtype=torch.float64) for site in stats if site not in found}
-    return {site: unreached[site] if site in unreached else found[site].channels for site in stats}
+    found = rank_chain(scorer, ffn_steps(graph), opened, {site: stats[site].n_tokens for site in branches})
+    unreached = {site: torch.zeros(site.d_ff, dtype=torch.float64) for site in branches if site not in found}
+    return {site: unreached[site] if site in unreached else found[site].channels for site in branches}
+
+
+def ffn_steps(graph: DecoderGraph) -> list[list[FFNSite]]:
+    """FFNs of a graph in the order of the model; those of one step are beside each other."""
+    ffns = set(graph.sites)
+    steps = [[branch.site for branch in step if branch.site in ffns] for step in graph.steps]
+    return [step for step in steps if step]
 
 
 @contextmanager
@@ -166,7 +172,7 @@ def _weights(branch: Branch) -> Generator[FFNWeights]:
     with ExitStack() as stack:
         gate = None if branch.gate is None else stack.enter_context(branch.gate.read())
         up, down = (stack.enter_context(matrix.read()) for matrix in (branch.up, branch.down))
-        yield FFNWeights(gate, up, down, up_bias=branch.up_bias())
+        yield FFNWeights(gate, up, down, up_bias=branch.up.bias())
 
 
 def _row_shares(weight: Tensor) -> Tensor:

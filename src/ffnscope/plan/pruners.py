@@ -145,8 +145,8 @@ def _mask(pruner: BasePruner, layer: RankedLayer) -> Tensor:
     shapes = ((layer.out_features,), (layer.out_features, layer.in_features))
     if tuple(values.shape) not in shapes or not bool(torch.isfinite(values).all()):
         raise UsageError(
-            f"{name} set a pruning_mask of shape {tuple(values.shape)} on {layer.name}; expected finite values of shape "
-            f"{shapes[0]} or {shapes[1]}."
+            f"{name} set a pruning_mask of shape {tuple(values.shape)} on {layer.name}; expected finite values of "
+            f"shape {shapes[0]} or {shapes[1]}."
         )
     rows = values.detach().double().cpu().abs()
     rows = rows.sum(1) if rows.dim() == 2 else rows

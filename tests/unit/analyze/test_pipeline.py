@@ -98,6 +98,38 @@ def test_layerwise_is_the_public_formula_on_a_model(arch, scorer, pipeline):
     assert set(result.plan.widths.values()) == {D_FF * 3 // 4}
 
 
+def channel_reference(scorer, model, arch, chained):
+    """The default mode in numpy: scores of the channels of every FFN."""
+    found, previous = [], None
+    for i, (up, down) in enumerate(linears(model, arch)):
+        (u, x, _), (d, h, y) = observed(model, [up, down])
+        rows = [u] if arch == "gpt2" else [u, observed(model, [model.model.layers[i].mlp.gate_proj])[0][0]]
+        shares = np.mean([w / w.sum(1, keepdims=True) for w in rows], axis=0)
+        write = h / 8 * np.sqrt((d**2).sum(0))  # 8^2 tokens
+        p = x if previous is None or not chained else previous
+        p, mpr = p / p.sum(), isinstance(scorer, fs.ModifiedPageRankScorer)
+        r = reference_score(scorer, p, shares if mpr else shares * write[:, None], x / 8, write)
+        found.append(r if mpr or isinstance(scorer, fs.ActivationScorer) else r * write.sum())
+        unit = d / np.sqrt((d**2).sum(0))
+        previous = reference_score(scorer, r / r.sum(), unit, write, y / 8)
+    return found
+
+
+@piped
+@pytest.mark.parametrize(
+    "scorer",
+    [s for s in SCORERS if not isinstance(s, fs.NormScorer | fs.WandaScorer)],
+    ids=lambda s: type(s).__name__ + str(getattr(s, "z_importance", "")),
+)
+@pytest.mark.parametrize("arch", ["llama", "llama_bias", "gpt2"])
+def test_the_default_mode_by_another_way(arch, scorer, pipeline):
+    model = tiny(arch)
+    expected = channel_reference(scorer, model, arch, pipeline is fs.ChainedFFNPipeline)
+    found = pipeline(model, windows(), scorer, fs.LocalPruner(0.25)).run().scores
+    for site, value in zip(found.sites, expected, strict=True):
+        assert found.values[site].numpy() == pytest.approx(value, rel=1e-4)
+
+
 @piped
 def test_global_is_over_one_chain(pipeline):
     model = tiny("llama")
@@ -178,22 +210,29 @@ def test_the_layerwise_mode_does(scorer, pipeline):
     assert not any(torch.allclose(before.values[site], after.values[site], rtol=0.05) for site in before.sites)
 
 
+@torch.no_grad()
+def with_dead_channel(how):
+    """Channel 5 has a down column of zeros, or a gate that is never open."""
+    model = tiny("llama_relu", mlp_bias=True)
+    for block in model.model.layers:
+        if how == "down":
+            block.mlp.down_proj.weight[:, 5] = 0
+        else:
+            block.mlp.gate_proj.bias[5] = -1000.0
+    return model
+
+
 @piped
 @named
-@pytest.mark.parametrize("dead", ["down", "gate"])
-def test_a_channel_without_effect_gets_zero(scorer, pipeline, dead):
-    """Down column of zeros, or a gate that is never open."""
-    model = tiny("llama_relu")
-    with torch.no_grad():
-        for block in model.model.layers:
-            weight = block.mlp.down_proj.weight.T if dead == "down" else block.mlp.gate_proj.weight
-            weight[5] = 0
+@pytest.mark.parametrize("how", ["down", "gate"])
+def test_a_channel_without_effect_gets_zero(scorer, pipeline, how):
+    model = with_dead_channel(how)
     found = run(model, scorer, pipeline)
-    reads_activations = not isinstance(scorer, fs.NormScorer) or dead == "down"
+    only_weights = isinstance(scorer, fs.NormScorer) and how == "gate"
     for site, value in found.scores.values.items():
-        assert (value[5] == 0) == reads_activations or dead == "gate"
+        assert bool(value[5] == 0) is not only_weights
         assert (value[torch.arange(D_FF) != 5] > 0).all()
-        assert 5 not in found.plan.kept[site].tolist()
+        assert only_weights or 5 not in found.plan.kept[site].tolist()
     blind = run(model, scorer, pipeline, layerwise=True).scores
     assert all(value[5] > 0 for value in blind.values.values())
 
@@ -234,8 +273,6 @@ def test_random_is_seeded_and_leaves_torch_alone():
 @named
 def test_half_precision(scorer, dtype):
     model = tiny("llama", dtype=dtype)
-    single = tiny("llama").load_state_dict
-    assert single
     for layerwise in (False, True):
         low = run(model, scorer, layerwise=layerwise).scores
         high = run(copy.deepcopy(model).float(), scorer, layerwise=layerwise).scores
@@ -295,7 +332,7 @@ def test_a_scorer_that_returns_what_cannot_be():
     with pytest.raises(UsageError, match=r"Wrong.score returned shape \(3,\); expected \(48,\), one per output"):
         run(model, Wrong())
     Wrong.value = -torch.ones(D_FF)
-    with pytest.raises(UsageError, match="Wrong.score returned a value that is negative, NaN or infinite"):
+    with pytest.raises(UsageError, match=r"Wrong.score returned a value that is negative, NaN or infinite"):
         run(model, Wrong())
     with pytest.raises(NotImplementedError, match=r"BaseScorer has no score\(self, prev_importance, in_activations"):
         run(model, fs.BaseScorer())
