@@ -42,9 +42,9 @@ LLM_RANK = "arXiv:2410.13299, public code, rows of up"
 
 @metric("layerwise_norm", source=LLM_RANK)
 def layerwise_norm(stats: ChannelStats, weights: FFNWeights, *, p: float = 1.0) -> Tensor:
-    """LLM-Rank parity: p-norm of the up row, over the sum of the FFN.
+    """LLM-Rank parity, blind to gate and down: p-norm of the up row, over the sum of the FFN.
 
-    [d_ff]. Ignores gate, activation and down. Changes under up * c, down / c.
+    [d_ff]. Reads no activation. Changes under up * c, down / c.
     """
     none = weights.up.new_zeros(stats.site.d_model), weights.up.new_zeros(stats.site.d_ff)  # a norm reads neither
     return shares_of(NormScorer(p).apply(none[0], Layer(weights.up, *none)))
@@ -52,16 +52,16 @@ def layerwise_norm(stats: ChannelStats, weights: FFNWeights, *, p: float = 1.0) 
 
 @metric("layerwise_activation", needs=ROW_NEEDS, source=LLM_RANK)
 def layerwise_activation(stats: ChannelStats, weights: FFNWeights) -> Tensor:
-    """LLM-Rank parity: size of the linear output, sqrt(E[(W_up x)^2]), over the sum of the FFN.
+    """LLM-Rank parity, blind to gate and down: sqrt(E[(W_up x)^2]), over the sum of the FFN.
 
-    [d_ff]. Before the gate, and blind to down; for h itself take ``write_norm``. Changes under up * c, down / c.
+    [d_ff]. The linear output of up; for h itself take ``write_norm``. Changes under up * c, down / c.
     """
     return _alone(ActivationScorer(), stats, weights)
 
 
 @metric("layerwise_wanda", needs=("ffn_in_sq",), source=LLM_RANK)
 def layerwise_wanda(stats: ChannelStats, weights: FFNWeights) -> Tensor:
-    """LLM-Rank parity: sum over the up row of |W_ij| sqrt(E[x_j^2]), over the sum of the FFN.
+    """LLM-Rank parity, blind to gate and down: sum over the up row of |W_ij| sqrt(E[x_j^2]), over the sum of the FFN.
 
     [d_ff]. Wanda's score of weights that feed the channel; for those that it feeds take ``wanda``. Changes under
     up * c, down / c.
@@ -74,10 +74,10 @@ def layerwise_wanda(stats: ChannelStats, weights: FFNWeights) -> Tensor:
 def layerwise_weighted_pagerank(
     stats: ChannelStats, weights: FFNWeights, *, gamma: float = 0.9, theta: float = 0.5
 ) -> Tensor:
-    """LLM-Rank parity: one step of weighted PageRank through up, isolated FFNs.
+    """LLM-Rank parity, blind to gate and down: weighted PageRank through up; gamma = 0 is the activation score.
 
-    [d_ff], with sum 1. With gamma = 0, the public default, it is ``layerwise_activation``. Looks at nothing after up,
-    and ignores the gate. Changes under up * c, down / c.
+    [d_ff], with sum 1. With gamma = 0, the public default, it is ``layerwise_activation``. Looks at nothing after up:
+    a channel with a down column of zeros can rank high. Changes under up * c, down / c.
     """
     return _alone(WeightedPageRankScorer(gamma, theta), stats, weights)
 
@@ -86,10 +86,10 @@ def layerwise_weighted_pagerank(
 def layerwise_modified_pagerank(
     stats: ChannelStats, weights: FFNWeights, *, z_importance: bool = False, sparsity: float = 0.3
 ) -> Tensor:
-    """LLM-Rank parity: size of the linear output times the sum of |W_ij| p_j, isolated FFNs.
+    """LLM-Rank parity, blind to gate and down: sqrt(E[(W_up x)^2]) times the sum of |W_ij| p_j.
 
     [d_ff], over the sum of the FFN. ``sparsity`` is the share of inputs that ``z_importance`` sets to 0. Looks at
-    nothing after up, and ignores the gate. Changes under up * c, down / c.
+    nothing after up: a channel with a down column of zeros can rank high. Changes under up * c, down / c.
     """
     return _alone(ModifiedPageRankScorer(z_importance, sparsity), stats, weights)
 
@@ -103,10 +103,11 @@ def layerwise_modified_pagerank(
 def layerwise_weighted_pagerank_chained(
     graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, gamma: float = 0.9, theta: float = 0.5
 ) -> dict[FFNSite, Tensor]:
-    """LLM-Rank parity: weighted PageRank through up, down, up, down, ... of all FFNs as one chain.
+    """LLM-Rank parity, blind to gate and what follows: weighted PageRank through all FFNs; gamma = 0 is the activation.
 
-    Site -> [d_ff], with sum 1 each. With gamma = 0, the public default, it is ``layerwise_activation``. Attention and
-    the residual skip are left out, and the gate is ignored. Changes under up * c, down / c.
+    Site -> [d_ff], with sum 1 each, through up, down, up, down, ... as one chain. With gamma = 0, the public default,
+    it is ``layerwise_activation``. Rows of down are residual channels: the public code removes them too, plans do not.
+    Attention and the residual skip are left out. Changes under up * c, down / c.
     """
     return chained_scores(WeightedPageRankScorer(gamma, theta), graph, stats, ProjectionView)
 
@@ -115,10 +116,11 @@ def layerwise_weighted_pagerank_chained(
 def layerwise_modified_pagerank_chained(
     graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, z_importance: bool = False, sparsity: float = 0.3
 ) -> dict[FFNSite, Tensor]:
-    """LLM-Rank parity: modified PageRank through up, down, up, down, ... of all FFNs as one chain.
+    """LLM-Rank parity, blind to gate and what follows: modified PageRank through all FFNs as one chain.
 
-    Site -> [d_ff], with sum 1 each. ``sparsity`` is the share of inputs that ``z_importance`` sets to 0. Attention and
-    the residual skip are left out, and the gate is ignored. Changes under up * c, down / c.
+    Site -> [d_ff], with sum 1 each, through up, down, up, down, ... ``sparsity`` is the share of inputs that
+    ``z_importance`` sets to 0. Rows of down are residual channels: the public code removes them too, plans do not.
+    Attention and the residual skip are left out. Changes under up * c, down / c.
     """
     return chained_scores(ModifiedPageRankScorer(z_importance, sparsity), graph, stats, ProjectionView)
 
