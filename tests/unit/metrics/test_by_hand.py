@@ -139,7 +139,7 @@ def test_every_metric_has_a_value_by_hand():
     elsewhere = {"supernode"}  # needs more channels: test_supernode.py
     rules = [METRICS.get(name) for name in METRICS.names()]
     found = {rule.name for rule in rules if rule.family not in elsewhere and rule.scope == "site"}
-    assert found == {*EXPECTED, "random"}  # of scope "model": test_pipeline.py
+    assert found == {*EXPECTED, "random"}
 
 
 def test_norms_of_another_order():
