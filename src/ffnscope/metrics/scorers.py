@@ -242,7 +242,7 @@ class ModifiedPageRankScorer(BaseScorer):
 
     Args:
         z_importance: inputs that pruning at ``sparsity`` would remove have no vote: the least important share of them
-            (rounded down; of equal ones those of higher index) counts as 0.
+            (rounded down; of equal ones those of lower index) counts as 0.
         sparsity: that share, in [0, 1]. It has no effect without ``z_importance``.
         device: see `BaseScorer`.
 
@@ -259,9 +259,9 @@ class ModifiedPageRankScorer(BaseScorer):
     def score(self, prev_importance: Tensor, in_activations: Tensor, out_activations: Tensor, weight: Tensor) -> Tensor:
         """out_activation_i sum_j |W_ij| p_j; [n_out]."""
         if self.z_importance:
-            kept = len(prev_importance) - int(len(prev_importance) * self.sparsity)
-            order = torch.sort(prev_importance, descending=True, stable=True).indices
-            prev_importance = prev_importance.index_fill(0, order[kept:], 0)
+            order = torch.sort(prev_importance, stable=True).indices
+            silent = order[: int(len(prev_importance) * self.sparsity)]
+            prev_importance = prev_importance.index_fill(0, silent, 0)
         return out_activations * (weight @ prev_importance)
 
     def score_channels(self, prev_importance: Tensor, channels: Channels) -> Tensor:
