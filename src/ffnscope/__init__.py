@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 from ffnscope.analyze.agreement import agreement
 from ffnscope.analyze.levels import CoreRule, calibrate_all
+from ffnscope.analyze.pipeline import BasePipeline, ChainedFFNPipeline, IsolatedFFNPipeline, PipelineResult
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
 from ffnscope.analyze.stability import stability
@@ -36,7 +37,17 @@ from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites, select_sites
 from ffnscope.ffn.survey import survey
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_scores, write_stats
+from ffnscope.metrics.scorers import (
+    ActivationScorer,
+    BaseScorer,
+    ModifiedPageRankScorer,
+    NormScorer,
+    RandomScorer,
+    WandaScorer,
+    WeightedPageRankScorer,
+)
 from ffnscope.plan.build import build_plan, diff_plans, top_core
+from ffnscope.plan.pruners import BasePruner, GlobalPruner, LocalPruner
 from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
 from ffnscope.report.ranking import ranking
 from ffnscope.scoring import score
@@ -54,11 +65,16 @@ __all__ = [
     "ALLOCATORS",
     "METRICS",
     "STATISTICS",
+    "ActivationScorer",
+    "BasePipeline",
+    "BasePruner",
+    "BaseScorer",
     "BenchOptions",
     "BenchResult",
     "Budget",
     "Capture",
     "CaptureOptions",
+    "ChainedFFNPipeline",
     "ChannelStats",
     "CoreRule",
     "EvalResult",
@@ -66,14 +82,23 @@ __all__ = [
     "FFNScopeError",
     "FFNSite",
     "FFNWeights",
+    "GlobalPruner",
+    "IsolatedFFNPipeline",
     "LoadedModel",
+    "LocalPruner",
     "ModelSource",
+    "ModifiedPageRankScorer",
+    "NormScorer",
     "PassOptions",
+    "PipelineResult",
     "PruningPlan",
     "Question",
+    "RandomScorer",
     "Repeat",
     "Scores",
     "TextSource",
+    "WandaScorer",
+    "WeightedPageRankScorer",
     "Windows",
     "Work",
     "agreement",

@@ -65,6 +65,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 TUTORIALS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "tutorials").glob("*.md"))
+TUTORIALS += ["docs/graph.md"]
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Statistics: sums and maxima over tokens, from which every metric is computed.
 
 Signals: ``x`` [n, d_model] FFN input, ``h`` [n, d_ff] channel activations (the input of the down projection), ``g``
-[n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``core`` [k] the indices of the supernode core. A
-user's own statistic may also read ``y`` [n, d_model], the FFN's output, and ``dy`` [n, d_model], its gradient; no
-built-in metric needs them. Parts of a batch are reduced in the model's dtype (at least float32) and accumulated in
+[n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``y`` [n, d_model] the FFN's output; ``core`` [k]
+the indices of the supernode core. A user's own statistic may also read ``dy`` [n, d_model], the gradient of the output;
+no built-in metric needs it. Parts of a batch are reduced in the model's dtype (at least float32) and accumulated in
 float64 (counts in int32), so results do not depend on how text is split into batches.
 """
 
@@ -100,6 +100,18 @@ def taylor_core(total: Tensor, h: Tensor, g: Tensor, core: Tensor) -> None:
 def x_sum(x: Tensor) -> Tensor:
     """Sum of the FFN input."""
     return x.sum(0)
+
+
+@statistic("ffn_in_sq", reads=("x",), reduce="sum", shape=("d_model",))
+def ffn_in_sq(x: Tensor) -> Tensor:
+    """Sum of squares of the FFN input."""
+    return _sum_of_squares(x)
+
+
+@statistic("ffn_out_sq", reads=("y",), reduce="sum", shape=("d_model",))
+def ffn_out_sq(y: Tensor) -> Tensor:
+    """Sum of squares of the FFN output (of an expert: before its bias and router weight)."""
+    return _sum_of_squares(y)
 
 
 @statistic("x_outer", reads=("x",), reduce="sum", shape=("d_model", "d_model"), in_place=True)

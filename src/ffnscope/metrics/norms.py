@@ -14,7 +14,7 @@ def row_norms(weight: Tensor, order: float = 2) -> Tensor:
     return torch.linalg.vector_norm(weight, order, dim=1, dtype=dtype)
 
 
-def channel_norms(weights: FFNWeights) -> Tensor:
-    """L2 norms of every channel's gate row (if there is one), up row and down column: [3 or 2, d_ff]."""
+def channel_norms(weights: FFNWeights, order: float = 2) -> Tensor:
+    """Norms of every channel's gate row (if there is one), up row and down column: [3 or 2, d_ff]."""
     parts = (weights.gate, weights.up, weights.down.T)
-    return torch.stack([row_norms(p) for p in parts if p is not None])
+    return torch.stack([row_norms(p, order) for p in parts if p is not None])

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from ffnscope.errors import UsageError
 from ffnscope.metrics.norms import channel_norms
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
@@ -22,12 +23,14 @@ def weight_magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
 
 
 @metric("magnitude", source="norm product, as in structured magnitude pruning (arXiv:2312.11983, baseline)")
-def magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
-    """Product of the L2 norms of the channel's gate row, up row and down column; [d_ff].
+def magnitude(stats: ChannelStats, weights: FFNWeights, *, p: float = 2.0) -> Tensor:
+    """Product of the p-norms of the channel's gate row, up row and down column; [d_ff].
 
-    Invariant under up * c, down / c, which leaves the function as it is; the sum is not.
+    ``p`` is at least 1. Invariant under up * c, down / c, which leaves the function as it is; the sum is not.
     """
-    return channel_norms(weights).prod(0)
+    if not p >= 1:
+        raise UsageError(f"magnitude: the order p of a norm must be at least 1; got {p:g}.")
+    return channel_norms(weights, p).prod(0)
 
 
 @metric("random", source="uniform noise, the floor of every comparison")

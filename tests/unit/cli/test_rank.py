@@ -174,3 +174,20 @@ def test_a_reference_of_another_shape_is_refused_before_the_calibration(
 def test_equal_weights_have_no_delta(ok: Ok, base: tuple[Any, ...], checkpoint: Path) -> None:
     rows = printed(ok(*base, "-m", "delta_alignment", "--reference", checkpoint))
     assert torch.tensor([float(row[3]) for row in rows]).eq(0).all()
+
+
+def test_pipelines_by_name_with_their_parameters(ok: Ok, base: tuple[Any, ...], fails: Fails) -> None:
+    chained = "weighted_pagerank_chained"
+    off, alone, on = (
+        [row[1:3] for row in printed(ok(*base, "-m", name, *options))]
+        for name, options in (
+            (chained, ("--param", f"{chained}.gamma=0.0", "--param", f"{chained}.theta=1.0")),
+            ("write_norm", ()),
+            (chained, ("--param", f"{chained}.gamma=1.0")),
+        )
+    )
+    assert off == alone != on
+    assert "gamma of weighted PageRank must be in [0, 1]; got 3" in fails(
+        2, *base, "-m", chained, "--param", f"{chained}.gamma=3"
+    )
+    ok(*base, "-m", "layerwise_modified_pagerank", "--param", "layerwise_modified_pagerank.z_importance=true")

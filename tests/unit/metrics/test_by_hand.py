@@ -28,6 +28,10 @@ along (1, 3) the centred x is 15, -15, 0: variance 150; centred h (1, 7, -8) / 3
 covariances (15 - 105) / 9 = -10 and (-150 + 60) / 9 = -10
 rho^2 = 100 / (150 * 38/9) = 3/19 and 100 / (150 * 104/9) = 3/52
 rho^2 of h0 and h1 = (50/9)^2 / (38/9 * 104/9) = 2500 / 3952
+
+E[x^2] = 7, 18; p = (sqrt 7, sqrt 18) over their sum; W_up x = (4, 1, -2), (72, -18, 12), of mean square 7, 1884
+what a channel writes  w = 13 sqrt(14/3), 5 sqrt(40/3)
+shares  gate (3, 4) / 7, (0, 1); up (1, 0), (3, 4) / 7; their means (5, 2) / 7, (3, 11) / 14
 """
 
 from __future__ import annotations
@@ -37,9 +41,38 @@ from math import log, sqrt
 import pytest
 import torch
 
+from ffnscope.errors import UsageError
 from ffnscope.registry import METRICS
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 from hand_example import GATED, PLAIN, SITE, G, H, X, inputs_of, stats_of
+
+IN = (sqrt(7), sqrt(18))
+P = tuple(v / sum(IN) for v in IN)
+LINEAR = (sqrt(7), sqrt(1884))
+WRITE = (13 * sqrt(14 / 3), 5 * sqrt(40 / 3))
+
+
+def pagerank(strength, degree, out, unit):
+    """0.9 (0.5 strength + 0.5 degree) + 0.1 out / sum(out), times a unit."""
+    return tuple(unit * (0.45 * (s + d) + 0.1 * o / sum(out)) for s, d, o in zip(strength, degree, out, strict=True))
+
+
+def of_sum(*values):
+    return tuple(v / sum(values) for v in values)
+
+
+def strength(edges):
+    """Each input's importance, spread over channels by the size of its edges."""
+    columns = [sum(row[d] for row in edges) for d in (0, 1)]
+    return tuple(sum(row[d] / columns[d] * P[d] for d in (0, 1)) for row in edges)
+
+
+def edges(*shares):
+    return [[w * s for s in row] for w, row in zip(WRITE, shares, strict=True)]
+
+
+MIXED = ((5 / 7, 2 / 7), (3 / 14, 11 / 14))
+UP_ONLY = ((1, 0), (3 / 7, 4 / 7))
 
 EXPECTED = {
     "activation_l2_norm": (sqrt(14 / 3), sqrt(40 / 3)),
@@ -68,12 +101,25 @@ EXPECTED = {
     "composite": (1.0, 0.0),  # channel 0 is first by scar_loss_proxy and by wanda
     "weight_magnitude": (19.0, 16.0),
     "magnitude": (65.0, 50.0),
+    "write_norm": WRITE,
+    "weighted_pagerank": pagerank(strength(edges(*MIXED)), (0.5, 0.5), WRITE, sum(WRITE)),
+    "modified_pagerank": tuple(w * (a * P[0] + b * P[1]) for w, (a, b) in zip(WRITE, MIXED, strict=True)),
+    "layerwise_norm": (1 / 15, 14 / 15),
+    "layerwise_activation": of_sum(*LINEAR),
+    "layerwise_wanda": of_sum(IN[0], 6 * IN[0] + 8 * IN[1]),
+    # columns (1, 6) and (0, 8); channel 0 has no edge from input 1
+    "layerwise_weighted_pagerank": pagerank(
+        (P[0] / 7, 6 * P[0] / 7 + P[1]), (P[0] / 2, P[0] / 2 + P[1]), LINEAR, unit=1
+    ),
+    "layerwise_modified_pagerank": of_sum(LINEAR[0] * P[0], LINEAR[1] * (6 * P[0] + 8 * P[1])),
 }
 EXPECTED_PLAIN = EXPECTED | {
     "weight_magnitude": (14.0, 15.0),
     "magnitude": (13.0, 50.0),
     "rayleigh_quotient": (0.3, 0.7),
     "delta_alignment": (0.7, 0.35),
+    "weighted_pagerank": pagerank(strength(edges(*UP_ONLY)), (P[0] / 2, P[0] / 2 + P[1]), WRITE, sum(WRITE)),
+    "modified_pagerank": tuple(w * (a * P[0] + b * P[1]) for w, (a, b) in zip(WRITE, UP_ONLY, strict=True)),
 }
 
 
@@ -91,7 +137,38 @@ def test_metric_is_what_it_says(name, dtype, weights):
 
 def test_every_metric_has_a_value_by_hand():
     elsewhere = {"supernode"}  # needs more channels: test_supernode.py
-    assert {n for n in METRICS.names() if METRICS.get(n).family not in elsewhere} == {*EXPECTED, "random"}
+    rules = [METRICS.get(name) for name in METRICS.names()]
+    found = {rule.name for rule in rules if rule.family not in elsewhere and rule.scope == "site"}
+    assert found == {*EXPECTED, "random"}
+
+
+def test_norms_of_another_order():
+    rule = METRICS.get("magnitude")
+    assert rule.fn(stats_of(rule), GATED, p=1.0).tolist() == pytest.approx((7 * 1 * 17, 1 * 14 * 7))
+    rule = METRICS.get("layerwise_norm")
+    assert rule.fn(stats_of(rule), GATED, p=2.0).tolist() == pytest.approx((1 / 11, 10 / 11))
+    for name in ("magnitude", "layerwise_norm"):
+        with pytest.raises(UsageError, match=r"the order p of a norm must be at least 1; got 0.5"):
+            METRICS.get(name).fn(stats_of(rule), GATED, p=0.5)
+
+
+def test_the_linear_output_counts_its_bias():
+    rule = METRICS.get("layerwise_activation")
+    outputs = ((5, 2, -1), (73, -17, 13))  # the bias is 1
+    expected = of_sum(*(sqrt(sum(v * v for v in row) / 3) for row in outputs))
+    assert rule.fn(stats_of(rule), GATED).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_numbers_that_cannot_be():
+    cases = {
+        "weighted_pagerank": ({"gamma": 1.5}, {"theta": -0.1}),
+        "modified_pagerank": ({"z_importance": True, "sparsity": 2.0},),
+    }
+    for name, wrong in cases.items():
+        rule = METRICS.get(name)
+        for params in wrong:
+            with pytest.raises(UsageError, match=r"must be in \[0, 1\]"):
+                rule.fn(stats_of(rule), GATED, **params)
 
 
 def test_absolute_quotients():
