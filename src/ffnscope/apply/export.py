@@ -18,13 +18,14 @@ from ffnscope.apply.mask import check_plan
 from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.slice import slice_
 from ffnscope.apply.widths import fit_config, narrowing, stock_class
-from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.ffn.narrowed import AUTO, MODELING, NARROWED
 from ffnscope.ffn.offload import materialised, saving
 from ffnscope.ffn.projection import coupled
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import write_plan
+from ffnscope.scoring import not_finite_weight
 from ffnscope.types import EvalResult, FFNSite, PruningPlan
 
 PLAN = "ffnscope_plan.json"
@@ -44,11 +45,22 @@ def prune_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool = False) 
     Raises:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
         ModelError: a weight has no value; the model is then unchanged.
+        NonFiniteError: a weight holds NaN or infinity; the model is then unchanged.
         LayoutError: cutting would compute something else than masking; the model is then unchanged.
     """
     check_plan(model, plan)
+    _check_weights(model)
     check_cut(model, list(plan.kept))
     return slice_(model, _padded(model, plan) if pad_to_widest else plan)
+
+
+def _check_weights(model: nn.Module) -> None:
+    name = not_finite_weight(model)
+    if name is not None:
+        raise NonFiniteError(
+            f"the weight {name} holds NaN or infinity, so the pruned model would be broken too. Load the model "
+            "again from an intact checkpoint."
+        )
 
 
 def save_model(

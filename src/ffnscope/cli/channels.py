@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ffnscope.analyze.levels import needs_core
 from ffnscope.analyze.memory import calibration_bytes
 from ffnscope.analyze.question import Question
 from ffnscope.calibrate.collect import PassOptions, weights_hash
@@ -68,7 +70,11 @@ def score_all(
     windows = choice.calibration(loaded) if windows is None else windows
     part = folder / UNFINISHED / "calibrate.safetensors" if folder else None
     options = PassOptions(batch_size=choice.batch_size, checkpoint=part, keep_checkpoint=True)
-    facts = {"model": weights_hash(loaded.model), **loaded.facts, "calibration": describe_windows(windows)}
+    facts: dict[str, Any] = {"model": weights_hash(loaded.model), **loaded.facts}
+    facts |= {"calibration": describe_windows(windows)}
+    facts["batch_size"] = choice.batch_size
+    if needs_core(asked.params):
+        facts["core"] = asdict(asked.rule)
     if asked.reference is not None:
         facts["reference"] = weights_hash(asked.reference)
     given: Any = {"sites": asked.sites, "rule": asked.rule, "options": options}

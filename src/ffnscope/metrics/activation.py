@@ -58,7 +58,7 @@ def activation_outlier_index(stats: ChannelStats, weights: FFNWeights) -> Tensor
 
     [d_ff]; 0 for a channel that is never active. The quantile comes from a fixed histogram of every 32nd token and is
     the geometric middle of its bin: bins span at most a factor 1.25, so the quantile is within 12 % of the sample's.
-    Below 1,000 histogram tokens (16,000 of calibration) it is the largest bin seen. Values under 2^-16 or over 2^16
+    Below 1,000 histogram tokens (32,000 of calibration) it is the largest bin seen. Values under 2^-16 or over 2^16
     fall into the end bins.
     Invariant under up * c, down / c, to the same 12 %.
     """

@@ -19,7 +19,9 @@ DEFAULT_PARTS = {"scar_loss_proxy": 1.0, "wanda": 1.0}
 
 def parts_need(params: Mapping[str, Any]) -> tuple[str, ...]:
     """Statistics that the parts of a composite need, each once."""
-    return tuple(dict.fromkeys(n for name in _checked(params.get("parts")) for n in METRICS.get(name).needed({})))
+    return tuple(
+        dict.fromkeys(n for name in _checked(params.get("parts", DEFAULT_PARTS)) for n in METRICS.get(name).needed({}))
+    )
 
 
 @metric("composite", needs=parts_need, source="weighted rank or z-score average")
@@ -27,7 +29,7 @@ def composite(
     stats: ChannelStats,
     weights: FFNWeights,
     *,
-    parts: dict[str, float] | None = None,
+    parts: dict[str, float] = DEFAULT_PARTS,
     normalise: Literal["rank", "z"] = "rank",
 ) -> Tensor:
     """Weighted mean of other metrics' scores, each normalised inside the site; [d_ff].
@@ -47,8 +49,7 @@ def composite(
     return found
 
 
-def _checked(parts: Mapping[str, float] | None) -> Mapping[str, float]:
-    parts = DEFAULT_PARTS if parts is None else parts
+def _checked(parts: Mapping[str, float]) -> Mapping[str, float]:
     if not any(parts.values()) or not all(math.isfinite(w) for w in parts.values()):
         raise UsageError("composite needs parts: metric names with finite weights, not all 0, like {wanda: 1.0}.")
     for name in parts:

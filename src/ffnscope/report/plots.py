@@ -186,7 +186,8 @@ def _figure(width: float, height: float, heading: str, title: str) -> Figure:
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    text = "\n".join([heading, *textwrap.wrap(title, int(13 * (width - 1.8)))])  # leaves the corner to the legend
+    room = int(13 * (width - 1.8))  # leaves the corner to the legend
+    text = "\n".join([*textwrap.wrap(heading, room), *textwrap.wrap(title, room)])
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, color=INK, parse_math=False)
     return figure
 

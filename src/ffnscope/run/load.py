@@ -133,8 +133,8 @@ def _validate(data: dict[str, Any]) -> tuple[RunConfig, list[Problem]]:
         except ValidationError as error:
             found = [Problem(_in_data(data, item["loc"]), explain(item)) for item in error.errors()]
             problems += found
-            for problem in found:
-                _take_out(data, problem.path)
+            for path in dict.fromkeys([_innermost(data, problem.path) for problem in found]):
+                _take_out(data, path)
 
 
 def _in_data(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
@@ -150,8 +150,18 @@ def _in_data(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
     return tuple(path)
 
 
+def _innermost(data: dict[str, Any], path: KeyPath) -> KeyPath:
+    """Cut a path to the innermost key that is there; a list counts as a whole, so that its indices stay true."""
+    inner: Any = data
+    for n, key in enumerate(path):
+        if not isinstance(inner, dict) or key not in inner:
+            return path[:n] or path
+        inner = inner[key]
+    return path
+
+
 def _take_out(data: dict[str, Any], path: KeyPath) -> None:
-    """Remove the innermost key that the path names; a list goes as a whole, so that its indices stay true."""
+    """Remove a key; without the model's name nothing could be checked, so it gets a stand-in."""
     if path[0] == "model" and path[1:] in {(), ("model_id",)}:
         block = data["model"]
         data["model"] = {**(block if isinstance(block, dict) else {}), "model_id": _STAND_IN}
@@ -180,7 +190,7 @@ def _lines(document: Document, problems: list[Problem], renamed: Mapping[KeyPath
                 path = (*written, *path[len(own) :])
         place = problem.place or document.place(path)
         parts = [place.words if place else "", show(path), problem.message]
-        rows.append((place.order if place else 0, ": ".join(part for part in parts if part) + "."))
+        rows.append((place.order if place else 0, ": ".join(part for part in parts if part).removesuffix(".") + "."))
     return list(dict.fromkeys(text.replace("?.", "?") for _, text in sorted(rows, key=lambda row: row[0])))
 
 

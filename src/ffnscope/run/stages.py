@@ -165,10 +165,13 @@ def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Sc
     path, summary = job.folder / "scores.safetensors", job.folder / "scores.json"
     params = {name: metric_params(job.config, name) for name in job.config.metric_names}
     rule = core_rule(job.config) if needs_core(params) else None
+    options = pass_options(job.config)
 
     def make() -> None:
         model = job.loaded.model
         facts = {"model": job.model_hash, **job.loaded.facts, "calibration": describe_windows(job.calibration)}
+        facts |= {name: getattr(options, name) for name in ("batch_size", "gradient_windows", "gradient_length")}
+        facts |= {"core": asdict(rule)} if rule else {}
         if job.reference_hash:
             facts["reference"] = {"model": job.config.model.reference_id, "hash": job.reference_hash}
         reference = load_reference(job.config, params)

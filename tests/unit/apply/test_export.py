@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from faults import small_files
 from ffnscope.apply.export import PLAN, prune_, save_model
 from ffnscope.apply.mask import masked
-from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.errors import ArtifactError, NonFiniteError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_plan
 from ffnscope.types import PruningPlan
@@ -144,3 +144,12 @@ class TestSave:
         tmp_path.chmod(0o500)
         with pytest.raises(ArtifactError, match=r"cannot write .*out: Permission denied"):
             save_model(llama, None, tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_not_pruned(llama: Any, random_plan: Callable[..., PruningPlan]) -> None:
+    plan = random_plan(llama)
+    weight = llama.model.layers[1].input_layernorm.weight
+    weight.data[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.input_layernorm\.weight holds NaN or infinity"):
+        prune_(llama, plan)
+    assert [site.d_ff for site in find_sites(llama)] == [site.d_ff for site in plan.kept]

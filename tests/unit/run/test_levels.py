@@ -79,6 +79,7 @@ def test_both_passes_are_stages_with_files(unbroken: RunResult) -> None:
     found, _ = read_scores(folder / "scores.safetensors")
     assert list(found)[:3] == ALGORITHMS
     assert found["supernode_protection_score"].facts["params"]["halo_fraction"] == 0.2
+    assert found["supernode_protection_score"].facts["core"]["metric"] == "scar_loss_proxy"
     assert found["composite"].facts["params"] == {"parts": {"wanda": 1.0, "magnitude": 0.5}, "normalise": "rank"}
     assert [row.label for row in unbroken.rows] == ["dense", *(f"{name}-0.5" for name in ALGORITHMS)]
     core = ffnscope.top_core(found["scar_loss_proxy"], 0.1)

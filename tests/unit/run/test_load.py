@@ -325,6 +325,18 @@ def test_all_problems_together_in_the_order_of_the_file(problems, tmp_path):
     ]
 
 
+def test_two_faults_in_one_list_hide_no_other_of_their_block(problems):
+    found = problems(MODEL + "metrics:\n  enabled: [wandas, scar_tailor]\n  random: {sed: 1}\n")
+    places = [problem.split(": ")[1] for problem in found]
+    assert places == ["metrics.enabled[0]", "metrics.enabled[1]", "metrics.random.sed"]
+
+
+def test_a_problem_ends_with_one_full_stop(problems):
+    assert problems(MODEL + "supernode: {enabled: true, halo_fraction: 0}\n") == [
+        "line 3: supernode.halo_fraction: must be in (0, 1), a fraction of the channels; got 0."
+    ]
+
+
 def test_a_problem_of_an_override_has_the_override_as_its_place(problems):
     text = MODEL + "pruning: {enabled: true}\n"
     found = problems(text, "nosuch.key=1", "pruning.nosuch.key=2", "supernode.top_k=3", "supernode.core_fraction=0.1")

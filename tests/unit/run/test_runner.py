@@ -85,6 +85,7 @@ def test_scores_hold_every_channel_of_every_metric(full: RunResult) -> None:
         assert [site.name for site in one.values] == SITES
         assert all(value.shape == (D_FF,) for value in one.values.values())
     assert facts["calibration"]["predicted_tokens"] == 6 * 31
+    assert (facts["gradient_windows"], facts["gradient_length"]) == (4, 16)
     assert found["random"].facts["params"] == {"seed": 42}  # the experiment's
 
 
