@@ -53,6 +53,7 @@ def slow_sums(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         "taylor_sum": q.sum(0),
         "taylor_core": sum((torch.outer(row[CORE], row) for row in q), torch.zeros(())),
         "x_sum": x.sum(0),
+        "ffn_in_sq": (x * x).sum(0),
         "x_outer": sum((torch.outer(row, row) for row in x), torch.zeros(())),
         "xh_outer": sum((torch.outer(a, b) for a, b in zip(x, h, strict=True)), torch.zeros(())),
         "h_outer": sum((torch.outer(row, row) for row in h), torch.zeros(())),
@@ -86,7 +87,12 @@ class TestStatistics:
                     assert int(total.sum()) == EXPERT * (0 if rows is None else len(rows["window"].unique()))
                     continue
                 assert stats.counts[key] == (n_targets if "grad" in key or "taylor" in key else n)
-                wanted = torch.zeros_like(total) if rows is None else slow_sums(rows)[key]
+                if rows is None:
+                    wanted = torch.zeros_like(total)
+                elif key == "ffn_out_sq":
+                    wanted = (rows["h"] @ weights_of(model, site).down.T).square().sum(0)
+                else:
+                    wanted = slow_sums(rows)[key]
                 scale = max(float(wanted.abs().max()), 1e-12)
                 assert float((total - wanted).abs().max()) < 1e-4 * scale, (site.name, key)
 

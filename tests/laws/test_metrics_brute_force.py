@@ -285,4 +285,6 @@ def test_every_metric_is_compared_here_or_by_its_own_test():
         "magnitude",
         "random",
     }
+    graph = {n for n in METRICS.names() if n == "write_norm" or n.startswith("layerwise_") or "pagerank" in n}
+    elsewhere |= graph  # parity/test_llmrank.py, analyze/test_pipeline.py, by hand
     assert {n for n in METRICS.names() if f'"{n}"' not in here} <= elsewhere
