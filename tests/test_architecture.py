@@ -21,7 +21,7 @@ RANK = {
     "errors": -2,
     "display": -1,
     "types": 0,
-    **dict.fromkeys(("registry", "io"), 1),
+    **dict.fromkeys(("registry", "io", "graph"), 1),
     **dict.fromkeys(("ffn", "metrics"), 2),
     **dict.fromkeys(("calibrate", "scoring", "plan"), 3),
     "apply": 4,

@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.types import FFNSite, Reduction
@@ -24,6 +24,8 @@ SIZES = ("d_ff", "d_model", "core")
 """Names that the shape of a statistic may use for a number."""
 INPUTS = ("core", "reference")
 """What a metric may get beyond statistics and weights."""
+Scope = Literal["site", "model"]
+"""What a metric sees at once: one site, or all of them as a graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +98,15 @@ class Statistic:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A scoring rule: ``fn(stats, weights, **params) -> [d_ff]``, high = keep.
+    """A scoring rule, high = keep.
+
+    Of ``scope`` "site", ``fn(stats, weights, **params) -> [d_ff]`` scores the channels of one site from its
+    `ChannelStats` and `FFNWeights`. Of scope "model", ``fn(graph, stats, **params) -> {site: [d_ff]}`` scores all sites
+    at once from a `DecoderGraph`, whose weights are read when they are asked for, and the statistics of all sites.
 
     ``inputs`` names what it gets beyond statistics and weights, as keyword arguments: ``core`` (indices of the site's
-    supernode core) or ``reference`` (FFNWeights of a reference checkpoint). ``needs`` may be a function of the
-    parameters.
+    supernode core) or ``reference`` (FFNWeights of a reference checkpoint). They are per site, so only a metric of
+    scope "site" gets them. ``needs`` may be a function of the parameters.
     """
 
     name: str
@@ -111,8 +117,16 @@ class Metric:
     family: str
     summary: str
     inputs: tuple[str, ...] = ()
+    scope: Scope = "site"
 
     def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise unknown_name(f"scope of metric {self.name!r}", self.scope, get_args(Scope))
+        if self.inputs and self.scope == "model":
+            raise UsageError(
+                f"metric {self.name!r} has scope 'model' and asks for the input {self.inputs[0]!r}, which is per site: "
+                "leave out inputs=, or register it with scope='site'."
+            )
         for name in self.inputs:
             if name not in INPUTS:
                 raise unknown_name(f"input of metric {self.name!r}", name, INPUTS)
@@ -242,12 +256,13 @@ def metric(
     source: str = "",
     natural_sign: Literal[1, -1] = 1,
     inputs: tuple[str, ...] = (),
+    scope: Scope = "site",
 ) -> Callable[[F], F]:
     """Register a metric (see `Metric`). Keyword-only arguments of the function but ``inputs`` are its parameters."""
 
     def add(fn: F) -> F:
         family = fn.__module__.rsplit(".", 1)[-1]
-        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, family, _first_line(fn), inputs))
+        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, family, _first_line(fn), inputs, scope))
         return fn
 
     return add

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import NonFiniteError, UsageError, unknown_name
+from ffnscope.ffn.graph import decoder_graph
 from ffnscope.ffn.offload import materialised, named_values
 from ffnscope.ffn.projection import weights_of
 from ffnscope.registry import METRICS, Metric
@@ -55,15 +56,14 @@ def score(
     parts = stats if isinstance(stats, Mapping) else {s: ChannelStats(s, {}, {}, {}) for s in stats}
     if not parts:
         raise UsageError("there is no FFN site to score.")
-    values: dict[FFNSite, Tensor] = {}
     unreached = _unreached(rule, parts, params)
-    for site, part in parts.items():
-        if site.name in unreached:
-            values[site] = torch.zeros(site.d_ff, dtype=torch.float64)
-            continue
-        extra = {name: _input(rule, name, site, core, reference) for name in rule.inputs}
-        with materialised(model, site):
-            values[site] = _values(rule, part, weights_of(model, site), {**params, **extra})
+    if rule.scope == "model":
+        found = _model_values(rule, model, parts, params)
+    else:
+        reached = [site for site in parts if site.name not in unreached]
+        found = {site: _site_values(rule, model, parts[site], core, reference, params) for site in reached}
+    none = {site: torch.zeros(site.d_ff, dtype=torch.float64) for site in parts if site.name in unreached}
+    values = {site: none[site] if site in none else found[site] for site in parts}
     defaults = {k: p.default for k, p in rule.params.items() if p.default is not p.empty}
     known = {"params": {**defaults, **params}, "source": rule.source, **(facts or {})}
     with naming_weights(model):
@@ -141,6 +141,36 @@ def _reference_weights(reference: nn.Module, site: FFNSite) -> FFNWeights:
             "It must be the same architecture before fine-tuning."
         )
     return weights
+
+
+def _site_values(
+    rule: Metric,
+    model: nn.Module,
+    stats: ChannelStats,
+    core: Mapping[FFNSite, Tensor] | None,
+    reference: nn.Module | None,
+    params: Mapping[str, Any],
+) -> Tensor:
+    """Run a metric of scope "site" on one site; [d_ff] float64 on the CPU."""
+    site = stats.site
+    extra = {name: _input(rule, name, site, core, reference) for name in rule.inputs}
+    with materialised(model, site):
+        return _values(rule, stats, weights_of(model, site), {**params, **extra})
+
+
+def _model_values(
+    rule: Metric, model: nn.Module, parts: Mapping[FFNSite, ChannelStats], params: Mapping[str, Any]
+) -> dict[FFNSite, Tensor]:
+    """Run a metric of scope "model"; site -> [d_ff] float64 on the CPU."""
+    with torch.no_grad():
+        found: Mapping[FFNSite, Tensor] = rule.fn(decoder_graph(model, list(parts)), parts, **params)
+    if found.keys() != parts.keys():
+        names = sorted({site.name for site in found} ^ {site.name for site in parts})
+        raise UsageError(
+            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(parts)} sites of "
+            f"its graph; it returned {len(found)}, and {names[0]} is in only one of the two."
+        )
+    return {site: value.double().cpu() for site, value in found.items()}
 
 
 def _values(rule: Metric, stats: ChannelStats, weights: FFNWeights, params: Mapping[str, Any]) -> Tensor:

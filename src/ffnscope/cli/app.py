@@ -116,7 +116,12 @@ def metrics_command(as_json: Annotated[bool, typer.Option("--json", help="Print 
         needs = ", ".join(row["needs"]) or "weights only"
         OUT.print(Text.assemble((row["name"], "bold"), (params, "cyan")))
         OUT.print(Text(f"    {row['summary']}"))
-        OUT.print(Text(f"    cost {row['cost']}; {sign}; needs {needs}; source {row['source']}", style="dim"))
+        OUT.print(
+            Text(
+                f"    scope {row['scope']}; cost {row['cost']}; {sign}; needs {needs}; source {row['source']}",
+                style="dim",
+            )
+        )
 
 
 @plan_app.command("show")
@@ -178,6 +183,7 @@ def _metric_row(name: str) -> dict[str, Any]:
         "name": name,
         "family": rule.family,
         "summary": rule.summary,
+        "scope": rule.scope,
         "cost": cost_of(rule),
         "needs": list(rule.needed({})),
         "natural_sign": rule.natural_sign,

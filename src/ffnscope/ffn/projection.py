@@ -121,6 +121,20 @@ def weights_of(model: nn.Module, site: FFNSite) -> FFNWeights:
     return FFNWeights(first, second, down_weight, first_bias, second_bias, down_bias)
 
 
+def canonical_weight(model: nn.Module, site: FFNSite, role: str, stored: Tensor) -> Tensor:
+    """Canonical view of one weight of a site: ``role`` gate, up ([d_ff, d_model]) or down ([d_model, d_ff]).
+
+    ``stored`` is the whole parameter that holds it, as the model stores it: with the other half of a fused one, and
+    with all experts of a layer.
+    """
+    name = getattr(site, role)
+    weight = _outputs_first(model, site, name, stored)
+    if site.fused is None or role == "down":
+        return weight
+    first, second = _halves(site, weight)
+    return second if (role == "gate") == (site.fused == "up_gate") else first
+
+
 def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupled]:
     """Yield every entry of the model that belongs to ``channels`` (int64 indices) of a site.
 
@@ -223,12 +237,21 @@ def _absent(site: FFNSite, name: str) -> LayoutError:
 
 def _canonical(model: nn.Module, site: FFNSite, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight as [out, in] and bias of one projection."""
+    owner = owner_of(model, site, name)
+    leaf = "weight" if site.expert is None else name.rpartition(".")[2]
+    weight = _outputs_first(model, site, name, getattr(owner, leaf).detach())
     if site.expert is None:
-        module = projection(model, site, name)
-        weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
-        bias: Tensor | None = getattr(module, "bias", None)
-        return (weight if out_axis(module) == 0 else weight.T), None if bias is None else bias.detach()
-    part = _expert_part(model, site, name).detach()
-    biases = getattr(owner_of(model, site, name), f"{name.rpartition('.')[2]}_bias", None)
+        bias: Tensor | None = getattr(owner, "bias", None)
+        return weight, None if bias is None else bias.detach()
+    biases = getattr(owner, f"{leaf}_bias", None)
+    return weight, None if biases is None else biases[site.expert].detach()
+
+
+def _outputs_first(model: nn.Module, site: FFNSite, name: str, stored: Tensor) -> Tensor:
+    """View [out, in] of a projection's weight, from the whole parameter as stored."""
+    if site.expert is None:
+        return stored if out_axis(projection(model, site, name)) == 0 else stored.T
+    _expert_part(model, site, name)  # the expert is in this model
+    part = _part_of(stored, site.expert, site.d_ff if site.storage == "flat" else None)
     outputs_first = _channel_axis(site, name) == (1 if name == site.down else 0)
-    return (part if outputs_first else part.T), None if biases is None else biases[site.expert].detach()
+    return part if outputs_first else part.T

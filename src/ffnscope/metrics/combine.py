@@ -53,8 +53,10 @@ def _checked(parts: Mapping[str, float] | None) -> Mapping[str, float]:
         raise UsageError("composite needs parts: metric names with finite weights, not all 0, like {wanda: 1.0}.")
     for name in parts:
         rule = METRICS.get(name)
-        if name == "composite" or rule.inputs:
-            raise UsageError(f"{name!r} cannot be a part of composite: it needs more than statistics and weights.")
+        if name == "composite" or rule.inputs or rule.scope != "site":
+            raise UsageError(
+                f"{name!r} cannot be a part of composite: it needs more than statistics and weights of a site."
+            )
     return parts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ffnscope.calibrate.accumulate import Accumulator
-from ffnscope.errors import ContractError, UsageError
 from ffnscope.registry import METRICS, SIGNALS, Metric
+from ffnscope.testing.laws import broken, call, check_parameters, check_state, check_values, is_seeded, near
+from ffnscope.testing.model_metrics import check_model_metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 
 WINDOWS, LENGTH, D_MODEL, D_FF = 4, 32, 8, 36
@@ -61,6 +61,9 @@ def check_metric(metric: str | Metric) -> None:
     A metric with a parameter ``seed`` is random by design: it is excused from the order of channels, and two seeds
     must give different scores.
 
+    A metric of scope "model" is given a synthetic `DecoderGraph` of three layers and the statistics of all their sites.
+    It must return one vector for each site, and must not depend on the order of the channels of any of them.
+
     Args:
         metric: a registered name, or an unregistered `Metric`.
 
@@ -69,13 +72,16 @@ def check_metric(metric: str | Metric) -> None:
         UnknownNameError: no metric or needed statistic of that name.
     """
     rule = METRICS.get(metric) if isinstance(metric, str) else metric
-    _check_parameters(rule)
+    check_parameters(rule)
+    if rule.scope == "model":
+        check_model_metric(rule)
+        return
     for gated in (True, False):
         case = _case(gated)
         stats = case.stats(rule)
         inputs = case.inputs(rule)
         values = _check_purity(rule, stats, case.weights, inputs)
-        _check_values(rule, values)
+        check_values(rule, values, D_FF)
         _check_determinism(rule, stats, case.weights, inputs)
         _check_split(rule, case, values)
         _check_order(rule, case, values)
@@ -108,25 +114,6 @@ def _case(gated: bool) -> _Case:
     return _Case(site, x, h, y, dy, g, weights, torch.tensor([5, 7]), before)
 
 
-def _check_parameters(rule: Metric) -> None:
-    extra = list(inspect.signature(rule.fn).parameters.values())[2:]
-    for p in extra:
-        if p.kind is p.KEYWORD_ONLY and p.name in rule.inputs:
-            continue
-        if p.kind is not p.KEYWORD_ONLY or p.annotation is p.empty or p.default is p.empty:
-            raise _broken(rule, "typed parameters", f"{p.name!r} must be keyword-only, with a type and a default")
-
-
-def _check_values(rule: Metric, values: Any) -> None:
-    if not isinstance(values, Tensor) or values.shape != (D_FF,) or not values.is_floating_point():
-        found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise _broken(rule, "shape", f"returned {found}; expected floating ({D_FF},) = (d_ff,)")
-    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-    if bad:
-        why = {0: "is never active", 1: "has no gradient", 2: "has zero weights"}.get(bad[0], "is an ordinary one")
-        raise _broken(rule, "finite scores", f"channel {bad[0]}, which {why}, got {float(values[bad[0]])}")
-
-
 def _check_purity(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs: dict[str, Any]) -> Tensor:
     """Return the scores of the first call; a later one would not show a change that is made only once."""
     given = [*stats.values.values(), *inputs.values(), weights]
@@ -134,9 +121,8 @@ def _check_purity(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs
     before, state = [t.clone() for t in tensors], torch.get_rng_state()
     values = _call(rule, stats, weights, inputs)
     if not all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)):
-        raise _broken(rule, "purity", "it changed its statistics, weights or inputs; work on a copy")
-    if not torch.equal(state, torch.get_rng_state()):
-        raise _broken(rule, "purity", "it changed the global random state; draw from a torch.Generator of its own")
+        raise broken(rule, "purity", "it changed its statistics, weights or inputs; work on a copy")
+    check_state(rule, state)
     return values
 
 
@@ -147,29 +133,29 @@ def _check_determinism(rule: Metric, stats: ChannelStats, weights: FFNWeights, i
             torch.manual_seed(seed)
             found.append(_call(rule, stats, weights, inputs))
     if not torch.equal(*found):
-        raise _broken(rule, "determinism", "two calls with the same arguments gave different scores")
-    if not _is_seeded(rule):
+        raise broken(rule, "determinism", "two calls with the same arguments gave different scores")
+    if not is_seeded(rule):
         return
     if torch.equal(found[0], rule.fn(stats, weights, seed=rule.params["seed"].default + 1, **inputs)):
-        raise _broken(rule, "determinism", "two seeds gave the same scores; a metric without chance has no 'seed'")
+        raise broken(rule, "determinism", "two seeds gave the same scores; a metric without chance has no 'seed'")
 
 
 def _check_split(rule: Metric, case: _Case, values: Tensor) -> None:
     joined = case.stats(rule, 0, 1).merge(case.stats(rule, 1, WINDOWS))
-    if not _near(_call(rule, joined, case.weights, case.inputs(rule)), values, 1e-9):
+    if not near(_call(rule, joined, case.weights, case.inputs(rule)), values, 1e-9):
         what = f"statistics {list(rule.needed({}))} gathered in two parts and merged gave other scores than the whole"
-        raise _broken(rule, "batch split", f"{what}; a statistic must be a sum or a maximum over tokens")
+        raise broken(rule, "batch split", f"{what}; a statistic must be a sum or a maximum over tokens")
 
 
 def _check_order(rule: Metric, case: _Case, values: Tensor) -> None:
-    if _is_seeded(rule):
+    if is_seeded(rule):
         return
     order = torch.randperm(D_FF, generator=torch.Generator().manual_seed(3))
     weights, core = _permuted(case.weights, order), torch.argsort(order)[case.core].sort().values
     reference = _permuted(case.reference, order)
     moved = replace(case, h=case.h[..., order], g=case.g[..., order], weights=weights, core=core, reference=reference)
-    if not _near(_call(rule, moved.stats(rule), weights, moved.inputs(rule)), values[order], 1e-9):
-        raise _broken(rule, "order of channels", "channels in another order did not give the scores in that order")
+    if not near(_call(rule, moved.stats(rule), weights, moved.inputs(rule)), values[order], 1e-9):
+        raise broken(rule, "order of channels", "channels in another order did not give the scores in that order")
 
 
 def _permuted(w: FFNWeights, order: Tensor) -> FFNWeights:
@@ -182,24 +168,21 @@ def _check_dtypes(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs
         low, low_inputs = _cast(weights, dtype=dtype), _cast_inputs(inputs, dtype)
         values = _call(rule, stats, low, low_inputs)
         exact = _call(rule, stats, _cast(low, dtype=torch.float64), _cast_inputs(low_inputs, torch.float64))
-        _check_values(rule, values)
-        if not _near(values.double(), exact, 1e-3):
+        check_values(rule, values, D_FF)
+        if not near(values.double(), exact, 1e-3):
             what = f"{dtype} weights gave scores that differ by more than 0.1 % from the same values in float64"
-            raise _broken(rule, "weight dtype", f"{what}; reduce in float32")
+            raise broken(rule, "weight dtype", f"{what}; reduce in float32")
 
 
 def _check_cuda(rule: Metric, stats: ChannelStats, case: _Case, values: Tensor) -> None:
     moved = ChannelStats(stats.site, {k: v.cuda() for k, v in stats.values.items()}, stats.counts, stats.reductions)
     weights, inputs = _cast(case.weights, device="cuda"), case.inputs(rule)
-    if not _near(_call(rule, moved, weights, inputs).cpu(), values, 1e-6):
-        raise _broken(rule, "device", "CUDA gave other scores than the CPU")
+    if not near(_call(rule, moved, weights, inputs).cpu(), values, 1e-6):
+        raise broken(rule, "device", "CUDA gave other scores than the CPU")
 
 
 def _call(rule: Metric, stats: ChannelStats, weights: FFNWeights, inputs: dict[str, Any]) -> Tensor:
-    try:
-        return rule.fn(stats, weights, **inputs)
-    except UsageError as error:
-        raise _broken(rule, "declared needs", f"with statistics {list(rule.needed({}))} it raised: {error}") from error
+    return call(rule, lambda: rule.fn(stats, weights, **inputs))
 
 
 def _present(weights: FFNWeights) -> list[Tensor]:
@@ -215,17 +198,3 @@ def _cast(weights: FFNWeights, **to: Any) -> FFNWeights:
 
 def _cast_inputs(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {k: _cast(v, dtype=dtype) if isinstance(v, FFNWeights) else v for k, v in inputs.items()}
-
-
-def _is_seeded(rule: Metric) -> bool:
-    return "seed" in rule.params
-
-
-def _near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Within ``tolerance`` of each value, or of a thousandth of the largest."""
-    floor = tolerance * 1e-3 * float(expected.abs().max())
-    return torch.allclose(found.double(), expected.double(), rtol=tolerance, atol=floor)
-
-
-def _broken(rule: Metric, law: str, what: str) -> ContractError:
-    return ContractError(f"metric {rule.name!r} breaks the law of {law}: {what}.")
