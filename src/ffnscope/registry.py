@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.types import FFNSite, Reduction
+from ffnscope.types import FFNSite, Reduction, Role
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class Statistic:
     result. ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the
     number of predicted tokens. ``in_place``: ``fn(total, *signals)`` adds to its float64 sum of that shape itself,
     which for a matrix is cheaper than a new one for each batch. ``counts`` is the same for whole numbers, in int32.
+    ``at`` names the roles of the sites where it is taken: FFNs, unless it serves the graph of the whole decoder.
     """
 
     name: str
@@ -51,8 +52,12 @@ class Statistic:
     summary: str
     counts: bool = False
     in_place: bool = False
+    at: tuple[Role, ...] = ("ffn",)
 
     def __post_init__(self) -> None:
+        for role in self.at:
+            if role not in get_args(Role):
+                raise unknown_name(f"role of statistic {self.name!r}", role, get_args(Role))
         for read in self.reads:
             if read not in (*SIGNALS, "core"):
                 raise unknown_name(f"signal of statistic {self.name!r}", read, (*SIGNALS, "core"))
@@ -79,6 +84,11 @@ class Statistic:
     def needs_core(self) -> bool:
         """Whether the supernode core must be known before the pass."""
         return "core" in self.reads
+
+    @property
+    def beyond_ffns(self) -> bool:
+        """Whether it is also taken outside FFNs."""
+        return self.at != ("ffn",)
 
     @property
     def adds(self) -> bool:
@@ -244,6 +254,18 @@ def statistic(
 
     def add(fn: F) -> F:
         STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn), counts, in_place))
+        return fn
+
+    return add
+
+
+def stream_statistic(
+    name: str, *, reads: tuple[str, ...], at: tuple[Role, ...], shape: tuple[int | str, ...] = ("d_ff",)
+) -> Callable[[F], F]:
+    """Register a sum that is also (or only) taken outside FFNs, at sites of the roles ``at`` (see `Statistic`)."""
+
+    def add(fn: F) -> F:
+        STATISTICS.add(name, Statistic(name, fn, reads, "sum", shape, 1, _first_line(fn), at=at))
         return fn
 
     return add

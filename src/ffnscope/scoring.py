@@ -53,12 +53,13 @@ def score(
     for name in params:
         if name not in rule.params:
             raise unknown_name(f"parameter of metric {metric!r}", name, rule.params)
-    parts = stats if isinstance(stats, Mapping) else {s: ChannelStats(s, {}, {}, {}) for s in stats}
+    every = stats if isinstance(stats, Mapping) else {s: ChannelStats(s, {}, {}, {}) for s in stats}
+    parts = {site: part for site, part in every.items() if site.role == "ffn"}
     if not parts:
         raise UsageError("there is no FFN site to score.")
     unreached = _unreached(rule, parts, params)
     if rule.scope == "model":
-        found = _model_values(rule, model, parts, params)
+        found = _model_values(rule, model, every, params)
     else:
         reached = [site for site in parts if site.name not in unreached]
         found = {site: _site_values(rule, model, parts[site], core, reference, params) for site in reached}
@@ -159,15 +160,17 @@ def _site_values(
 
 
 def _model_values(
-    rule: Metric, model: nn.Module, parts: Mapping[FFNSite, ChannelStats], params: Mapping[str, Any]
+    rule: Metric, model: nn.Module, stats: Mapping[FFNSite, ChannelStats], params: Mapping[str, Any]
 ) -> dict[FFNSite, Tensor]:
     """Run a metric of scope "model"; site -> [d_ff] float64 on the CPU."""
+    sites = [site for site in stats if site.role == "ffn"]
+    graph = decoder_graph(model, sites)
     with torch.no_grad():
-        found: Mapping[FFNSite, Tensor] = rule.fn(decoder_graph(model, list(parts)), parts, **params)
-    if found.keys() != parts.keys():
-        names = sorted({site.name for site in found} ^ {site.name for site in parts})
+        found: Mapping[FFNSite, Tensor] = rule.fn(graph, stats, **params)
+    if set(found) != set(sites):
+        names = sorted({site.name for site in found} ^ {site.name for site in sites})
         raise UsageError(
-            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(parts)} sites of "
+            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(sites)} sites of "
             f"its graph; it returned {len(found)}, and {names[0]} is in only one of the two."
         )
     return {site: value.double().cpu() for site, value in found.items()}

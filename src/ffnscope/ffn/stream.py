@@ -1,0 +1,396 @@
+"""How FFNs and attentions read and write the residual stream of a model, found by what is computed.
+
+One forward over a few texts of a single token, in which every projection puts out random numbers. Attention over one
+token passes its values on, so an output projection reads exactly the random numbers of the projection that makes the
+values, some of them for several heads. A norm is told by its output being what a projection reads. Branches that read
+the same stream belong to one step; what two neighbouring cuts differ by must be what the branches between put out,
+each times a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnscope.errors import LayoutError, UsageError
+from ffnscope.ffn.frozen import frozen
+from ffnscope.ffn.probe import layer_path
+from ffnscope.ffn.projection import in_width, is_projection, out_width
+from ffnscope.types import FFNSite, ObservedSite
+
+TEXTS = 6
+EXACT = 0.05
+"""Share of a change of the stream that may be left unexplained: rounding in bfloat16."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """A branch of the stream.
+
+    Attributes:
+        site: an FFN, an expert, or an attention.
+        norm: weight [d_model] of the norm before it, or None without a norm.
+        out_norm: weight [d_model] of the norm of what it puts out, or None.
+        gain: number that its output (after that norm) is multiplied by before it is added to the stream.
+        sources: for an attention, the row of the value projection that each channel reads, [d_ff]; else None.
+    """
+
+    site: FFNSite
+    norm: Tensor | None = None
+    out_norm: Tensor | None = None
+    gain: float = 1.0
+    sources: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """The residual stream of a model.
+
+    Attributes:
+        steps: branches between each cut and the next.
+        cuts: the stream before each step and after the last; None where it could not be found.
+        unembedding: the LM head, or None.
+        head_norm: weight [d_model] of the norm before it, or None.
+        missing: what was not found, by name and with the consequence.
+    """
+
+    steps: tuple[tuple[Reader, ...], ...]
+    cuts: tuple[ObservedSite | None, ...]
+    unembedding: ObservedSite | None
+    head_norm: Tensor | None
+    missing: tuple[str, ...]
+
+    @property
+    def observed(self) -> list[ObservedSite]:
+        """Everything to observe beside FFNs, in the order of the model."""
+        found: list[ObservedSite | None] = []
+        for cut, step in zip(self.cuts, (*self.steps, ()), strict=True):
+            found += [cut, *(one.site for one in step if isinstance(one.site, ObservedSite))]
+        return [site for site in (*found, self.unembedding) if site is not None]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One module's run: its input and output [TEXTS, width], and when it ran."""
+
+    x: Tensor
+    y: Tensor
+    when: int
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Runs of projections, of norms (whatever maps the stream to its own width), and inputs of expert modules."""
+
+    projections: dict[str, _Call] = field(default_factory=dict[str, _Call])
+    norms: dict[str, _Call] = field(default_factory=dict[str, _Call])
+    experts: dict[str, _Call] = field(default_factory=dict[str, _Call])
+
+    @property
+    def count(self) -> int:
+        return len(self.projections) + len(self.norms) + len(self.experts)
+
+
+@dataclass(slots=True)
+class _Branch:
+    """A branch as it was seen.
+
+    ``stream`` is what its norm was given (``read`` without a norm) at ``cut``, ``read`` what itself was given at
+    ``behind``, ``written`` what it put out, behind its norm there; None for an expert.
+    """
+
+    site: FFNSite
+    cut: ObservedSite
+    stream: Tensor
+    when: int
+    norm: Tensor | None
+    written: Tensor | None
+    out_norm: Tensor | None
+    sources: Tensor | None
+    read: Tensor
+    behind: ObservedSite
+
+
+def find_stream(model: nn.Module, sites: Sequence[FFNSite]) -> Stream:
+    """Find the steps of the residual stream that hold ``sites``; the model is run once and left as it was.
+
+    An attention that is not recognised (its output projection does not read a projection's values as they are, as with
+    an output gate or a latent) is left out and named in ``missing``: the stream is then taken to skip it.
+
+    Raises:
+        UsageError: no site.
+        LayoutError: a site does not read the stream of this model.
+    """
+    if not sites:
+        raise UsageError("a graph needs at least one FFN site; find_sites(model) lists those of a model.")
+    seen = _observe(model, sites)
+    missing: list[str] = []
+    branches = [_ffn(seen, site) for site in sites]
+    branches += _attentions(model, seen, sites, missing)
+    branches.sort(key=lambda b: b.when)
+    steps = _grouped(branches)
+    head = _unembedding(model, seen, sites[0].d_model, missing)
+    after = [step[0].stream for step in steps[1:]] + [head.stream if head else None]
+    settled = [_settled(step, stream, missing) for step, stream in zip(steps, after, strict=True)]
+    cuts = (*(cut for cut, _ in settled), head.cut if head else None)
+    unembedding, norm = (head.site, head.norm) if head else (None, None)
+    return Stream(tuple(readers for _, readers in settled), cuts, unembedding, norm, tuple(missing))
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, sites: Sequence[FFNSite], seen: _Seen) -> Generator[None]:
+    random = torch.Generator().manual_seed(0)
+    handles: list[Any] = []
+    width = sites[0].d_model
+    experts = {site.path for site in sites if site.expert is not None}
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [handle.remove() for handle in handles])
+        for name, module in model.named_modules():
+            if is_projection(module):
+                handles.append(module.register_forward_hook(_replace(seen, name, random)))
+            elif name in experts:
+                handles.append(module.register_forward_pre_hook(_keep_input(seen, name)))
+            elif _is_norm(module):
+                handles.append(module.register_forward_hook(_keep(seen, name, width)))
+        yield
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and next(module.children(), None) is None
+
+
+def _observe(model: Any, sites: Sequence[FFNSite]) -> _Seen:
+    seen = _Seen()
+    table = model.get_input_embeddings()
+    device = next((p.device for p in table.parameters()), torch.device("cpu"))
+    ids = torch.arange(TEXTS, device="cpu" if device.type == "meta" else device)[:, None] + 3
+    with frozen(model), torch.no_grad(), _watched(model, sites, seen):
+        model(input_ids=ids % model.config.get_text_config().vocab_size, use_cache=False)
+    return seen
+
+
+def _replace(seen: _Seen, name: str, random: torch.Generator) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        if not isinstance(output, Tensor):
+            return None
+        noise = torch.randn(output.shape, generator=random).to(output)
+        if name not in seen.projections and args:
+            seen.projections[name] = _Call(_rows(args[0]), _rows(noise), seen.count)
+        return noise.clone()
+
+    return hook
+
+
+def _keep(seen: _Seen, name: str, width: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        fits = bool(args) and isinstance(output, Tensor) and args[0].shape == output.shape
+        if fits and output.shape[-1] == width and output.numel() == TEXTS * width and name not in seen.norms:
+            seen.norms[name] = _Call(_rows(args[0]), _rows(output), seen.count)
+
+    return hook
+
+
+def _keep_input(seen: _Seen, name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and name not in seen.experts:
+            seen.experts[name] = _Call(_rows(args[0]), _rows(args[0]), seen.count)
+
+    return hook
+
+
+def _rows(value: Tensor) -> Tensor:
+    """[TEXTS, width] in float64 on the CPU, a copy: some models add in place."""
+    return value.detach().reshape(-1, value.shape[-1]).cpu().double().clone()
+
+
+def _ffn(seen: _Seen, site: FFNSite) -> _Branch:
+    if site.expert is not None:
+        call, module, written = seen.experts.get(site.path), site.path, None
+    else:
+        module = f"{site.path}.{site.up}" if site.path else site.up
+        down = f"{site.path}.{site.down}" if site.path else site.down
+        call = seen.projections.get(module)
+        written = seen.projections[down].y if down in seen.projections else None
+    if call is None or call.x.shape != (TEXTS, site.d_model):
+        raise LayoutError(
+            f"{site.name} was not seen to read the residual stream: expected rows of {site.d_model} channels for "
+            f"{TEXTS} texts of one token, found {None if call is None else tuple(call.x.shape)}. Metrics of scope "
+            "'model' cannot rank it; choose other sites or another metric."
+        )
+    return _branch(seen, site, module, call, written, None)
+
+
+def _branch(
+    seen: _Seen, site: FFNSite, module: str, call: _Call, written: Tensor | None, sources: Tensor | None
+) -> _Branch:
+    """Look for the norm before and the norm after."""
+    norm = _last_with(seen, output=call.x, before=call.when)
+    out = None if written is None else _last_with(seen, source=written)
+    cut = _cut(site.layer, module if norm is None else norm, site.d_model)
+    stream = call.x if norm is None else seen.norms[norm].x
+    added = written if out is None else seen.norms[out].y
+    weights = [None if name is None else norm_weight(seen.norms[name]) for name in (norm, out)]
+    behind = _cut(site.layer, module, site.d_model)
+    return _Branch(site, cut, stream, call.when, weights[0], added, weights[1], sources, call.x, behind)
+
+
+def _last_with(
+    seen: _Seen, *, output: Tensor | None = None, source: Tensor | None = None, before: int | None = None
+) -> str | None:
+    """Norm that gave ``output`` last before a time, or that was given ``source``."""
+    hits = [
+        (call.when, name)
+        for name, call in seen.norms.items()
+        if (output is None or _same(call.y, output))
+        and (source is None or _same(call.x, source))
+        and (before is None or call.when < before)
+    ]
+    return max(hits)[1] if hits else None
+
+
+def norm_weight(call: _Call) -> Tensor:
+    """Weight [d_model] of a norm as it acts: slope of its output in its normalised input, whichever norm it is."""
+    centred = call.x - call.x.mean(1, keepdim=True)
+    best: tuple[float, Tensor] | None = None
+    for plain in (call.x, centred):
+        unit = plain / plain.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+        x, y = unit - unit.mean(0), call.y - call.y.mean(0)
+        slope = (x * y).sum(0) / x.square().sum(0).clamp_min(1e-30)
+        error = float((y - slope * x).square().sum())
+        if best is None or error < best[0]:
+            best = (error, slope.abs())
+    assert best is not None
+    return best[1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def _cut(layer: int, module: str, d_model: int) -> ObservedSite:
+    path, _, leaf = module.rpartition(".")
+    return ObservedSite(layer, path, None, leaf, leaf, d_model, d_model, kind="cut")
+
+
+def _attentions(model: nn.Module, seen: _Seen, sites: Sequence[FFNSite], missing: list[str]) -> list[_Branch]:
+    """Attentions of the layers that hold the sites; a layer without one is named."""
+    layers = {layer_path(site.path) or site.path: site for site in sites}
+    ffn = {path for site in sites if site.expert is None for path in site.projections}
+    found: list[_Branch] = []
+    for layer, site in layers.items():
+        names = [n for n in seen.projections if n.startswith(f"{layer}.") and n not in ffn]
+        pairs = [(v, o, rows) for o in names for v in names if v != o and (rows := _passed_on(model, seen, v, o, site))]
+        for value, output, rows in pairs:
+            index = torch.tensor(rows)
+            found.append(_attention(model, seen, (site.layer, value, output), index))
+        if not pairs:
+            missing.append(
+                f"{layer}: no attention was found whose output projection reads the values of a projection of the "
+                "stream as they are; it is left out, and the stream skips it"
+            )
+    return found
+
+
+def _attention(model: nn.Module, seen: _Seen, where: tuple[int, str, str], sources: Tensor) -> _Branch:
+    layer, value, output = where
+    parts = [value.split("."), output.split(".")]
+    shared = next((i for i, (a, b) in enumerate(zip(*parts, strict=False)) if a != b), 0)
+    path, up, down = ".".join(parts[0][:shared]), *(".".join(p[shared:]) for p in parts)
+    o = model.get_submodule(output)
+    site = ObservedSite(layer, path, None, up, down, out_width(o), in_width(o), "attention", kind="attention")
+    return _branch(seen, site, value, seen.projections[value], seen.projections[output].y, sources)
+
+
+def _passed_on(model: nn.Module, seen: _Seen, value: str, output: str, site: FFNSite) -> list[int] | None:
+    """Row of projection ``value`` that each channel of ``output`` reads unchanged, or None."""
+    made, read = seen.projections[value], seen.projections[output].x
+    v, o = model.get_submodule(value), model.get_submodule(output)
+    if in_width(v) != site.d_model or out_width(o) != site.d_model or len(read) != len(made.y):
+        return None
+    if not bool((made.y == read[:, :1]).all(0).any()):
+        return None
+    places = {tuple(column): i for i, column in enumerate(made.y.T.float().tolist())}
+    exact = [places.get(tuple(column)) for column in read.T.float().tolist()]
+    return None if any(place is None for place in exact) else [place for place in exact if place is not None]
+
+
+def _grouped(branches: Sequence[_Branch]) -> list[list[_Branch]]:
+    """Branches that read the same stream are one step."""
+    steps: list[list[_Branch]] = []
+    for branch in branches:
+        home = next((s for s in steps if _same(s[0].stream, branch.stream)), None)
+        if home is None:
+            steps.append([branch])
+        else:
+            home.append(branch)
+    return steps
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Head:
+    """The LM head, and the cut that it or the norm before it reads, with what was seen there."""
+
+    site: ObservedSite
+    cut: ObservedSite
+    stream: Tensor
+    norm: Tensor | None
+
+
+def _unembedding(model: Any, seen: _Seen, d_model: int, missing: list[str]) -> _Head | None:
+    module = model.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is module), None)
+    call = None if name is None else seen.projections.get(name)
+    if name is None or call is None or call.x.shape[-1] != d_model:
+        missing.append("unembedding: no LM head reads the residual stream; its channels count equally")
+        return None
+    path, _, leaf = name.rpartition(".")
+    site = ObservedSite(0, path, None, leaf, leaf, d_model, d_model, kind="unembedding")
+    norm = _last_with(seen, output=call.x, before=call.when)
+    if norm is None:
+        return _Head(site, _cut(0, name, d_model), call.x, None)
+    return _Head(site, _cut(0, norm, d_model), seen.norms[norm].x, norm_weight(seen.norms[norm]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fit:
+    """What branches must be multiplied by to give the change between two cuts, and the share that is left over."""
+
+    gains: list[float]
+    left: float
+
+
+def _fit(step: Sequence[_Branch], before: Tensor, after: Tensor) -> _Fit | None:
+    """None when the output of a branch is not known."""
+    written = [b.written for b in step if b.written is not None and b.written.shape == before.shape]
+    if len(written) < len(step) or before.shape != after.shape:
+        return None
+    columns = torch.stack([w.flatten() for w in written], 1)
+    change = (after - before).flatten()
+    gains = torch.linalg.lstsq(columns, change[:, None]).solution.flatten()
+    left = (change - columns @ gains).norm() / change.norm().clamp_min(1e-30)
+    return _Fit(gains.abs().tolist(), float(left))
+
+
+def _settled(step: list[_Branch], after: Tensor | None, missing: list[str]) -> tuple[ObservedSite, tuple[Reader, ...]]:
+    """The cut before a step, and its branches with the numbers that their outputs are multiplied by.
+
+    Where the norm stands on the stream itself (as after each block of a post-norm model), what it gives is the stream.
+    """
+    first = step[0]
+    cut, norms, fit = first.cut, [b.norm for b in step], None
+    if after is not None:
+        fit = _fit(step, first.stream, after)
+        inside = _fit(step, first.read, after) if len(step) == 1 else None
+        if fit and inside and inside.left < EXACT <= fit.left:
+            cut, norms, fit = first.behind, [None], inside
+    if fit is not None and fit.left >= EXACT:
+        names = ", ".join(b.site.name for b in step)
+        missing.append(f"{names}: {fit.left:.0%} of the change of the stream there is not the output of these")
+    gains = fit.gains if fit is not None and fit.left < EXACT else [1.0] * len(step)
+    readers = (Reader(b.site, n, b.out_norm, g, b.sources) for b, n, g in zip(step, norms, gains, strict=True))
+    return cut, tuple(readers)
