@@ -22,10 +22,10 @@ GRADIENTS = ("dy", "g")
 """The signals that need a backward."""
 SIZES = ("d_ff", "d_model", "core")
 """Names that the shape of a statistic may use for a number."""
-INPUTS = ("core", "reference")
-"""What a metric may get beyond statistics and weights."""
 Scope = Literal["site", "model"]
 """What a metric sees at once: one site, or all of them as a graph."""
+INPUTS: dict[Scope, tuple[str, ...]] = {"site": ("core", "reference"), "model": ("background",)}
+"""What a metric may get beyond statistics and weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,8 @@ class Metric:
     at once from a `DecoderGraph`, whose weights are read when they are asked for, and the statistics of all sites.
 
     ``inputs`` names what it gets beyond statistics and weights, as keyword arguments: ``core`` (indices of the site's
-    supernode core) or ``reference`` (FFNWeights of a reference checkpoint). They are per site, so only a metric of
-    scope "site" gets them. ``needs`` may be a function of the parameters.
+    supernode core) or ``reference`` (FFNWeights of a reference checkpoint) for scope "site"; ``background`` (statistics
+    of all sites on another text, or None) for scope "model". ``needs`` may be a function of the parameters.
     """
 
     name: str
@@ -132,14 +132,9 @@ class Metric:
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
             raise unknown_name(f"scope of metric {self.name!r}", self.scope, get_args(Scope))
-        if self.inputs and self.scope == "model":
-            raise UsageError(
-                f"metric {self.name!r} has scope 'model' and asks for the input {self.inputs[0]!r}, which is per site: "
-                "leave out inputs=, or register it with scope='site'."
-            )
         for name in self.inputs:
-            if name not in INPUTS:
-                raise unknown_name(f"input of metric {self.name!r}", name, INPUTS)
+            if name not in INPUTS[self.scope]:
+                raise unknown_name(f"input of metric {self.name!r} of scope {self.scope!r}", name, INPUTS[self.scope])
             argument = inspect.signature(self.fn).parameters.get(name)
             if argument is None or argument.kind is not argument.KEYWORD_ONLY:
                 raise UsageError(
@@ -233,6 +228,7 @@ METRICS: Registry[Metric] = Registry(
             "reconstruction",
             "supernode",
             "combine",
+            "centrality",
         )
     ),
     "ffnscope.metrics",

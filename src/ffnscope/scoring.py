@@ -15,6 +15,7 @@ from ffnscope.errors import NonFiniteError, UsageError, unknown_name
 from ffnscope.ffn.graph import decoder_graph
 from ffnscope.ffn.offload import materialised, named_values
 from ffnscope.ffn.projection import weights_of
+from ffnscope.graph import DecoderGraph
 from ffnscope.registry import METRICS, Metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights, Scores, check_core
 
@@ -27,6 +28,7 @@ def score(
     *,
     core: Mapping[FFNSite, Tensor] | None = None,
     reference: nn.Module | None = None,
+    background: Mapping[FFNSite, ChannelStats] | None = None,
     **params: Any,
 ) -> Scores:
     """Score every channel with one metric; high = keep.
@@ -41,6 +43,7 @@ def score(
         facts: recorded with the scores (calibration text, hashes).
         core: supernode core per site, for a metric that needs it (see `top_core`).
         reference: the model before fine-tuning, for a metric that needs it.
+        background: what `calibrate` returned on another text, for a metric that compares the two.
         **params: the metric's own typed parameters.
 
     Raises:
@@ -58,8 +61,12 @@ def score(
     if not parts:
         raise UsageError("there is no FFN site to score.")
     unreached = _unreached(rule, parts, params)
+    graph = None
     if rule.scope == "model":
-        found = _model_values(rule, model, every, params)
+        graph = decoder_graph(model, list(parts))
+        _warn_of_missing(rule, graph)
+        extra = {"background": background} if "background" in rule.inputs else {}
+        found = _model_values(rule, graph, every, {**params, **extra})
     else:
         reached = [site for site in parts if site.name not in unreached]
         found = {site: _site_values(rule, model, parts[site], core, reference, params) for site in reached}
@@ -67,6 +74,8 @@ def score(
     values = {site: none[site] if site in none else found[site] for site in parts}
     defaults = {k: p.default for k, p in rule.params.items() if p.default is not p.empty}
     known = {"params": {**defaults, **params}, "source": rule.source, **(facts or {})}
+    if graph is not None and graph.missing:
+        known["not_in_graph"] = list(graph.missing)
     with naming_weights(model):
         return Scores(metric, values, {**known, "unreached": unreached} if unreached else known)
 
@@ -159,19 +168,23 @@ def _site_values(
         return _values(rule, stats, weights_of(model, site), {**params, **extra})
 
 
+def _warn_of_missing(rule: Metric, graph: DecoderGraph) -> None:
+    if graph.missing:
+        more = f" (and {len(graph.missing) - 1} more)" if len(graph.missing) > 1 else ""
+        warnings.warn(f"{rule.name} does not see all of the model: {graph.missing[0]}{more}.", stacklevel=3)
+
+
 def _model_values(
-    rule: Metric, model: nn.Module, stats: Mapping[FFNSite, ChannelStats], params: Mapping[str, Any]
+    rule: Metric, graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], params: Mapping[str, Any]
 ) -> dict[FFNSite, Tensor]:
     """Run a metric of scope "model"; site -> [d_ff] float64 on the CPU."""
-    sites = [site for site in stats if site.role == "ffn"]
-    graph = decoder_graph(model, sites)
     with torch.no_grad():
         found: Mapping[FFNSite, Tensor] = rule.fn(graph, stats, **params)
-    if set(found) != set(sites):
-        names = sorted({site.name for site in found} ^ {site.name for site in sites})
+    if set(found) != set(graph.sites):
+        names = sorted({site.name for site in found} ^ {site.name for site in graph.sites})
         raise UsageError(
-            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(sites)} sites of "
-            f"its graph; it returned {len(found)}, and {names[0]} is in only one of the two."
+            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(graph.sites)} sites "
+            f"of its graph; it returned {len(found)}, and {names[0]} is in only one of the two."
         )
     return {site: value.double().cpu() for site, value in found.items()}
 

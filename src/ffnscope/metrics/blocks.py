@@ -1,4 +1,4 @@
-"""Products with |W| or W^2 in one read of W: a block of rows or columns at a time, so that no copy of W is made."""
+"""Products with |W| or W^2 in one read of W: a block of rows at a time, so that no copy of W is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from ffnscope.graph import Matrix
 
 SIZE = 2**18
 """Entries per block: 1 MiB in float32, which stays in the cache while several products are taken."""
-NARROWEST = 32
 
 
 def row_blocks(weight: Tensor, power: int) -> Iterator[tuple[slice, Tensor]]:
@@ -20,14 +19,6 @@ def row_blocks(weight: Tensor, power: int) -> Iterator[tuple[slice, Tensor]]:
     for first in range(0, weight.shape[0], step):
         part = slice(first, min(first + step, weight.shape[0]))
         yield part, _powered(weight[part], power)
-
-
-def column_blocks(weight: Tensor, power: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (columns, |W|^power of these columns); [n_out, n]."""
-    step = max(NARROWEST, SIZE // weight.shape[0])
-    for first in range(0, weight.shape[1], step):
-        part = slice(first, min(first + step, weight.shape[1]))
-        yield part, _powered(weight[:, part], power)
 
 
 def column_sums(matrix: Matrix, power: int) -> Tensor:

@@ -7,7 +7,7 @@ of down the edge from channel n to residual channel d, of strength |W|^power wri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.graph import Branch, DecoderGraph
+from ffnscope.metrics.blocks import column_sums
 from ffnscope.types import ChannelStats, FFNSite
 
 Strength = Literal["weight", "contribution", "energy", "gradient"]
@@ -44,8 +45,9 @@ class BranchEdges:
         read: [d_model].
         write: [d_ff].
         into: [d_model].
-        incoming: what the reading edges of each row of ``up`` are scaled to sum up to, half by gate and half by up,
-            [n_rows]; None leaves them as they are.
+        incoming: what the reading edges of each node are scaled to sum up to, half by gate and half by up, [n_nodes];
+            None leaves them as they are.
+        balanced: ``incoming`` is what the node writes, which `ffnscope.metrics.sweeps.resolved` finds.
     """
 
     branch: Branch
@@ -53,7 +55,8 @@ class BranchEdges:
     read: Tensor
     write: Tensor
     into: Tensor
-    incoming: Tensor | None
+    incoming: Tensor | None = None
+    balanced: bool = False
 
     @property
     def n_nodes(self) -> int:
@@ -86,10 +89,13 @@ def step_edges(graph: DecoderGraph, stats: Stats, index: int, strength: Strength
     * ``contribution``: |W_ij| rms(x_j), the size of what j adds to i; skip edges rms(residual).
     * ``energy``: W_ij^2 E[x_j^2], which adds up over uncorrelated terms; skip edges E[residual^2].
     * ``gradient``: contribution times the rms of the gradient at the target: by Cauchy and Schwarz a bound on
-      E|x_j W_ij g_i|, which itself would take a number per edge. The reading edges of a channel are scaled to sum up to
-      rms(h g), which is measured.
+      E|x_j W_ij g_i|, which itself would take a number per edge.
 
-    Means are over all tokens, so the edges of an expert are weighted by its share of them.
+    What a channel reads goes through its activation, so the reading edges tell only how it is shared out: half of it is
+    gate's and half up's, and together they are scaled to what the channel writes (gradient: to rms(h g), which is
+    measured). So they have the unit of the stream, and nothing changes when up is multiplied by what down is divided
+    by. ``weight`` leaves them as they are. Means are over all tokens, so the edges of an expert are weighted by its
+    share of them.
 
     Raises:
         UsageError: a statistic that the strength needs was not collected.
@@ -108,8 +114,6 @@ def seed_of(graph: DecoderGraph, stats: Stats, strength: Strength) -> Tensor:
 
     Without an unembedding, all channels count equally.
     """
-    from ffnscope.metrics.blocks import column_sums
-
     ones = torch.ones(graph.d_model, dtype=torch.float64)
     if graph.head is None or graph.head_site is None:
         return ones / graph.d_model
@@ -164,7 +168,7 @@ def _by_weight(branch: Branch) -> BranchEdges:
     ones = torch.ones(branch.site.d_model, dtype=torch.float64)
     read = ones if branch.norm is None else branch.norm.double()
     into = branch.gain * (ones if branch.out_norm is None else branch.out_norm.double())
-    return BranchEdges(branch, 1, read, torch.ones(branch.site.d_ff, dtype=torch.float64), into, None)
+    return BranchEdges(branch, 1, read, torch.ones(branch.site.d_ff, dtype=torch.float64), into)
 
 
 def _measured(branch: Branch, size: _Sizes, target: Tensor, *, scaled: bool) -> BranchEdges:
@@ -175,14 +179,11 @@ def _measured(branch: Branch, size: _Sizes, target: Tensor, *, scaled: bool) -> 
     if branch.out_norm is not None:
         put_out = _known(size.stats, site).mean("y_sq").mean().sqrt()
         gain = gain * branch.out_norm.double() / put_out.clamp_min(torch.finfo(torch.float64).tiny)
-    incoming = None
-    if scaled:
-        channels = size.of(site, "taylor_sq" if ffn else "stream_taylor_sq")
-        incoming = channels
-        if branch.sources is not None:
-            zeros = torch.zeros(branch.up.shape[0], dtype=torch.float64)
-            incoming = zeros.index_add_(0, branch.sources, channels)
-    return BranchEdges(branch, size.power, size.of(site, "x_sq"), write, gain.pow(size.power) * target, incoming)
+    into = gain.pow(size.power) * target
+    edges = BranchEdges(branch, size.power, size.of(site, "x_sq"), write, into, balanced=not scaled)
+    if not scaled:
+        return edges
+    return replace(edges, incoming=edges.merged(size.of(site, "taylor_sq" if ffn else "stream_taylor_sq")))
 
 
 def _known(stats: Stats, site: FFNSite) -> ChannelStats:

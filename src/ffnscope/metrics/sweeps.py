@@ -7,12 +7,12 @@ the CPU, and only those of one step are held. Divisions by zero give zero: what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ffnscope.metrics.blocks import column_blocks, product, row_blocks
+from ffnscope.metrics.blocks import product, row_blocks
 from ffnscope.metrics.edges import BranchEdges, StepEdges
 from ffnscope.types import FFNSite
 
@@ -62,19 +62,28 @@ def backward(step: StepEdges, after: Tensor, walk: Walk = INFLUENCE) -> tuple[Te
     return walk.damping * before + walk.cut, found
 
 
+def resolved(step: StepEdges) -> StepEdges:
+    """The step with ``incoming`` known for its balanced branches: one read of down."""
+    known = (_balanced(e, e.write * _down_columns(e, e.into)) if e.balanced else e for e in step.branches)
+    return replace(step, branches=tuple(known))
+
+
 def forward(step: StepEdges, before: Tensor, walk: Walk = INFLUENCE) -> tuple[Tensor, Nodes]:
     """Take the value of the cut before a step to the cut after it; each source shares its value among its targets.
 
-    Shares are proportional to strength. Two reads of the reading matrices, one of down (two of an attention's).
+    Shares are proportional to strength. Two reads of each matrix.
     """
-    out = step.skip + torch.stack([_read_sums(edges) for edges in step.branches]).sum(0)
+    written = {e.branch.site: e.write * _down_columns(e, e.into) for e in step.branches}
+    branches = [_balanced(e, written[e.branch.site]) if e.balanced else e for e in step.branches]
+    out = step.skip + torch.stack([_read_sums(edges) for edges in branches]).sum(0)
     shares = _divided(before, out)
     after = step.skip * shares
     found: Nodes = {}
-    for edges in step.branches:
-        nodes = walk.at(edges, _read(edges, shares))
-        found[edges.branch.site] = nodes
-        after = after + _written(edges, nodes)
+    for edges in branches:
+        site = edges.branch.site
+        found[site] = nodes = walk.at(edges, _read(edges, shares))
+        share = edges.spread(_divided(nodes, edges.merged(written[site])))
+        after = after + edges.into * _down_rows(edges, edges.write * share)
     return walk.damping * after + walk.cut, found
 
 
@@ -86,47 +95,71 @@ def expected(step: StepEdges, after: Tensor) -> tuple[Tensor, Nodes]:
     before, out = step.skip * after, step.skip.clone()
     found: Nodes = {}
     for edges in step.branches:
-        columns = torch.stack([edges.into, edges.into * after], 1)
-        sums = _down_columns(edges, columns) * edges.write[:, None]
-        weight, value = edges.merged(sums[:, 0]), edges.merged(sums[:, 1])
-        nodes = _divided(value, weight)
-        found[edges.branch.site] = nodes
-        read = _read_columns(edges, torch.stack([torch.ones_like(nodes), nodes], 1)) * edges.read[:, None]
+        written, reached = _written(edges, after)
+        found[edges.branch.site] = nodes = _divided(edges.merged(reached), edges.merged(written))
+        known = _balanced(edges, written) if edges.balanced else edges
+        read = _read_columns(known, torch.stack([torch.ones_like(nodes), nodes], 1)) * edges.read[:, None]
         out, before = out + read[:, 0], before + read[:, 1]
     return _divided(before, out), found
 
 
-def path_sums(step: StepEdges, after: Tensor, walk: Walk) -> tuple[Tensor, Nodes]:
-    """Sum of strengths over all paths from each node to the end, as they are: nothing is shared. One read."""
+def path_sums(step: StepEdges, after: Tensor, walk: Walk, *, added: float) -> tuple[Tensor, Nodes]:
+    """Take the sum of strengths over all paths that leave each node from the cut after a step to the one before.
+
+    Nothing is shared. Each node counts for ``added`` in the sums of others, which is not in what is told. One read.
+    """
     before = step.skip * after
     found: Nodes = {}
     for edges in step.branches:
-        arrived = edges.write * _down_columns(edges, edges.into * after)
-        nodes = walk.at(edges, edges.merged(arrived))
-        found[edges.branch.site] = nodes
-        before = before + edges.read * _read_columns(edges, nodes)
+        written, reached = _written(edges, after)
+        known = _balanced(edges, written) if edges.balanced else edges
+        found[edges.branch.site] = nodes = walk.damping * edges.merged(reached)
+        before = before + edges.read * _read_columns(known, nodes + added)
     return walk.damping * before + walk.cut, found
 
 
-def path_sums_forward(step: StepEdges, before: Tensor) -> tuple[Tensor, Nodes]:
-    """The adjoint of `path_sums`, without what nodes add. One read."""
-    after = step.skip * before
+def ahead(step: StepEdges, cut: Tensor, nodes: Nodes) -> tuple[Tensor, Nodes]:
+    """What one edge leads to, from the cut before a `resolved` step and its nodes: the cut after, and the nodes."""
+    after = step.skip * cut
     found: Nodes = {}
     for edges in step.branches:
-        nodes = _read(edges, before)
-        found[edges.branch.site] = nodes
-        after = after + edges.into * _down_rows(edges, edges.write * edges.spread(nodes))
+        site = edges.branch.site
+        found[site] = _read(edges, cut)
+        after = after + edges.into * _down_rows(edges, edges.write * edges.spread(nodes[site]))
     return after, found
 
 
-def largest_incoming(step: StepEdges) -> float:
-    """Largest sum of the strengths of the edges into one node. One read."""
-    total = step.skip.clone()
-    largest = 0.0
+def back(step: StepEdges, cut: Tensor, nodes: Nodes) -> tuple[Tensor, Nodes]:
+    """The adjoint of `ahead`: from the cut after a step and its nodes to the cut before, and the nodes."""
+    before = step.skip * cut
+    found: Nodes = {}
     for edges in step.branches:
+        site = edges.branch.site
+        found[site] = edges.merged(edges.write * _down_columns(edges, edges.into * cut))
+        before = before + edges.read * _read_columns(edges, nodes[site])
+    return before, found
+
+
+def largest_incoming(step: StepEdges) -> float:
+    """Largest sum of the strengths of the edges into one node. Two reads of down, one of the others."""
+    total, largest = step.skip.clone(), 0.0
+    for edges in resolved(step).branches:
         total += edges.into * _down_rows(edges, edges.write)
-        largest = max(largest, float(_read(edges, torch.ones_like(total)).max()))
+        known = edges.incoming
+        into_nodes = _read(edges, torch.ones_like(total)) if known is None else known
+        largest = max(largest, float(into_nodes.max()))
     return max(largest, float(total.max()))
+
+
+def _balanced(edges: BranchEdges, written: Tensor) -> BranchEdges:
+    """Edges whose nodes read as much as they write, ``written`` [d_ff]."""
+    return replace(edges, incoming=edges.merged(written))
+
+
+def _written(edges: BranchEdges, after: Tensor) -> tuple[Tensor, Tensor]:
+    """What each channel writes in all, and to the value of the cut after; [d_ff] each. One read."""
+    columns = _down_columns(edges, torch.stack([edges.into, edges.into * after], 1)) * edges.write[:, None]
+    return columns[:, 0], columns[:, 1]
 
 
 def _arrived(step: StepEdges, after: Tensor) -> tuple[Tensor, Nodes]:
@@ -210,19 +243,6 @@ def _down_columns(edges: BranchEdges, values: Tensor) -> Tensor:
         for rows, block in row_blocks(weight, edges.power):
             found += product(block.T, values[rows])
     return found
-
-
-def _written(edges: BranchEdges, nodes: Tensor) -> Tensor:
-    """Share the value of nodes among the residual channels that they write to, [d_model]."""
-    if edges.branch.sources is not None:
-        weight = edges.merged(edges.write * _down_columns(edges, edges.into))
-        return edges.into * _down_rows(edges, edges.write * edges.spread(_divided(nodes, weight)))
-    found = torch.zeros_like(edges.into)
-    with edges.branch.down.read() as weight:
-        for columns, block in column_blocks(weight, edges.power):
-            share = _divided(nodes[columns], product(block.T, edges.into))  # `write` cancels
-            found += product(block, torch.where(edges.write[columns] > 0, share, 0))
-    return edges.into * found
 
 
 def _divided(value: Tensor, by: Tensor) -> Tensor:
