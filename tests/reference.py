@@ -103,6 +103,8 @@ def slow_means(
             "taylor_sum": q.sum(0) / n_targets,
             "taylor_core": sum(torch.outer(row[core[site]], row) for row in q) / n_targets,
             "x_sum": x.sum(0) / n,
+            "x_sq": (x * x).sum(0) / n,
+            "y_sq": (signals["y"] * signals["y"]).sum(0) / n,
             "x_outer": sum(torch.outer(row, row) for row in x) / n,
             "xh_outer": sum(torch.outer(*rows) for rows in zip(x, h, strict=True)) / n,
             "h_outer": sum(torch.outer(row, row) for row in h) / n,
@@ -123,4 +125,5 @@ def calibrate_in_two(
     passes = [
         calibrate(model, windows, METRICS.names(), sites=list(core), core=c, options=options) for c in (None, core)
     ]
-    return join_statistics(*passes)
+    joined = join_statistics(*passes)
+    return {site: stats for site, stats in joined.items() if site.role == "ffn"}

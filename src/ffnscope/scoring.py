@@ -183,8 +183,8 @@ def _model_values(
     if set(found) != set(graph.sites):
         names = sorted({site.name for site in found} ^ {site.name for site in graph.sites})
         raise UsageError(
-            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(graph.sites)} sites "
-            f"of its graph; it returned {len(found)}, and {names[0]} is in only one of the two."
+            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(graph.sites)} "
+            f"sites of its graph; it returned {len(found)}, and {names[0]} is in only one of the two."
         )
     return {site: value.double().cpu() for site, value in found.items()}
 

@@ -18,8 +18,8 @@ from ffnscope.types import FFNSite
 def decoder_graph(model: nn.Module, sites: Sequence[FFNSite], stream: Stream | None = None) -> DecoderGraph:
     """Graph of the decoder around the given FFNs of a model; no weight is read yet.
 
-    The model is run once on a few tokens, unless its ``stream`` is known. Layers without one of the sites are not in
-    the graph. What was not recognised is named in ``missing``.
+    The model is run once on a few tokens, unless its ``stream`` is known. FFNs that are not among the sites are
+    not in the graph. What was not recognised is named in ``missing``.
 
     Raises:
         UsageError: no site, or sites of different residual width.

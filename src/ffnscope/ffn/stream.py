@@ -85,7 +85,7 @@ class _Call:
 
 @dataclass(slots=True)
 class _Seen:
-    """Runs of projections, of norms (whatever maps the stream to its own width), and inputs of expert modules."""
+    """Runs of projections and of norms of the stream, and inputs of experts and of the modules around them."""
 
     projections: dict[str, _Call] = field(default_factory=dict[str, _Call])
     norms: dict[str, _Call] = field(default_factory=dict[str, _Call])
@@ -147,7 +147,7 @@ def _watched(model: nn.Module, sites: Sequence[FFNSite], seen: _Seen) -> Generat
     random = torch.Generator().manual_seed(0)
     handles: list[Any] = []
     width = sites[0].d_model
-    experts = {site.path for site in sites if site.expert is not None}
+    experts = {path for site in sites if site.expert is not None for path in _around(site)}
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in handles])
         for name, module in model.named_modules():
@@ -158,6 +158,13 @@ def _watched(model: nn.Module, sites: Sequence[FFNSite], seen: _Seen) -> Generat
             elif _is_norm(module):
                 handles.append(module.register_forward_hook(_keep(seen, name, width)))
         yield
+
+
+def _around(site: FFNSite) -> list[str]:
+    """The module that is given the tokens of an expert, and those around it within the layer, the innermost first."""
+    layer = layer_path(site.path) or ""
+    inside = site.path.removeprefix(layer).strip(".").split(".")
+    return [".".join((layer, *inside[:n])).strip(".") for n in range(len(inside), 0, -1)]
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -210,7 +217,9 @@ def _rows(value: Tensor) -> Tensor:
 
 def _ffn(seen: _Seen, site: FFNSite) -> _Branch:
     if site.expert is not None:
-        call, module, written = seen.experts.get(site.path), site.path, None
+        fits = [n for n in _around(site) if n in seen.experts and seen.experts[n].x.shape == (TEXTS, site.d_model)]
+        module, written = fits[0] if fits else site.path, None
+        call = seen.experts.get(module)
     else:
         module = f"{site.path}.{site.up}" if site.path else site.up
         down = f"{site.path}.{site.down}" if site.path else site.down
@@ -278,17 +287,20 @@ def _cut(layer: int, module: str, d_model: int) -> ObservedSite:
 
 
 def _attentions(model: nn.Module, seen: _Seen, sites: Sequence[FFNSite], missing: list[str]) -> list[_Branch]:
-    """Attentions of the layers that hold the sites; a layer without one is named."""
-    layers = {layer_path(site.path) or site.path: site for site in sites}
+    """Attentions of all layers; a layer without one is named."""
+    layers = dict.fromkeys(layer for layer in map(layer_path, seen.projections) if layer is not None)
     ffn = {path for site in sites if site.expert is None for path in site.projections}
+    width = sites[0].d_model
     found: list[_Branch] = []
-    for layer, site in layers.items():
+    for layer in layers:
         names = [n for n in seen.projections if n.startswith(f"{layer}.") and n not in ffn]
-        pairs = [(v, o, rows) for o in names for v in names if v != o and (rows := _passed_on(model, seen, v, o, site))]
+        pairs = [
+            (v, o, rows) for o in names for v in names if v != o and (rows := _passed_on(model, seen, (v, o), width))
+        ]
         for value, output, rows in pairs:
             index = torch.tensor(rows)
-            found.append(_attention(model, seen, (site.layer, value, output), index))
-        if not pairs:
+            found.append(_attention(model, seen, (value, output), index))
+        if not pairs and names:
             missing.append(
                 f"{layer}: no attention was found whose output projection reads the values of a projection of the "
                 "stream as they are; it is left out, and the stream skips it"
@@ -296,8 +308,9 @@ def _attentions(model: nn.Module, seen: _Seen, sites: Sequence[FFNSite], missing
     return found
 
 
-def _attention(model: nn.Module, seen: _Seen, where: tuple[int, str, str], sources: Tensor) -> _Branch:
-    layer, value, output = where
+def _attention(model: nn.Module, seen: _Seen, names: tuple[str, str], sources: Tensor) -> _Branch:
+    value, output = names
+    layer = int((layer_path(value) or "0").rpartition(".")[2])
     parts = [value.split("."), output.split(".")]
     shared = next((i for i, (a, b) in enumerate(zip(*parts, strict=False)) if a != b), 0)
     path, up, down = ".".join(parts[0][:shared]), *(".".join(p[shared:]) for p in parts)
@@ -306,11 +319,12 @@ def _attention(model: nn.Module, seen: _Seen, where: tuple[int, str, str], sourc
     return _branch(seen, site, value, seen.projections[value], seen.projections[output].y, sources)
 
 
-def _passed_on(model: nn.Module, seen: _Seen, value: str, output: str, site: FFNSite) -> list[int] | None:
-    """Row of projection ``value`` that each channel of ``output`` reads unchanged, or None."""
+def _passed_on(model: nn.Module, seen: _Seen, names: tuple[str, str], width: int) -> list[int] | None:
+    """Row of the first projection that each channel of the second reads unchanged, or None."""
+    value, output = names
     made, read = seen.projections[value], seen.projections[output].x
     v, o = model.get_submodule(value), model.get_submodule(output)
-    if in_width(v) != site.d_model or out_width(o) != site.d_model or len(read) != len(made.y):
+    if in_width(v) != width or out_width(o) != width or len(read) != len(made.y):
         return None
     if not bool((made.y == read[:, :1]).all(0).any()):
         return None
