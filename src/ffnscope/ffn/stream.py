@@ -1,29 +1,27 @@
 """How FFNs and attentions read and write the residual stream of a model, found by what is computed.
 
-One forward over a few texts of a single token, in which every projection puts out random numbers. Attention over one
-token passes its values on, so an output projection reads exactly the random numbers of the projection that makes the
-values, some of them for several heads. A norm is told by its output being what a projection reads. Branches that read
-the same stream belong to one step; what two neighbouring cuts differ by must be what the branches between put out,
-each times a number.
+In one forward over a few texts of a single token, every projection puts out random numbers (`stream_probe`). Attention
+over one token passes its values on, so an output projection reads exactly the random numbers of the projection that
+makes the values, some of them for several heads. A norm is told by its output being what a projection reads. Branches
+that read the same stream belong to one step; what two neighbouring cuts differ by must be what the branches between put
+out, each times a number.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import LayoutError, UsageError
-from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.probe import layer_path
-from ffnscope.ffn.projection import in_width, is_projection, out_width
+from ffnscope.ffn.projection import in_width, out_width
+from ffnscope.ffn.stream_probe import TEXTS, Call, Seen, around, last_norm, norm_weight, observe_stream, same
 from ffnscope.types import FFNSite, ObservedSite
 
-TEXTS = 6
 EXACT = 0.05
 """Share of a change of the stream that may be left unexplained: rounding in bfloat16."""
 
@@ -75,28 +73,6 @@ class Stream:
 
 
 @dataclass(slots=True)
-class _Call:
-    """One module's run: its input and output [TEXTS, width], and when it ran."""
-
-    x: Tensor
-    y: Tensor
-    when: int
-
-
-@dataclass(slots=True)
-class _Seen:
-    """Runs of projections and of norms of the stream, and inputs of experts and of the modules around them."""
-
-    projections: dict[str, _Call] = field(default_factory=dict[str, _Call])
-    norms: dict[str, _Call] = field(default_factory=dict[str, _Call])
-    experts: dict[str, _Call] = field(default_factory=dict[str, _Call])
-
-    @property
-    def count(self) -> int:
-        return len(self.projections) + len(self.norms) + len(self.experts)
-
-
-@dataclass(slots=True)
 class _Branch:
     """A branch as it was seen.
 
@@ -128,7 +104,7 @@ def find_stream(model: nn.Module, sites: Sequence[FFNSite]) -> Stream:
     """
     if not sites:
         raise UsageError("a graph needs at least one FFN site; find_sites(model) lists those of a model.")
-    seen = _observe(model, sites)
+    seen = observe_stream(model, sites)
     missing: list[str] = []
     branches = [_ffn(seen, site) for site in sites]
     branches += _attentions(model, seen, sites, missing)
@@ -142,82 +118,9 @@ def find_stream(model: nn.Module, sites: Sequence[FFNSite]) -> Stream:
     return Stream(tuple(readers for _, readers in settled), cuts, unembedding, norm, tuple(missing))
 
 
-@contextlib.contextmanager
-def _watched(model: nn.Module, sites: Sequence[FFNSite], seen: _Seen) -> Generator[None]:
-    random = torch.Generator().manual_seed(0)
-    handles: list[Any] = []
-    width = sites[0].d_model
-    experts = {path for site in sites if site.expert is not None for path in _around(site)}
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [handle.remove() for handle in handles])
-        for name, module in model.named_modules():
-            if is_projection(module):
-                handles.append(module.register_forward_hook(_replace(seen, name, random)))
-            elif name in experts:
-                handles.append(module.register_forward_pre_hook(_keep_input(seen, name)))
-            elif _is_norm(module):
-                handles.append(module.register_forward_hook(_keep(seen, name, width)))
-        yield
-
-
-def _around(site: FFNSite) -> list[str]:
-    """The module that is given the tokens of an expert, and those around it within the layer, the innermost first."""
-    layer = layer_path(site.path) or ""
-    inside = site.path.removeprefix(layer).strip(".").split(".")
-    return [".".join((layer, *inside[:n])).strip(".") for n in range(len(inside), 0, -1)]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and next(module.children(), None) is None
-
-
-def _observe(model: Any, sites: Sequence[FFNSite]) -> _Seen:
-    seen = _Seen()
-    table = model.get_input_embeddings()
-    device = next((p.device for p in table.parameters()), torch.device("cpu"))
-    ids = torch.arange(TEXTS, device="cpu" if device.type == "meta" else device)[:, None] + 3
-    with frozen(model), torch.no_grad(), _watched(model, sites, seen):
-        model(input_ids=ids % model.config.get_text_config().vocab_size, use_cache=False)
-    return seen
-
-
-def _replace(seen: _Seen, name: str, random: torch.Generator) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor):
-            return None
-        noise = torch.randn(output.shape, generator=random).to(output)
-        if name not in seen.projections and args:
-            seen.projections[name] = _Call(_rows(args[0]), _rows(noise), seen.count)
-        return noise.clone()
-
-    return hook
-
-
-def _keep(seen: _Seen, name: str, width: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        fits = bool(args) and isinstance(output, Tensor) and args[0].shape == output.shape
-        if fits and output.shape[-1] == width and output.numel() == TEXTS * width and name not in seen.norms:
-            seen.norms[name] = _Call(_rows(args[0]), _rows(output), seen.count)
-
-    return hook
-
-
-def _keep_input(seen: _Seen, name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and name not in seen.experts:
-            seen.experts[name] = _Call(_rows(args[0]), _rows(args[0]), seen.count)
-
-    return hook
-
-
-def _rows(value: Tensor) -> Tensor:
-    """[TEXTS, width] in float64 on the CPU, a copy: some models add in place."""
-    return value.detach().reshape(-1, value.shape[-1]).cpu().double().clone()
-
-
-def _ffn(seen: _Seen, site: FFNSite) -> _Branch:
+def _ffn(seen: Seen, site: FFNSite) -> _Branch:
     if site.expert is not None:
-        fits = [n for n in _around(site) if n in seen.experts and seen.experts[n].x.shape == (TEXTS, site.d_model)]
+        fits = [n for n in around(site) if n in seen.experts and seen.experts[n].x.shape == (TEXTS, site.d_model)]
         module, written = fits[0] if fits else site.path, None
         call = seen.experts.get(module)
     else:
@@ -235,11 +138,11 @@ def _ffn(seen: _Seen, site: FFNSite) -> _Branch:
 
 
 def _branch(
-    seen: _Seen, site: FFNSite, module: str, call: _Call, written: Tensor | None, sources: Tensor | None
+    seen: Seen, site: FFNSite, module: str, call: Call, written: Tensor | None, sources: Tensor | None
 ) -> _Branch:
     """Look for the norm before and the norm after."""
-    norm = _last_with(seen, output=call.x, before=call.when)
-    out = None if written is None else _last_with(seen, source=written)
+    norm = last_norm(seen, output=call.x, before=call.when)
+    out = None if written is None else last_norm(seen, source=written)
     cut = _cut(site.layer, module if norm is None else norm, site.d_model)
     stream = call.x if norm is None else seen.norms[norm].x
     added = written if out is None else seen.norms[out].y
@@ -248,45 +151,12 @@ def _branch(
     return _Branch(site, cut, stream, call.when, weights[0], added, weights[1], sources, call.x, behind)
 
 
-def _last_with(
-    seen: _Seen, *, output: Tensor | None = None, source: Tensor | None = None, before: int | None = None
-) -> str | None:
-    """Norm that gave ``output`` last before a time, or that was given ``source``."""
-    hits = [
-        (call.when, name)
-        for name, call in seen.norms.items()
-        if (output is None or _same(call.y, output))
-        and (source is None or _same(call.x, source))
-        and (before is None or call.when < before)
-    ]
-    return max(hits)[1] if hits else None
-
-
-def norm_weight(call: _Call) -> Tensor:
-    """Weight [d_model] of a norm as it acts: slope of its output in its normalised input, whichever norm it is."""
-    centred = call.x - call.x.mean(1, keepdim=True)
-    best: tuple[float, Tensor] | None = None
-    for plain in (call.x, centred):
-        unit = plain / plain.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
-        x, y = unit - unit.mean(0), call.y - call.y.mean(0)
-        slope = (x * y).sum(0) / x.square().sum(0).clamp_min(1e-30)
-        error = float((y - slope * x).square().sum())
-        if best is None or error < best[0]:
-            best = (error, slope.abs())
-    assert best is not None
-    return best[1]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-6)
-
-
 def _cut(layer: int, module: str, d_model: int) -> ObservedSite:
     path, _, leaf = module.rpartition(".")
     return ObservedSite(layer, path, None, leaf, leaf, d_model, d_model, kind="cut")
 
 
-def _attentions(model: nn.Module, seen: _Seen, sites: Sequence[FFNSite], missing: list[str]) -> list[_Branch]:
+def _attentions(model: nn.Module, seen: Seen, sites: Sequence[FFNSite], missing: list[str]) -> list[_Branch]:
     """Attentions of all layers; a layer without one is named."""
     layers = dict.fromkeys(layer for layer in map(layer_path, seen.projections) if layer is not None)
     ffn = {path for site in sites if site.expert is None for path in site.projections}
@@ -308,7 +178,7 @@ def _attentions(model: nn.Module, seen: _Seen, sites: Sequence[FFNSite], missing
     return found
 
 
-def _attention(model: nn.Module, seen: _Seen, names: tuple[str, str], sources: Tensor) -> _Branch:
+def _attention(model: nn.Module, seen: Seen, names: tuple[str, str], sources: Tensor) -> _Branch:
     value, output = names
     layer = int((layer_path(value) or "0").rpartition(".")[2])
     parts = [value.split("."), output.split(".")]
@@ -319,7 +189,7 @@ def _attention(model: nn.Module, seen: _Seen, names: tuple[str, str], sources: T
     return _branch(seen, site, value, seen.projections[value], seen.projections[output].y, sources)
 
 
-def _passed_on(model: nn.Module, seen: _Seen, names: tuple[str, str], width: int) -> list[int] | None:
+def _passed_on(model: nn.Module, seen: Seen, names: tuple[str, str], width: int) -> list[int] | None:
     """Row of the first projection that each channel of the second reads unchanged, or None."""
     value, output = names
     made, read = seen.projections[value], seen.projections[output].x
@@ -337,7 +207,7 @@ def _grouped(branches: Sequence[_Branch]) -> list[list[_Branch]]:
     """Branches that read the same stream are one step."""
     steps: list[list[_Branch]] = []
     for branch in branches:
-        home = next((s for s in steps if _same(s[0].stream, branch.stream)), None)
+        home = next((s for s in steps if same(s[0].stream, branch.stream)), None)
         if home is None:
             steps.append([branch])
         else:
@@ -355,7 +225,7 @@ class _Head:
     norm: Tensor | None
 
 
-def _unembedding(model: Any, seen: _Seen, d_model: int, missing: list[str]) -> _Head | None:
+def _unembedding(model: Any, seen: Seen, d_model: int, missing: list[str]) -> _Head | None:
     module = model.get_output_embeddings()
     name = next((n for n, m in model.named_modules() if m is module), None)
     call = None if name is None else seen.projections.get(name)
@@ -364,7 +234,7 @@ def _unembedding(model: Any, seen: _Seen, d_model: int, missing: list[str]) -> _
         return None
     path, _, leaf = name.rpartition(".")
     site = ObservedSite(0, path, None, leaf, leaf, d_model, d_model, kind="unembedding")
-    norm = _last_with(seen, output=call.x, before=call.when)
+    norm = last_norm(seen, output=call.x, before=call.when)
     if norm is None:
         return _Head(site, _cut(0, name, d_model), call.x, None)
     return _Head(site, _cut(0, norm, d_model), seen.norms[norm].x, norm_weight(seen.norms[norm]))
