@@ -134,7 +134,7 @@ class Metric:
             raise unknown_name(f"scope of metric {self.name!r}", self.scope, get_args(Scope))
         for name in self.inputs:
             if name not in INPUTS[self.scope]:
-                raise unknown_name(f"input of metric {self.name!r} of scope {self.scope!r}", name, INPUTS[self.scope])
+                raise unknown_name(f"input of metric {self.name!r}", name, INPUTS[self.scope])
             argument = inspect.signature(self.fn).parameters.get(name)
             if argument is None or argument.kind is not argument.KEYWORD_ONLY:
                 raise UsageError(

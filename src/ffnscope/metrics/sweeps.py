@@ -75,7 +75,7 @@ def forward(step: StepEdges, before: Tensor, walk: Walk = INFLUENCE) -> tuple[Te
     """
     written = {e.branch.site: e.write * _down_columns(e, e.into) for e in step.branches}
     branches = [_balanced(e, written[e.branch.site]) if e.balanced else e for e in step.branches]
-    out = step.skip + torch.stack([_read_sums(edges) for edges in branches]).sum(0)
+    out = step.skip + sum(_read_sums(edges) for edges in branches)
     shares = _divided(before, out)
     after = step.skip * shares
     found: Nodes = {}

@@ -20,6 +20,10 @@ from tiny import ARCHITECTURES, HIDDEN, LAYERS, tiny
 from tiny_moe import tiny_moe
 
 PARALLEL = ("phi", "gpt_neox", "falcon")
+MISSING = {
+    "opt_projected": "unembedding: no LM head reads the residual stream",  # a projection stands between
+    "bert": "bert.encoder.layer.1: 100% of the change of the stream",  # so does another layer of the head
+}
 
 
 def seen(model, names, ids):
@@ -48,12 +52,13 @@ def is_attention(reader):
 def test_every_layer_has_its_attention_and_its_place(arch):
     model = tiny(arch)
     stream = find_stream(model, find_sites(model))
-    assert stream.missing == ()
+    assert len(stream.missing) == (arch in MISSING)
+    assert not stream.missing or stream.missing[0].startswith(MISSING[arch])
     assert len(stream.cuts) == len(stream.steps) + 1
     per_step = [[reader.site.role for reader in step] for step in stream.steps]
     expected = [["attention", "ffn"]] * LAYERS if arch in PARALLEL else [["attention"], ["ffn"]] * LAYERS
     assert [sorted(roles) for roles in per_step] == expected
-    assert stream.unembedding is not None
+    assert (stream.unembedding is None) == (arch == "opt_projected")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

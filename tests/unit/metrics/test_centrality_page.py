@@ -18,7 +18,13 @@ def test_code_runs(monkeypatch):
     METRICS.names()
     monkeypatch.setattr(METRICS, "_items", dict(METRICS._items))
     windows = [contiguous_windows(tokens(4, 16, seed), "random tokens") for seed in (0, 1)]
-    names = {"ffnscope": ffnscope, "model": tiny("llama"), "task_windows": windows[0], "other_windows": windows[1]}
+    names = {
+        "__name__": "page",
+        "ffnscope": ffnscope,
+        "model": tiny("llama"),
+        "task_windows": windows[0],
+        "other_windows": windows[1],
+    }
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(compile(code, "docs/centrality.md", "exec"), names)
     assert names["scores"].metric == "graph_cheirank"
