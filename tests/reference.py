@@ -125,5 +125,4 @@ def calibrate_in_two(
     passes = [
         calibrate(model, windows, METRICS.names(), sites=list(core), core=c, options=options) for c in (None, core)
     ]
-    joined = join_statistics(*passes)
-    return {site: stats for site, stats in joined.items() if site.role == "ffn"}
+    return join_statistics(*passes)

@@ -170,8 +170,9 @@ def _site_values(
 
 def _warn_of_missing(rule: Metric, graph: DecoderGraph) -> None:
     if graph.missing:
-        more = f" (and {len(graph.missing) - 1} more)" if len(graph.missing) > 1 else ""
-        warnings.warn(f"{rule.name} does not see all of the model: {graph.missing[0]}{more}.", stacklevel=3)
+        first, *others = graph.missing
+        more = f" (and {len(others)} more)" if others else ""
+        warnings.warn(f"{rule.name} does not see all of the model: {first}{more}.", stacklevel=3)
 
 
 def _model_values(
