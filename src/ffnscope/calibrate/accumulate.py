@@ -154,7 +154,7 @@ class Accumulator:
                 f"statistic {statistic.name!r} reads gradients of every {statistic.every}th token; gradient "
                 "statistics are divided by the predicted tokens, so they read all: register it with every=1."
             )
-        missing = [s.name for s in self.sites if s not in self.core]
+        missing = [s.name for s in self.sites if s.role in statistic.at and s not in self.core]
         if statistic.needs_core and missing:
             raise UsageError(
                 f"statistic {statistic.name!r} reads the supernode core, which is not known for {missing[0]}. "
