@@ -105,6 +105,8 @@ def slow_means(
             "x_sum": x.sum(0) / n,
             "ffn_in_sq": (x * x).sum(0) / n,
             "ffn_out_sq": (signals["y"] * signals["y"]).sum(0) / n,
+            "x_sq": (x * x).sum(0) / n,
+            "y_sq": (signals["y"] * signals["y"]).sum(0) / n,
             "x_outer": sum(torch.outer(row, row) for row in x) / n,
             "xh_outer": sum(torch.outer(*rows) for rows in zip(x, h, strict=True)) / n,
             "h_outer": sum(torch.outer(row, row) for row in h) / n,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import ArtifactError, NonFiniteError, UsageError
-from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
+from ffnscope.types import Budget, ChannelStats, FFNSite, ObservedSite, PruningPlan, Scores
 
 SCHEMA = 1
 
@@ -146,7 +146,7 @@ def read_stats(path: Path) -> tuple[dict[FFNSite, ChannelStats], dict[str, Any]]
     found: dict[FFNSite, ChannelStats] = {}
     with _complete(path, "statistics"):
         for row in facts.pop("sites"):
-            site = FFNSite(**row["site"])
+            site = _site(row["site"])
             values = {k: tensors[f"{site.name}/{k}"] for k in row["counts"]}
             found[site] = ChannelStats(site, values, row["counts"], row["reductions"])
     return found, facts
@@ -266,6 +266,10 @@ def _complete(path: Path, kind: str) -> Generator[None]:
         raise ArtifactError(f"{path} is not a complete file of kind {kind!r}: {error} is missing.") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path} is not a complete file of kind {kind!r}: {error}.") from error
+
+
+def _site(row: Mapping[str, Any]) -> FFNSite:
+    return ObservedSite(**row) if "kind" in row else FFNSite(**row)
 
 
 def _indices(values: Any) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.types import FFNSite, Reduction
+from ffnscope.types import FFNSite, Reduction, Role
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -22,10 +22,10 @@ GRADIENTS = ("dy", "g")
 """The signals that need a backward."""
 SIZES = ("d_ff", "d_model", "core")
 """Names that the shape of a statistic may use for a number."""
-INPUTS = ("core", "reference")
-"""What a metric may get beyond statistics and weights."""
 Scope = Literal["site", "model"]
 """What a metric sees at once: one site, or all of them as a graph."""
+INPUTS: dict[Scope, tuple[str, ...]] = {"site": ("core", "reference"), "model": ("background",)}
+"""What a metric may get beyond statistics and weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Statistic:
     result. ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the
     number of predicted tokens. ``in_place``: ``fn(total, *signals)`` adds to its float64 sum of that shape itself,
     which for a matrix is cheaper than a new one for each batch. ``counts`` is the same for whole numbers, in int32.
+    ``at`` names the roles of the sites where it is taken: FFNs, unless it serves the graph of the whole decoder.
     """
 
     name: str
@@ -51,8 +52,12 @@ class Statistic:
     summary: str
     counts: bool = False
     in_place: bool = False
+    at: tuple[Role, ...] = ("ffn",)
 
     def __post_init__(self) -> None:
+        for role in self.at:
+            if role not in get_args(Role):
+                raise unknown_name(f"role of statistic {self.name!r}", role, get_args(Role))
         for read in self.reads:
             if read not in (*SIGNALS, "core"):
                 raise unknown_name(f"signal of statistic {self.name!r}", read, (*SIGNALS, "core"))
@@ -81,6 +86,11 @@ class Statistic:
         return "core" in self.reads
 
     @property
+    def beyond_ffns(self) -> bool:
+        """Whether it is also taken outside FFNs."""
+        return self.at != ("ffn",)
+
+    @property
     def adds(self) -> bool:
         """Whether ``fn`` adds to its sum itself, instead of returning what is added."""
         return self.counts or self.in_place
@@ -105,8 +115,8 @@ class Metric:
     at once from a `DecoderGraph`, whose weights are read when they are asked for, and the statistics of all sites.
 
     ``inputs`` names what it gets beyond statistics and weights, as keyword arguments: ``core`` (indices of the site's
-    supernode core) or ``reference`` (FFNWeights of a reference checkpoint). They are per site, so only a metric of
-    scope "site" gets them. ``needs`` may be a function of the parameters.
+    supernode core) or ``reference`` (FFNWeights of a reference checkpoint) for scope "site"; ``background`` (statistics
+    of all sites on another text, or None) for scope "model". ``needs`` may be a function of the parameters.
     """
 
     name: str
@@ -122,14 +132,9 @@ class Metric:
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
             raise unknown_name(f"scope of metric {self.name!r}", self.scope, get_args(Scope))
-        if self.inputs and self.scope == "model":
-            raise UsageError(
-                f"metric {self.name!r} has scope 'model' and asks for the input {self.inputs[0]!r}, which is per site: "
-                "leave out inputs=, or register it with scope='site'."
-            )
         for name in self.inputs:
-            if name not in INPUTS:
-                raise unknown_name(f"input of metric {self.name!r}", name, INPUTS)
+            if name not in INPUTS[self.scope]:
+                raise unknown_name(f"input of metric {self.name!r}", name, INPUTS[self.scope])
             argument = inspect.signature(self.fn).parameters.get(name)
             if argument is None or argument.kind is not argument.KEYWORD_ONLY:
                 raise UsageError(
@@ -225,6 +230,7 @@ METRICS: Registry[Metric] = Registry(
             "combine",
             "pagerank",
             "layerwise",
+            "centrality",
         )
     ),
     "ffnscope.metrics",
@@ -246,6 +252,18 @@ def statistic(
 
     def add(fn: F) -> F:
         STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn), counts, in_place))
+        return fn
+
+    return add
+
+
+def stream_statistic(
+    name: str, *, reads: tuple[str, ...], at: tuple[Role, ...], shape: tuple[int | str, ...] = ("d_ff",)
+) -> Callable[[F], F]:
+    """Register a sum that is also (or only) taken outside FFNs, at sites of the roles ``at`` (see `Statistic`)."""
+
+    def add(fn: F) -> F:
+        STATISTICS.add(name, Statistic(name, fn, reads, "sum", shape, 1, _first_line(fn), at=at))
         return fn
 
     return add

@@ -15,6 +15,7 @@ from ffnscope.errors import NonFiniteError, UsageError, unknown_name
 from ffnscope.ffn.graph import decoder_graph
 from ffnscope.ffn.offload import materialised, named_values
 from ffnscope.ffn.projection import weights_of
+from ffnscope.graph import DecoderGraph
 from ffnscope.registry import METRICS, Metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights, Scores, check_core
 
@@ -27,6 +28,7 @@ def score(
     *,
     core: Mapping[FFNSite, Tensor] | None = None,
     reference: nn.Module | None = None,
+    background: Mapping[FFNSite, ChannelStats] | None = None,
     **params: Any,
 ) -> Scores:
     """Score every channel with one metric; high = keep.
@@ -41,6 +43,7 @@ def score(
         facts: recorded with the scores (calibration text, hashes).
         core: supernode core per site, for a metric that needs it (see `top_core`).
         reference: the model before fine-tuning, for a metric that needs it.
+        background: what `calibrate` returned on another text, for a metric that compares the two.
         **params: the metric's own typed parameters.
 
     Raises:
@@ -53,12 +56,17 @@ def score(
     for name in params:
         if name not in rule.params:
             raise unknown_name(f"parameter of metric {metric!r}", name, rule.params)
-    parts = stats if isinstance(stats, Mapping) else {s: ChannelStats(s, {}, {}, {}) for s in stats}
+    every = stats if isinstance(stats, Mapping) else {s: ChannelStats(s, {}, {}, {}) for s in stats}
+    parts = {site: part for site, part in every.items() if site.role == "ffn"}
     if not parts:
         raise UsageError("there is no FFN site to score.")
     unreached = _unreached(rule, parts, params)
+    graph = None
     if rule.scope == "model":
-        found = _model_values(rule, model, parts, params)
+        graph = decoder_graph(model, list(parts))
+        _warn_of_missing(rule, graph)
+        extra = {"background": background} if "background" in rule.inputs else {}
+        found = _model_values(rule, graph, every, {**params, **extra})
     else:
         reached = [site for site in parts if site.name not in unreached]
         found = {site: _site_values(rule, model, parts[site], core, reference, params) for site in reached}
@@ -66,6 +74,8 @@ def score(
     values = {site: none[site] if site in none else found[site] for site in parts}
     defaults = {k: p.default for k, p in rule.params.items() if p.default is not p.empty}
     known = {"params": {**defaults, **params}, "source": rule.source, **(facts or {})}
+    if graph is not None and graph.missing:
+        known["not_in_graph"] = list(graph.missing)
     with naming_weights(model):
         return Scores(metric, values, {**known, "unreached": unreached} if unreached else known)
 
@@ -163,17 +173,24 @@ def _site_values(
         return _values(rule, stats, weights_of(model, site), {**params, **extra})
 
 
+def _warn_of_missing(rule: Metric, graph: DecoderGraph) -> None:
+    if graph.missing:
+        first, *others = graph.missing
+        more = f" (and {len(others)} more)" if others else ""
+        warnings.warn(f"{rule.name} does not see all of the model: {first}{more}.", stacklevel=3)
+
+
 def _model_values(
-    rule: Metric, model: nn.Module, parts: Mapping[FFNSite, ChannelStats], params: Mapping[str, Any]
+    rule: Metric, graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], params: Mapping[str, Any]
 ) -> dict[FFNSite, Tensor]:
     """Run a metric of scope "model"; site -> [d_ff] float64 on the CPU."""
     with torch.no_grad():
-        found: Mapping[FFNSite, Tensor] = rule.fn(decoder_graph(model, list(parts)), parts, **params)
-    if found.keys() != parts.keys():
-        names = sorted({site.name for site in found} ^ {site.name for site in parts})
+        found: Mapping[FFNSite, Tensor] = rule.fn(graph, stats, **params)
+    if set(found) != set(graph.sites):
+        names = sorted({site.name for site in found} ^ {site.name for site in graph.sites})
         raise UsageError(
-            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(parts)} sites of "
-            f"its graph; it returned {len(found)}, and {names[0]} is in only one of the two."
+            f"metric {rule.name!r} has scope 'model' and must return one vector for each of the {len(graph.sites)} "
+            f"sites of its graph; it returned {len(found)}, and {names[0]} is in only one of the two."
         )
     return {site: value.double().cpu() for site, value in found.items()}
 

@@ -16,6 +16,8 @@ from ffnscope.errors import NonFiniteError, UsageError
 Reduction = Literal["sum", "max"]
 Fused = Literal["gate_up", "up_gate", "interleaved"]
 Storage = Literal["linear", "transposed", "flat"]
+Role = Literal["ffn", "attention", "cut", "unembedding"]
+"""What is observed: an FFN, or another part of the model that reads or writes the residual stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,40 @@ class FFNSite:
         return self.path if self.expert is None else f"{self.path.removesuffix('.experts')}.experts.{self.expert}"
 
     @property
+    def role(self) -> Role:
+        """What it is."""
+        return "ffn"
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """Full paths of the distinct projections, gate first: modules, or parameters for an expert."""
         names = dict.fromkeys(n for n in (self.gate, self.up, self.down) if n is not None)
         return tuple(f"{self.path}.{n}" if self.path else n for n in names)
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedSite(FFNSite):
+    """Another part of the model that is observed for its graph, described like an FFN; never scored, never cut.
+
+    * "attention": ``up`` makes the values and ``down`` is the output projection; the d_ff channels are what it reads.
+    * "cut": the residual stream before a step; ``down`` (and ``up``) is the module that reads it, d_ff = d_model.
+    * "unembedding": ``down`` (and ``up``) is the LM head; its d_ff = d_model channels are the normed final stream.
+
+    Attributes:
+        kind: which of these.
+    """
+
+    kind: Role = "cut"
+
+    @property
+    def role(self) -> Role:
+        """What it is."""
+        return self.kind
+
+    @property
+    def name(self) -> str:
+        """Unique name, used as key in every file: the observed module and the role."""
+        return f"{self.path}.{self.down}#{self.kind}" if self.path else f"{self.down}#{self.kind}"
 
 
 def check_core(site: FFNSite, core: Tensor) -> None:

@@ -52,7 +52,8 @@ def test_statistics_are_those_of_slow_autograd(arch):
     core = some_core(sites)
     expected = slow_means(model, sites, windows, core)
     found = calibrate_in_two(model, windows, core, batch_size=4)
-    assert {*next(iter(expected.values()))} == {*STATISTICS.names()} - {"act_hist"}
+    at_ffns = {name for name in STATISTICS.names() if "ffn" in STATISTICS.get(name).at}
+    assert {*next(iter(expected.values()))} == at_ffns - {"act_hist"}
     for site, means in expected.items():
         for name, value in means.items():
             assert float(value.abs().max()) > 0
@@ -68,7 +69,8 @@ def test_batch_size_does_not_matter_in_float32(arch, windows):
     one, three, eight = (calibrate_in_two(model, windows, core, batch_size=size) for size in (1, 3, 8))
     same_stats(three, one, 1e-5)
     same_stats(eight, one, 1e-5)
-    for site, part in one.items():
+    for site in core:
+        part = one[site]
         hist = part.total("act_hist")
         moved = (eight[site].total("act_hist") - hist).abs().sum()
         assert int(moved) <= 0.002 * int(hist.sum())  # values on the edge of a bin

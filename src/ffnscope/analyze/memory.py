@@ -12,6 +12,8 @@ from ffnscope.calibrate.collect import PassOptions, plan_steps, required_statist
 from ffnscope.calibrate.forward import experts_per_token
 from ffnscope.calibrate.memory import pass_bytes, statistics_bytes
 from ffnscope.calibrate.windows import Windows
+from ffnscope.ffn.stream import find_stream
+from ffnscope.registry import STATISTICS
 from ffnscope.types import FFNSite
 
 
@@ -50,14 +52,19 @@ def calibration_bytes(
     rule: CoreRule,
     options: PassOptions,
 ) -> CalibrationBytes:
-    """Return what `calibrate_all` takes with the same arguments; the model is not run."""
+    """Return what `calibrate_all` takes with the same arguments.
+
+    The model is not run, but on a few tokens where a metric also observes what is beside the FFNs.
+    """
     names = required_statistics(first_level(metrics, rule))
     core = rule.size(sites)
     taken = None if takes_one_pass(sites, metrics, options) else core
     backward = [step.batch.input_ids.numel() for step in plan_steps(windows, names, options) if step.backward]
     given = max(backward, default=0), next(model.parameters()).dtype, taken
+    beside = any(STATISTICS.get(name).beyond_ffns for name in names)
+    more = statistics_bytes(find_stream(model, sites).observed, names) if beside else 0
     return CalibrationBytes(
-        pass_bytes(sites, names, *given, experts_per_token=experts_per_token(model)),
-        statistics_bytes(sites, names, taken),
-        statistics_bytes(sites, names, core),
+        pass_bytes(sites, names, *given, experts_per_token=experts_per_token(model)) + more,
+        statistics_bytes(sites, names, taken) + more,
+        statistics_bytes(sites, names, core) + more,
     )

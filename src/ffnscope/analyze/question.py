@@ -23,6 +23,7 @@ class Question:
         params: metric -> its parameters.
         rule: what the supernode core is, for metrics that need it.
         reference: the model before fine-tuning, for metrics that need it.
+        background: statistics of another text, for metrics that compare two.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Question:
     params: Mapping[str, Mapping[str, Any]]
     rule: CoreRule = field(default_factory=CoreRule)
     reference: nn.Module | None = None
+    background: Mapping[FFNSite, ChannelStats] | None = None
 
     def scores(
         self,
@@ -40,5 +42,6 @@ class Question:
     ) -> dict[str, Scores]:
         """Score with all metrics, or only ``metrics``; see `ffnscope.score` for arguments and errors."""
         given: dict[str, Any] = {"facts": facts, "core": core, "reference": self.reference}
+        given["background"] = self.background
         chosen = self.params if metrics is None else {m: self.params[m] for m in metrics}
         return {m: score(self.model, stats, m, **given, **p) for m, p in chosen.items()}

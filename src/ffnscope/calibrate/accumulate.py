@@ -90,10 +90,11 @@ class Accumulator:
         """Take one signal [batch, T, ...] of one batch, and every statistic that it completes."""
         held = self._held.setdefault(site, {})
         held[name] = value
-        later = {r for s in self._active if SIGNALS.index(_last(s)) > SIGNALS.index(name) for r in s.reads}
+        here = [s for s in self._active if site.role in s.at]
+        later = {r for s in here if SIGNALS.index(_last(s)) > SIGNALS.index(name) for r in s.reads}
         if name == "y" and "y" in later:
             held[name] = value.clone()  # some models add the attention's output to it in place
-        due = [s for s in self._active if _last(s) == name]
+        due = [s for s in here if _last(s) == name]
         rows: dict[tuple[str, int], Tensor] = {}
         for read, every in dict.fromkeys((r, s.every) for s in due for r in s.reads if r != "core"):
             rows[read, every] = self._take(site, held[read], every)
@@ -153,7 +154,7 @@ class Accumulator:
                 f"statistic {statistic.name!r} reads gradients of every {statistic.every}th token; gradient "
                 "statistics are divided by the predicted tokens, so they read all: register it with every=1."
             )
-        missing = [s.name for s in self.sites if s not in self.core]
+        missing = [s.name for s in self.sites if s.role in statistic.at and s not in self.core]
         if statistic.needs_core and missing:
             raise UsageError(
                 f"statistic {statistic.name!r} reads the supernode core, which is not known for {missing[0]}. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import named_values
 from ffnscope.ffn.sites import find_sites
+from ffnscope.ffn.stream import find_stream
 from ffnscope.io import hash_json, hash_tensors
 from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.types import ChannelStats, FFNSite
@@ -132,6 +133,8 @@ def collect(
     options = options or PassOptions()
     sites = list(sites) if sites is not None else find_sites(model)
     names = list(statistics)
+    if any(STATISTICS.get(name).beyond_ffns for name in names):
+        sites += find_stream(model, sites).observed
     accumulator = Accumulator(sites, names, core)
     steps = plan_steps(windows, names, options)
     total = sum(s.batch.n_tokens for s in steps)
@@ -161,15 +164,20 @@ def join_statistics(
         UsageError: the sites differ, a statistic is in both, or gradients were taken of different amounts of text.
     """
     joined: dict[FFNSite, ChannelStats] = {}
-    if first.keys() != second.keys():
+    if _ffns(first) != _ffns(second):
         raise UsageError("cannot join the statistics of two passes over different sites; calibrate both for the same.")
-    for site, a in first.items():
-        b = second[site]
+    for site in {**first, **second}:
+        none = ChannelStats(site, {}, {}, {})
+        a, b = first.get(site, none), second.get(site, none)
         _check_joint(site, a, b)
         joined[site] = ChannelStats(
             site, {**a.values, **b.values}, {**a.counts, **b.counts}, {**a.reductions, **b.reductions}
         )
     return joined
+
+
+def _ffns(sites: Iterable[FFNSite]) -> set[FFNSite]:
+    return {site for site in sites if site.role == "ffn"}
 
 
 def _check_joint(site: FFNSite, a: ChannelStats, b: ChannelStats) -> None:

@@ -17,7 +17,8 @@ def statistics_bytes(sites: Sequence[FFNSite], statistics: Iterable[str], core_s
     ``core_size`` is the number of core channels per site, for statistics that have it in their shape; None = all
     channels, as a single pass takes them before the core is known.
     """
-    return sum(_bytes(site, STATISTICS.get(name), core_size) for name in statistics for site in sites)
+    known = [STATISTICS.get(name) for name in statistics]
+    return sum(_bytes(site, one, core_size) for one in known for site in sites if site.role in one.at)
 
 
 def pass_bytes(

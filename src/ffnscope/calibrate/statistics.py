@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.metrics.histogram import BINS, FIRST_OCTAVE
-from ffnscope.registry import statistic
+from ffnscope.registry import statistic, stream_statistic
 
 _MANTISSA_BITS = 2  # 4 = 2^2 bins per octave
 _SHIFT = 23 - _MANTISSA_BITS
@@ -131,6 +131,36 @@ def xh_outer(total: Tensor, x: Tensor, h: Tensor) -> None:
 def h_outer(total: Tensor, h: Tensor) -> None:
     """Sum of h h^T, the second moment of the channels."""
     _add_second_moment(total, h)
+
+
+@stream_statistic("x_sq", reads=("x",), shape=("d_model",), at=("ffn", "attention"))
+def x_sq(x: Tensor) -> Tensor:
+    """Sum of squares of what an FFN or an attention reads, after its norm."""
+    return _sum_of_squares(x)
+
+
+@stream_statistic("y_sq", reads=("y",), shape=("d_model",), at=("ffn", "attention"))
+def y_sq(y: Tensor) -> Tensor:
+    """Sum of squares of what an FFN or an attention puts out, before any norm."""
+    return _sum_of_squares(y)
+
+
+@stream_statistic("stream_sq", reads=("h",), at=("attention", "cut", "unembedding"))
+def stream_sq(h: Tensor) -> Tensor:
+    """Sum of squares of the residual stream at each cut, of attention's values, and of the normed final stream."""
+    return _sum_of_squares(h)
+
+
+@stream_statistic("stream_grad_sq", reads=("g",), at=("cut",))
+def stream_grad_sq(g: Tensor) -> Tensor:
+    """Sum of squared gradients of the residual stream at each cut."""
+    return _sum_of_squares(g)
+
+
+@stream_statistic("stream_taylor_sq", reads=("h", "g"), at=("attention",))
+def stream_taylor_sq(h: Tensor, g: Tensor) -> Tensor:
+    """Sum of (h g)^2 of attention's values."""
+    return _sum_in_parts(lambda h, g: (h * g).square_(), h, g)
 
 
 @functools.lru_cache(maxsize=16)

@@ -32,6 +32,7 @@ class Sums:
             (site, s.name): s.sizes(site, core[site].numel() if site in core else 0)
             for site in sites
             for s in statistics
+            if site.role in s.at
         }
 
     def add(self, site: FFNSite, statistic: Statistic, signals: Sequence[Tensor], count: int) -> Tensor:
@@ -76,7 +77,8 @@ class Sums:
         """
         found: dict[FFNSite, ChannelStats] = {}
         for site in self.sites:
-            begun = [s for s in self.statistics if site.expert is not None or (site, s.name) in self.values]
+            here = [s for s in self.statistics if site.role in s.at]
+            begun = [s for s in here if site.expert is not None or (site, s.name) in self.values]
             found[site] = ChannelStats(
                 site,
                 {s.name: self._value(site, s).to("cpu", copy=copy) for s in begun},
@@ -93,11 +95,11 @@ class Sums:
         """Memory of all sums that are still to begin, taken at once: values between them would leave holes."""
         places: dict[Key, Tensor] = {}
         with torch.inference_mode(False), memory_errors(self._too_large()):  # no inference tensors: autograd uses them
-            for site in self.sites:
-                for s in self.statistics:
-                    if (site, s.name) not in self.values:
-                        make = torch.zeros if s.adds else torch.empty
-                        places[site, s.name] = make(self._shapes[site, s.name], dtype=_dtype(s), device=device)
+            kinds = {s.name: s for s in self.statistics}
+            for (site, name), shape in self._shapes.items():
+                if (site, name) not in self.values:
+                    make = torch.zeros if kinds[name].adds else torch.empty
+                    places[site, name] = make(shape, dtype=_dtype(kinds[name]), device=device)
         return places
 
     def _value(self, site: FFNSite, s: Statistic) -> Tensor:
@@ -107,7 +109,7 @@ class Sums:
     def _too_large(self) -> str:
         """Text of the error when the sums do not fit: what asks for most of the memory, and how to ask for less."""
         size = {
-            s.name: sum(math.prod(self._shapes[site, s.name]) * s.itemsize for site in self.sites)
+            s.name: sum(math.prod(shape) * s.itemsize for (_, name), shape in self._shapes.items() if name == s.name)
             for s in self.statistics
         }
         largest = max(size, key=lambda name: size[name])

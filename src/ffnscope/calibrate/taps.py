@@ -1,4 +1,4 @@
-"""Taps on channel activations: the only place that hooks them."""
+"""Taps on channel activations, and on the residual stream that they read and write: the only place that hooks them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def channel_taps(
     bias and router weight.
 
     When gradients are wanted and nothing before a site needs one (weights are frozen), its h starts the autograd
-    graph: the backward ends at the first tapped site. All hooks are removed on exit, also after an exception.
+    graph: the backward ends at the first tapped site. A cut of the residual stream starts none. All hooks are removed
+    on exit, also after an exception.
 
     Raises:
         LayoutError: inside the block, when it cannot be told which tokens an expert is given.
@@ -68,10 +69,12 @@ def channel_taps(
 def _hook_dense(model: nn.Module, site: FFNSite, handles: list[Any], hook: Any, signal_tap: SignalTap | None) -> None:
     down = down_projection(model, site)
     handles.append(down.register_forward_pre_hook(hook))
-    if signal_tap is not None and "x" in signal_tap.names:
+    if signal_tap is None or site.role not in ("ffn", "attention"):
+        return
+    if "x" in signal_tap.names:
         up = projection(model, site, site.up)
         handles.append(up.register_forward_pre_hook(_input_hook(site, signal_tap)))
-    if signal_tap is not None and {"y", "dy"} & set(signal_tap.names):
+    if {"y", "dy"} & set(signal_tap.names):
         handles.append(down.register_forward_hook(_output_hook(site, signal_tap)))
 
 
@@ -144,7 +147,7 @@ def _forward_hook(site: FFNSite, on_activation: OnActivation | None, on_gradient
         values = h.detach()
         if on_activation is not None:
             on_activation(site, values)
-        if on_gradient is None:
+        if on_gradient is None or (site.role == "cut" and not h.requires_grad):
             return None
         if not h.requires_grad:
             h = h.detach().requires_grad_()  # not values, which the callback may keep

@@ -17,6 +17,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, read_token
 from ffnscope.ffn.sites import find_sites
+from ffnscope.io import read_stats
 from ffnscope.registry import METRICS
 from ffnscope.run.document import DocumentError, parse_value
 from ffnscope.run.explain import explain
@@ -95,8 +96,17 @@ class Inputs:
     params: Mapping[str, Mapping[str, Any]]
     core_fraction: float = CoreRule().fraction
     reference: str | None = None
+    background: Path | None = None
 
     def __post_init__(self) -> None:
+        contrast = [name for name, params in self.params.items() if params.get("teleport") == "contrast"]
+        if contrast and self.background is None:
+            raise UsageError(
+                f"metric {contrast[0]!r} with teleport=contrast compares two texts: score it on the other one with "
+                "--out FOLDER, and give --background FOLDER/statistics.safetensors."
+            )
+        if self.background is not None and not contrast:
+            raise UsageError("--background would do nothing: no metric here has teleport=contrast. Leave it out.")
         needy = [name for name in self.params if "reference" in METRICS.get(name).inputs]
         if needy and self.reference is None:
             raise UsageError(f"metric {needy[0]!r} needs the model before fine-tuning: give --reference MODEL.")
@@ -112,11 +122,12 @@ class Inputs:
     def question(self, loaded: LoadedModel, tracked: list[str] | None = None) -> Question:
         """Find the FFNs and load the reference model, as the scored one was loaded."""
         sites = find_sites(loaded.model, tracked)
+        background = None if self.background is None else read_stats(self.background)[0]
         if self.reference is None:
-            return Question(loaded.model, sites, self.params, self.rule)
+            return Question(loaded.model, sites, self.params, self.rule, background=background)
         before = load_model(replace(loaded.source, model_id=self.reference, revision=None)).model
         check_reference(before, sites)
-        return Question(loaded.model, sites, self.params, self.rule, before)
+        return Question(loaded.model, sites, self.params, self.rule, before, background)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +141,13 @@ class MetricOptions:
         float, typer.Option(help="Share of each FFN that is the core, for metrics that need one.")
     ] = CoreRule().fraction
     reference: Annotated[str | None, typer.Option(help="Model before fine-tuning, for delta_alignment.")] = None
+    background: Annotated[
+        Path | None, typer.Option(help="Statistics that score wrote for another text, for teleport=contrast.")
+    ] = None
 
     def inputs(self, context: typer.Context, metrics: list[str], seed: int) -> Inputs:
         """Check all of it for these metrics; raises UsageError, also for an option that no metric reads."""
-        found = Inputs(self.params(metrics, seed), self.core_fraction, self.reference)
+        found = Inputs(self.params(metrics, seed), self.core_fraction, self.reference, self.background)
         if given(context, "core_fraction") and not needs_core(found.params):
             raise UsageError("--core-fraction would do nothing: no metric here reads the supernode core. Leave it out.")
         return found

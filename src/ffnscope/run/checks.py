@@ -145,6 +145,11 @@ def _inputs(config: RunConfig) -> Iterator[Finding]:
     for path, rule in rules.items():
         if "reference" in rule.inputs and config.model.reference_id is None:
             yield _finding(path, f"{rule.name!r} needs model.reference_id, the model before fine-tuning")
+        if "background" in rule.inputs and config.metrics.params.get(rule.name, {}).get("teleport") == "contrast":
+            yield _finding(
+                ("metrics", "params", rule.name, "teleport"),
+                "'contrast' compares two texts, and a run has one; use `ffnscope score --background`",
+            )
         if path == ("supernode", "score_metric") and rule.inputs:
             yield _finding(path, f"{rule.name!r} itself needs the {rule.inputs[0]}; the core needs a metric without")
     reads = {key for rule in rules.values() for key in (*rule.inputs, *rule.params)}
