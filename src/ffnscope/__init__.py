@@ -6,11 +6,14 @@ The pieces compose as functions: `load_model`, `load_windows`, `calibrate`, `sco
 
 __version__ = "0.1.0"
 
+from ffnscope.analyze.ablation import Ablation, ablate_channels, joint_change
 from ffnscope.analyze.agreement import agreement
 from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
+from ffnscope.analyze.sample import ChannelSample
 from ffnscope.analyze.stability import stability
+from ffnscope.analyze.validate import Validation, ValidationOptions, validate
 from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
@@ -54,11 +57,13 @@ __all__ = [
     "ALLOCATORS",
     "METRICS",
     "STATISTICS",
+    "Ablation",
     "BenchOptions",
     "BenchResult",
     "Budget",
     "Capture",
     "CaptureOptions",
+    "ChannelSample",
     "ChannelStats",
     "CoreRule",
     "EvalResult",
@@ -74,8 +79,11 @@ __all__ = [
     "Repeat",
     "Scores",
     "TextSource",
+    "Validation",
+    "ValidationOptions",
     "Windows",
     "Work",
+    "ablate_channels",
     "agreement",
     "allocator",
     "bench",
@@ -93,6 +101,7 @@ __all__ = [
     "load_documents",
     "load_model",
     "load_windows",
+    "joint_change",
     "make_windows",
     "masked",
     "materialised",
@@ -115,6 +124,7 @@ __all__ = [
     "statistic",
     "survey",
     "top_core",
+    "validate",
     "weights_hash",
     "weights_of",
     "write_plan",

@@ -1,4 +1,4 @@
-"""Taps on channel activations: the only place that hooks them."""
+"""Taps on channel activations: the only place that reads them by hooks."""
 
 from __future__ import annotations
 
