@@ -6,12 +6,15 @@ The pieces compose as functions: `load_model`, `load_windows`, `calibrate`, `sco
 
 __version__ = "0.1.0"
 
+from ffnscope.analyze.ablation import Ablation, ablate_channels, joint_change
 from ffnscope.analyze.agreement import agreement
 from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.pipeline import BasePipeline, ChainedFFNPipeline, IsolatedFFNPipeline, PipelineResult
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
+from ffnscope.analyze.sample import ChannelSample
 from ffnscope.analyze.stability import stability
+from ffnscope.analyze.validate import Validation, ValidationOptions, validate
 from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
@@ -69,12 +72,14 @@ __all__ = [
     "BasePipeline",
     "BasePruner",
     "BaseScorer",
+    "Ablation",
     "BenchOptions",
     "BenchResult",
     "Budget",
     "Capture",
     "CaptureOptions",
     "ChainedFFNPipeline",
+    "ChannelSample",
     "ChannelStats",
     "CoreRule",
     "EvalResult",
@@ -99,8 +104,11 @@ __all__ = [
     "TextSource",
     "WandaScorer",
     "WeightedPageRankScorer",
+    "Validation",
+    "ValidationOptions",
     "Windows",
     "Work",
+    "ablate_channels",
     "agreement",
     "allocator",
     "bench",
@@ -118,6 +126,7 @@ __all__ = [
     "load_documents",
     "load_model",
     "load_windows",
+    "joint_change",
     "make_windows",
     "masked",
     "materialised",
@@ -140,6 +149,7 @@ __all__ = [
     "statistic",
     "survey",
     "top_core",
+    "validate",
     "weights_hash",
     "weights_of",
     "write_plan",

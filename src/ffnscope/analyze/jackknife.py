@@ -1,4 +1,4 @@
-"""Delete-a-group jackknife over documents, for the agreement of two calibrations.
+"""Delete-a-group jackknife over documents, for numbers that one text or two calibrations give.
 
 A text's documents are split into a few groups. The spread of a number over the calibrations that lack one group tells
 its sampling error, for any metric, because only scores are needed. Groups rather than single documents: the overlap of
@@ -91,12 +91,21 @@ def jackknife_interval(
     ``value`` plus and minus the standard error times Student's t, with the degrees of freedom of Welch and
     Satterthwaite: the two variances come from a few groups each.
     """
+    return _interval(value, (first, second), bounds)
+
+
+def one_sample_interval(value: float, left_out: LeftOut, bounds: tuple[float, float]) -> tuple[float, float]:
+    """95 % interval of a number that one text gives, within ``bounds``; see `jackknife_interval`."""
+    return _interval(value, (left_out,), bounds)
+
+
+def _interval(value: float, parts: Sequence[LeftOut], bounds: tuple[float, float]) -> tuple[float, float]:
     from scipy.stats import t
 
-    variances = [jackknife_variance(value, one) for one in (first, second)]
+    variances = [jackknife_variance(value, one) for one in parts]
     total = sum(variances)
     if total == 0:
         return value, value
-    freedom = total**2 / sum(v**2 / (len(one.values) - 1) for v, one in zip(variances, (first, second), strict=True))
+    freedom = total**2 / sum(v**2 / (len(one.values) - 1) for v, one in zip(variances, parts, strict=True))
     half = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
     return max(bounds[0], value - half), min(bounds[1], value + half)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +12,7 @@ import typer
 
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.progress import DENSE
-from ffnscope.io import check_writable, read_plan, read_scores, write_csv, write_json
+from ffnscope.io import check_writable, read_plan, read_scores, write_csv, write_json, writing
 from ffnscope.types import PruningPlan, Scores
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -23,6 +25,33 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise ArtifactError(f"{path} already exists. Choose another --out, or pass --overwrite to replace it.")
     for folder in (path.parent, path) if path.is_dir() else (path.parent,):
         check_writable(folder)
+
+
+def check_folder_output(out: Path, overwrite: bool, unfinished_name: str) -> None:
+    """Raise ArtifactError unless the output is new, empty, not finished, or may be replaced."""
+    if out.is_file():
+        raise ArtifactError(f"{out} is a file; --out must be a folder.")
+    goes_on = out.is_dir() and ((out / unfinished_name).is_dir() or not any(out.iterdir()))
+    check_output(out, overwrite or goes_on)
+
+
+@contextlib.contextmanager
+def unfinished(part: Path) -> Generator[Path]:
+    """Yield a folder that marks the output around it as not finished, for what has been found; remove it at the end.
+
+    After an interrupt or error it stays, unless nothing was found yet.
+    """
+    with writing(part):
+        part.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            part.rmdir()
+            part.parent.rmdir()
+        raise
+    with writing(part):
+        shutil.rmtree(part)
 
 
 def check_table(path: Path | None, overwrite: bool) -> None:

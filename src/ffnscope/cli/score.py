@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +12,10 @@ from ffnscope.analyze.stability import stability_rows
 from ffnscope.calibrate.collect import PassOptions
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT, UNFINISHED, score_all
-from ffnscope.cli.files import Out, Overwrite, check_output
+from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.passes import compare_calibrations
 from ffnscope.cli.score_estimate import print_score_estimate
-from ffnscope.errors import ArtifactError
 from ffnscope.io import write_csv, write_json, writing
 from ffnscope.report.stability_table import print_stability
 from ffnscope.report.summary import correlation_summary, score_summary
@@ -53,7 +49,7 @@ def score_command(
     intervals over documents for every metric. Metrics that draw random numbers draw others in each calibration (seeds
     --seed, --seed + 1, ...), unless --param fixes their seed.
     """
-    _check_output(out, overwrite)
+    check_folder_output(out, overwrite, UNFINISHED)
     inputs = needs.inputs(context, metric, text.seed)
     choices = text.repeats(repeats, repeat_text or [])
     for one in (text, *choices.values()):
@@ -71,7 +67,7 @@ def score_command(
     if dry_run:
         print_score_estimate(asked, windows, texts, options, OUT)
         return
-    with _unfinished(out) as part:
+    with unfinished(out / UNFINISHED) as part:
         found = score_all(loaded, asked, text, reporter, out, windows)
         summary = {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)}
         write_json(out / "scores.json", summary)
@@ -80,34 +76,6 @@ def score_command(
     if rows:
         print_stability(rows, OUT)
     reporter.say(f"scores of {len(found)} metric(s) in {out}")
-
-
-def _check_output(out: Path, overwrite: bool) -> None:
-    """Raise ArtifactError unless the output is new, empty, not finished, or may be replaced."""
-    if out.is_file():
-        raise ArtifactError(f"{out} is a file; --out must be a folder.")
-    unfinished = out.is_dir() and ((out / UNFINISHED).is_dir() or not any(out.iterdir()))
-    check_output(out, overwrite or unfinished)
-
-
-@contextlib.contextmanager
-def _unfinished(out: Path) -> Generator[Path]:
-    """Yield the folder that marks an output as not finished, for what its passes find; remove it at the end.
-
-    After an interrupt or error it stays, unless nothing was found yet.
-    """
-    part = out / UNFINISHED
-    with writing(part):
-        part.mkdir(parents=True, exist_ok=True)
-    try:
-        yield part
-    except BaseException:
-        with contextlib.suppress(OSError):  # not empty
-            part.rmdir()
-            out.rmdir()
-        raise
-    with writing(part):
-        shutil.rmtree(part)
 
 
 def _write_stability(out: Path, rows: list[dict[str, Any]]) -> None:

@@ -78,16 +78,21 @@ def token_nll(model: nn.Module, batch: Windows, *, first: int = 0) -> tuple[Tens
     return nll, batch.targets.sum(1).cpu()
 
 
-@torch.no_grad()
 def nll_sums(logits: Tensor, batch: Windows) -> Tensor:
     """Sum of the NLL of each window's targets, [b] fp64 on the CPU, from logits [b, T, vocab]."""
+    return token_losses(logits, batch).sum(1)
+
+
+@torch.no_grad()
+def token_losses(logits: Tensor, batch: Windows) -> Tensor:
+    """NLL of every target, [b, T] fp64 on the CPU, 0 where there is no target, from logits [b, T, vocab]."""
     ids = batch.input_ids.cpu()
     nll = torch.zeros(ids.shape, dtype=torch.float64)
     for rows, columns in target_chunks(batch.targets, logits):
         log_p = chunk_logits(logits, rows, columns).log_softmax(-1)
         wanted = ids[rows, columns, None].to(log_p.device)
         nll[rows, columns] = -log_p.gather(-1, wanted)[:, 0].cpu().double()
-    return nll.sum(1)
+    return nll
 
 
 def perplexity_result(nll: Tensor, windows: Windows) -> EvalResult:

@@ -1,7 +1,6 @@
 """Plots of a run: PNG at 150 dpi, or SVG and PDF by suffix.
 
-Every ``draw_*`` builds a figure and every ``plot_*`` saves it. The only file that imports matplotlib, and only inside
-functions: figures are made object by object, so that nothing here reads or changes the state of ``pyplot``.
+Every ``draw_*`` builds a figure and every ``plot_*`` saves it.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffnscope.errors import UsageError
-from ffnscope.io import replacing
+from ffnscope.report.drawing import COLOURS, GREY, INK, PALE, STYLES, legend, need, new_figure, save, tidy
 from ffnscope.report.summary import Matrix, as_array, natural_sign
 from ffnscope.report.tables import FLOOR, Panel, number, panels, percent, result
 from ffnscope.types import Scores
@@ -28,12 +26,6 @@ if TYPE_CHECKING:
     from ffnscope.evaluate.compare import EvalRow
     from ffnscope.types import FFNSite
 
-DPI = 150
-SUFFIXES = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, told apart with any common colour blindness; their yellow is too pale for lines on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
-GREY, PALE, INK = "#8A8A8A", "#D9D9D9", "#333333"
 BANDS = ((0.01, 0.99, "#CFE3F1"), (0.05, 0.95, "#8FBFDF"), (0.25, 0.75, "#3A86BD"))
 WIDE = 100.0  # scores that spread further than this get a logarithmic axis
 FOLD = 4  # the heat map's colours end at 2^4 = 16 times the mean
@@ -43,22 +35,22 @@ def plot_score_distributions(
     scores: Scores, path: Path, core: Mapping[FFNSite, Tensor] | None = None, title: str = ""
 ) -> Path:
     """Save `draw_score_distributions`; returns ``path``."""
-    return _save(draw_score_distributions(scores, core, title), path)
+    return save(draw_score_distributions(scores, core, title), path)
 
 
 def plot_heatmap(scores: Mapping[str, Scores], path: Path, title: str = "") -> Path:
     """Save `draw_heatmap`; returns ``path``."""
-    return _save(draw_heatmap(scores, title), path)
+    return save(draw_heatmap(scores, title), path)
 
 
 def plot_perplexity(rows: Sequence[EvalRow], path: Path, title: str = "") -> Path:
     """Save `draw_perplexity`; returns ``path``."""
-    return _save(draw_perplexity(rows, title), path)
+    return save(draw_perplexity(rows, title), path)
 
 
 def plot_rank_correlation(names: Sequence[str], matrix: Matrix, path: Path, title: str = "") -> Path:
     """Save `draw_rank_correlation`; returns ``path``."""
-    return _save(draw_rank_correlation(names, matrix, title), path)
+    return save(draw_rank_correlation(names, matrix, title), path)
 
 
 def draw_score_distributions(scores: Scores, core: Mapping[FFNSite, Tensor] | None = None, title: str = "") -> Figure:
@@ -75,10 +67,10 @@ def draw_score_distributions(scores: Scores, core: Mapping[FFNSite, Tensor] | No
     """
     import numpy as np
 
-    _need(scores.values, "scores")
+    need(scores.values, "scores")
     sign = natural_sign(scores.metric)
     layers = _by_layer({site: as_array(value) * sign for site, value in scores.values.items()})
-    figure = _figure(_width(len(layers)), 4.2, f"{scores.metric}: distribution over channels, per layer", title)
+    figure = new_figure(_width(len(layers)), 4.2, f"{scores.metric}: distribution over channels, per layer", title)
     axes = figure.add_subplot()
     unit = "score" if sign > 0 else "natural value (low = keep)"
     axes.set_ylabel(unit + _value_axis(axes, list(layers.values())), color=INK, size=9)
@@ -97,7 +89,7 @@ def draw_score_distributions(scores: Scores, core: Mapping[FFNSite, Tensor] | No
         picked = {site: as_array(scores.values[site][index]) * sign for site, index in core.items()}
         shown["core: range, median"] = _core_marks(axes, list(layers), picked)
     _layer_ticks(axes, list(layers))
-    _legend(figure, shown)
+    legend(figure, shown)
     return figure
 
 
@@ -110,12 +102,12 @@ def draw_heatmap(scores: Mapping[str, Scores], title: str = "") -> Figure:
     """
     import numpy as np
 
-    _need(any(one.values for one in scores.values()), "scores")
+    need(any(one.values for one in scores.values()), "scores")
     layers = sorted({site.layer for one in scores.values() for site in one.values})
     cells = _log_ratios(scores, layers)
     known = cells[~np.isnan(cells)]
     limit = min(max(math.ceil(abs(known).max(initial=0.0)), 1), FOLD)
-    figure = _figure(_width(len(layers), 2.2), 1.75 + 0.27 * len(scores), "Mean score per layer and metric", title)
+    figure = new_figure(_width(len(layers), 2.2), 1.75 + 0.27 * len(scores), "Mean score per layer and metric", title)
     axes = figure.add_subplot()
     image = _image(axes, cells, limit, "auto")
     axes.set_yticks(range(len(scores)), list(scores), parse_math=False)
@@ -138,9 +130,9 @@ def draw_perplexity(rows: Sequence[EvalRow], title: str = "") -> Figure:
     The dense model is a dashed black line, ``random`` (the floor) dashed grey. The axis is logarithmic where the
     largest perplexity is more than 5 times the smallest. The legend is in the order of the right ends of the lines.
     """
-    _need(rows, "evaluation rows")
+    need(rows, "evaluation rows")
     found = panels(rows)
-    figure = _figure(2.2 + (4.4 if len(found) < 3 else 3.6) * len(found), 4.2, "Perplexity after pruning", title)
+    figure = new_figure(2.2 + (4.4 if len(found) < 3 else 3.6) * len(found), 4.2, "Perplexity after pruning", title)
     names = list(dict.fromkeys(name for panel in found for name in panel.lines))
     looks = _looks(names, found)
     shown: dict[str, tuple[float, Any]] = {}
@@ -151,7 +143,7 @@ def draw_perplexity(rows: Sequence[EvalRow], title: str = "") -> Figure:
             curve, last = _curve(axes, list(line.values()), looks[name])
             shown.setdefault(name, (last, curve))
         _perplexity_axis(axes, panel)
-    _legend(figure, {name: shown[name][1] for name in sorted(shown, key=lambda name: -shown[name][0])})
+    legend(figure, {name: shown[name][1] for name in sorted(shown, key=lambda name: -shown[name][0])})
     return figure
 
 
@@ -159,9 +151,11 @@ def draw_rank_correlation(names: Sequence[str], matrix: Matrix, title: str = "")
     """Draw Spearman's rank correlation of metrics [M][M], averaged over sites; None (undefined) is grey."""
     import numpy as np
 
-    _need(names, "metrics")
+    need(names, "metrics")
     side = 0.46 * len(names) + 2.6
-    figure = _figure(max(side + 0.8, 5.2), max(side, 3.2), "Rank correlation between metrics, mean over sites", title)
+    figure = new_figure(
+        max(side + 0.8, 5.2), max(side, 3.2), "Rank correlation between metrics, mean over sites", title
+    )
     axes = figure.add_subplot()
     cells = np.array([[np.nan if v is None else v for v in row] for row in matrix], dtype=float)
     image = _image(axes, cells, 1.0, "equal")
@@ -174,35 +168,6 @@ def draw_rank_correlation(names: Sequence[str], matrix: Matrix, title: str = "")
     bar.set_ticks([-1, -0.5, 0, 0.5, 1])
     bar.ax.tick_params(labelsize=8, colors=INK)
     return figure
-
-
-def _figure(width: float, height: float, heading: str, title: str) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "plots need matplotlib, which is not installed: pip install 'ffnscope[plots]', or run without plots."
-        ) from error
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    room = int(13 * (width - 1.8))  # leaves the corner to the legend
-    text = "\n".join([*textwrap.wrap(heading, room), *textwrap.wrap(title, room)])
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10, color=INK, parse_math=False)
-    return figure
-
-
-def _need(found: object, what: str) -> None:
-    if not found:
-        raise UsageError(f"nothing to plot: got no {what}; expected at least one.")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"cannot plot to {path.name!r}: expected a name that ends in {', '.join(SUFFIXES)}.")
-    with replacing(path) as part:
-        figure.savefig(part, format=path.suffix.lower()[1:], dpi=DPI)
-    return path
 
 
 def _width(n_layers: int, extra: float = 0.0) -> float:
@@ -223,13 +188,7 @@ def _layer_ticks(axes: Axes, layers: list[int]) -> None:
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_xlim(-0.6, len(layers) - 0.4)
     axes.set_xlabel("layer", color=INK, size=9)
-    _tidy(axes)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.tick_params(labelsize=8, colors=INK, length=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
+    tidy(axes)
 
 
 def _value_axis(axes: Axes, values: list[NDArray[np.float64]]) -> str:
@@ -288,7 +247,7 @@ def _log_ratios(scores: Mapping[str, Scores], layers: list[int]) -> NDArray[np.f
 def _image(axes: Axes, cells: NDArray[np.float64], limit: float, aspect: Any) -> Any:
     axes.set_facecolor(PALE)  # shows through where a cell is NaN
     image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect=aspect, interpolation="nearest")
-    _tidy(axes)
+    tidy(axes)
     return image
 
 
@@ -341,11 +300,4 @@ def _perplexity_axis(axes: Axes, panel: Panel) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value / 100)))
     axes.set_xlabel("sparsity (channels removed)", color=INK, size=9)
     axes.set_ylabel("perplexity (lower is better)", color=INK, size=9)
-    _tidy(axes)
-
-
-def _legend(figure: Figure, shown: Mapping[str, Any]) -> None:
-    place = "outside right upper"
-    legend = figure.legend(list(shown.values()), list(shown), loc=place, fontsize=8, frameon=False, labelcolor=INK)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    tidy(axes)

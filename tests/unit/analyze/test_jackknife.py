@@ -9,11 +9,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ffnscope.analyze.agreement import jaccard, spearman
-from ffnscope.analyze.jackknife import GROUPS, LeftOut, document_groups, jackknife_interval, jackknife_variance
+from ffnscope.analyze.jackknife import (
+    GROUPS,
+    LeftOut,
+    document_groups,
+    jackknife_interval,
+    jackknife_variance,
+    one_sample_interval,
+)
 from ffnscope.calibrate.windows import Windows, contiguous_windows
 from ffnscope.errors import UsageError
 from reference import padded
 from tiny import tokens
+
+# --- one text ---
+
+
+def test_interval_of_one_text_is_the_mean_plus_minus_t_times_its_standard_error() -> None:
+    """For a mean and groups of one, the jackknife variance is the usual squared standard error."""
+    values = torch.tensor([1.0, 2.0, 4.0, 7.0])
+    mean, error = float(values.mean()), float(values.std()) / 2
+    left = LeftOut([float((values.sum() - v) / 3) for v in values], [0.25] * 4)
+    low, high = one_sample_interval(mean, left, (-100.0, 100.0))
+    assert (low, high) == pytest.approx((mean - 3.18245 * error, mean + 3.18245 * error), rel=1e-5)
+    assert one_sample_interval(mean, left, (0.0, 4.0)) == (0.0, 4.0)
+    assert one_sample_interval(2.0, LeftOut([2.0, 2.0], [0.5, 0.5]), (0.0, 4.0)) == (2.0, 2.0)
+
 
 # --- groups ---
 

@@ -1,0 +1,148 @@
+"""``rank --validate``: measured on a tiny checkpoint from end to end, continued, refused, estimated."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from checkpoints import make_checkpoint
+from ffnscope.cli import validate as command
+from ffnscope.io import read_json
+from ffnscope.registry import METRICS
+
+Ok = Callable[..., Result]
+Fails = Callable[..., str]
+SMALL = ("--num-samples", 4, "--max-length", 32, "--batch-size", 2, "--device", "cpu")
+SAMPLE = ("--channels", 12, "--sites", 2, "--held-out-samples", 6)
+
+
+@pytest.fixture
+def base(checkpoint: Path, texts: Path) -> tuple[Any, ...]:
+    text = ("--text", texts / "train.txt", "--held-out", texts / "test.txt")
+    return ("rank", checkpoint, "--validate", *text, *SMALL, *SAMPLE)
+
+
+def test_named_metrics_end_to_end(ok: Ok, fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "trust"
+    options = (*base, "-m", "wanda", "-m", "magnitude", "--sparsity", 0.25, "--sparsity", 0.5)
+    printed = ok(*options, "--out", out, "--plots")
+    assert "Spearman with measured changes" in printed.stdout
+    assert "Perplexity after pruning" in printed.stdout
+    assert "random (floor)" in printed.stdout
+    assert "ablate" in printed.stderr and "evaluate" in printed.stderr
+    value = read_json(out / "validation.json")
+    assert [row["metric"] for row in value["rows"]][-1] == "random"
+    assert {row["metric"] for row in value["rows"]} == {"wanda", "magnitude", "random"}
+    assert value["rows"][0].keys() >= {"spearman_loss", "spearman_loss_low", "perplexity_global_0.5"}
+    assert sum(len(site["channels"]) for site in value["ablations"]) == 12
+    assert value["dense_perplexity"] > 1 and value["skipped"] == {} and value["whole_model_ran_for"] == []
+    with (out / "validation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["perplexity_local_0.25"]) for row in rows] == [r["perplexity_local_0.25"] for r in value["rows"]]
+    assert "| random (floor) |" in (out / "validation.md").read_text()
+    assert {path.name for path in (out / "plots").iterdir()} == {
+        "rank_quality.png",
+        "measured.png",
+        "scores.png",
+        "percolation.png",
+        "paths.png",
+    }
+    assert not (out / command.UNFINISHED).exists()
+    assert "already exists" in fails(1, *options, "--out", out)
+    ok(*options, "--out", out, "--overwrite")
+
+
+def test_every_metric_or_the_reason_why_not(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
+    printed = ok(*base, "--sparsity", 0, "--out", tmp_path / "all")
+    value = read_json(tmp_path / "all" / "validation.json")
+    rows = {row["metric"] for row in value["rows"]}
+    assert rows | set(value["skipped"]) == set(METRICS.names())
+    assert "delta_alignment" in value["skipped"]
+    assert "No row for delta_alignment: it needs the model before fine-tuning" in printed.stdout
+    assert value["dense_perplexity"] is None
+    assert "Perplexity after pruning" not in printed.stdout
+
+
+def test_a_reference_makes_its_metric_a_row(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
+    before = make_checkpoint(tmp_path / "before", seed=1)
+    ok(*base, "-m", "delta_alignment", "--reference", before, "--sparsity", 0, "--out", tmp_path / "one")
+    rows = read_json(tmp_path / "one" / "validation.json")["rows"]
+    assert [row["metric"] for row in rows] == ["delta_alignment", "random"]
+
+
+def test_an_interrupted_call_goes_on(
+    ok: Ok, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "trust", command.compare_with_dense
+    options = (*base, "-m", "magnitude", "--out", out)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compare_with_dense", interrupted)
+    with pytest.raises((KeyboardInterrupt, AssertionError)):
+        ok(*options)
+    assert (out / command.UNFINISHED / "ablate.json").exists()
+    monkeypatch.setattr(command, "compare_with_dense", real)
+    monkeypatch.setattr("ffnscope.analyze.ablation._losses_without", None)  # everything is in the file
+    ok(*options)
+    assert (out / "validation.json").exists() and not (out / command.UNFINISHED).exists()
+
+
+def test_dry_run_computes_nothing(ok: Ok, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "calibrate_all", None)
+    monkeypatch.setattr(command, "ablate_channels", None)
+    printed = ok(*base, "--dry-run").stdout
+    assert "12 channels of 2 FFNs x 192 tokens" in printed
+    assert "calibrate" in printed and "prune" in printed
+    assert "no row for delta_alignment" in printed
+
+
+def test_a_metric_that_was_named_must_not_fail(fails: Fails, base: tuple[Any, ...]) -> None:
+    assert "Did you mean 'wanda'?" in fails(2, *base, "-m", "wandas")
+    assert "needs the model before fine-tuning: give --reference" in fails(2, *base, "-m", "delta_alignment")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--channels", "1"], "a sample needs at least 2 channels"),
+        (["--sparsity", "30"], "sparsities must be distinct and in (0, 1), fractions of channels to remove; got 30."),
+        (["--allocator", "locl"], "Did you mean 'local'?"),
+        (["--plots"], "--plots would do nothing without a folder to draw into; add --out FOLDER."),
+        (["--top", "3"], "--top would do nothing with --validate"),
+        (["--scores", "s"], "--scores would do nothing with --validate"),
+        (["--held-out-samples", "0"], "--held-out-samples must be at least 1; got 0."),
+        (["--held-out", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(
+    fails: Fails, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, options: list[str], text: str
+) -> None:
+    monkeypatch.setattr("ffnscope.cli.options.load_model", None)
+    assert text in fails(2, *base, *options)
+
+
+def test_refused_texts(fails: Fails, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    start = ("rank", checkpoint, "--validate")
+    assert "has no known held-out split to measure on. Name another text with --held-out." in fails(
+        2, *start, "--text", texts / "train.txt"
+    )
+    assert "--split test is the held-out split of sotu" in fails(2, *start, "--split", "test")
+    assert "--validate needs a model" in fails(2, "rank", "--validate")
+    (tmp_path / "file").write_text("")
+    assert "is a file; --out must be a folder" in fails(1, *start, "--out", tmp_path / "file")
+
+
+def test_options_of_a_validation_are_refused_without_it(fails: Fails, checkpoint: Path) -> None:
+    written = fails(2, "rank", checkpoint, "--channels", 16, "--plots")
+    assert "--channels, --plots would do nothing with a ranking alone, without --validate" in written
+    assert "rank lists the channels by one metric; got wanda, magnitude" in fails(
+        2, "rank", checkpoint, "-m", "wanda", "-m", "magnitude"
+    )
