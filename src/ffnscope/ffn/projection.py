@@ -83,7 +83,7 @@ def shape_of(model: nn.Module, site: FFNSite) -> tuple[int, int]:
     Raises:
         LayoutError: the site is not in this model.
     """
-    if site.expert is None:
+    if not site.stacked:
         down = down_projection(model, site)
         return in_width(down), out_width(down)
     part = _expert_part(model, site, site.down)
@@ -93,7 +93,7 @@ def shape_of(model: nn.Module, site: FFNSite) -> tuple[int, int]:
 
 def producer_widths(model: nn.Module, site: FFNSite) -> dict[str, int]:
     """Name -> number of outputs of gate and up as this model has them; one entry when they are fused."""
-    if site.expert is None:
+    if not site.stacked:
         return {name: out_width(projection(model, site, name)) for name in _producers(site)}
     axis = _channel_axis(site, site.up)
     return {name: _expert_part(model, site, name).shape[axis] for name in _producers(site)}
@@ -127,7 +127,7 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
     Rows of gate and up with their biases, and columns of down; the bias of down belongs to no channel.
     """
     rows = _rows(site, channels)
-    if site.expert is not None:
+    if site.stacked:
         yield from _coupled_expert(model, site, channels, rows)
         return
     for name in _producers(site):
@@ -141,7 +141,7 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
 
 def owner_of(model: nn.Module, site: FFNSite, name: str) -> nn.Module:
     """Module that holds the weight of a projection: the projection itself, or the module with an expert's parameter."""
-    if site.expert is None:
+    if not site.stacked:
         return projection(model, site, name)
     path = ".".join(p for p in (site.path, name.rpartition(".")[0]) if p)
     try:
@@ -223,7 +223,7 @@ def _absent(site: FFNSite, name: str) -> LayoutError:
 
 def _canonical(model: nn.Module, site: FFNSite, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight as [out, in] and bias of one projection."""
-    if site.expert is None:
+    if not site.stacked:
         module = projection(model, site, name)
         weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
         bias: Tensor | None = getattr(module, "bias", None)

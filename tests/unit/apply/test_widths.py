@@ -70,6 +70,15 @@ def test_a_derived_width_is_switched_off() -> None:
     assert (model.config.intermediate_size, model.config.block_auto_adjust_ff_dim) == (30, False)
 
 
+def test_a_width_that_is_rounded_up_from_a_factor(random_plan: MakePlan) -> None:
+    model = tiny("xlstm", intermediate_size=None)
+    (d_ff, *_) = {s.d_ff for s in random_plan(model).kept}
+    slice_(model, random_plan(model, 0.3))
+    assert model.config.ffn_round_up_to_multiple_of == 1
+    assert narrowing(model) == {}
+    assert model.backbone.blocks[0].ffn.proj_down.in_features < d_ff
+
+
 def test_a_sub_config() -> None:
     text = {**SMALL, "head_dim": 8, "num_key_value_heads": 2}
     vision = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
