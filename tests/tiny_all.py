@@ -357,7 +357,7 @@ def _make(model_type: str, changes: dict[str, Any]) -> Any:
 
 
 def load_arguments(model: Any) -> dict[str, Any]:
-    """What loading a saved tiny model needs: a config file cannot name the tower that stands in for that of Gemma 3n."""
+    """What loading a saved tiny model needs: a config file cannot name the stand-in for the tower of Gemma 3n."""
     return {"config": model.config} if model.config.model_type == "gemma3n" else {}
 
 

@@ -154,5 +154,5 @@ def _tell(plan: PruningPlan, widths: Widths) -> None:
         f"one config field sets the widths of several kinds of FFN, so that they can only shrink by the same share; "
         f"{sum(wider.values())} removed channels in {len(wider)} FFNs are zeroed instead of cut ({site.name}: width "
         f"{widths[site]}, {wider[site]} zeroed).",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -116,6 +116,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._open: list[tuple[str, Tensor, Picks]] = []
+        self._looking = False
 
     def opener(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -140,9 +141,11 @@ class _Watch(TorchFunctionMode):
         path, given, picks = self._open[-1] if self._open else ("", x, Picks(0))
         index = picks.tokens(x) if path == _block(site) else None
         if index is not None and x.shape == (index.numel(), given.shape[1]):
-            with torch._C.DisableTorchFunction():
-                if torch.equal(given.index_select(0, index.to(given.device)).to(x), x):
-                    return index
+            self._looking = True  # what is picked here is none of the model's
+            same = torch.equal(given.index_select(0, index.to(given.device)).to(x), x)
+            self._looking = False
+            if same:
+                return index
         raise LayoutError(
             f"{site.group}: the tokens that an expert is given cannot be told, because they are not picked by an index "
             f"from the input of {_block(site)}"
@@ -150,7 +153,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self._open and getattr(func, "__name__", "") in PICKS:
+        if self._open and not self._looking and getattr(func, "__name__", "") in PICKS:
             self._open[-1][2].note(args[0], args[-1], out)
         return out
 
