@@ -31,7 +31,7 @@ from tiny_moe import EXPERT, N_EXPERTS, TOP_K
 
 MakePlan = Callable[..., PruningPlan]
 DISPATCHES = ["index", "leading", "mask", "sorted", "twice"]
-METRICS = ["activation_mean", "activation_l2_norm", "scar_taylor", "scar_loss_proxy"]
+METRICS = ["activation_mean", "activation_l2_norm", "llm_pruner", "scar_loss_proxy"]
 
 
 def slow_rows(model: Any, windows: Windows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -164,7 +164,7 @@ def test_an_expert_without_tokens_is_left_whole() -> None:
         layer.mlp.route = _never_the_last(layer.mlp)
     stats: dict[FFNSite, ChannelStats] = calibrate(model, windows, ["scar_loss_proxy"])
     assert [s.expert for s, found in stats.items() if found.n_tokens == 0] == [3, 3]
-    with pytest.warns(UserWarning, match="no token"):
+    with pytest.warns(UserWarning, match="reached by no calibration token"):
         plan = build_plan(score(model, stats, "scar_loss_proxy"), 0.5)
     assert [w for s, w in plan.widths.items() if s.expert == 3] == [EXPERT] * 2
 

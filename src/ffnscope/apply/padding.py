@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.apply.expert_slice import width_step
-from ffnscope.apply.widths import changed_config, stock_model, width_fields
+from ffnscope.apply.widths import Shape, changed_config, shapes_of, stock_model, width_fields
 from ffnscope.ffn.expert_calls import group_experts
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import coupled
@@ -81,14 +81,14 @@ def field_widths(model: nn.Module, plan: PruningPlan, *, any_surplus: bool = Fal
         return {}
     units = _units(model, plan)
     config: Any = model.config
-    built = stock_model(model, config)
-    if built is None or any(_size(built, u.down) != _size(model, u.down) for u in units):
+    built, shapes = stock_model(model, config), shapes_of(model)
+    if built is None or shapes_of(built) != shapes:
         return {}
     widths: dict[FFNSite, int] = {}
     for path, value, trial in _trials(config, units):
         changed = changed_config(config, {path: trial})
         narrower = None if changed is None else stock_model(model, changed)
-        driven = [] if narrower is None else _driven(built, narrower, units, Fraction(trial, value))
+        driven = [] if narrower is None else _driven(shapes, shapes_of(narrower), units, Fraction(trial, value))
         new = _field_value(driven, value, any_surplus)
         alike = len({(u.d_ff, u.asked, u.step) for u in driven}) < 2
         for unit in driven if new is not None and not alike else ():
@@ -121,9 +121,13 @@ def _trials(config: Any, units: Sequence[_Unit]) -> Iterator[tuple[str, int, int
                 break
 
 
-def _driven(built: nn.Module, narrower: nn.Module, units: Sequence[_Unit], share: Fraction) -> list[_Unit]:
-    """Units that became narrower; none when one of them did by another share than the field."""
-    shares = {u: Fraction(_size(narrower, u.down), _size(built, u.down)) for u in units}
+def _driven(
+    built: Mapping[str, Shape], narrower: Mapping[str, Shape], units: Sequence[_Unit], share: Fraction
+) -> list[_Unit]:
+    """Units that became narrower; none when one of them did by another share than the field, or others came or went."""
+    if built.keys() != narrower.keys():
+        return []
+    shares = {u: Fraction(math.prod(narrower[u.down]), math.prod(built[u.down])) for u in units}
     driven = [u for u in units if shares[u] != 1]
     return driven if all(shares[u] == share for u in driven) else []
 
@@ -139,10 +143,6 @@ def _field_value(driven: Sequence[_Unit], value: int, any_surplus: bool) -> int 
             rounding = all(w - u.asked <= max(factors[u], 1) * step for u, w in widths.items())
             return new if rounding or any_surplus else None
     return None
-
-
-def _size(model: nn.Module, name: str) -> int:
-    return model.get_parameter(name).numel()
 
 
 def _tell(plan: PruningPlan, widths: Widths) -> None:

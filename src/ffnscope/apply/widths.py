@@ -64,7 +64,7 @@ def narrowing(model: nn.Module) -> dict[str, Any]:
         raise ModelError(
             f"{type(model).__name__} cannot be built from its config, so a checkpoint could not be loaded."
         )
-    found, expected = _shapes(model), _shapes(built)
+    found, expected = shapes_of(model), shapes_of(built)
     if found.keys() != expected.keys():
         name = sorted(found.keys() ^ expected.keys())[0]
         raise ModelError(
@@ -97,7 +97,8 @@ def stock_model(model: nn.Module, config: Any) -> nn.Module | None:
         return None
 
 
-def _shapes(model: nn.Module) -> dict[str, Shape]:
+def shapes_of(model: nn.Module) -> dict[str, Shape]:
+    """Shapes of all parameters and buffers."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
@@ -106,7 +107,7 @@ def _built_otherwise(model: nn.Module, config: Any) -> dict[str, tuple[Shape, Sh
     built = stock_model(model, config)
     if built is None:
         return None
-    found, expected = _shapes(model), _shapes(built)
+    found, expected = shapes_of(model), shapes_of(built)
     if found.keys() != expected.keys():
         return None
     return {name: (expected[name], shape) for name, shape in found.items() if shape != expected[name]}

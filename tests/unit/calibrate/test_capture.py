@@ -266,7 +266,7 @@ def test_experts_tell_the_tokens_of_their_rows(tmp_path, name, batch_size):
     model = tiny_moe(name)
     windows = padded([16, 5, 9, 16])
     found = capture(model, windows, tmp_path / "c", gradients=True, options=CaptureOptions(batch_size=batch_size))
-    stats = calibrate(model, windows, ["activation_mean", "scar_taylor"])
+    stats = calibrate(model, windows, ["activation_variance", "llm_pruner"])
     whole = capture(model, windows, tmp_path / "d", gradients=True, options=CaptureOptions(batch_size=4))
     layers = {}
     for site in found.sites:
