@@ -77,7 +77,7 @@ def field_widths(model: nn.Module, plan: PruningPlan, *, any_surplus: bool = Fal
     Warns:
         UserWarning: channels stay in the model with weights of zero.
     """
-    if len({(s.d_ff, w) for s, w in plan.widths.items()}) == 1 and not group_experts(plan.kept):
+    if len({s.d_ff for s in plan.kept}) == 1 and not group_experts(plan.kept):
         return {}
     units = _units(model, plan)
     config: Any = model.config
@@ -140,7 +140,8 @@ def _field_value(driven: Sequence[_Unit], value: int, any_surplus: bool) -> int 
     for new in range(least, value):
         widths = {u: f * new for u, f in factors.items()}
         if all(w.denominator == 1 and w % u.step == 0 for u, w in widths.items()):
-            rounding = all(w - u.asked <= max(factors[u], 1) * step for u, w in widths.items())
+            one_share = len({(u.d_ff, u.asked) for u in driven}) == len({u.d_ff for u in driven})
+            rounding = one_share and all(w - u.asked <= max(factors[u], 1) * step for u, w in widths.items())
             return new if rounding or any_surplus else None
     return None
 
