@@ -67,9 +67,7 @@ def survey(model: nn.Module) -> Survey:
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     activation = _activation(text)
-    # a list of experts shares the tokens, and an FFN shows on four of them
-    longest = max((len(names) for names in expert_lists(model).values()), default=1)
-    ids = probe_ids(model, min(PROBE_TOKENS * longest, getattr(text, "max_position_embeddings", None) or MOST_TOKENS))
+    ids = probe_ids(model, _probe_length(model, text))
     seen, experts = probe(model, ids), find_experts(model, ids[:, :PROBE_TOKENS], activation)
     helpers = tuple(LeftOut(f.down, f"{_helper_part(f.down)} is a helper network") for f in seen.ffns if _is_helper(f))
     ffns = [f for f in seen.ffns if not _is_helper(f) and not _is_within(f.down, experts.refused)]
@@ -82,6 +80,14 @@ def survey(model: nn.Module) -> Survey:
     dense = [_site(model, f, activation) for f in ffns if f.down not in shared]
     sites = tuple(_in_model_order(model, [*dense, *experts.sites, *listed.sites]))
     return Survey(type(model).__name__, text.model_type, sites, tuple(refused), helpers)
+
+
+def _probe_length(model: nn.Module, text_config: Any) -> int:
+    """Tokens to look at: an FFN shows on four of them, and the experts of a list share them."""
+    longest = max((len(names) for names in expert_lists(model).values()), default=1)
+    positions = getattr(text_config, "max_position_embeddings", None)
+    limit = positions if isinstance(positions, int) and positions >= PROBE_TOKENS else MOST_TOKENS
+    return min(PROBE_TOKENS * longest, limit)
 
 
 def describe(left_out: Iterable[LeftOut]) -> str:
