@@ -85,9 +85,13 @@ def naming_weights(model: nn.Module) -> Generator[None]:
 
 
 def not_finite_weight(model: nn.Module) -> str | None:
-    """Name of the first weight that holds NaN or infinity, or None; offloaded weights are read too."""
+    """Name of the first weight that holds NaN or infinity, or None; offloaded weights are read too.
+
+    Buffers do not count: infinity in them may be meant, such as the open bounds of Gemma 4's clipped projections.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in named_values(model):
-        if not bool(torch.isfinite(value.detach()).all()):
+        if name in parameters and not bool(torch.isfinite(value.detach()).all()):
             return name
     return None
 

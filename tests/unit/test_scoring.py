@@ -13,7 +13,7 @@ from ffnscope.errors import LayoutError, NonFiniteError, UnknownNameError, Usage
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
-from ffnscope.scoring import score
+from ffnscope.scoring import not_finite_weight, score
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 from tiny import D_FF, tiny
 
@@ -154,3 +154,10 @@ class TestErrors:
     def test_a_site_of_another_model(self, llama: Any, sites: list[FFNSite]) -> None:
         with pytest.raises(LayoutError, match=r"model.layers.7.mlp.gate_proj is not in this model"):
             score(llama, [replace(sites[0], path="model.layers.7.mlp")], "magnitude")
+
+
+def test_infinity_in_a_buffer_is_no_broken_weight(llama: Any) -> None:
+    llama.model.register_buffer("bound", torch.tensor(float("-inf")))
+    assert not_finite_weight(llama) is None
+    llama.model.norm.weight.data[0] = float("nan")
+    assert not_finite_weight(llama) == "model.norm.weight"
