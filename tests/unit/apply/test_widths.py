@@ -13,6 +13,7 @@ from ffnscope.apply.widths import fit_config, narrowing, stock_class
 from ffnscope.errors import ModelError
 from ffnscope.types import PruningPlan
 from tiny import tiny
+from tiny_all import tiny_causal_lm
 
 MakePlan = Callable[..., PruningPlan]
 
@@ -71,7 +72,7 @@ def test_a_derived_width_is_switched_off() -> None:
 
 
 def test_a_width_that_is_rounded_up_from_a_factor(random_plan: MakePlan) -> None:
-    model = tiny("xlstm", intermediate_size=None)
+    model = tiny_causal_lm("xlstm")
     (d_ff, *_) = {s.d_ff for s in random_plan(model).kept}
     slice_(model, random_plan(model, 0.3))
     assert model.config.ffn_round_up_to_multiple_of == 1
