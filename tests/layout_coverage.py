@@ -26,10 +26,11 @@ from ffnscope.ffn.survey import Survey, describe, nothing_found, survey
 from ffnscope.plan.build import build_plan
 from ffnscope.scoring import score
 from ffnscope.types import FFNSite, PruningPlan
-from tiny_all import D_FF, EXPERT, SECOND, SHARED, inputs_of, logits_of, tiny_causal_lm
+from tiny_all import D_FF, EXPERT, SECOND, SHARED, inputs_of, load_arguments, logits_of, tiny_causal_lm
 
 SPARSITY, TOLERANCE, VISIBLE = 0.25, 1e-4, 1e-3
 LIBRARY = "transformers"
+STAND_IN = "its vision tower is a stand-in, so it is loaded with the config in memory"
 Status = Literal["ok", "with code", "refused", "failed", "–"]
 
 
@@ -125,7 +126,7 @@ def _check_reload(name: str, model: Any, sites: Sequence[FFNSite], dense: Tensor
     except UsageError as error:
         return "refused", _text(error)
     if not problem:
-        return status, ""
+        return status, STAND_IN if load_arguments(model) else ""
     if _reloaded(tiny_causal_lm(name))[1]:
         return "failed", f"{LIBRARY}: the unpruned model, saved and loaded, has the same problem: {problem}"
     return "failed", problem
@@ -143,7 +144,7 @@ def _reloaded(model: Any) -> tuple[Status, str]:
             loaded: Any = (
                 AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
                 if coded
-                else type(model).from_pretrained(target)
+                else type(model).from_pretrained(target, **load_arguments(model))
             )
         except Exception as error:  # noqa: BLE001  the table gives the reason
             return "failed", f"{type(error).__name__}: {_text(error).split('. ')[0]}"

@@ -239,6 +239,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
 _AS_THEY_ARE = ("dots3_note_vision_encoder", "dots3_note_audio_encoder")
 # name -> (model_type, values): layouts that the defaults do not reach
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "doge, retrieval experts": ("doge", {"is_moe": True}),
     "falcon, two norms": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
     "gemma3n_text, four widths": (
         "gemma3n_text",
@@ -353,6 +354,11 @@ def _make(model_type: str, changes: dict[str, Any]) -> Any:
         module = importlib.import_module(type(config).__module__.rsplit(".", 1)[0])
         return getattr(module, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])._from_config(config.decoder)
     return AutoModelForCausalLM.from_config(config)
+
+
+def load_arguments(model: Any) -> dict[str, Any]:
+    """What loading a saved tiny model needs: a config file cannot name the stand-in for the tower of Gemma 3n."""
+    return {"config": model.config} if model.config.model_type == "gemma3n" else {}
 
 
 def _plain_tower() -> Any:

@@ -1,7 +1,7 @@
 """ffnscope: which FFN channels of a language model carry the loss, and how to remove the others.
 
 The pieces compose as functions: `load_model`, `load_windows`, `calibrate`, `score`, `build_plan`, then `masked`,
-`slice_` or `prune_`, and `perplexity` or `compare_plans`. The YAML runner is `ffnscope.run`.
+`slice_` or `prune_`, and `perplexity` or `compare_plans`. The YAML runner is `ffnscope.run`; `load` is `load_model`.
 """
 
 __version__ = "0.1.0"
@@ -64,6 +64,8 @@ from ffnscope.types import (
     Scores,
 )
 
+load = load_model
+
 __all__ = [
     "ALLOCATORS",
     "METRICS",
@@ -123,6 +125,7 @@ __all__ = [
     "find_sites",
     "generate_samples",
     "join_statistics",
+    "load",
     "load_documents",
     "load_model",
     "load_windows",

@@ -15,7 +15,7 @@ from ffnscope.errors import NonFiniteError, UsageError
 
 Reduction = Literal["sum", "max"]
 Fused = Literal["gate_up", "up_gate", "interleaved"]
-Storage = Literal["linear", "transposed", "flat"]
+Storage = Literal["linear", "transposed", "flat", "modules"]
 Role = Literal["ffn", "attention", "cut", "unembedding"]
 """What is observed: an FFN, or another part of the model that reads or writes the residual stream."""
 
@@ -35,10 +35,11 @@ class FFNSite:
         activation: name of the activation function as the config tells it, or "unknown".
         fused: order of the halves when one projection holds gate and up ("interleaved" = gate, up, gate, up, ...),
             else None.
-        expert: index of the expert, or None for a dense FFN. All experts of a layer share their parameters: ``path`` is
-            the module that is given the tokens, and gate, up and down name parameters instead of modules.
+        expert: index of the expert, or None for a dense FFN. Where all experts of a layer share their parameters,
+            ``path`` is the module that is given the tokens, and gate, up and down name parameters instead of modules.
         storage: how an expert lies in those parameters: "linear" [n_experts, out, in], "transposed" [n_experts, in,
-            out], or "flat" [n_experts * d_ff, d_model]. A dense FFN is "linear", whatever its modules do.
+            out], or "flat" [n_experts * d_ff, d_model]; or "modules" for an expert that is a module of its own, built
+            like a dense FFN. A dense FFN is "linear", whatever its modules do.
     """
 
     layer: int
@@ -62,7 +63,17 @@ class FFNSite:
     @property
     def name(self) -> str:
         """Unique name of the site, used as key in every file."""
-        return self.path if self.expert is None else f"{self.path.removesuffix('.experts')}.experts.{self.expert}"
+        return f"{self.path.removesuffix('.experts')}.experts.{self.expert}" if self.stacked else self.path
+
+    @property
+    def stacked(self) -> bool:
+        """Whether this is an expert whose weights lie in parameters that all experts of its layer share."""
+        return self.expert is not None and self.storage != "modules"
+
+    @property
+    def group(self) -> str:
+        """What the experts of a layer have in common: the module with their parameters, or the list of modules."""
+        return self.path if self.stacked or self.expert is None else self.path.rpartition(".")[0]
 
     @property
     def role(self) -> Role:

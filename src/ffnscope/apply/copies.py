@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.ffn.expert_calls import Call, expert_calls, group_experts
+from ffnscope.ffn.expert_lists import routed_tokens
 from ffnscope.ffn.projection import down_projection
 from ffnscope.types import FFNSite
 
@@ -27,17 +28,20 @@ def ablated_copies(model: nn.Module, site: FFNSite, channels: Sequence[int], n_t
 
     Args:
         model: the model of the site.
-        site: where channels are removed. An expert runs by the plain loop over experts within the block.
+        site: where channels are removed. Experts in shared parameters run by their plain loop within the block.
         channels: a channel per copy, or `NOTHING`.
         n_tokens: tokens of one copy, padding included.
     """
-    if site.expert is not None:
+    if site.stacked:
         with expert_calls(model, list(group_experts([site])), _expert(site, channels, n_tokens)):
             yield
         return
-    handle = down_projection(model, site).register_forward_pre_hook(_dense(channels))
+    tokens: list[Tensor] = []
+    hook = _dense(channels) if site.expert is None else _listed(channels, n_tokens, tokens)
+    handle = down_projection(model, site).register_forward_pre_hook(hook)
     try:
-        yield
+        with routed_tokens(model, [site], lambda _, given: tokens.append(given)):
+            yield
     finally:
         handle.remove()
 
@@ -50,6 +54,22 @@ def _dense(channels: Sequence[int]) -> Any:
         for copy, channel in zip(copies, channels, strict=True):
             if channel != NOTHING:
                 copy[:, channel] = 0
+        return (without, *args[1:])
+
+    return hook
+
+
+def _listed(channels: Sequence[int], n_tokens: int, tokens: list[Tensor]) -> Any:
+    """For an expert that is a module of its own; ``tokens`` gets those of its call before its down projection runs."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        h: Tensor = args[0]
+        if not h.numel():
+            return None
+        removed = torch.tensor(channels, device=h.device)[tokens.pop().to(h.device) // n_tokens]
+        rows = (removed != NOTHING).nonzero().flatten()
+        without = h.clone(memory_format=torch.contiguous_format)
+        without[rows, removed[rows]] = 0
         return (without, *args[1:])
 
     return hook

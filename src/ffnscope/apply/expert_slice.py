@@ -48,11 +48,16 @@ def slice_experts_(model: nn.Module, plan: PruningPlan) -> None:
         )
 
 
+def width_step(module: nn.Module, experts: Experts) -> int:
+    """Step of the widths of fused experts: channels of a row of 16 bytes where a grouped kernel may run them."""
+    return max(16 // module.get_parameter(experts.down).itemsize, 1) if hasattr(module, "is_transposed") else 1
+
+
 def _common_width(module: nn.Module, experts: Experts, kept: Mapping[FFNSite, Tensor]) -> int:
     """Width of the tensors: that of the widest expert, rounded up where a grouped kernel may run it."""
     widest, d_ff = max(index.numel() for index in kept.values()), next(iter(kept)).d_ff
-    step = 16 // module.get_parameter(experts.down).itemsize if hasattr(module, "is_transposed") else 1
-    return min(-(-widest // max(step, 1)) * max(step, 1), d_ff)
+    step = width_step(module, experts)
+    return min(-(-widest // step) * step, d_ff)
 
 
 def _kept_by_all(

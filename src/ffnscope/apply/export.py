@@ -9,24 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from ffnscope.apply.card import loading_code, model_card
 from ffnscope.apply.folder import replacing_folder
 from ffnscope.apply.mask import check_plan
+from ffnscope.apply.padding import field_widths, pad_, widest_widths
 from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.slice import slice_
 from ffnscope.apply.widths import fit_config, narrowing, stock_class
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.ffn.narrowed import AUTO, MODELING, NARROWED
-from ffnscope.ffn.offload import materialised, saving
-from ffnscope.ffn.projection import coupled
+from ffnscope.ffn.offload import saving
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import write_plan
 from ffnscope.scoring import not_finite_weight
-from ffnscope.types import EvalResult, FFNSite, PruningPlan
+from ffnscope.types import EvalResult, PruningPlan
 
 PLAN = "ffnscope_plan.json"
 WIDTHS = "ffnscope_ffn_widths"
@@ -39,8 +38,9 @@ def prune_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool = False) 
 
     With ``pad_to_widest``, FFNs that had one width before have one width after it (sites that the plan leaves out
     count): every site is sliced to the widest kept width and the surplus channels are zeroed. This computes the same,
-    loads wherever the dense model does, and saves only down to the widest site. Before anything is changed, cutting is
-    compared with masking on this very model (see `check_cut`).
+    loads wherever the dense model does, and saves only down to the widest site. Without it, only rounding is evened out
+    in this way, where one config field sets the widths of several kinds of FFN (see `field_widths`), with a
+    `UserWarning`. Before anything is changed, cutting is compared with masking on this very model (see `check_cut`).
 
     Raises:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
@@ -51,7 +51,9 @@ def prune_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool = False) 
     check_plan(model, plan)
     _check_weights(model)
     check_cut(model, list(plan.kept))
-    return slice_(model, _padded(model, plan) if pad_to_widest else plan)
+    if pad_to_widest:
+        plan = pad_(model, plan, widest_widths(model, plan))
+    return slice_(model, pad_(model, plan, field_widths(model, plan, any_surplus=pad_to_widest)))
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -155,19 +157,3 @@ def _add_modeling(folder: Path, model: nn.Module, changes: dict[str, Any]) -> No
     config["auto_map"] = {**config.get("auto_map", {}), AUTO: f"{MODELING.stem}.{stock_class(model).__name__}"}
     config[WIDTHS] = {site.name: site.d_ff for site in find_sites(model)}
     write_config(folder, {**config, NARROWED: changes})
-
-
-def _padded(model: nn.Module, plan: PruningPlan) -> PruningPlan:
-    """Zero the removed channels and return a plan that keeps as many per site as the widest, the zeroed ones too."""
-    planned = {site.name for site in plan.kept}
-    widest = {site.d_ff: site.d_ff for site in find_sites(model) if site.name not in planned}
-    for site, width in plan.widths.items():
-        widest[site.d_ff] = max(width, widest.get(site.d_ff, 0))
-    kept: dict[FFNSite, torch.Tensor] = {}
-    for site, index in plan.kept.items():
-        removed = plan.removed(site)
-        with torch.no_grad(), materialised(model, site, write=True):
-            for entry in coupled(model, site, removed):
-                entry.parameter.index_fill_(entry.axis, entry.index.to(entry.parameter.device), 0)
-        kept[site] = torch.cat([index, removed[: widest[site.d_ff] - index.numel()]]).sort().values
-    return PruningPlan(kept, plan.metric, plan.allocator, plan.budget, plan.protected, plan.provenance)

@@ -40,7 +40,7 @@ def check_cut(model: nn.Module, sites: Sequence[FFNSite], *, seed: int = 0) -> l
 
     The model is run on 16 tokens, three times for the first site and twice for each other, and stays as it was: what
     is cut is a second model that shares every weight but those of the tried site. Sites are of one kind when their
-    paths differ in layer numbers only and their widths agree. Experts that share their tensors are tried together.
+    paths differ in layer numbers only and their widths agree. Experts of one layer are tried together.
 
     Raises:
         LayoutError: cutting computes something else than masking, so `slice_` would damage the model.
@@ -75,8 +75,8 @@ def _one_of_each_kind(sites: Sequence[FFNSite]) -> list[FFNSite]:
 
 
 def _cut_together(site: FFNSite, sites: Sequence[FFNSite]) -> list[FFNSite]:
-    """Experts of one module are cut out of the same tensors; any other site is cut alone."""
-    return [site] if site.expert is None else [s for s in sites if s.expert is not None and s.path == site.path]
+    """Experts of one layer share tensors or tokens, so they are cut together; any other site is cut alone."""
+    return [site] if site.expert is None else [s for s in sites if s.expert is not None and s.group == site.group]
 
 
 def _random_halves(sites: Sequence[FFNSite], seed: int) -> PruningPlan:
@@ -89,13 +89,14 @@ def _random_halves(sites: Sequence[FFNSite], seed: int) -> PruningPlan:
 
 
 def _output(model: Any, site: FFNSite, ids: Tensor) -> Tensor:
-    """What the module of a site gives, in float32 or finer."""
+    """What the module of a site gives; of an expert in a list, the module that holds the list."""
+    path = site.path if site.expert is None or site.stacked else site.group.rpartition(".")[0]
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = model.get_submodule(site.path).register_forward_hook(note)
+    handle = model.get_submodule(path).register_forward_hook(note)
     try:
         model(input_ids=ids, use_cache=False)
     finally:
@@ -108,7 +109,7 @@ def _output_when_cut(model: nn.Module, plan: PruningPlan, site: FFNSite, ids: Te
         with warnings.catch_warnings():
             # half of the channels need not be a width that experts can have; zeroing the surplus is checked as well
             warnings.filterwarnings("ignore", message="experts of one layer lie in one tensor")
-            cut = slice_(_sharing(model, site), plan)
+            cut = slice_(_sharing(model, list(plan.kept)), plan)
         return _output(cut, site, ids)
     except torch.OutOfMemoryError:
         raise
@@ -116,9 +117,10 @@ def _output_when_cut(model: nn.Module, plan: PruningPlan, site: FFNSite, ids: Te
         raise _cannot_be_cut(model, site, f"with a random half of its channels cut, it fails with: {error}") from error
 
 
-def _sharing(model: nn.Module, site: FFNSite) -> nn.Module:
-    """A second model with the same tensors, but copies of those of a site."""
-    own = {id(getattr(entry.module, entry.name)) for entry in coupled(model, site, torch.arange(site.d_ff))}
+def _sharing(model: nn.Module, sites: Sequence[FFNSite]) -> nn.Module:
+    """A second model with the same tensors, but copies of those of some sites."""
+    entries = chain.from_iterable(coupled(model, s, torch.arange(s.d_ff)) for s in sites)
+    own = {id(getattr(entry.module, entry.name)) for entry in entries}
     tensors = chain(model.parameters(), model.buffers(), *(vars(m).values() for m in model.modules()))
     return copy.deepcopy(model, {id(t): t for t in tensors if isinstance(t, Tensor) and id(t) not in own})
 

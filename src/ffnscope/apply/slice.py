@@ -40,7 +40,7 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """
     check_plan(model, plan)
     for site, kept in plan.kept.items():
-        if site.expert is None and kept.numel() < site.d_ff:
+        if not site.stacked and kept.numel() < site.d_ff:
             with materialised(model, site, write=True):
                 _slice_site(model, site, kept)
     slice_experts_(model, plan)

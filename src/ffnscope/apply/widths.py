@@ -20,6 +20,8 @@ Change = dict[str, Any]
 
 # lfm2 derives its width from the field (2/3 of it, rounded up) unless this switch is off
 DERIVED = {"block_auto_adjust_ff_dim": "intermediate_size"}
+# xlstm rounds the product of a factor and the residual width up to a multiple: field of the multiple -> (factor, width)
+ROUNDED = {"ffn_round_up_to_multiple_of": ("ffn_proj_factor", "hidden_size")}
 
 
 def fit_config(model: nn.Module) -> bool:
@@ -34,7 +36,7 @@ def fit_config(model: nn.Module) -> bool:
     changes: list[Change] = []
     while wrong:
         for change in _candidates(config, wrong):
-            trial = _changed(config, change)
+            trial = changed_config(config, change)
             left = None if trial is None else _built_otherwise(model, trial)
             if left is not None and left.keys() < wrong.keys():
                 config, wrong = trial, left
@@ -57,12 +59,12 @@ def narrowing(model: nn.Module) -> dict[str, Any]:
     Raises:
         ModelError: the class cannot be built from the config, or has parameters that the model has not.
     """
-    built = _stock(model, model.config)
+    built = stock_model(model, model.config)
     if built is None:
         raise ModelError(
             f"{type(model).__name__} cannot be built from its config, so a checkpoint could not be loaded."
         )
-    found, expected = _shapes(model), _shapes(built)
+    found, expected = shapes_of(model), shapes_of(built)
     if found.keys() != expected.keys():
         name = sorted(found.keys() ^ expected.keys())[0]
         raise ModelError(
@@ -82,7 +84,7 @@ def stock_class(model: nn.Module) -> type[nn.Module]:
     return getattr(type(model), "stock_class", type(model))
 
 
-def _stock(model: nn.Module, config: Any) -> nn.Module | None:
+def stock_model(model: nn.Module, config: Any) -> nn.Module | None:
     """Build the stock class on the meta device, or None when this config does not allow it."""
     from huggingface_hub.errors import StrictDataclassError
 
@@ -95,16 +97,17 @@ def _stock(model: nn.Module, config: Any) -> nn.Module | None:
         return None
 
 
-def _shapes(model: nn.Module) -> dict[str, Shape]:
+def shapes_of(model: nn.Module) -> dict[str, Shape]:
+    """Shapes of all parameters and buffers."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def _built_otherwise(model: nn.Module, config: Any) -> dict[str, tuple[Shape, Shape]] | None:
     """Parameters whose shapes differ: name -> (as built from the config, as the model has it)."""
-    built = _stock(model, config)
+    built = stock_model(model, config)
     if built is None:
         return None
-    found, expected = _shapes(model), _shapes(built)
+    found, expected = shapes_of(model), shapes_of(built)
     if found.keys() != expected.keys():
         return None
     return {name: (expected[name], shape) for name, shape in found.items() if shape != expected[name]}
@@ -117,7 +120,7 @@ def _numbers(module: nn.Module) -> dict[str, int | float]:
 
 def _candidates(config: Any, wrong: Mapping[str, tuple[Shape, Shape]]) -> Iterator[Change]:
     """Changes that might give the wanted widths, likeliest first: exact, other multiples, unset, switched, listed."""
-    fields = list(_fields(config))
+    fields = list(width_fields(config))
     numbers = {path: value for path, value in fields if type(value) is int and value > 0}
     sizes = _sizes(wrong)
     for (path, value), (old, new) in itertools.product(numbers.items(), sizes):
@@ -132,6 +135,9 @@ def _candidates(config: Any, wrong: Mapping[str, tuple[Shape, Shape]]) -> Iterat
             yield {path: new}
         elif value is True and name in DERIVED:
             yield {path: False, f"{parent}.{DERIVED[name]}".removeprefix("."): new}
+        elif name in ROUNDED:
+            factor, width = (f"{parent}.{n}".removeprefix(".") for n in ROUNDED[name])
+            yield {path: 1, factor: new / numbers[width]}
     for path, value in fields:
         if isinstance(value, list):
             yield {path: _per_layer(value, wrong)}
@@ -150,14 +156,14 @@ def _sizes(wrong: Mapping[str, tuple[Shape, Shape]]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((old, min(news)) for (_, old), news in wanted.items()))
 
 
-def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def width_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Fields of a config and its sub-configs that may hold a width: numbers, lists of numbers, switches, unset ones."""
     from transformers import PreTrainedConfig
 
     shared = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _fields(value, f"{prefix}{name}.")
+            yield from width_fields(value, f"{prefix}{name}.")
         elif name.startswith("_") or name in shared or name.endswith("_token_id"):
             continue
         elif value is None or isinstance(value, int) or (isinstance(value, list) and _all_int(value)):
@@ -179,7 +185,7 @@ def _per_layer(values: list[int], wrong: Mapping[str, tuple[Shape, Shape]]) -> l
     return new
 
 
-def _changed(config: Any, change: Change) -> Any:
+def changed_config(config: Any, change: Change) -> Any:
     """Copy of a config with changed fields, or None when the config refuses a value."""
     from huggingface_hub.errors import StrictDataclassError
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.calibrate.captured import INDEX, KIND, Capture, new_folder, read_capture
+from ffnscope.calibrate.forward import experts_per_token
 from ffnscope.calibrate.observe import not_finite, observe_batch
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.errors import UsageError
 from ffnscope.ffn.frozen import frozen
-from ffnscope.ffn.projection import down_projection
+from ffnscope.ffn.projection import owner_of
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import SCHEMA, write_json, write_tensors
 from ffnscope.types import FFNSite
@@ -52,7 +53,10 @@ def capture_size(
     channels: Channels | None = None,
     gradients: bool = False,
 ) -> int:
-    """Bytes of the arrays that `capture` would write with the same arguments; the model is not run on the windows."""
+    """Bytes of the arrays that `capture` would write with the same arguments; the model is not run on the windows.
+
+    For experts it is what they take at most, when every token is given to the widest of a layer's captured ones.
+    """
     return _bytes(model, windows, _chosen(model, sites, channels), gradients)
 
 
@@ -69,7 +73,8 @@ def capture(
     """Write h (and g) of every valid token to ``out``, a new folder.
 
     One safetensors file per batch, ``part-00000.safetensors``, holds ``<site name>/h`` and ``<site name>/g``
-    [n, n_channels] in the dtype of the model, and ``token_ids``, ``window`` and ``position`` [n] int64.
+    [n, n_channels] in the dtype of the model, and ``token_ids``, ``window`` and ``position`` [n] int64. An expert has
+    only the rows of the tokens that are routed to it, and ``<site name>/tokens`` says which these are.
     ``index.json`` is written last, and the folder gets its name when all is there. g is the gradient of the summed
     token NLL, as in `calibrate`; sums over the rows are the statistics.
 
@@ -134,16 +139,31 @@ class _Recorder:
         self.gradients = gradients
         self._tensors: dict[str, Tensor] = {}
         self._rows = TokenRows(torch.ones(0, 0, dtype=torch.bool))
+        self._n_tokens = 0
 
     def record(self, batch: Windows) -> dict[str, Tensor]:
         self._tensors, self._rows = {}, TokenRows(batch.valid)
         sites = list(self.chosen)
-        observe_batch(self.model, sites, batch, self._on_activation, self._on_gradient if self.gradients else None)
+        on_gradient = self._on_gradient if self.gradients else None
+        observe_batch(self.model, sites, batch, self._on_activation, on_gradient, on_routing=self._rows.route)
+        self._add_experts(batch)
         for site in reversed(sites):
             kept = [v for k, v in self._tensors.items() if k in (f"{site.name}/h", f"{site.name}/g")]
             if not all(bool(torch.isfinite(v).all()) for v in kept):
                 raise not_finite(self.model, sites, batch, site)
         return self._tensors
+
+    def _add_experts(self, batch: Windows) -> None:
+        """Rows of the capture that an expert's rows belong to; no row where no token has reached it."""
+        first, names = self._n_tokens, ("h", "g") if self.gradients else ("h",)
+        self._n_tokens += batch.n_tokens
+        for site, index in self.chosen.items():
+            if site.expert is None:
+                continue
+            self._tensors[f"{site.name}/tokens"] = first + self._rows.captured(site)
+            width = site.d_ff if index is None else index.numel()
+            for name in names:
+                self._tensors.setdefault(f"{site.name}/{name}", torch.empty(0, width, dtype=_dtype(self.model, site)))
 
     def _on_activation(self, site: FFNSite, h: Tensor) -> None:
         self._tensors[f"{site.name}/h"] = self._copy(site, h)
@@ -163,25 +183,12 @@ def _chosen(
 ) -> dict[FFNSite, Tensor | None]:
     """Sites and their channel indices (None = all)."""
     if channels is None:
-        wanted = list(sites if sites is not None else find_sites(model))
-        _refuse_experts(wanted)
-        return dict.fromkeys(wanted)
+        return dict.fromkeys(sites if sites is not None else find_sites(model))
     wanted = list(channels) if sites is None else list(sites)
-    _refuse_experts(wanted)
     odd = [s.name for s in {*wanted, *channels} if s not in channels or s not in wanted]
     if odd:
         raise UsageError(f"{odd[0]} is in only one of sites and channels; channels must have one entry per site.")
     return {site: _index(site, channels[site]) for site in wanted}
-
-
-def _refuse_experts(sites: Sequence[FFNSite]) -> None:
-    """A capture has one row per token of the text; an expert has rows for some of them."""
-    expert = next((s.name for s in sites if s.expert is not None), None)
-    if expert is not None:
-        raise NotAvailableError(
-            f"{expert} sees only the tokens that are routed to it; capturing experts is not available in this version. "
-            "Give the dense FFNs as sites, or calibrate for statistics."
-        )
 
 
 def _index(site: FFNSite, channels: Tensor | Sequence[int]) -> Tensor:
@@ -194,14 +201,20 @@ def _index(site: FFNSite, channels: Tensor | Sequence[int]) -> Tensor:
 
 def _bytes(model: nn.Module, windows: Windows, chosen: Mapping[FFNSite, Tensor | None], gradients: bool) -> int:
     per_token = 3 * torch.int64.itemsize
+    layers: dict[str, list[int]] = {}  # bytes of one token's row, by the experts that share the tokens
     for site, index in chosen.items():
         width = site.d_ff if index is None else index.numel()
-        per_token += width * _dtype(model, site).itemsize * (2 if gradients else 1)
+        row = width * _dtype(model, site).itemsize * (2 if gradients else 1)
+        layers.setdefault(site.group, []).append(row if site.expert is None else row + torch.int64.itemsize)
+    for rows in layers.values():
+        # every captured expert where the config does not say how many a token is given to
+        per_token += max(rows) * min(experts_per_token(model, default=len(rows)), len(rows))
     return per_token * windows.n_tokens
 
 
 def _dtype(model: nn.Module, site: FFNSite) -> torch.dtype:
-    weight: Any = down_projection(model, site).weight
+    owner = owner_of(model, site, site.down)
+    weight: Any = getattr(owner, site.down.rpartition(".")[2]) if site.stacked else owner.weight
     return weight.dtype
 
 

@@ -25,10 +25,12 @@ KIND = "capture"
 class Capture:
     """Token-level arrays of some channels. Rows are the valid tokens, window by window, in the order of the text.
 
+    Those of an expert are only the tokens that are routed to it, in the order in which it is given them: `tokens`.
+
     Attributes:
         path: the folder.
         channels: site -> indices of the captured channels, int64 [n_channels], the columns of ``h`` and ``g``.
-        n_tokens: number of rows.
+        n_tokens: number of rows, but for experts.
         gradients: whether ``g`` was captured.
         parts: shard files, in the order of the rows.
         facts: the index as it was written (hash and source of the windows, bytes, ...).
@@ -47,11 +49,11 @@ class Capture:
         return tuple(self.channels)
 
     def h(self, site: FFNSite) -> Tensor:
-        """Activations of one site, [n_tokens, n_channels], in the dtype of the model."""
+        """Activations of one site, [n_tokens, n_channels], in the dtype of the model; of an expert, [n, n_channels]."""
         return self._joined(f"{self._known(site).name}/h")
 
     def g(self, site: FFNSite) -> Tensor:
-        """Gradients of the summed token NLL with respect to h of one site, [n_tokens, n_channels].
+        """Gradients of the summed token NLL with respect to h of one site, in the shape of ``h``.
 
         Raises:
             UsageError: gradients were not captured.
@@ -59,6 +61,12 @@ class Capture:
         if not self.gradients:
             raise UsageError(f"{self.path} holds no gradients; capture again with gradients=True.")
         return self._joined(f"{self._known(site).name}/g")
+
+    def tokens(self, site: FFNSite) -> Tensor:
+        """Which tokens the rows of a site are: int64 [n], indices into `token_ids`, `window` and `position`."""
+        if self._known(site).expert is None:
+            return torch.arange(self.n_tokens)
+        return self._joined(f"{site.name}/tokens")
 
     @property
     def token_ids(self) -> Tensor:

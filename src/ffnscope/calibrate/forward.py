@@ -47,9 +47,9 @@ def max_positions(model: nn.Module) -> int | None:
     return _of_config(model, "max_position_embeddings")
 
 
-def experts_per_token(model: nn.Module) -> int:
-    """How many experts of a layer each token is routed to; 1 when the model's config does not say."""
-    return _of_config(model, "num_experts_per_tok") or 1
+def experts_per_token(model: nn.Module, *, default: int = 1) -> int:
+    """How many experts of a layer each token is routed to, or ``default`` when the model's config does not say."""
+    return _of_config(model, "num_experts_per_tok") or default
 
 
 def _of_config(model: nn.Module, name: str) -> int | None:

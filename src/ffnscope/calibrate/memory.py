@@ -49,7 +49,7 @@ def pass_bytes(
     waiting = {read for one in backward for read in one.reads} - {*GRADIENTS, "core", "h"}
     layers: dict[str, list[FFNSite]] = {}  # the experts of a layer share its tokens
     for site in sites:
-        layers.setdefault(site.name if site.expert is None else site.path, []).append(site)
+        layers.setdefault(site.group, []).append(site)
     held = 0
     for i, (first, *others) in enumerate(layers.values()):
         width = len(waiting) * first.d_model

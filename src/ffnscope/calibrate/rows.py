@@ -58,6 +58,13 @@ class TokenRows:
         index = self._indices(signal.device, every) if routed is None else self._routed_indices(site, every)
         return flat if index is None else flat.index_select(0, index.to(flat.device))
 
+    def captured(self, site: FFNSite) -> Tensor:
+        """Which of the batch's valid tokens the rows of an expert are, [n] indices; none when no token reached it."""
+        if site not in self._routed:
+            return torch.empty(0, dtype=torch.int64)
+        valid = self.valid.flatten().cpu()
+        return (valid.cumsum(0) - 1)[self._routed[site][self._routed_indices(site, 1)]]
+
     def n_targets(self, site: FFNSite) -> int:
         """How many of the tokens that are routed to an expert predict one that counts in the loss."""
         assert self._predicts is not None, "targets were not given"

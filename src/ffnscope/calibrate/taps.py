@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffnscope.ffn.expert_calls import Call, Experts, Part, expert_calls, group_experts
+from ffnscope.ffn.expert_lists import routed_tokens
 from ffnscope.ffn.projection import down_projection, projection
 from ffnscope.types import FFNSite
 
@@ -55,11 +56,12 @@ def channel_taps(
     handles: list[Any] = []
     groups = group_experts(sites)
     tap = _ExpertTap(groups, on_activation, on_gradient, signal_tap, on_routing)
+    routed = contextlib.nullcontext() if on_routing is None else routed_tokens(model, sites, on_routing)
     try:
         for site in sites:
-            if site.expert is None:
+            if not site.stacked:
                 _hook_dense(model, site, handles, _forward_hook(site, on_activation, on_gradient), signal_tap)
-        with expert_calls(model, list(groups), tap):
+        with routed, expert_calls(model, list(groups), tap):
             yield
     finally:
         for handle in handles:
@@ -144,6 +146,8 @@ def _forward_hook(site: FFNSite, on_activation: OnActivation | None, on_gradient
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         h: Tensor = args[0]
+        if not h.numel():  # an expert without tokens
+            return None
         values = h.detach()
         if on_activation is not None:
             on_activation(site, values)

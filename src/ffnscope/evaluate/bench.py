@@ -62,7 +62,7 @@ def bench(
     Raises:
         UsageError: neither a second model nor a plan, two models that are no pair, more or less removed than planned,
             or tokens that do not fit.
-        NotAvailableError: a mixture of experts, or a model without a KV cache.
+        NotAvailableError: a model without a KV cache, or with experts that were not found.
         ModelError, DeviceError, ArtifactError: loading, memory, a damaged plan.
         NonFiniteError: a model's logits are NaN or infinite.
     """

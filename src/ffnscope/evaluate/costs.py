@@ -13,6 +13,7 @@ from torch import nn
 
 from ffnscope.calibrate.forward import input_device
 from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.evaluate.expert_costs import ActiveExperts, expert_costs
 from ffnscope.evaluate.forward import evaluating
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.projection import is_projection, weights_of
@@ -43,9 +44,10 @@ class Costs:
         ffn_parameters: those of the FFNs' projections.
         parameter_bytes: bytes of all parameters in memory.
         read_bytes: bytes of the parameters that one decode step reads: all but the embedding tables, in which it looks
-            up one row. A table that is also the LM head is read as that.
+            up one row. A table that is also the LM head is read as that. Of experts, those that ``experts`` tells.
         prefill_flops: floating point operations of the prompts.
         decode_flops: floating point operations of all new tokens.
+        experts: which experts bytes and FLOPs count; None for a model without.
     """
 
     parameters: int
@@ -54,6 +56,7 @@ class Costs:
     read_bytes: int
     prefill_flops: int
     decode_flops: int
+    experts: ActiveExperts | None = None
 
 
 def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs:
@@ -61,23 +64,25 @@ def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs
 
     FLOPs are those of matrix products, 2 per multiply and add: every projection for every token, the LM head as
     `last_logits` says, and attention over the query-key pairs that a causal mask allows, with queries and keys of all
-    heads. Norms, activation functions, softmax and position codes are left out. Every other projection is taken to
-    run once per token, so models that repeat layers or route tokens to experts are not for this count.
+    heads. Norms, activation functions, softmax and position codes are left out. A token is multiplied with as many
+    experts as it is routed to; every other projection is taken to run once per token, so models that repeat layers are
+    not for this count.
 
     Args:
-        model: a `transformers` causal LM; run once on two tokens to see its KV cache, and left as it was.
+        model: a `transformers` causal LM; run on a few tokens to see its KV cache and its routing, and left as it was.
         sites: all its FFNs.
         work: what is computed.
 
     Raises:
-        NotAvailableError: a mixture of experts, no KV cache, or a number of attention heads that differs by layer.
+        NotAvailableError: experts that were not found, no KV cache, or a number of attention heads that differs by
+            layer.
+        LayoutError: it cannot be told which tokens an expert is given.
     """
-    if any(site.expert is not None for site in sites):
-        raise NotAvailableError(
-            f"{type(model).__name__} is a mixture of experts: what it computes and reads depends on the tokens. FLOPs "
-            "and bytes per token of such models are not available in this version."
-        )
     body, head = _matrix_entries(model)
+    experts = expert_costs(model, sites, work.batch_size)
+    if experts is not None:
+        modules = any(not s.stacked for s in sites if s.expert is not None)  # these are among the model's projections
+        body += experts.active_entries - (experts.entries if modules else 0)
     pair = _attention_flops_per_pair(model)
     n, new, batch = work.prompt_length, work.new_tokens, work.batch_size
     head_rows = 1 if last_logits(model) else n
@@ -87,9 +92,10 @@ def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs
         parameters=sum(p.numel() for p in model.parameters()),
         ffn_parameters=sum(ffn_parameters(model, site) for site in sites),
         parameter_bytes=sum(p.nbytes for p in model.parameters()),
-        read_bytes=_read_bytes(model),
+        read_bytes=_read_bytes(model) - (0 if experts is None else experts.idle_bytes),
         prefill_flops=batch * prefill,
         decode_flops=batch * decode,
+        experts=None if experts is None else experts.active,
     )
 
 
@@ -144,9 +150,16 @@ def _folder(loaded: LoadedModel) -> Path | None:
 def _matrix_entries(model: Any) -> tuple[int, int]:
     """Entries of all projections but the LM head, and of the LM head."""
     output = model.get_output_embeddings()
-    every = sum(m.weight.numel() for m in model.modules() if is_projection(m))
+    every = sum(m.weight.numel() for m in model.modules() if is_projection(m) or _is_router(m))
     head = output.weight.numel() if output is not None and is_projection(output) else 0
     return every - head, head
+
+
+def _is_router(module: Any) -> bool:
+    """Whether a module that is no projection chooses experts by a matrix of its own."""
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.lower().endswith(("router", "gate"))
+    return named and not is_projection(module) and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
 def _read_bytes(model: nn.Module) -> int:

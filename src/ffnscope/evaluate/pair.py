@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.costs import channel_parameters, ffn_parameters
+from ffnscope.evaluate.expert_costs import unused_parameters
 from ffnscope.ffn.load import LoadedModel
+from ffnscope.ffn.projection import weights_of
 from ffnscope.types import FFNSite, PruningPlan
 
 
@@ -22,8 +25,8 @@ class Removed:
         dense: FFN parameters of the dense model.
         found: how many fewer the pruned model has.
         planned: how many the plan removes, None without a plan. Equal to ``found``, unless ``padded``.
-        padded: the plan keeps unequal widths, and the model was saved padded with zeros to the widest of them; also
-            experts of one layer, which always have one width.
+        padded: some FFNs are wider than the plan says, and their surplus channels are zero (padding to the widest,
+            experts of one layer, kinds of FFN that share a config field).
     """
 
     dense: int
@@ -68,6 +71,7 @@ def removed_parameters(
     _check_rest(dense, dense_sites, pruned, pruned_sites)
     found = sum(ffn_parameters(dense, s) for s in dense_sites) - sum(ffn_parameters(pruned, s) for s in pruned_sites)
     total = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in pruned.parameters())
+    total -= unused_parameters(dense, dense_sites) - unused_parameters(pruned, pruned_sites)
     if total != found:
         raise UsageError(
             f"the pruned model has {total:,} parameters fewer, but its FFNs {found:,}: they differ in something else. "
@@ -77,21 +81,28 @@ def removed_parameters(
     if plan is None:
         return Removed(every, found, None)
     planned, widths = _planned(dense, dense_sites, plan)
-    now = {s.name: s.d_ff for s in pruned_sites}
-    padded = len(set(widths.values())) > 1 and set(now.values()) == {max(widths.values())}
-    experts = {s.name for s in pruned_sites if s.expert is not None and s.d_ff > widths[s.name]}
-    wrong = next((name for name, width in widths.items() if now[name] != width and name not in experts), None)
-    if wrong is not None and not padded:
+    wrong = next((s for s in pruned_sites if not _is_as_planned(pruned, s, widths[s.name])), None)
+    if wrong is not None:
         raise UsageError(
-            f"{wrong} has {now[wrong]} channels in the pruned model, but the plan leaves {widths[wrong]}. Give the "
-            "plan that the model was pruned by."
+            f"{wrong.name} has {wrong.d_ff} channels in the pruned model, but the plan leaves {widths[wrong.name]}. "
+            "Give the plan that the model was pruned by."
         )
-    padded = padded or bool(experts)
-    if planned != found and not padded:
+    wider = any(s.d_ff > widths[s.name] for s in pruned_sites)
+    if planned != found and not wider:
         raise UsageError(
             f"the plan removes {planned:,} FFN parameters, but the pruned model lacks {found:,}. {_NO_PAIR}"
         )
-    return Removed(every, found, planned, padded)
+    return Removed(every, found, planned, wider)
+
+
+def _is_as_planned(model: nn.Module, site: FFNSite, width: int) -> bool:
+    """Whether an FFN has the planned width, or is wider by channels that are nothing but zeros."""
+    if site.d_ff <= width:
+        return site.d_ff == width
+    w = weights_of(model, site)
+    rows = [part for part in (w.gate, w.up, w.down.T, w.gate_bias, w.up_bias) if part is not None]
+    empty = torch.stack([(part == 0).reshape(site.d_ff, -1).all(1) for part in rows]).all(0)
+    return int(empty.sum()) >= site.d_ff - width
 
 
 _NO_PAIR = "Give a model and its own pruned form."

@@ -13,15 +13,15 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ffnscope.errors import LayoutError
+from ffnscope.ffn.picks import Picks
 from ffnscope.types import FFNSite
 
 _PRODUCTS = ("linear", "matmul", "bmm", "mm", "__matmul__")
-_PICKS = ("__getitem__", "index_select")
+PICKS = ("__getitem__", "index_select")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,10 @@ Observe = Callable[[Call, Callable[[Tensor], Tensor]], Tensor]
 
 
 def group_experts(sites: Iterable[FFNSite]) -> dict[Experts, dict[int, FFNSite]]:
-    """The expert sites among ``sites``, by the fused experts that they belong to and their index."""
+    """The experts in shared parameters among ``sites``, by the fused experts that they belong to and their index."""
     groups: dict[Experts, dict[int, FFNSite]] = {}
     for site in sites:
-        if site.expert is not None:
+        if site.stacked and site.expert is not None:
             producers = tuple(dict.fromkeys(n for n in (site.gate, site.up) if n is not None))
             experts = Experts(site.path, producers, site.down, site.d_ff if site.storage == "flat" else None)
             groups.setdefault(experts, {})[site.expert] = site
@@ -135,20 +135,12 @@ def _eager(modules: Sequence[nn.Module]) -> Generator[None]:
 
 @dataclass(slots=True, eq=False)
 class _Frame:
-    """One running forward of fused experts: rows that were picked from its tokens, and by which expert."""
+    """One running forward of fused experts: rows that were picked from its tokens, and what each expert was given."""
 
     experts: Experts
     module: nn.Module
-    n_tokens: int
-    picked: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
+    picks: Picks
     routed: dict[int, Part] = field(default_factory=dict[int, Part])
-
-    def note(self, source: Any, index: Any, rows: Any) -> None:
-        """Remember rows that an index picked from a [n_tokens, width] tensor."""
-        if not isinstance(index, Tensor) or not isinstance(source, Tensor) or index.dim() != 1:
-            return
-        if source.dim() == 2 and source.shape[0] == self.n_tokens and source.is_floating_point():
-            self.picked.append((rows, index.nonzero().flatten() if index.dtype == torch.bool else index))
 
     def call(self, x: Any, weight: Any, axis: int) -> Call | None:
         """Tell what a product is, when its weight is a slice of the experts' parameters; ``axis`` is summed over."""
@@ -190,13 +182,9 @@ class _Frame:
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Tokens of the rows of x, from the index that picked them; x may be a piece of what was picked."""
-        if x.shape[0] == 0:
-            return torch.empty(0, dtype=torch.int64, device=x.device)
-        for rows, index in reversed(self.picked):
-            offset = x.data_ptr() - rows.data_ptr()
-            if 0 <= offset < rows.numel() * rows.itemsize:
-                start = offset // (rows.stride(0) * rows.itemsize)
-                return index[start : start + x.shape[0]]
+        tokens = self.picks.tokens(x)
+        if tokens is not None:
+            return tokens
         raise LayoutError(
             f"{self.experts.path}: the tokens that an expert is given cannot be told, because they are not picked by "
             "an index from the input of the experts"
@@ -204,10 +192,10 @@ class _Frame:
 
     def _batched(self, x: Tensor) -> tuple[Part, ...]:
         """Experts that are given all tokens at once: those that are not routed to an expert are zero there."""
-        if x.dim() != 3 or x.shape[1] not in (self.n_tokens, self.n_tokens // x.shape[0]):
+        if x.dim() != 3 or x.shape[1] not in (self.picks.n_tokens, self.picks.n_tokens // x.shape[0]):
             raise LayoutError(
                 f"{self.experts.path} multiplies {tuple(x.shape)} with all experts at once; expected [n_experts, "
-                f"{self.n_tokens}, width]"
+                f"{self.picks.n_tokens}, width]"
             )
         routed = (x != 0).any(-1)
         return tuple(Part(e, e, one.nonzero().flatten()) for e, one in enumerate(routed))
@@ -224,7 +212,7 @@ class _Watch(TorchFunctionMode):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             self.opened.add(experts)
-            self._open.append(_Frame(experts, module, tokens.numel() // tokens.shape[-1]))
+            self._open.append(_Frame(experts, module, Picks(tokens.numel() // tokens.shape[-1])))
 
         return hook
 
@@ -234,9 +222,9 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         more: dict[str, Any] = kwargs or {}
         name = getattr(func, "__name__", "") if self._open else ""
-        if name in _PICKS:
+        if name in PICKS:
             rows = func(*args, **more)
-            self._open[-1].note(args[0], args[-1], rows)
+            self._open[-1].picks.note(args[0], args[-1], rows)
             return rows
         call = None
         if name in _PRODUCTS and len(args) > 1:

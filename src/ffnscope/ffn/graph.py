@@ -64,7 +64,7 @@ def _opened(model: nn.Module, site: FFNSite, role: str, rows: slice) -> Generato
     """One weight of a site as [out, in]; an offloaded one is fetched for the block and does not enter the model."""
     name = getattr(site, role)
     owner = owner_of(model, site, name)
-    leaf = "weight" if site.expert is None else name.rpartition(".")[2]
+    leaf = "weight" if not site.stacked else name.rpartition(".")[2]
     value: Tensor = getattr(owner, leaf)
     if is_offloaded(value):
         place = stored(model, owner, leaf)

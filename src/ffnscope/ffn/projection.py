@@ -83,7 +83,7 @@ def shape_of(model: nn.Module, site: FFNSite) -> tuple[int, int]:
     Raises:
         LayoutError: the site is not in this model.
     """
-    if site.expert is None:
+    if not site.stacked:
         down = down_projection(model, site)
         return in_width(down), out_width(down)
     part = _expert_part(model, site, site.down)
@@ -93,7 +93,7 @@ def shape_of(model: nn.Module, site: FFNSite) -> tuple[int, int]:
 
 def producer_widths(model: nn.Module, site: FFNSite) -> dict[str, int]:
     """Name -> number of outputs of gate and up as this model has them; one entry when they are fused."""
-    if site.expert is None:
+    if not site.stacked:
         return {name: out_width(projection(model, site, name)) for name in _producers(site)}
     axis = _channel_axis(site, site.up)
     return {name: _expert_part(model, site, name).shape[axis] for name in _producers(site)}
@@ -141,7 +141,7 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
     Rows of gate and up with their biases, and columns of down; the bias of down belongs to no channel.
     """
     rows = _rows(site, channels)
-    if site.expert is not None:
+    if site.stacked:
         yield from _coupled_expert(model, site, channels, rows)
         return
     for name in _producers(site):
@@ -155,7 +155,7 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
 
 def owner_of(model: nn.Module, site: FFNSite, name: str) -> nn.Module:
     """Module that holds the weight of a projection: the projection itself, or the module with an expert's parameter."""
-    if site.expert is None:
+    if not site.stacked:
         return projection(model, site, name)
     path = ".".join(p for p in (site.path, name.rpartition(".")[0]) if p)
     try:
@@ -238,9 +238,9 @@ def _absent(site: FFNSite, name: str) -> LayoutError:
 def _canonical(model: nn.Module, site: FFNSite, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight as [out, in] and bias of one projection."""
     owner = owner_of(model, site, name)
-    leaf = "weight" if site.expert is None else name.rpartition(".")[2]
+    leaf = name.rpartition(".")[2] if site.stacked else "weight"
     weight = _outputs_first(model, site, name, getattr(owner, leaf).detach())
-    if site.expert is None:
+    if not site.stacked:
         bias: Tensor | None = getattr(owner, "bias", None)
         return weight, None if bias is None else bias.detach()
     biases = getattr(owner, f"{leaf}_bias", None)
@@ -249,8 +249,9 @@ def _canonical(model: nn.Module, site: FFNSite, name: str) -> tuple[Tensor, Tens
 
 def _outputs_first(model: nn.Module, site: FFNSite, name: str, stored: Tensor) -> Tensor:
     """View [out, in] of a projection's weight, from the whole parameter as stored."""
-    if site.expert is None:
+    if not site.stacked:
         return stored if out_axis(projection(model, site, name)) == 0 else stored.T
+    assert site.expert is not None
     _expert_part(model, site, name)  # the expert is in this model
     part = _part_of(stored, site.expert, site.d_ff if site.storage == "flat" else None)
     outputs_first = _channel_axis(site, name) == (1 if name == site.down else 0)

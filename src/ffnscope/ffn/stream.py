@@ -159,7 +159,7 @@ def _cut(layer: int, module: str, d_model: int) -> ObservedSite:
 def _attentions(model: nn.Module, seen: Seen, sites: Sequence[FFNSite], missing: list[str]) -> list[_Branch]:
     """Attentions of all layers; a layer without one is named."""
     layers = dict.fromkeys(layer for layer in map(layer_path, seen.projections) if layer is not None)
-    ffn = {path for site in sites if site.expert is None for path in site.projections}
+    ffn = {path for site in sites if not site.stacked for path in site.projections}
     width = sites[0].d_model
     found: list[_Branch] = []
     for layer in layers:

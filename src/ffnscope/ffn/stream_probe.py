@@ -62,7 +62,7 @@ def _watched(model: nn.Module, sites: Sequence[FFNSite], seen: Seen) -> Generato
 def around(site: FFNSite) -> list[str]:
     """The module that is given the tokens of an expert, and those around it within the layer, the innermost first."""
     layer = layer_path(site.path) or ""
-    inside = site.path.removeprefix(layer).strip(".").split(".")
+    inside = site.group.removeprefix(layer).strip(".").split(".")
     return [".".join((layer, *inside[:n])).strip(".") for n in range(len(inside), 0, -1)]
 
 

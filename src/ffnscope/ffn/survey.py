@@ -11,17 +11,23 @@ import torch
 from torch import nn
 
 from ffnscope.errors import LayoutError
+from ffnscope.ffn.expert_lists import expert_lists, find_listed
 from ffnscope.ffn.experts import find_experts
 from ffnscope.ffn.guard import check_model
 from ffnscope.ffn.probe import Found, Probed, layer_path, probe
 from ffnscope.ffn.projection import in_width, is_projection, out_width
 from ffnscope.types import FFNSite
 
-PROBE_TOKENS = 8
+PROBE_TOKENS, MOST_TOKENS = 8, 2048
 # parts of a module path that tell a small helper network, which is built like an FFN, from the FFN of a layer
 HELPERS = re.compile(r".*norm|.*router.*|gate|.*hyper_connection.*|.*_hc|altup|adapter_modules|patcher", re.IGNORECASE)
 # word in the class names of layers that have no FFN at all -> what they have instead
 WITHOUT_FFN = {"Mamba": "state-space mixers, whose input projection feeds a convolution and a scan over the tokens"}
+# children of a module with experts that have no channels to choose from -> why they are left whole
+RETRIEVAL = {
+    ("down_embed", "up_embed"): "its experts are single channels in the rows of embeddings, of which a router picks a "
+    "few per token; there is nothing to cut within them"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ class Survey:
 
 
 def survey(model: nn.Module) -> Survey:
-    """Look for FFNs in a causal LM, on any device. It is run once on 8 tokens and left as it was.
+    """Look for FFNs in a causal LM, on any device. It is run on a few tokens and left as it was.
 
     Raises:
         ModelError: a quantised, adapter-wrapped, tensor-parallel or compiled model.
@@ -60,16 +66,28 @@ def survey(model: nn.Module) -> Survey:
     check_model(model)
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids, activation = probe_ids(model, PROBE_TOKENS), _activation(text)
-    seen, experts = probe(model, ids), find_experts(model, ids, activation)
+    activation = _activation(text)
+    ids = probe_ids(model, _probe_length(model, text))
+    seen, experts = probe(model, ids), find_experts(model, ids[:, :PROBE_TOKENS], activation)
     helpers = tuple(LeftOut(f.down, f"{_helper_part(f.down)} is a helper network") for f in seen.ffns if _is_helper(f))
     ffns = [f for f in seen.ffns if not _is_helper(f) and not _is_within(f.down, experts.refused)]
+    listed = find_listed(model, ffns, ids, activation)
+    ffns, told = listed.others, {**experts.refused, **listed.refused}
     shared = dict(_shared(model, ffns))
-    unlike = {n: why for n, why in _unlike(model, ffns, seen).items() if not _is_within(n, experts.refused)}
-    refused = [LeftOut(name, reason) for name, reason in {**unlike, **shared, **experts.refused}.items()]
+    known = {f.down for f in seen.ffns} | {s.projections[-1] for s in listed.sites}
+    unlike = {n: why for n, why in _unlike(model, ffns, known, seen).items() if not _is_within(n, told)}
+    refused = [LeftOut(name, reason) for name, reason in {**unlike, **shared, **told, **_retrieval(model)}.items()]
     dense = [_site(model, f, activation) for f in ffns if f.down not in shared]
-    sites = tuple(_in_model_order(model, [*dense, *experts.sites]))
+    sites = tuple(_in_model_order(model, [*dense, *experts.sites, *listed.sites]))
     return Survey(type(model).__name__, text.model_type, sites, tuple(refused), helpers)
+
+
+def _probe_length(model: nn.Module, text_config: Any) -> int:
+    """Tokens to look at: an FFN shows on four of them, and the experts of a list share them."""
+    longest = max((len(names) for names in expert_lists(model).values()), default=1)
+    positions = getattr(text_config, "max_position_embeddings", None)
+    limit = positions if isinstance(positions, int) and positions >= PROBE_TOKENS else MOST_TOKENS
+    return min(PROBE_TOKENS * longest, limit)
 
 
 def describe(left_out: Iterable[LeftOut]) -> str:
@@ -122,9 +140,8 @@ def _helper_part(name: str) -> str | None:
     return next((part for part in (*before, *inside) if HELPERS.fullmatch(part)), None)
 
 
-def _unlike(model: nn.Module, ffns: Iterable[Found], seen: Probed) -> dict[str, str]:
-    """What is built or named like the down projection of an FFN, but cannot be cut."""
-    found = {f.down for f in seen.ffns}
+def _unlike(model: nn.Module, ffns: Iterable[Found], found: set[str], seen: Probed) -> dict[str, str]:
+    """What is built or named like the down projection of an FFN, but cannot be cut; ``found`` are those that can."""
     wanted = {_in_any_layer(f.down) for f in ffns}
     reasons = {name: why for name, why in seen.misses.items() if _helper_part(name) is None}
     for name, module in model.named_modules():
@@ -157,13 +174,23 @@ def _shared(model: nn.Module, ffns: Iterable[Found]) -> Iterator[tuple[str, str]
             yield name, f"it shares its weights with {', '.join(n for n in names if n != name)}"
 
 
+def _retrieval(model: nn.Module) -> dict[str, str]:
+    """Experts that are looked up in tables, beside which an ordinary FFN may stand."""
+    return {
+        f"{path}.{names[-1]}": why
+        for names, why in RETRIEVAL.items()
+        for path, module in model.named_modules()
+        if layer_path(path) is not None and all(isinstance(getattr(module, n, None), nn.Embedding) for n in names)
+    }
+
+
 def _is_within(name: str, paths: Iterable[str]) -> bool:
     return any(name.startswith(f"{path}.") for path in paths)
 
 
 def _in_model_order(model: nn.Module, sites: Iterable[FFNSite]) -> list[FFNSite]:
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(sites, key=lambda s: order[s.path if s.expert is not None else s.projections[-1]])
+    return sorted(sites, key=lambda s: order[s.path if s.stacked else s.projections[-1]])
 
 
 def _any_number(text: str) -> str:

@@ -103,6 +103,20 @@ def _setting(result: BenchResult) -> list[str]:
         "taken within a round; all others are dense over pruned.",
         "Ideal: ratio of FLOPs for prefill, of the bytes of weights that a step reads for decode, of all for files and "
         "memory.",
+        *_experts(result),
+    ]
+
+
+def _experts(result: BenchResult) -> list[str]:
+    """What FLOPs and bytes of a mixture of experts assume."""
+    used, batch = result.dense.costs.experts, result.options.work.batch_size
+    if used is None:
+        return []
+    how = "its own" if batch == 1 else f"those of {batch} tokens that choose independently, every expert as likely"
+    return [
+        f"Mixture of experts (means over layers): a token is counted with {used.per_token:.4g} of {used.total:.4g} "
+        f"experts, as a few tokens of this model were routed; a decode step is taken to read {used.per_step:.4g} "
+        f"({how}). Which experts the timed tokens chose is not in these numbers."
     ]
 
 

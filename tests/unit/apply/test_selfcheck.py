@@ -122,7 +122,7 @@ def test_the_model_stays_as_it_was() -> None:
 def test_only_the_tried_site_is_copied() -> None:
     model = tiny("llama")
     (site, *_) = find_sites(model)
-    clone = selfcheck._sharing(model, site)
+    clone = selfcheck._sharing(model, [site])
     copied = [n for n, p in clone.named_parameters() if p is not model.get_parameter(n)]
     assert copied == [f"model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
     assert clone.lm_head.weight is model.lm_head.weight

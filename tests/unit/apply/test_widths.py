@@ -13,6 +13,7 @@ from ffnscope.apply.widths import fit_config, narrowing, stock_class
 from ffnscope.errors import ModelError
 from ffnscope.types import PruningPlan
 from tiny import tiny
+from tiny_all import tiny_causal_lm
 
 MakePlan = Callable[..., PruningPlan]
 
@@ -68,6 +69,15 @@ def test_a_derived_width_is_switched_off() -> None:
     model = dense_and_narrow("lfm2", derived, {"intermediate_size": 30, "block_auto_adjust_ff_dim": False})
     assert fit_config(model)
     assert (model.config.intermediate_size, model.config.block_auto_adjust_ff_dim) == (30, False)
+
+
+def test_a_width_that_is_rounded_up_from_a_factor(random_plan: MakePlan) -> None:
+    model = tiny_causal_lm("xlstm")
+    (d_ff, *_) = {s.d_ff for s in random_plan(model).kept}
+    slice_(model, random_plan(model, 0.3))
+    assert model.config.ffn_round_up_to_multiple_of == 1
+    assert narrowing(model) == {}
+    assert model.backbone.blocks[0].ffn.proj_down.in_features < d_ff
 
 
 def test_a_sub_config() -> None:

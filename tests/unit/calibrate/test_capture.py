@@ -16,6 +16,7 @@ from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.sites import find_sites
 from reference import exact, padded, text
 from tiny import tiny
+from tiny_moe import TOP_K, tiny_moe
 
 METRICS = ["activation_variance", "activation_mean", "scar_taylor", "scar_curvature", "scar_loss_proxy"]
 
@@ -257,3 +258,41 @@ def test_nan_names_the_site(tmp_path):
     with pytest.raises(NonFiniteError, match=r"activation of model.layers.1.mlp is NaN"):
         capture(model, text(1), tmp_path / "c", sites=sites, gradients=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4_text", "dbrx"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_experts_tell_the_tokens_of_their_rows(tmp_path, name, batch_size):
+    model = tiny_moe(name)
+    windows = padded([16, 5, 9, 16])
+    found = capture(model, windows, tmp_path / "c", gradients=True, options=CaptureOptions(batch_size=batch_size))
+    stats = calibrate(model, windows, ["activation_variance", "llm_pruner"])
+    whole = capture(model, windows, tmp_path / "d", gradients=True, options=CaptureOptions(batch_size=4))
+    layers = {}
+    for site in found.sites:
+        rows, h, g = found.tokens(site), found.h(site), found.g(site)
+        assert len(rows) == len(h) == len(g)
+        if site.expert is None:
+            assert torch.equal(rows, torch.arange(windows.n_tokens))
+            continue
+        assert len(rows) == stats[site].counts["act_sum"]
+        assert torch.allclose(h.sum(0), stats[site].values["act_sum"].float(), atol=1e-4)
+        assert torch.allclose((h * g).sum(0), stats[site].values["taylor_sum"].float(), atol=1e-4)
+        order, other = rows.argsort(), whole.tokens(site).argsort()
+        assert torch.equal(rows[order], whole.tokens(site)[other])  # whatever the batches are
+        assert torch.allclose(h[order], whole.h(site)[other], atol=1e-5)
+        layers.setdefault(site.group, []).append(rows)
+    for rows in layers.values():
+        counts = torch.cat(rows).bincount(minlength=windows.n_tokens)
+        assert counts.tolist() == [TOP_K] * windows.n_tokens
+
+
+def test_an_expert_without_tokens_has_no_rows(tmp_path):
+    model = tiny_moe("mixtral")
+    sites = [s for s in find_sites(model) if s.layer == 0]
+    windows = text(1, 1)
+    found = capture(model, windows, tmp_path / "c", sites=sites, channels={s: [3, 5] for s in sites})
+    shapes = sorted(tuple(found.h(s).shape) for s in sites)
+    assert shapes == [(0, 2)] * (len(sites) - TOP_K) + [(1, 2)] * TOP_K
+    assert [len(found.tokens(s)) for s in sites] == [len(found.h(s)) for s in sites]
+    assert found.facts["bytes"] == capture_size(model, windows, channels={s: [3, 5] for s in sites})

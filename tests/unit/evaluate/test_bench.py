@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ffnscope
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, small_tokenizer
 from ffnscope.errors import ArtifactError, DeviceError, UsageError
 from ffnscope.evaluate import throughput
 from ffnscope.evaluate.bench import bench
@@ -17,7 +17,9 @@ from ffnscope.evaluate.peak import Task, measurable, peak_memory
 from ffnscope.evaluate.speed import BenchOptions
 from ffnscope.ffn.load import ModelSource, resolve_device
 from ffnscope.io import write_plan
+from ffnscope.report.speed import speed_markdown
 from ffnscope.types import PruningPlan
+from tiny_moe import N_EXPERTS, TOP_K, tiny_moe
 
 CPU = resolve_device("cpu")
 FAST = BenchOptions(Work(1, 8, 2), repeats=2, warmup=0, peak_memory=False)
@@ -70,6 +72,21 @@ def test_two_checkpoints(folder: Path) -> None:
     assert found["models"]["pruned"]["parameters"] == other.parameters
     assert found["speed_up"]["decode"]["ideal"] == result.decode.ideal
     assert len(found["models"]["dense"]["decode_seconds"]["samples"]) == 2
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    model = tiny_moe("qwen2_moe", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    plan = ffnscope.build_plan(ffnscope.score(model, ffnscope.find_sites(model), "random"), 0.5)
+    ffnscope.save_model(ffnscope.prune_(model, plan), tokenizer, tmp_path / "pruned", plan=plan)
+    result = bench(cpu(tmp_path / "dense"), str(tmp_path / "pruned"), options=FAST)
+    assert result.removed.found == result.removed.planned == result.removed.dense // 2
+    assert result.prefill.ideal > 1 and result.decode.ideal > 1
+    used = result.to_dict()["models"]["pruned"]["experts"]
+    assert used == {"total": N_EXPERTS, "per_token": TOP_K, "per_step": TOP_K}
+    assert "a token is counted with 2 of 4 experts" in speed_markdown(result)
 
 
 def test_one_model_and_a_plan(folder: Path, plan: PruningPlan) -> None:

@@ -14,9 +14,12 @@ import ffnscope
 from checkpoints import make_checkpoint
 from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.evaluate.costs import Work, count_costs, ffn_parameters, file_bytes, last_logits
+from ffnscope.evaluate.expert_costs import expert_costs
 from ffnscope.evaluate.throughput import generate
 from ffnscope.ffn.sites import find_sites
 from tiny import ARCHITECTURES, D_FF, HEADS, HIDDEN, LAYERS, VOCAB, tiny, tokens
+from tiny_listed import tiny_listed
+from tiny_moe import EXPERT, N_EXPERTS, TOP_K, tiny_moe
 
 BATCH, PROMPT, NEW = 2, 11, 3
 WORK = Work(BATCH, PROMPT, NEW)
@@ -129,11 +132,48 @@ def test_work_must_be_positive() -> None:
             Work(**{name: 0})
 
 
-def test_experts_are_refused() -> None:
-    model = tiny("llama")
-    sites = [replace(site, expert=0) for site in find_sites(model)]
-    with pytest.raises(NotAvailableError, match="LlamaForCausalLM is a mixture of experts"):
-        count_costs(model, sites, WORK)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "llama4_text"])
+def test_flops_of_mixtures_are_those_that_torch_counts(name: str) -> None:
+    model = tiny_moe(name, attn_implementation="eager")
+    model.config._experts_implementation = "eager"
+    sites = find_sites(model)
+    costs = count_costs(model, sites, Work(1, PROMPT, NEW))
+    pairs = PROMPT * (PROMPT - 1) // 2
+    expected = costs.prefill_flops + pairs * pair_flops(model, sites) + costs.decode_flops
+    with FlopCounterMode(display=False) as counter:
+        generate(model, tokens(1, PROMPT), NEW)
+    # all tokens are multiplied with all experts here, most of them with zeros
+    batched = 0 if name != "llama4_text" else (N_EXPERTS - TOP_K) * (PROMPT + NEW) * LAYERS * 6 * HIDDEN * EXPERT
+    assert counter.get_total_flops() == expected + batched
+
+
+def test_bytes_of_experts_that_a_step_reads() -> None:
+    model = tiny_moe("mixtral")
+    sites = find_sites(model)
+    expert = 4 * 3 * HIDDEN * EXPERT
+    one, two = (count_costs(model, sites, Work(b, 4, 1)) for b in (1, 2))
+    assert one.experts is not None and two.experts is not None
+    assert (one.experts.total, one.experts.per_token, one.experts.per_step) == (N_EXPERTS, TOP_K, TOP_K)
+    assert two.experts.per_step == N_EXPERTS * (1 - (1 - TOP_K / N_EXPERTS) ** 2) == 3
+    dense = one.parameter_bytes - model.get_input_embeddings().weight.nbytes
+    assert one.read_bytes == dense - 2 * (N_EXPERTS - 2) * expert
+    assert two.read_bytes == dense - 2 * (N_EXPERTS - 3) * expert
+
+
+def test_experts_that_are_modules_cost_the_same() -> None:
+    listed = tiny_listed()
+    sites = find_sites(listed)
+    found = expert_costs(listed, sites, 1)
+    assert found is not None
+    each = 3 * HIDDEN * EXPERT
+    assert (found.entries, found.active_entries) == (2 * N_EXPERTS * each, 2 * TOP_K * each)
+    assert found.idle_bytes == 4 * 2 * (N_EXPERTS - TOP_K) * each
+
+
+def test_experts_of_attention_are_refused() -> None:
+    model = tiny_moe("jetmoe")
+    with pytest.raises(NotAvailableError, match=r"self_attention.experts.* is named like experts, but is none of the"):
+        count_costs(model, find_sites(model), WORK)
 
 
 def test_a_model_without_a_number_of_heads_is_refused() -> None:

@@ -74,6 +74,26 @@ def test_experts_with_zeroed_channels_are_called_padded() -> None:
     assert found.planned == found.found + 2 * (N_EXPERTS - 1) * 2 * 3 * HIDDEN
 
 
+def test_experts_that_compute_nothing_are_of_no_ffn(random_plan: Callable[..., PruningPlan]) -> None:
+    dense, pruned = tiny_moe("longcat_flash"), tiny_moe("longcat_flash")
+    plan = random_plan(dense, 0.5)
+    ffnscope.slice_(pruned, plan)
+    found = removed(dense, pruned, plan)
+    assert found.found == found.planned == sum(s.d_ff // 2 * 3 * HIDDEN for s in plan.kept)
+    assert not found.padded
+
+
+def test_wider_than_planned_with_weights_that_are_not_zero_raises() -> None:
+    dense, pruned = tiny("llama"), tiny("llama")
+    first, second = find_sites(dense)
+    plan = PruningPlan({first: torch.arange(7), second: torch.arange(20)}, "by hand", "by hand", Budget(0.7))
+    ffnscope.prune_(pruned, plan, pad_to_widest=True)
+    with torch.no_grad():
+        pruned.model.layers[0].mlp.up_proj.weight[:8] = 1
+    with pytest.raises(UsageError, match="has 20 channels in the pruned model, but the plan leaves 7"):
+        removed(dense, pruned, plan)
+
+
 def test_a_padded_model_is_called_that() -> None:
     dense, pruned = tiny("llama"), tiny("llama")
     first, second = find_sites(dense)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import ffnscope
 from ffnscope.errors import DeviceError, ModelError, UsageError
 from ffnscope.ffn.load import (
     ModelSource,
@@ -63,6 +64,10 @@ class TestFolder:
         assert loaded.tokenizer.encode("123") == [1, 2, 3]
         assert loaded.origin == str(checkpoint)
         assert loaded.source.model_id == str(checkpoint)
+
+    def test_load_is_the_same_function(self, checkpoint: Path, llama: Any) -> None:
+        assert torch.equal(logits(ffnscope.load(str(checkpoint)).model), logits(llama))
+        assert ffnscope.load is load_model
 
     def test_a_relative_path(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(checkpoint.parent)

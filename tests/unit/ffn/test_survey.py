@@ -119,3 +119,11 @@ def test_a_model_of_several_codebooks() -> None:
 def test_layers_are_drawn_together() -> None:
     rows = [LeftOut(f"layers.{i}.down", f"like layers.{i}.norm") for i in range(12)]
     assert describe([*rows, LeftOut("head.1", "no")]) == ("layers.*.down (12 times): like layers.*.norm; head.*: no")
+
+
+def test_retrieval_experts_are_told_beside_the_ffn_that_is_found() -> None:
+    model = tiny_causal_lm("doge, retrieval experts")
+    assert [s.path for s in survey(model).sites] == [f"model.layers.{i}.mlp" for i in range(3)]
+    found = refusals(model)
+    assert list(found) == [f"model.layers.{i}.mlp.up_embed" for i in range(3)]
+    assert all(why.startswith("its experts are single channels in the rows of embeddings") for why in found.values())
