@@ -114,6 +114,11 @@ def slow_means(
     return found
 
 
+def of_ffns(found: dict[FFNSite, ChannelStats]) -> dict[FFNSite, ChannelStats]:
+    """Without the parts of the model that are observed for its graph."""
+    return {site: stats for site, stats in found.items() if site.role == "ffn"}
+
+
 def some_core(sites: list[FFNSite]) -> dict[FFNSite, Tensor]:
     """`CORE` in every site."""
     return dict.fromkeys(sites, CORE)

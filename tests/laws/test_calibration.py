@@ -10,7 +10,7 @@ from ffnscope.calibrate.windows import Windows, contiguous_windows
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.scoring import score
-from reference import CORE, calibrate_in_two, exact, padded, singles, slow_means, slow_signals, some_core, text
+from reference import CORE, calibrate_in_two, exact, of_ffns, padded, singles, slow_means, slow_signals, some_core, text
 from tiny import tiny, tokens
 
 ALL = METRICS.names()
@@ -83,7 +83,7 @@ def test_padded_rows_are_unpadded_rows(arch):
     core = some_core(find_sites(model))
     found = calibrate_in_two(model, windows, core)
     rows = [calibrate_in_two(model, row, core) for row in singles(windows)]
-    for site, part in found.items():
+    for site, part in of_ffns(found).items():
         whole = rows[0][site]
         for other in rows[1:]:
             whole = whole.merge(other[site])
@@ -117,7 +117,7 @@ def test_halves_merge_to_the_whole():
     windows = text(6)
     core = some_core(find_sites(model))
     whole, first, second = (calibrate_in_two(model, w, core) for w in (windows, windows[:2], windows[2:]))
-    for site, part in whole.items():
+    for site, part in of_ffns(whole).items():
         merged = first[site].merge(second[site])
         assert torch.equal(merged.total("act_hist"), part.total("act_hist"))
         same_stats({site: merged}, {site: part}, 1e-11)
@@ -190,7 +190,7 @@ def test_gradient_windows_are_spread_evenly():
     found = calibrate(model, windows, ALL, options=PassOptions(batch_size=4, gradient_windows=3))
     forward = calibrate(model, windows, ["wanda", "activation_outlier_index", "activation_variance"])
     backward = calibrate(model, windows[torch.tensor([0, 2, 4])], ["scar_taylor", "scar_curvature", "scar_loss_proxy"])
-    for site, part in found.items():
+    for site, part in of_ffns(found).items():
         assert {part.counts[n] for n in ("act_sq", "act_abs", "act_sum")} == {96}
         assert {part.counts[n] for n in ("grad_sq", "taylor_abs", "taylor_sq")} == {45}
         for name, value in {**forward[site].values, **backward[site].values}.items():
@@ -207,7 +207,7 @@ def test_gradient_length_cuts_only_the_windows_that_run_backward(gradient_window
     chosen = {None: [0, 1, 2, 3, 4, 5], 4: [0, 1, 3, 4]}[gradient_windows]
     alone = windows[torch.tensor(chosen)].cut(8)
     backward = calibrate(model, alone, ["scar_taylor", "scar_curvature", "scar_loss_proxy"])
-    for site, part in found.items():
+    for site, part in of_ffns(found).items():
         assert part.counts["grad_sq"] == alone.n_targets
         for name, value in {**forward[site].values, **backward[site].values}.items():
             assert torch.allclose(part.total(name).double(), value.double(), rtol=1e-11, atol=1e-12), name
@@ -218,7 +218,7 @@ def test_how_much_runs_backward_does_not_change_the_forward_statistics(options):
     model = exact("gpt2")
     found = calibrate(model, text(6), ["wanda", "scar_loss_proxy"], options=options)
     forward = calibrate(model, text(6), ["wanda"])
-    same_stats({s: _only(p, "act_sq") for s, p in found.items()}, forward, 1e-11)
+    same_stats({s: _only(p, "act_sq") for s, p in of_ffns(found).items()}, forward, 1e-11)
 
 
 def _only(part, name):

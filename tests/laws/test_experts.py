@@ -18,7 +18,7 @@ from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan
-from reference import padded, text
+from reference import of_ffns, padded, text
 from slow_moe import expert_paths, slow_forward, slow_rows
 from tiny import logits, tokens
 from tiny_moe import EXPERT, MIXTURES, N_EXPERTS, TOP_K, tiny_moe
@@ -37,7 +37,7 @@ def all_statistics(model: Any, sites: list[FFNSite], windows: Windows, **options
     core = dict.fromkeys(sites, CORE)
     how = PassOptions(**options)
     passes = [calibrate(model, windows, METRICS.names(), sites=sites, core=c, options=how) for c in (None, core)]
-    return {site: stats for site, stats in join_statistics(*passes).items() if site.role == "ffn"}
+    return of_ffns(join_statistics(*passes))
 
 
 def slow_sums(rows: dict[str, Tensor]) -> dict[str, Tensor]:

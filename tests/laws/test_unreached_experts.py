@@ -10,9 +10,7 @@ import torch
 
 from ffnscope.analyze.levels import calibrate_all
 from ffnscope.apply.mask import masked
-from ffnscope.calibrate.capture import capture
 from ffnscope.calibrate.collect import PassOptions, calibrate
-from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_scores, read_stats, write_scores, write_stats
 from ffnscope.plan.build import build_plan
@@ -119,10 +117,3 @@ def test_an_interrupted_pass_goes_on(model: Any, tmp_path: Path) -> None:
         assert resumed[site].counts == part.counts
         for name, value in part.values.items():
             torch.testing.assert_close(resumed[site].values[name], value, rtol=1e-5, atol=1e-9)
-
-
-def test_capture_refuses_experts(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(NotAvailableError, match=r"experts.0 sees only the tokens that are routed to it; capturing"):
-        capture(model, text(2), tmp_path / "out")
-    dense = [s for s in find_sites(model) if s.expert is None]
-    assert capture(model, text(2), tmp_path / "out", sites=dense).n_tokens == 32

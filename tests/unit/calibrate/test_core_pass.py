@@ -17,7 +17,7 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.scoring import score
-from reference import CORE, calibrate_in_two, exact, padded, some_core, text
+from reference import CORE, calibrate_in_two, exact, of_ffns, padded, some_core, text
 from tiny import tiny
 
 ALL = METRICS.names()
@@ -69,7 +69,7 @@ def test_both_passes_see_the_same_gradients():
     core = some_core(find_sites(model))
     for changes in ({}, {"gradient_windows": 2}, {"gradient_length": 9}, {"gradient_windows": 3, "gradient_length": 5}):
         found = calibrate_in_two(model, padded([16, 4, 9, 12, 16]), core, batch_size=2, **changes)
-        for part in found.values():
+        for part in of_ffns(found).values():
             own = part.total("taylor_core")[torch.arange(3), CORE]
             assert torch.allclose(own, part.total("taylor_sq")[CORE], rtol=1e-10)
             assert part.counts["taylor_core"] == part.counts["taylor_sq"]
