@@ -157,3 +157,33 @@ class ListedForCausalLM(PreTrainedModel):
 def tiny_listed(dispatch: str = "index", seed: int = 0) -> Any:
     """Build the model in eval mode, weights drawn by `tiny.redraw`."""
     return redraw(ListedForCausalLM(ListedConfig(dispatch=dispatch)).eval(), seed)
+
+
+class Routed(nn.Module):
+    """The block of Mixtral with its own router and an expert per module."""
+
+    def __init__(self, router: nn.Module, fused: Any):
+        super().__init__()
+        self.gate = router
+        sizes = ListedConfig(hidden_size=fused.hidden_dim, intermediate_size=fused.intermediate_dim)
+        self.experts = nn.ModuleList([Expert(sizes) for _ in range(fused.num_experts)])
+        with torch.no_grad():
+            for expert, gate_up, down in zip(self.experts, fused.gate_up_proj, fused.down_proj, strict=True):
+                for name, weight in zip(("w1", "w3", "w2"), (*gate_up.chunk(2), down), strict=True):
+                    getattr(expert, name).weight = nn.Parameter(weight.clone())
+
+    def forward(self, states: Tensor) -> Tensor:
+        hidden = states.view(-1, states.shape[-1])
+        _, weights, index = self.gate(hidden)
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self.experts):
+            tokens, place = (index == e).nonzero(as_tuple=True)
+            out.index_add_(0, tokens, expert(hidden[tokens]) * weights[tokens, place, None])
+        return out.view_as(states)
+
+
+def unstacked(model: Any) -> Any:
+    """Turn the fused experts of a Mixtral into modules in a list, in place."""
+    for layer in model.model.layers:
+        layer.mlp = Routed(layer.mlp.gate, layer.mlp.experts)
+    return model

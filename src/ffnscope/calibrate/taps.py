@@ -58,10 +58,10 @@ def channel_taps(
     tap = _ExpertTap(groups, on_activation, on_gradient, signal_tap, on_routing)
     routed = contextlib.nullcontext() if on_routing is None else routed_tokens(model, sites, on_routing)
     try:
-        for site in sites:
-            if not site.stacked:
-                _hook_dense(model, site, handles, _forward_hook(site, on_activation, on_gradient), signal_tap)
         with routed, expert_calls(model, list(groups), tap):
+            for site in sites:  # after the hooks of the routing, which tell the tokens of all signals
+                if not site.stacked:
+                    _hook_dense(model, site, handles, _forward_hook(site, on_activation, on_gradient), signal_tap)
             yield
     finally:
         for handle in handles:
@@ -163,13 +163,16 @@ def _forward_hook(site: FFNSite, on_activation: OnActivation | None, on_gradient
 
 def _input_hook(site: FFNSite, tap: SignalTap) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        tap.call(site, "x", args[0].detach())
+        if args[0].numel():
+            tap.call(site, "x", args[0].detach())
 
     return hook
 
 
 def _output_hook(site: FFNSite, tap: SignalTap) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not output.numel():
+            return
         if "y" in tap.names:
             tap.call(site, "y", output.detach())
         if "dy" in tap.names and output.requires_grad:
