@@ -1,4 +1,4 @@
-"""A mixture whose experts are modules in a list is the same to everything as one whose experts share their parameters."""
+"""A mixture whose experts are modules in a list is to everything the same as one whose experts are stacked."""
 
 from __future__ import annotations
 
