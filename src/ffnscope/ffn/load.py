@@ -67,7 +67,8 @@ class ModelSource:
         allow_pickle: also load a checkpoint that is not safetensors (pytorch_model.bin, as ``weights_only``).
 
     Raises:
-        UsageError: options that contradict each other or would do nothing, or a malformed amount of memory.
+        UsageError: options that contradict each other or would do nothing, a malformed amount of memory, or
+            ``ignore_mismatched_sizes``.
     """
 
     model_id: str
@@ -90,6 +91,11 @@ class ModelSource:
             for name in ("max_memory", "offload_folder"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"{name} would do nothing without device_map; set device_map, for example 'auto'.")
+        if "ignore_mismatched_sizes" in self.model_kwargs:
+            raise UsageError(
+                "ignore_mismatched_sizes would load weights of other shapes as random numbers; leave it out. FFNs of "
+                "different widths that ffnscope saved load without it."
+            )
         for place, amount in (self.max_memory or {}).items():
             if not re.fullmatch(MEMORY, str(amount)):
                 raise UsageError(f"max_memory of {place!r} must be bytes or text such as '8GiB'; got {amount!r}.")

@@ -73,6 +73,12 @@ def explained(model_id: str, *, offline: bool = False) -> Generator[None]:
             f"cannot load {model_id!r}: {_first_line(error)}. Look at model.model_kwargs and model.tokenizer_kwargs."
         ) from error
     except (ImportError, ValueError, LookupError, RuntimeError, struct.error) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise ModelError(
+                f"cannot load {model_id!r}: its weights have other shapes than its config.json says. One of the two "
+                "was changed or copied alone: copy or download the whole checkpoint again. A checkpoint of ffnscope "
+                "with FFNs of different widths needs its keys ffnscope_narrowed and auto_map in config.json."
+            ) from error
         cure = _cure(error, model_id, offline)
         raise ModelError(f"cannot load {model_id!r}: {_first_line(error)}.{cure}") from error
 

@@ -162,6 +162,8 @@ def _inputs(config: RunConfig) -> Iterator[Finding]:
 def _model_kwargs(config: RunConfig) -> Iterator[Finding]:
     for block in ("model_kwargs", "tokenizer_kwargs"):
         for key in getattr(config.model, block):
+            if key == "ignore_mismatched_sizes":
+                yield _finding(("model", block, key), "would load weights at random. Remove it")
             if key in _LOADER_KEYS:
                 yield _finding(("model", block, key), f"is set by model.{_LOADER_KEYS[key]}. Write it there")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -282,6 +283,16 @@ class TestOffload:
     def test_no_amount_of_memory(self, amount: Any) -> None:
         with pytest.raises(UsageError, match="max_memory of 0 must be bytes or text such as '8GiB'; got "):
             ModelSource("x", device_map="auto", max_memory={0: amount})
+
+
+def test_shapes_that_do_not_fit_are_never_drawn_at_random(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ignore_mismatched_sizes would load weights of other shapes as random"):
+        ModelSource("x", model_kwargs={"ignore_mismatched_sizes": True})
+    shutil.copytree(checkpoint, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 30}))
+    with pytest.raises(ModelError, match=r"other shapes than its config.json says.*copy or download"):
+        load_model(str(tmp_path / "m"))
 
 
 class TestDevice:

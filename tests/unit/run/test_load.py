@@ -177,6 +177,7 @@ FAULTS = [
     ),
     ("model: {model_id: m, model_kwargs: {torch_dtype: x}}", "model.model_kwargs.torch_dtype: is set by model.dtype."),
     ("model: {model_id: m, tokenizer_kwargs: {revision: x}}", "is set by model.revision. Write it there."),
+    ("model: {model_id: m, model_kwargs: {ignore_mismatched_sizes: true}}", "would load weights at random. Remove it."),
     ("model: {model_id: m, model_kwargs: {use_safetensors: false}}", "is set by model.allow_pickle. Write it there."),
     ("model: {model_id: m, tokenizer_kwargs: {token: x}}", "is set by model.token_env. Write it there."),
     (
