@@ -154,9 +154,9 @@ class ListedForCausalLM(PreTrainedModel):
         return SimpleNamespace(logits=self.lm_head(hidden))
 
 
-def tiny_listed(dispatch: str = "index", seed: int = 0) -> Any:
-    """Build the model in eval mode, weights drawn by `tiny.redraw`."""
-    return redraw(ListedForCausalLM(ListedConfig(dispatch=dispatch)).eval(), seed)
+def tiny_listed(dispatch: str = "index", seed: int = 0, **changes: Any) -> Any:
+    """Build the model in eval mode, weights drawn by `tiny.redraw`; ``changes`` are further config values."""
+    return redraw(ListedForCausalLM(ListedConfig(dispatch=dispatch, **changes)).eval(), seed)
 
 
 class Routed(nn.Module):

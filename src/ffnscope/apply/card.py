@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ffnscope.apply.padding import zeroed_channels
 from ffnscope.types import EvalResult, PruningPlan
 
 
@@ -56,6 +57,9 @@ def _plan(model: nn.Module, plan: PruningPlan) -> str:
         "widths are multiples of": plan.budget.multiple_of if plan.budget.multiple_of > 1 else None,
         "protected channels": sum(index.numel() for index in plan.protected.values()) or None,
     }
+    zeroed = zeroed_channels(model, plan)
+    if zeroed:
+        rows["of these still in the files"] = f"{zeroed:,} channels, as zeros, so that the widths fit together"
     text: Mapping[str, Any] = plan.provenance.get("calibration") or {}
     for key in ("text", "windows", "length", "tokens", "hash"):
         rows[f"calibration {key}"] = text.get(key)

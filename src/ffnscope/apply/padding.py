@@ -47,6 +47,12 @@ def widest_widths(model: nn.Module, plan: PruningPlan) -> dict[FFNSite, int]:
     return {site: widest[site.d_ff] for site in plan.kept}
 
 
+def zeroed_channels(model: nn.Module, plan: PruningPlan) -> int:
+    """How many channels that a plan removes a pruned model still holds, as zeros (see `prune_`)."""
+    found = {site.name: site.d_ff for site in survey(model).sites}
+    return sum(max(0, found.get(site.name, width) - width) for site, width in plan.widths.items())
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """FFNs that have one width: a dense one, or the experts of one layer, whose width is a multiple of ``step``."""

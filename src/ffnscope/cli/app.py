@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,9 @@ def main() -> None:
 def _call() -> int | str | None:
     """Run the command and return its status."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            app()
     except FFNScopeError as error:
         _say(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1
@@ -161,8 +164,13 @@ def plan_diff(
     OUT.print(table)
 
 
-def _say(text: str) -> None:
-    Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+def _say(text: str, style: str = "red") -> None:
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """Show a warning by its text, without the line of code that it came from."""
+    _say(f"warning: {message}", "yellow")
 
 
 def _plan_row(plan: PruningPlan, site: Any) -> dict[str, Any]:

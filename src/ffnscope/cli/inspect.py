@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ffnscope.cli.channels import OUT
@@ -18,6 +18,9 @@ from ffnscope.ffn.sites import select_sites
 from ffnscope.ffn.survey import LeftOut, Survey, nothing_found, survey
 from ffnscope.run.progress import Reporter
 from ffnscope.types import FFNSite
+
+
+_SIZES = ("d_model", "d_ff", "activation")
 
 
 @grouped
@@ -46,11 +49,9 @@ def _as_json(found: Survey, sites: Sequence[FFNSite]) -> dict[str, Any]:
 
 def _print(found: Survey, sites: Sequence[FFNSite]) -> None:
     if sites:
-        table = Table("layer", "path", "expert", "gate", "up", "down", "fused", "d_model", "d_ff", "activation")
+        table = Table(*(Column(name, overflow="fold") for name in ("FFN", "gate, up", "down")), *_SIZES)
         for s in sites:
-            expert = "-" if s.expert is None else str(s.expert)
-            names = (s.gate or "-", s.up, s.down, s.fused or "-")
-            table.add_row(str(s.layer), s.path, expert, *names, str(s.d_model), str(s.d_ff), s.activation)
+            table.add_row(s.name, _producers(s), s.down, str(s.d_model), str(s.d_ff), s.activation)
         OUT.print(table)
     for title, rows in (("left whole", found.refused), ("helper networks, not pruned", found.helpers)):
         if rows:
@@ -60,8 +61,14 @@ def _print(found: Survey, sites: Sequence[FFNSite]) -> None:
     OUT.print(Text(f"{found.model_class}: {len(sites)} FFNs, {channels:,} channels{whole}"))
 
 
+def _producers(site: FFNSite) -> str:
+    if site.fused is not None:
+        return f"{site.up} ({site.fused})"
+    return site.up if site.gate is None else f"{site.gate}, {site.up}"
+
+
 def _left_out(title: str, rows: Sequence[LeftOut]) -> Table:
-    table = Table(title, "why")
+    table = Table(Column(title, overflow="fold"), "why")
     for row in rows:
         table.add_row(row.path, row.reason)
     return table

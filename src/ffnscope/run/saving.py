@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from ffnscope.apply.decilm import check_llama_like, save_decilm
 from ffnscope.apply.export import SHARD, check_shard_size, prune_, save_model
 from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
+from ffnscope.apply.padding import zeroed_channels
 from ffnscope.errors import unknown_name
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.narrowed import MODELING
@@ -72,12 +73,13 @@ class Saving:
             size, replace = self.max_shard_size, self.overwrite
             save(model, tokenizer, self.out, plan=plan, results=results, max_shard_size=size, overwrite=replace)
         reporter.say(f"{before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer), saved in {self.out}")
-        reporter.say(_achieved(plan))
+        reporter.say(_achieved(plan, zeroed_channels(model, plan)))
         if (self.out / MODELING.name).exists():
             reporter.say("widths differ: load it with ffnscope, or in transformers with trust_remote_code=True")
 
 
-def _achieved(plan: PruningPlan) -> str:
+def _achieved(plan: PruningPlan, zeroed: int) -> str:
     step = plan.budget.multiple_of
     why = f"; widths are multiples of {step}" if step > 1 else ""
-    return f"removed {plan.sparsity:.4f} of the FFN channels (asked {plan.budget.sparsity:g}{why})"
+    still = f"; {zeroed:,} of them are zeros that are still in the files" if zeroed else ""
+    return f"removed {plan.sparsity:.4f} of the FFN channels (asked {plan.budget.sparsity:g}{why}){still}"

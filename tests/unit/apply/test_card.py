@@ -50,6 +50,7 @@ def test_what_is_known_is_told(llama: Any, random_plan: MakePlan, tmp_path: Path
         assert f"{row}\n" in text
     assert "Every one of the 2 FFNs keeps 36 of 48 channels." in text
     assert text.count("Measured as: blocks of 32") == 1
+    assert "as zeros" not in text
     assert "multiples" not in text and "protected" not in text and "trust_remote_code" not in text
 
 

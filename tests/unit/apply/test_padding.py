@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.mask import masked
-from ffnscope.apply.padding import field_widths
+from ffnscope.apply.padding import field_widths, zeroed_channels
 from ffnscope.evaluate.pair import removed_parameters
 from ffnscope.ffn.sites import find_sites
 from ffnscope.types import PruningPlan
@@ -54,6 +54,17 @@ def test_what_is_zeroed_is_told(random_plan: MakePlan) -> None:
     plan = random_plan(model, 0.25)  # 18 of 24 routed, which rows of 16 bytes make 20; 36 of 48 shared
     with pytest.warns(UserWarning, match=rf"{SHARES}.*12 removed channels in 5 FFNs are zeroed.*width 20, 2 zeroed"):
         prune_(model, plan)
+
+
+def test_what_is_zeroed_is_in_the_card(random_plan: MakePlan, tmp_path: Path) -> None:
+    model = tiny_moe("deepseek_v3", **COUPLED["deepseek_v3"])
+    plan = random_plan(model, 0.25)
+    with pytest.warns(UserWarning, match=SHARES):
+        prune_(model, plan)
+    assert zeroed_channels(model, plan) == 12
+    save_model(model, None, tmp_path / "out", plan=plan)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| of these still in the files | 12 channels, as zeros, so that the widths fit together |\n" in card
 
 
 def test_widths_that_fit_stay(random_plan: MakePlan) -> None:
