@@ -18,7 +18,7 @@ from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.collect import PassOptions, calibrate
 from ffnscope.calibrate.observe import sum_nll
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import LayoutError
+from ffnscope.errors import LayoutError, NonFiniteError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.ffn.survey import survey
 from ffnscope.plan.build import build_plan
@@ -175,6 +175,15 @@ def _never_the_last(block: Any) -> Any:
         return weights, index
 
     return route
+
+
+def test_an_overflow_is_told_as_that() -> None:
+    model, windows = tiny_listed(), padded([16, 9])
+    sites = find_sites(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[windows.input_ids[0, 3]] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"activation of model.layers.0.mlp.experts.\d is NaN or infinite"):
+        calibrate(model, windows, METRICS, sites=sites)
 
 
 def test_all_is_as_before() -> None:

@@ -19,7 +19,6 @@ from ffnscope.ffn.survey import LeftOut, Survey, nothing_found, survey
 from ffnscope.run.progress import Reporter
 from ffnscope.types import FFNSite
 
-
 _SIZES = ("d_model", "d_ff", "activation")
 
 

@@ -142,7 +142,7 @@ class _Watch(TorchFunctionMode):
         index = picks.tokens(x) if path == _block(site) else None
         if index is not None and x.shape == (index.numel(), given.shape[1]):
             self._looking = True  # what is picked here is none of the model's
-            same = torch.equal(given.index_select(0, index.to(given.device)).to(x), x)
+            same = _same(given.index_select(0, index.to(given.device)).to(x), x)
             self._looking = False
             if same:
                 return index
@@ -156,6 +156,11 @@ class _Watch(TorchFunctionMode):
         if self._open and not self._looking and getattr(func, "__name__", "") in PICKS:
             self._open[-1][2].note(args[0], args[-1], out)
         return out
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal; NaN equals NaN, so that an overflow is told as what it is."""
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _list_of(ffn: Found, lists: Mapping[str, Sequence[str]]) -> str | None:

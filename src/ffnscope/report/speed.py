@@ -87,7 +87,7 @@ def _removed(result: BenchResult) -> str:
     if removed.planned is None:
         return f"{head}; there is no plan to compare with."
     if removed.padded:
-        return f"{head}; the plan removes {removed.planned:,}, but the model is padded to the widest FFN with zeros."
+        return f"{head}; the plan removes {removed.planned:,}; the rest is still in the model, as zeros."
     return f"{head}, exactly as planned."
 
 

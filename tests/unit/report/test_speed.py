@@ -86,7 +86,7 @@ def test_what_was_not_measured_is_a_dash(result: BenchResult) -> None:
     assert "| peak memory | 13 kB | – | – | – | – |" in text
     assert "there is no plan to compare with." in text
     text = speed_markdown(replace(result, removed=Removed(600, 200, 300, padded=True)))
-    assert "the plan removes 300, but the model is padded to the widest FFN with zeros." in text
+    assert "the plan removes 300; the rest is still in the model, as zeros." in text
 
 
 @pytest.mark.parametrize("width", [80, 160])
