@@ -18,27 +18,32 @@ from ffnscope.scoring import score
 from ffnscope.types import PruningPlan
 from reference import text
 from tiny import logits
+from tiny_listed import tiny_listed
 from tiny_moe import tiny_moe
 
 MakePlan = Callable[..., PruningPlan]
 METRICS = ("wanda", "scar_loss_proxy")
 
 
+def build(name: str) -> Any:
+    return tiny_listed() if name == "listed" else tiny_moe(name)
+
+
 def in_memory(name: str, folder: Path) -> Any:
     from accelerate import cpu_offload
 
-    return cpu_offload(tiny_moe(name), execution_device=torch.device("cpu"))
+    return cpu_offload(build(name), execution_device=torch.device("cpu"))
 
 
 def on_disk(name: str, folder: Path) -> Any:
     from accelerate import disk_offload
 
-    model = tiny_moe(name)
+    model = build(name)
     disk_offload(model, str(folder), execution_device=torch.device("cpu"))
     return model
 
 
-@pytest.fixture(params=["mixtral", "gpt_oss", "qwen2_moe"])
+@pytest.fixture(params=["mixtral", "gpt_oss", "qwen2_moe", "listed"])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -53,7 +58,7 @@ def meta(model: Any) -> set[str]:
 
 
 def test_sites_statistics_and_scores(model: Any, name: str) -> None:
-    resident, windows, empty = tiny_moe(name), text(4, 12), meta(model)
+    resident, windows, empty = build(name), text(4, 12), meta(model)
     assert find_sites(model) == find_sites(resident)
     found, wanted = calibrate(model, windows, METRICS), calibrate(resident, windows, METRICS)
     for metric in METRICS:
@@ -66,7 +71,7 @@ def test_sites_statistics_and_scores(model: Any, name: str) -> None:
 @pytest.mark.filterwarnings("ignore:experts of one layer lie in one tensor")
 @pytest.mark.parametrize("allocator", ["local", "global"])
 def test_mask_and_slice(model: Any, name: str, random_plan: MakePlan, allocator: str) -> None:
-    resident = tiny_moe(name)
+    resident = build(name)
     plan, dense, hashed, empty = random_plan(resident, 0.5, allocator=allocator), logits(resident), *_facts(model)
     with masked(resident, plan):
         wanted = logits(resident)
