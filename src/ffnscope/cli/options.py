@@ -78,10 +78,10 @@ class Loading:
 
 
 def _limit(text: str) -> tuple[str, str]:
-    place, equals, amount = text.partition("=")
-    if not (place and equals and amount):
+    place, equals, limit = text.partition("=")
+    if not (place and equals and limit):
         raise UsageError(f"--max-memory {text!r} is not DEVICE=SIZE, for example 0=20GiB or cpu=60GiB.")
-    return place, amount
+    return place, limit
 
 
 @dataclass(frozen=True, slots=True)

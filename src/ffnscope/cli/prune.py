@@ -37,7 +37,7 @@ _OF_PLAN = ("metric", "scores", "allocator", "multiple_of", "protect_fraction", 
 class SaveOptions:
     """The form of the checkpoint."""
 
-    form: Annotated[str, typer.Option("--format", help="transformers, decilm (vLLM) or gguf (one file).")] = (
+    form: Annotated[str, typer.Option("--format", help="transformers, decilm (for vLLM) or gguf (one file).")] = (
         "transformers"
     )
     pad_to_widest: Annotated[bool, typer.Option("--pad-to-widest", help="Zero-pad all FFNs to the widest.")] = False
@@ -73,7 +73,7 @@ def prune_command(
     loading: opt.Loading,
     overwrite: Overwrite = False,
 ) -> None:
-    """Prune and save: score -> plan -> slice -> OUT, a checkpoint that transformers (or vLLM, llama.cpp) loads."""
+    """Prune and save: score -> plan -> slice -> OUT, a checkpoint for transformers, or a DeciLM or GGUF export."""
     if (sparsity is None) == (plan is None):
         raise UsageError("give either --sparsity (make a plan) or --plan FILE (apply one).")
     _refuse_useless(context, plan, scores, evaluate)

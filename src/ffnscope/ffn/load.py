@@ -42,7 +42,7 @@ __all__ = [
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 MEMORY = r"\d+(\.\d+)? ?([KMGT]i?B)?"
-"""An amount of memory, such as 8GiB, 500MB, or a number of bytes."""
+"""A limit of memory, such as 8GiB, 500MB, or a number of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ModelSource:
         allow_pickle: also load a checkpoint that is not safetensors (pytorch_model.bin, as ``weights_only``).
 
     Raises:
-        UsageError: options that contradict each other or would do nothing, a malformed amount of memory, or
+        UsageError: options that contradict each other or would do nothing, a malformed limit of memory, or
             ``ignore_mismatched_sizes``.
     """
 
@@ -96,9 +96,9 @@ class ModelSource:
                 "ignore_mismatched_sizes would load weights of other shapes as random numbers; leave it out. FFNs of "
                 "different widths that ffnscope saved load without it."
             )
-        for place, amount in (self.max_memory or {}).items():
-            if not re.fullmatch(MEMORY, str(amount)):
-                raise UsageError(f"max_memory of {place!r} must be bytes or text such as '8GiB'; got {amount!r}.")
+        for place, limit in (self.max_memory or {}).items():
+            if not re.fullmatch(MEMORY, str(limit)):
+                raise UsageError(f"max_memory of {place!r} must be bytes or text such as '8GiB'; got {limit!r}.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
