@@ -73,10 +73,19 @@ class TaskSet:
     """
 
     options: TaskOptions
-    loaded: Mapping[str, Sequence[Any]]
+    loaded: Mapping[str, Mapping[str, Any]]
     key: str
     version: str
-    manager: Any
+
+    @property
+    def n_questions(self) -> dict[str, int]:
+        """Name as asked -> questions of all its tasks, the limit applied."""
+        limit = self.options.limit
+        found: dict[str, int] = {}
+        for name, items in self.loaded.items():
+            sizes = [len(task.eval_docs) for task in items["tasks"].values()]
+            found[name] = sum(size if limit is None else min(limit, size) for size in sizes)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,7 @@ def load_tasks(options: TaskOptions) -> TaskSet:
         loaded = {name: _load(manager, name, options) for name in options.names}
     files = {name: hash_file(Path(name)) for name in options.names if Path(name).is_file()}
     key = hash_json({**asdict(options), "files": files, "lm_eval": version, "schema": SCHEMA})
-    return TaskSet(options, loaded, key, version, manager)
+    return TaskSet(options, loaded, key, version)
 
 
 def compare_tasks(
@@ -204,7 +213,7 @@ class _State:
             write_json(self.path, {**self.of, "rows": self.rows})
 
 
-def _load(manager: Any, name: str, options: TaskOptions) -> Sequence[Any]:
+def _load(manager: Any, name: str, options: TaskOptions) -> dict[str, Any]:
     """Tasks and groups of one name, with the number of examples that was asked for."""
     import yaml
 
@@ -231,13 +240,14 @@ def _load(manager: Any, name: str, options: TaskOptions) -> Sequence[Any]:
     ) as error:
         raise _not_loaded(name, error) from error
     for task in found["tasks"].values():
-        fixed = task.get_config("num_fewshot") == 0
-        if fixed and options.num_fewshot:
+        own = task.get_config("num_fewshot")
+        if own == 0 and options.num_fewshot:
             raise UsageError(
                 f"task {task.task_name!r} is defined without examples, and {options.num_fewshot} were asked for "
                 "(num_fewshot). Leave them out, or run it by itself."
             )
-    return [*found["groups"].values()] or [*found["tasks"].values()]
+        task.set_config(key="num_fewshot", value=options.num_fewshot if options.num_fewshot is not None else own or 0)
+    return found
 
 
 def _not_loaded(name: str, error: Exception) -> TextError:
@@ -255,18 +265,13 @@ def _run(
     """Rows of one asked name for the model as it is now."""
     import lm_eval
 
-    evaluate: Any = lm_eval.simple_evaluate
-    options = tasks.options
-    with _quiet(), _own_seeds():
-        found: Any = evaluate(
-            reporting_model(model, tokenizer, options.batch_size, on_requests),
-            tasks=list(tasks.loaded[name]),
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            fewshot_random_seed=options.seed,
-            task_manager=tasks.manager,
-            log_samples=False,
-        )
+    evaluate: Any = lm_eval.evaluate
+    options, loaded = tasks.options, tasks.loaded[name]
+    with _quiet(), _own_seeds(options.seed):
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=options.seed)
+        model = reporting_model(model, tokenizer, options.batch_size, on_requests)
+        found: Any = evaluate(model, loaded, limit=options.limit, log_samples=False)
     shots, better, counts = found["n-shot"], found["higher_is_better"], found["n-samples"]
     rows: list[dict[str, Any]] = []
     for task, values in found["results"].items():
@@ -323,13 +328,16 @@ def _quiet() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _own_seeds() -> Generator[None]:
-    """lm-eval seeds every random generator of the process; give them their states back."""
+def _own_seeds(seed: int) -> Generator[None]:
+    """Seed the random generators that tasks may draw from; give them their states back."""
     import numpy as np
 
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
             yield
     finally:
         random.setstate(states[0])
