@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,16 +18,42 @@ from ffnscope.cli import options as opt
 from ffnscope.cli.files import Overwrite, check_table, read_plans, write_table
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.passes import calibrate_and_score
+from ffnscope.errors import UsageError
+from ffnscope.evaluate.tasks import TaskOptions, compare_tasks
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import write_scores, write_stats
 from ffnscope.report.tables import print_results, results_rows
+from ffnscope.report.task_table import print_tasks
 from ffnscope.run.progress import Reporter
-from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
+from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, open_tasks
 from ffnscope.run.windows import describe_windows
 from ffnscope.scoring import naming_weights
 from ffnscope.types import Scores
 
 OUT = Console()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskChoice:
+    """Downstream tasks to run beside the perplexity."""
+
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="lm-eval task, or .yaml, .json or .jsonl file; repeatable.")
+    ] = None
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question of a task.")] = None
+    limit: Annotated[int | None, typer.Option(help="Questions per task, the first ones.")] = None
+    task_batch_size: Annotated[int, typer.Option(help="Requests of a task per forward.")] = 1
+
+    def options(self, seed: int) -> TaskOptions | None:
+        """None without a task; raises UsageError for what would do nothing."""
+        if self.task:
+            return TaskOptions(tuple(self.task), self.num_fewshot, self.limit, self.task_batch_size, seed)
+        useless = {"num-fewshot": self.num_fewshot, "limit": self.limit}
+        for name in (n for n, value in useless.items() if value is not None):
+            raise UsageError(f"--{name} would do nothing without --task. Leave it out, or name a task.")
+        return None
+
+
 UNFINISHED = "score.part"
 """Folder in an output that is not finished: what its passes have found so far."""
 
@@ -38,20 +64,31 @@ def eval_command(
     model: opt.Model,
     plan: Annotated[list[Path] | None, typer.Option(help="Evaluate this plan beside the dense model.")] = None,
     text: opt.TextChoice,
-    out: Annotated[Path | None, typer.Option(help="Also write .json or .csv.")] = None,
+    tasks: TaskChoice,
+    out: Annotated[Path | None, typer.Option(help="Also write .json or .csv (tasks: NAME.tasks.json).")] = None,
     loading: opt.Loading,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure perplexity, and for plans KL to the dense model and top-1 agreement, on held-out text."""
+    """Measure perplexity on held-out text, for plans KL to the dense model and top-1; downstream tasks too."""
+    options = tasks.options(text.seed)
+    of_tasks = None if out is None or options is None else out.with_suffix(f".tasks{out.suffix}")
     check_table(out, overwrite)
+    check_table(of_tasks, overwrite)
     plans = read_plans(plan or ())
     text.check_held_out()
     reporter = Reporter()
+    chosen = open_tasks(options, reporter)
     loaded = loading.open(reporter, model)
     rows = compare_with_dense(reporter, loaded.model, plans, text.held_out(loaded), text.batch_size)
     print_results(rows, OUT)
     if out is not None:
         write_table(out, results_rows(rows))
+    if chosen is not None:
+        with reporter.task("downstream tasks", "requests") as update:
+            found = compare_tasks(loaded.model, loaded.tokenizer, plans, chosen, on_requests=update)
+        print_tasks(found, OUT)
+        if of_tasks is not None:
+            write_table(of_tasks, [row.as_dict() for row in found])
 
 
 def score_all(

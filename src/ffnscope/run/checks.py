@@ -53,6 +53,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _text_keys,
         _splits,
         _held_out,
+        _tasks,
         _checkpoints,
     ):
         yield from rule(config)
@@ -229,6 +230,16 @@ def _held_out(config: RunConfig) -> Iterator[Finding]:
             message = f"the held-out text {text.words!r} is the same as that of {seen[text.identity]}"
             yield _finding(path, f"{message}. Give another {cure}", *reads)
         seen.setdefault(text.identity, show(path))
+
+
+def _tasks(config: RunConfig) -> Iterator[Finding]:
+    asked, path = config.evaluation.tasks, ("evaluation", "tasks")
+    for key in ("num_fewshot", "limit", "batch_size"):
+        if not asked.names and getattr(asked, key) != type(asked).model_fields[key].default:
+            yield _finding((*path, key), "would do nothing without tasks.names", (*path, "names"))
+    if asked.names and not config.evaluation.enabled:
+        message = "would not run: evaluation.enabled is false. Set it to true"
+        yield _finding((*path, "names"), message, ("evaluation", "enabled"))
 
 
 def _checkpoints(config: RunConfig) -> Iterator[Finding]:

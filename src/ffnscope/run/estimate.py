@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.calibrate.collect import Step, plan_steps
 from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.windows import Windows
+from ffnscope.evaluate.tasks import load_tasks
 from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
 from ffnscope.run.checkpoints import check_format
@@ -126,6 +128,10 @@ def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: flo
         Line("evaluate", f"{models} models x {w.n_tokens:,} tokens of {w.source}", models * w.n_tokens * speed)
         for w in held_out
     ]
+    if config.task_options:
+        questions = load_tasks(config.task_options).n_questions
+        what = " and ".join(f"{n:,} questions of {name}" for name, n in questions.items())
+        lines.append(Line("tasks", f"{models} models x {what}", math.nan))
     asked = config.evaluation.samples
     if held_out and asked.enabled:
         what = f"{models * len(asked.prompts)} texts of up to {asked.max_new_tokens} tokens"
@@ -168,6 +174,8 @@ def peak_bytes(model: Any, sites: Sequence[FFNSite], steps: Sequence[Step], held
 
 
 def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "unknown"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -14,10 +14,12 @@ import torch
 import ffnscope
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import EvalRow
+from ffnscope.evaluate.tasks import TaskRow
 from ffnscope.ffn.offload import placement
 from ffnscope.io import SCHEMA, write_csv, write_json, write_text
 from ffnscope.report.summary import rank_correlation
 from ffnscope.report.tables import results_markdown, results_rows
+from ffnscope.report.task_table import tasks_markdown
 from ffnscope.run.choices import find_core
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import Job
@@ -34,27 +36,36 @@ def check_plots(config: RunConfig) -> None:
         )
 
 
-def report_stage(job: Job, scores: Mapping[str, Scores], rows: Sequence[EvalRow]) -> None:
-    """Write tables and plots: ``pruning_results.json``/``.csv``, ``results.md``, ``plots/``."""
+def report_stage(
+    job: Job, scores: Mapping[str, Scores], rows: Sequence[EvalRow], tasks: Sequence[TaskRow] = ()
+) -> None:
+    """Write tables and plots: ``pruning_results`` and ``tasks`` as JSON and CSV, ``results.md``, ``plots/``."""
     names = ("pruning_results.json", "pruning_results.csv", "results.md") if rows else ()
+    names += ("tasks.json", "tasks.csv") if tasks else ()
     tables = [job.folder / name for name in names]
     plots = _plot_files(job, scores, rows)
-    flat = results_rows(rows)
+    flat, task_rows = results_rows(rows), [row.as_dict() for row in tasks]
 
     def make() -> None:
         if tables:
             write_json(tables[0], {"rows": flat})
             write_csv(tables[1], flat)
-            write_text(tables[2], f"# {job.config.experiment.name}\n\n{results_markdown(rows)}")
+            found = results_markdown(rows) + (f"\n{tasks_markdown(tasks)}" if tasks else "")
+            write_text(tables[2], f"# {job.config.experiment.name}\n\n{found}")
+        if tasks:
+            write_json(tables[3], {"rows": task_rows})
+            write_csv(tables[4], task_rows)
         if plots:
             with job.reporter.task("plots", "files"):
                 _draw(job, scores, rows, plots)
 
     shown = [job.config.experiment.name, job.config.model.model_id, job.config.supernode.model_dump()]
-    job.stage("report", [job.keys["score"], flat, sorted(plots), shown], [*tables, *plots.values()], make)
+    job.stage("report", [job.keys["score"], flat, task_rows, sorted(plots), shown], [*tables, *plots.values()], make)
 
 
-def summary(job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow]) -> dict[str, Any]:
+def summary(
+    job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow], tasks: Sequence[TaskRow] = ()
+) -> dict[str, Any]:
     """Collect what a reader of the results must know: versions, model, texts, seeds, timings, memory, results."""
     held_out = {f"evaluation_{i}": describe_windows(windows) for i, windows in enumerate(job.held_out)}
     return {
@@ -70,6 +81,7 @@ def summary(job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow])
         },
         "plans": {label: {"sparsity": plan.sparsity, "metric": plan.metric} for label, plan in plans.items()},
         "results": results_rows(rows),
+        "tasks": [row.as_dict() for row in tasks],
     }
 
 

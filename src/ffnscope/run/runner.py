@@ -10,6 +10,7 @@ from typing import Any
 import ffnscope
 from ffnscope.display import html_table
 from ffnscope.evaluate.compare import EvalRow
+from ffnscope.evaluate.tasks import TaskRow
 from ffnscope.ffn.load import load_model
 from ffnscope.report.tables import results_columns, results_frame
 from ffnscope.run import stages
@@ -25,12 +26,13 @@ from ffnscope.types import PruningPlan, Scores
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunResult:
-    """What a run made: its folder, scores per metric, plans per label, evaluation rows, generated samples."""
+    """What a run made: its folder, scores per metric, plans per label, rows of evaluation and tasks, samples."""
 
     folder: Path
     scores: dict[str, Scores]
     plans: dict[str, PruningPlan]
     rows: list[EvalRow]
+    tasks: list[TaskRow]
     samples: dict[str, list[str]]
 
     def to_pandas(self) -> Any:
@@ -71,10 +73,11 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         scores = stages.score_stage(job, stats)
         plans = stages.plan_stage(job, scores)
         rows = stages.evaluate_stage(job, plans)
+        tasks = stages.tasks_stage(job, plans)
         samples = stages.samples_stage(job, plans)
-        report_stage(job, scores, rows)
+        report_stage(job, scores, rows, tasks)
         checkpoints_stage(job, plans, rows)
         job.ledger.keep(job.keys)
-        write_if_changed(folder / "summary.json", summary(job, plans, rows))
+        write_if_changed(folder / "summary.json", summary(job, plans, rows, tasks))
         reporter.say(f"results in {folder}")
-    return RunResult(folder, scores, plans, rows, samples)
+    return RunResult(folder, scores, plans, rows, tasks, samples)

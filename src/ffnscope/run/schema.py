@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictBool
+from pydantic import ConfigDict, Field, StrictBool, StrictInt
 
 from ffnscope.apply.export import SHARD_SIZE
+from ffnscope.evaluate.tasks import TaskOptions
 from ffnscope.registry import METRICS
 from ffnscope.run.fields import (
     AllocatorName,
@@ -196,6 +197,19 @@ class Samples(Block):
     """Tokens generated after each prompt."""
 
 
+class Tasks(Block):
+    """Downstream tasks of the dense and the pruned models, run by lm-eval (`pip install 'ffnscope[eval]'`)."""
+
+    names: Annotated[tuple[Text, ...], Distinct] = ()
+    """Tasks, groups or tags of lm-eval, or paths of its .yaml files or of own .json and .jsonl files."""
+    num_fewshot: Annotated[StrictInt, Field(ge=0)] | None = None
+    """Examples before each question; null: what the task says, otherwise none."""
+    limit: Count | None = None
+    """Questions per task, the first ones; null: all."""
+    batch_size: Count = 1
+    """Requests per forward pass."""
+
+
 class ExtraText(TextSource):
     """A further held-out text, for rows out of the calibration's domain."""
 
@@ -225,6 +239,8 @@ class Evaluation(Block):
     """Further held-out texts."""
     samples: Samples = Field(default_factory=Samples)
     """Generated samples."""
+    tasks: Tasks = Field(default_factory=Tasks)
+    """Downstream tasks."""
 
 
 class Output(Block):
@@ -310,6 +326,15 @@ class RunConfig(Block):
         """Every held-out text, the main one first."""
         extra = (_source(text, text.split, held_out_split(text.name)) for text in self.evaluation.extra)
         return (self.evaluation_text, *extra)
+
+    @property
+    def task_options(self) -> TaskOptions | None:
+        """Downstream tasks to run; None for none."""
+        asked = self.evaluation.tasks
+        if not (self.evaluation.enabled and asked.names):
+            return None
+        seed = self.experiment.seed
+        return TaskOptions(asked.names, asked.num_fewshot, asked.limit, asked.batch_size, seed)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

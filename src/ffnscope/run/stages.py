@@ -27,6 +27,7 @@ from ffnscope.calibrate.collect import (
 from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.samples import generate_samples
+from ffnscope.evaluate.tasks import TaskRow, TaskSet, compare_tasks
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import (
@@ -53,7 +54,7 @@ from ffnscope.run.choices import (
 from ffnscope.run.ledger import Ledger
 from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.schema import RunConfig
-from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
+from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, open_tasks
 from ffnscope.run.windows import calibration_windows, describe_windows, evaluation_windows
 from ffnscope.scoring import naming_weights, score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
@@ -72,6 +73,7 @@ class Job:
     model_hash: str
     calibration: Windows
     held_out: list[Windows]
+    tasks: TaskSet | None = None
     reference_hash: str | None = None
     keys: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -96,8 +98,9 @@ def open_job(config: RunConfig, folder: Path, reporter: Reporter, loaded: Loaded
     with reporter.task("read texts", "texts"):
         calibration = calibration_windows(config, loaded.tokenizer)
         held_out = evaluation_windows(config, loaded.tokenizer)
+    tasks = open_tasks(config.task_options, reporter)
     hashes = weights_hash(loaded.model), reference_hash(config, sites)
-    return Job(config, folder, ledger, reporter, loaded, sites, hashes[0], calibration, held_out, hashes[1])
+    return Job(config, folder, ledger, reporter, loaded, sites, hashes[0], calibration, held_out, tasks, hashes[1])
 
 
 def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
@@ -232,6 +235,22 @@ def evaluate_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[EvalRow]:
 def _compare(job: Job, plans: Mapping[str, PruningPlan], windows: Windows, state: Path) -> None:
     discard_damaged(job.reporter, state, read_json)
     compare_with_dense(job.reporter, job.loaded.model, plans, windows, job.config.dataset.batch_size, state)
+
+
+def tasks_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[TaskRow]:
+    """Run the downstream tasks with the dense model and every plan: ``evaluation/tasks.json``."""
+    if job.tasks is None:
+        return []
+    state = job.folder / "evaluation" / "tasks.json"
+    given = job.loaded.model, job.loaded.tokenizer, plans, job.tasks
+
+    def make() -> None:
+        discard_damaged(job.reporter, state, read_json)
+        with job.reporter.task("downstream tasks", "requests") as update:
+            compare_tasks(*given, state=state, on_requests=update)
+
+    job.stage("tasks", [job.model_hash, job.keys.get("plan", ""), job.tasks.key], [state], make)
+    return compare_tasks(*given, state=state)  # reads the state: every number is there
 
 
 def samples_stage(job: Job, plans: Mapping[str, PruningPlan]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from ffnscope.analyze.memory import CalibrationBytes
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
+from ffnscope.evaluate.tasks import TaskOptions, TaskSet, load_tasks
 from ffnscope.io import read_stats, writing
 from ffnscope.run.progress import Reporter
 from ffnscope.types import PruningPlan
@@ -44,6 +45,14 @@ def compare_with_dense(
             state=state,
             on_batch=lambda done, total: update(done * per_batch, total * per_batch),
         )
+
+
+def open_tasks(options: TaskOptions | None, reporter: Reporter) -> TaskSet | None:
+    """Load the downstream tasks, if there are any, so that one that is missing shows at once; see `load_tasks`."""
+    if options is None:
+        return None
+    with reporter.task("load tasks", "tasks"):
+        return load_tasks(options)
 
 
 def discard_damaged(reporter: Reporter, path: Path, read: Callable[[Path], Any] | None = None) -> None:

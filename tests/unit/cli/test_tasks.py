@@ -1,0 +1,42 @@
+"""`ffnscope eval --task`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what lm-eval imports
+SMALL = ("--num-samples", 2, "--max-length", 16)
+
+
+@pytest.fixture
+def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"query": "The people of the", "choices": ["United States", "war"], "answer": 0}))
+    return path
+
+
+def test_tasks_beside_the_perplexity(
+    ok: Callable[..., Result], checkpoint: Path, texts: Path, questions: Path, tmp_path: Path
+) -> None:
+    common = (checkpoint, "--text", texts / "test.txt", *SMALL)
+    out = tmp_path / "rows.json"
+    shown = ok("eval", *common, "--task", questions, "--num-fewshot", 0, "--limit", 1, "--out", out).stdout
+    assert "questions, 0-shot (1): acc_norm" in shown and "perplexity" in shown.lower()
+    rows = json.loads((tmp_path / "rows.tasks.json").read_text())
+    assert [row["metric"] for row in rows["rows"]] == ["acc", "acc_norm"]
+    assert json.loads(out.read_text())["rows"][0]["label"] == "dense"
+
+
+def test_what_is_refused_before_the_model_loads(fails: Callable[..., str], tmp_path: Path, questions: Path) -> None:
+    missing = tmp_path / "no model"
+    assert "--limit would do nothing without --task" in fails(2, "eval", missing, "--limit", 3)
+    assert "--num-fewshot would do nothing without --task" in fails(2, "eval", missing, "--num-fewshot", 3)
+    assert "nowhere.jsonl cannot be read" in fails(2, "eval", missing, "--task", "nowhere.jsonl")
+    (tmp_path / "rows.tasks.csv").touch()
+    assert "rows.tasks.csv" in fails(1, "eval", missing, "--task", questions, "--out", tmp_path / "rows.csv")
