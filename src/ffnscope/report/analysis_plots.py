@@ -218,7 +218,8 @@ def draw_stages(stages: Mapping[str, Mapping[str, Any]], title: str = "") -> Fig
     axes = figure.add_subplot()
     for at, (name, one) in enumerate(stages.items()):
         axes.barh(at, one["seconds"], color=COLOURS[0], height=0.66)
-        axes.text(one["seconds"], at, f" {one['seconds']:,.1f} s", va="center", size=8, color=INK)
+        place: Any = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "size": 8, "color": INK}
+        axes.annotate(f"{one['seconds']:,.1f} s", (one["seconds"], at), **place)
         memory = ", ".join(f"{v / 2**30:.1f} GiB {k}" for k, v in one.get("peak_memory_bytes", {}).items())
         tip(
             axes,

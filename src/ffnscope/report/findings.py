@@ -129,7 +129,7 @@ def _calibration(run: RunFolder) -> Iterator[str]:
     text = run.summary["texts"]["calibration"]
     yield (
         f"Scores come from {text['tokens']:,} tokens of {text['text']}; another text, or more of it, may rank channels "
-        "otherwise (`ffnscope score --repeats` measures by how much)."
+        "otherwise (ffnscope score --repeats measures by how much)."
     )
     widest = max((site["d_ff"] for site in run.summary["model"]["sites"]), default=0)
     if text["tokens"] < FEW_TOKENS * widest:

@@ -161,13 +161,14 @@ def _ranking(run: RunFolder) -> Iterator[Grid]:
 
 
 def _asked(run: RunFolder) -> Iterator[tuple[str, str]]:
-    yield from _flat(run.config)
-    yield from _flat({"versions": run.summary.get("versions", {}), "texts": run.summary.get("texts", {})})
+    yield from flat_config(run.config)
+    yield from flat_config({"versions": run.summary.get("versions", {}), "texts": run.summary.get("texts", {})})
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat_config(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, value in one line) of a nested mapping."""
     for key, inner in value.items():
         if isinstance(inner, Mapping):
-            yield from _flat(cast("Mapping[str, Any]", inner), f"{prefix}{key}.")
+            yield from flat_config(cast("Mapping[str, Any]", inner), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", described(inner)

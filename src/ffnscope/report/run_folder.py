@@ -15,6 +15,9 @@ from ffnscope.evaluate.compare import EvalRow
 from ffnscope.io import read_json, read_scores, read_tensors
 from ffnscope.types import EvalResult, FFNSite, Scores
 
+SUMMARY, CONFIG, SCORES = "summary.json", "experiment_config.yaml", "scores.safetensors"
+RESULTS, TASKS, SAMPLES = "pruning_results.json", "tasks.json", "samples.json"
+SETS, LORENZ = "analysis/channel_sets.safetensors", "analysis/lorenz.json"
 TABLES = (
     "concentration",
     "core_overlap",
@@ -74,25 +77,36 @@ def read_run(folder: Path) -> RunFolder:
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder; expected the output folder of `ffnscope run`.")
-    if not (folder / "summary.json").exists():
+    if not (folder / SUMMARY).exists():
         what = "a run that is not finished" if (folder / "ledger.json").exists() else "no run"
         cure = "run it again, and it goes on" if "not finished" in what else "give the output folder of `ffnscope run`"
         raise ArtifactError(f"{folder} holds {what} (no summary.json): {cure}.")
-    scores = folder / "scores.safetensors"
+    scores = folder / SCORES
     found = read_scores(scores)[0] if scores.exists() else {}
-    made = {name: path for name in TABLES if (path := folder / "analysis" / f"{name}.json").exists()}
+    made = {name: path for name in TABLES if (path := _table(folder, name)).exists()}
     return RunFolder(
         folder,
-        read_json(folder / "summary.json"),
-        _config(folder / "experiment_config.yaml"),
+        read_json(folder / SUMMARY),
+        _config(folder / CONFIG),
         found,
-        _core(folder / "analysis" / "channel_sets.safetensors", found),
-        [_row(value) for value in _rows(folder / "pruning_results.json")],
-        _rows(folder / "tasks.json"),
-        _optional(folder / "samples.json"),
+        _core(folder / SETS, found),
+        [_row(value) for value in _rows(folder / RESULTS)],
+        _rows(folder / TASKS),
+        _optional(folder / SAMPLES),
         {name: _rows(path) for name, path in made.items()},
-        _optional(folder / "analysis" / "lorenz.json"),
+        _optional(folder / LORENZ),
     )
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The files of a run that `read_run` reads and that are there."""
+    names = (SUMMARY, CONFIG, SCORES, SETS, RESULTS, TASKS, SAMPLES, LORENZ)
+    found = [*(folder / name for name in names), *(_table(folder, name) for name in TABLES)]
+    return [path for path in found if path.exists()]
+
+
+def _table(folder: Path, name: str) -> Path:
+    return folder / "analysis" / f"{name}.json"
 
 
 def _optional(path: Path) -> dict[str, Any]:
