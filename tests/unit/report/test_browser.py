@@ -18,7 +18,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 MEASURE = """
 const all = [...document.querySelectorAll("svg")].map(s => {
-  const box = s.getBoundingClientRect(), shown = e => e.getBoundingClientRect().width + e.getBoundingClientRect().height > 0;
+  const size = e => e.getBoundingClientRect(), box = size(s), shown = e => size(e).width + size(e).height > 0;
   const count = what => [...s.querySelectorAll(what)].filter(shown).length;
   return [Math.round(box.width), Math.round(box.height), count("path,use,image"), count("text")];
 });
