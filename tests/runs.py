@@ -27,7 +27,7 @@ def small_run(checkpoint: Path, texts: Path, out: Path, **changes: Any) -> dict[
             "num_samples": 4,
             "samples": {"prompts": ["The people", "Of"], "max_new_tokens": 3},
         },
-        "output": {"dir": str(out), "plots": False},
+        "output": {"dir": str(out), "plots": False, "report": False},
     }
     return merged(base, changes)
 

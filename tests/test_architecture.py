@@ -36,7 +36,10 @@ RANK = {
 FENCES = {
     "transformers": ("ffn", "apply", "evaluate", "sparse", "run"),
     "datasets": ("calibrate/text.py",),
-    "matplotlib": tuple(f"report/{name}.py" for name in ("plots", "drawing", "layered_graph", "validation_plots")),
+    "matplotlib": tuple(
+        f"report/{name}.py"
+        for name in ("plots", "drawing", "layered_graph", "validation_plots", "analysis_plots", "inline_svg", "figures")
+    ),
     "lm_eval": ("evaluate/tasks.py", "evaluate/task_model.py"),
 }
 HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval")

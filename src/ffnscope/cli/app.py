@@ -22,6 +22,7 @@ from ffnscope.cli.files import Overwrite
 from ffnscope.cli.inspect import inspect_command
 from ffnscope.cli.prune import prune_command
 from ffnscope.cli.rank import rank_command
+from ffnscope.cli.report import compare_command, report_command
 from ffnscope.cli.score import score_command
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.io import read_plan
@@ -38,6 +39,8 @@ app.command("prune")(prune_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
+app.command("report")(report_command)
+app.command("compare")(compare_command)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 

@@ -24,6 +24,8 @@ SUFFIXES = (".png", ".svg", ".pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
 GREY, PALE, INK = "#8A8A8A", "#D9D9D9", "#333333"
+# for words on coloured cells, which stay as they are on a dark screen (see `inline_svg`)
+DARK_ON_CELL, PALE_ON_CELL = "#333332", "#FEFEFE"
 
 
 def new_figure(width: float, height: float, heading: str, title: str) -> Figure:

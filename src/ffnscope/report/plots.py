@@ -11,7 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffnscope.report.drawing import COLOURS, GREY, INK, PALE, STYLES, legend, need, new_figure, save, tidy
+from ffnscope.report.drawing import (
+    COLOURS,
+    DARK_ON_CELL,
+    GREY,
+    INK,
+    PALE,
+    PALE_ON_CELL,
+    STYLES,
+    legend,
+    need,
+    new_figure,
+    save,
+    tidy,
+)
+from ffnscope.report.inline_svg import tip
 from ffnscope.report.summary import Matrix, as_array, natural_sign
 from ffnscope.report.tables import FLOOR, Panel, number, panels, percent, result
 from ffnscope.types import Scores
@@ -76,6 +90,7 @@ def draw_score_distributions(scores: Scores, core: Mapping[FFNSite, Tensor] | No
     axes.set_ylabel(unit + _value_axis(axes, list(layers.values())), color=INK, size=9)
     at = np.arange(len(layers))
     best, top = (np.max, 0.99) if sign > 0 else (np.min, 0.01)
+    _tell_layers(axes, layers, sign)
     shown: dict[str, Any] = {}
     shown["best channel"] = axes.plot(at, [best(v) for v in layers.values()], ".", color=INK, markersize=4, zorder=4)[0]
     shown["top 1 % begins"] = _marks(axes, at, [np.quantile(v, top) for v in layers.values()], COLOURS[1])
@@ -110,6 +125,9 @@ def draw_heatmap(scores: Mapping[str, Scores], title: str = "") -> Figure:
     figure = new_figure(_width(len(layers), 2.2), 1.75 + 0.27 * len(scores), "Mean score per layer and metric", title)
     axes = figure.add_subplot()
     image = _image(axes, cells, limit, "auto")
+    for (row, column), value in np.ndenumerate(cells):
+        times = "no positive ratio" if math.isnan(value) else f"{2**value:.3g} times the metric's mean"
+        tip(axes, column, row, f"{list(scores)[row]}, layer {layers[column]}: {times}", width=1, height=1)
     axes.set_yticks(range(len(scores)), list(scores), parse_math=False)
     _layer_ticks(axes, layers)
     axes.set_xlim(-0.5, len(layers) - 0.5)
@@ -163,7 +181,10 @@ def draw_rank_correlation(names: Sequence[str], matrix: Matrix, title: str = "")
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
     for (i, j), value in np.ndenumerate(cells):
         text = "–" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
-        axes.text(j, i, text, ha="center", va="center", size=7, color="white" if abs(value) > 0.65 else INK)
+        tip(axes, j, i, f"{names[i]} and {names[j]}: {text}", width=1, height=1)
+        axes.text(
+            j, i, text, ha="center", va="center", size=7, color=PALE_ON_CELL if abs(value) > 0.65 else DARK_ON_CELL
+        )
     bar = figure.colorbar(image, ax=axes, pad=0.02, shrink=0.8)
     bar.set_ticks([-1, -0.5, 0, 0.5, 1])
     bar.ax.tick_params(labelsize=8, colors=INK)
@@ -209,6 +230,18 @@ def _value_axis(axes: Axes, values: list[NDArray[np.float64]]) -> str:
     axes.set_yscale("symlog", linthresh=threshold)
     axes.axhspan(-threshold, threshold, color="#F4F4F4", zorder=0)
     return f", linear within ±{threshold:g} (shaded)"
+
+
+def _tell_layers(axes: Axes, layers: Mapping[int, NDArray[np.float64]], sign: int) -> None:
+    """Say each layer's median and range where the pointer is over it."""
+    import numpy as np
+
+    low, high = (f([f(v) for v in layers.values()]) for f in (min, max))
+    for at, (layer, values) in enumerate(layers.items()):
+        best = "largest" if sign > 0 else "lowest"
+        extreme = float(values.max() if sign > 0 else values.min())
+        text = f"layer {layer}: median {number(float(np.median(values)))}, {best} {number(extreme)}"
+        tip(axes, at, float(low + high) / 2, text, width=0.9, height=float(high - low))
 
 
 def _marks(axes: Axes, at: NDArray[Any], heights: Sequence[float], colour: str) -> Any:
@@ -277,6 +310,8 @@ def _curve(axes: Axes, rows: list[EvalRow], look: dict[str, Any]) -> tuple[Any, 
         axes.text(0.995, values[0], number(values[0]), transform=across, ha="right", va="bottom", size=7, color=INK)
         return axes.axhline(values[0], linewidth=1.2, zorder=2, **look), values[0]
     axes.errorbar(at, values, errors, fmt="none", ecolor=look["color"], elinewidth=1.2, capsize=2.5, zorder=3)
+    for x, value, error in zip(at, values, errors, strict=True):
+        tip(axes, x, value, f"{rows[0].metric}, {percent(x / 100)} removed: perplexity {number(value, error)}")
     return axes.plot(at, values, linewidth=1.4, markersize=4.5, zorder=3, **look)[0], values[-1]
 
 

@@ -82,7 +82,7 @@ def results_frame(rows: Sequence[EvalRow]) -> Any:
 
 def results_markdown(rows: Sequence[EvalRow]) -> str:
     """Return Markdown tables, metric x sparsity: perplexity ± standard error, then KL and top-1, per dataset."""
-    return "\n".join(grid_markdown(grid) for grid in _grids(rows))
+    return "\n".join(grid_markdown(grid) for grid in results_grids(rows))
 
 
 def grid_markdown(grid: Grid) -> str:
@@ -99,7 +99,7 @@ def grid_markdown(grid: Grid) -> str:
 
 def print_results(rows: Sequence[EvalRow], console: Console) -> None:
     """Print the tables of `results_markdown` in the terminal."""
-    for grid in _grids(rows):
+    for grid in results_grids(rows):
         print_grid(grid, console)
         console.print()
 
@@ -191,7 +191,8 @@ def _panel(dataset: str, rows: list[EvalRow]) -> Panel:
     return Panel(dataset, tuple(sorted({row.sparsity_asked for row in rows})), lines)
 
 
-def _grids(rows: Sequence[EvalRow]) -> list[Grid]:
+def results_grids(rows: Sequence[EvalRow]) -> list[Grid]:
+    """Return the tables of `results_markdown`: perplexity, then KL and top-1, per dataset."""
     found: list[Grid] = []
     for panel in panels(rows):
         found.append(_perplexity_grid(panel))

@@ -16,23 +16,29 @@ from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.evaluate.tasks import TaskRow
 from ffnscope.ffn.offload import placement
-from ffnscope.io import SCHEMA, write_csv, write_json, write_text
+from ffnscope.io import SCHEMA, hash_file, write_csv, write_json, write_text
+from ffnscope.report.page import write_report
+from ffnscope.report.run_folder import read_run, result_files
 from ffnscope.report.summary import rank_correlation
 from ffnscope.report.tables import results_markdown, results_rows
 from ffnscope.report.task_table import tasks_markdown
 from ffnscope.run.choices import find_core
+from ffnscope.run.folder import write_if_changed
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import Job
 from ffnscope.run.windows import describe_windows
 from ffnscope.types import FFNSite, PruningPlan, Scores
 
+PAGE = "report.html"
+PAGE_STAGE = "page"
+
 
 def check_plots(config: RunConfig) -> None:
     """Raise UsageError when plots are asked for and cannot be drawn: at the start, not after all the work."""
-    if config.output.plots and importlib.util.find_spec("matplotlib") is None:
+    if (config.output.plots or config.output.report) and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
-            "output.plots needs matplotlib, which is not installed: pip install 'ffnscope[plots]', or set "
-            "output.plots: false."
+            "output.plots and output.report need matplotlib, which is not installed: pip install 'ffnscope[plots]', or "
+            "set output.plots: false and output.report: false."
         )
 
 
@@ -61,6 +67,22 @@ def report_stage(
 
     shown = [job.config.experiment.name, job.config.model.model_id, job.config.supernode.model_dump()]
     job.stage("report", [job.keys["score"], flat, task_rows, sorted(plots), shown], [*tables, *plots.values()], make)
+
+
+def page_stage(job: Job, made: Mapping[str, Any]) -> None:
+    """Write ``summary.json`` and, where it is asked for, ``report.html``: of the folder's files alone."""
+    job.ledger.keep([*job.keys, *([PAGE_STAGE] if job.config.output.report else [])])
+    write_if_changed(job.folder / "summary.json", made)
+    if not job.config.output.report:
+        return
+    path = job.folder / PAGE
+    files = {path.relative_to(job.folder).as_posix(): hash_file(path) for path in result_files(job.folder)}
+
+    def make() -> None:
+        with job.reporter.task("report", "pages"):
+            write_report(read_run(job.folder), path)
+
+    job.stage(PAGE_STAGE, files, [path], make)
 
 
 def summary(

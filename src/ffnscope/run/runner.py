@@ -16,8 +16,8 @@ from ffnscope.report.tables import results_columns, results_frame
 from ffnscope.run import stages
 from ffnscope.run.checkpoints import check_format, checkpoints_stage
 from ffnscope.run.choices import model_source
-from ffnscope.run.folder import LOG_FILE, open_folder, write_if_changed
-from ffnscope.run.outputs import check_plots, report_stage, summary
+from ffnscope.run.folder import LOG_FILE, open_folder
+from ffnscope.run.outputs import check_plots, page_stage, report_stage, summary
 from ffnscope.run.progress import Reporter, logging_to
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.windows import check_texts
@@ -77,7 +77,6 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         samples = stages.samples_stage(job, plans)
         report_stage(job, scores, rows, tasks)
         checkpoints_stage(job, plans, rows)
-        job.ledger.keep(job.keys)
-        write_if_changed(folder / "summary.json", summary(job, plans, rows, tasks))
+        page_stage(job, summary(job, plans, rows, tasks))
         reporter.say(f"results in {folder}")
     return RunResult(folder, scores, plans, rows, tasks, samples)

@@ -250,6 +250,8 @@ class Output(Block):
     """Folder of the results; null: runs/<experiment.name>."""
     plots: StrictBool = True
     """Draw the plots."""
+    report: StrictBool = True
+    """Write report.html, one page with tables and figures that opens without a network."""
     checkpoints: StrictBool = False
     """Save every pruned model as checkpoints/<metric>-<sparsity>, with the measured numbers in its model card."""
     format: Form = "transformers"

@@ -1,0 +1,152 @@
+"""What a run found, in plain sentences with their numbers, and what these numbers do not say."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ffnscope.evaluate.compare import EvalRow
+from ffnscope.report.run_folder import RunFolder
+from ffnscope.report.tables import FLOOR, number, percent, result
+
+LOSS_PROXY = "scar_loss_proxy"
+PUBLISHED = "58.7 % in Llama-3.1-8B (arXiv:2604.23475)"
+FEW_TOKENS = 4  # tokens per channel under which second moments of the channels are under-determined
+SIGNIFICANT = 0.05
+
+
+def findings(run: RunFolder) -> list[str]:
+    """Sentences about what was found; one that has no numbers behind it is left out."""
+    made = (_quality, _concentration, _core, _halo, _dose, _ranking, _tasks)
+    return [sentence for make in made for sentence in make(run)]
+
+
+def caveats(run: RunFolder) -> list[str]:
+    """Sentences about what limits these numbers."""
+    return [sentence for make in (_calibration, _evaluation, _intervals) for sentence in make(run)]
+
+
+def _quality(run: RunFolder) -> Iterator[str]:
+    for dense in run.dense:
+        found = result(dense, "perplexity")
+        if found is None:
+            continue
+        yield f"The unpruned model has perplexity {number(found.value, found.stderr)} on {dense.dataset}."
+        pruned = [r for r in run.rows if r.dataset == dense.dataset and r.metric is not None]
+        for sparsity in sorted({r.sparsity_asked for r in pruned}):
+            yield from _best_at(sparsity, [r for r in pruned if r.sparsity_asked == sparsity], found.value)
+
+
+def _best_at(sparsity: float, rows: Sequence[EvalRow], dense: float) -> Iterator[str]:
+    values = {r.metric: one.value for r in rows if (one := result(r, "perplexity"))}
+    ranked = {name: value for name, value in values.items() if name != FLOOR}
+    if not ranked:
+        return
+    best = min(ranked, key=ranked.__getitem__)
+    among = f", the lowest of {len(ranked)} metrics" if len(ranked) > 1 else ""
+    floor = f"; channels removed at random give {number(values[FLOOR])}" if FLOOR in values else ""
+    yield (
+        f"With {percent(sparsity)} of the channels removed by {best} it is {number(ranked[best])}{among} "
+        f"({ranked[best] / dense:.2f} times the unpruned one){floor}."
+    )
+
+
+def _concentration(run: RunFolder) -> Iterator[str]:
+    rows = [r for r in run.tables.get("concentration", ()) if r["site"] != "all" and r["top1"] is not None]
+    for metric in dict.fromkeys(r["metric"] for r in rows):
+        if metric != LOSS_PROXY:
+            continue
+        shares = sorted(r["top1"] for r in rows if r["metric"] == metric)
+        yield (
+            f"In the median FFN the top 1 % of the channels hold {percent(statistics.median(shares))} of the loss "
+            f"proxy ({percent(shares[0])} to {percent(shares[-1])} over {len(shares)} FFNs); the published median is "
+            f"{PUBLISHED}."
+        )
+
+
+def _core(run: RunFolder) -> Iterator[str]:
+    rows = [r for r in run.tables.get("core_overlap", ()) if r["other"] == "activation_outliers"]
+    if not rows:
+        return
+    shared = statistics.median(r["shared"] / r["n_core"] for r in rows)
+    chance = statistics.median(r["expected"] / r["n_core"] for r in rows)
+    more = sum(_is_significant(r) for r in rows)
+    yield (
+        f"{percent(shared)} of the core are activation outliers too (median over FFNs; {percent(chance)} would be by "
+        f"chance); in {more} of {len(rows)} FFNs that is more than chance (p < {SIGNIFICANT:g}, corrected)."
+    )
+
+
+def _halo(run: RunFolder) -> Iterator[str]:
+    rows = [r for r in run.tables.get("halo", ()) if r["site"] != "all"]
+    for halo in dict.fromkeys(r["halo"] for r in rows):
+        counts: list[str] = []
+        for null in dict.fromkeys(r["null"] for r in rows if r["halo"] == halo):
+            of_null = [r for r in rows if r["halo"] == halo and r["null"] == null and r["p"] is not None]
+            if of_null:
+                counts.append(f"{sum(map(_is_significant, of_null))} of {len(of_null)} ({null.replace('_', ' ')})")
+        if counts:
+            yield (
+                f"The {halo} halo is more redundant with the core than matched channels in {', '.join(counts)} FFNs, "
+                f"at {SIGNIFICANT:g} corrected for their number."
+            )
+
+
+def _is_significant(row: Mapping[str, Any]) -> bool:
+    return row["p_adjusted"] is not None and row["p_adjusted"] < SIGNIFICANT
+
+
+def _dose(run: RunFolder) -> Iterator[str]:
+    rows = run.tables.get("dose", ())
+    by_share = {s: [r["loss_change"] for r in rows if r["core_share"] == s] for s in {r["core_share"] for r in rows}}
+    if len(by_share) > 1:
+        least, most = (statistics.mean(by_share[f(by_share)]) for f in (min, max))
+        yield (
+            f"Random masks that hold {percent(min(by_share))} of the core cost {number(least)} nats/token more than "
+            f"the unpruned model, those with {percent(max(by_share))} of it {number(most)}."
+        )
+
+
+def _ranking(run: RunFolder) -> Iterator[str]:
+    rows = [r for r in run.tables.get("ranking_quality", ()) if r.get("spearman_token") is not None]
+    if rows:
+        best = max(rows, key=lambda r: r["spearman_token"])
+        yield (
+            f"Of {len(rows)} metrics, {best['metric']} ranks the sampled channels most like the measured change of the "
+            f"tokens' losses (Spearman {best['spearman_token']:.2f})."
+        )
+
+
+def _tasks(run: RunFolder) -> Iterator[str]:
+    tasks = dict.fromkeys(row["task"] for row in run.tasks)
+    if tasks:
+        names = ", ".join(tasks)
+        yield f"{len(tasks)} downstream task{'s' * (len(tasks) > 1)} ran on every model ({names}); see their table."
+
+
+def _calibration(run: RunFolder) -> Iterator[str]:
+    text = run.summary["texts"]["calibration"]
+    yield (
+        f"Scores come from {text['tokens']:,} tokens of {text['text']}; another text, or more of it, may rank channels "
+        "otherwise (ffnscope score --repeats measures by how much)."
+    )
+    widest = max((site["d_ff"] for site in run.summary["model"]["sites"]), default=0)
+    if text["tokens"] < FEW_TOKENS * widest:
+        yield (
+            f"{text['tokens']:,} tokens are fewer than {FEW_TOKENS} per channel of the widest FFN ({widest:,}): what "
+            "needs second moments between channels is under-determined."
+        )
+
+
+def _evaluation(run: RunFolder) -> Iterator[str]:
+    if not run.rows:
+        yield "Nothing was evaluated on held-out text."
+        return
+    tokens = {row.dataset: one.n for row in run.rows if (one := result(row, "perplexity"))}
+    yield "Perplexities are of " + " and ".join(f"{n:,} tokens of {name}" for name, n in tokens.items()) + "."
+
+
+def _intervals(run: RunFolder) -> Iterator[str]:
+    if run.rows:
+        yield "± is one standard error over windows of the text: two rows of one text differ by less noise than that."
