@@ -102,7 +102,7 @@ def draw_halo(rows: Rows, halo: str, title: str = "") -> Figure:
     nulls = list(dict.fromkeys(r["null"] for r in chosen))
     names = list(dict.fromkeys(r["site"] for r in chosen))
     sites = [next(r for r in chosen if r["site"] == name) for name in names]
-    figure = new_figure(_wide(len(sites), 7.0), 4.0, f"{halo} halo: redundancy with the core", title)
+    figure = new_figure(_wide(len(sites), 7.0, 0.2), 4.0, f"{halo} halo: redundancy with the core", title)
     axes = figure.add_subplot()
     shown: dict[str, Any] = {}
     for index, null in enumerate(nulls):
@@ -241,8 +241,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _wide(n_sites: int, least: float = 6.0) -> float:
-    return min(max(4.5 + 0.09 * n_sites, least), 11.0)
+def _wide(n_sites: int, least: float = 6.0, each: float = 0.09) -> float:
+    return min(max(4.5 + each * n_sites, least), 11.0)
 
 
 def _site_ticks(axes: Axes, rows: Rows) -> None:
