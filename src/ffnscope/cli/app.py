@@ -25,7 +25,7 @@ from ffnscope.cli.score import score_command
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.io import read_plan
 from ffnscope.plan.build import diff_plans
-from ffnscope.registry import METRICS, cost_of
+from ffnscope.registry import METRICS, cost_of, import_own
 from ffnscope.types import PruningPlan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -104,8 +104,13 @@ def run_command(
 
 
 @app.command("metrics")
-def metrics_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def metrics_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    module: Annotated[list[str] | None, typer.Option(help="Import this module, which registers metrics.")] = None,
+) -> None:
     """List the metrics: what they need and cost, their natural sign, parameters and source."""
+    for name in module or ():
+        import_own(name)
     rows = [_metric_row(name) for name in METRICS.names()]
     if as_json:
         _print_json(rows)
