@@ -143,6 +143,8 @@ class Metrics(Block):
     """Further metrics to score and report."""
     scar: Scar = Field(default_factory=Scar)
     """The SCAR metrics."""
+    background: Text | None = None
+    """Statistics of another text that `ffnscope score` wrote (statistics.safetensors), for teleport: contrast."""
 
     @property
     def params(self) -> dict[str, dict[str, Any]]:
