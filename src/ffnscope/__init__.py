@@ -40,6 +40,7 @@ from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites, select_sites
 from ffnscope.ffn.survey import survey
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_scores, write_stats
+from ffnscope.metrics.own_scorers import scorer
 from ffnscope.metrics.scorers import (
     ActivationScorer,
     BaseScorer,
@@ -146,6 +147,7 @@ __all__ = [
     "save_gguf",
     "save_model",
     "score",
+    "scorer",
     "select_sites",
     "slice_",
     "stability",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from ffnscope.errors import UsageError, unknown_name
@@ -116,7 +118,8 @@ class Metric:
 
     ``inputs`` names what it gets beyond statistics and weights, as keyword arguments: ``core`` (indices of the site's
     supernode core) or ``reference`` (FFNWeights of a reference checkpoint) for scope "site"; ``background`` (statistics
-    of all sites on another text, or None) for scope "model". ``needs`` may be a function of the parameters.
+    of all sites on another text, or None) for scope "model". ``needs`` may be a function of the parameters. ``check``
+    is called with the given parameters before anything is computed; it raises UsageError for values that cannot be.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Metric:
     summary: str
     inputs: tuple[str, ...] = ()
     scope: Scope = "site"
+    check: Callable[..., object] | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
@@ -149,7 +153,9 @@ class Metric:
         return {k: p for k, p in found if p.kind is inspect.Parameter.KEYWORD_ONLY and k not in self.inputs}
 
     def needed(self, params: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the statistics that the metric needs with these parameters."""
+        """Names of the statistics that the metric needs with these parameters; raises UsageError for wrong values."""
+        if self.check is not None:
+            self.check(**params)
         return self.needs(params) if callable(self.needs) else self.needs
 
 
@@ -238,6 +244,34 @@ METRICS: Registry[Metric] = Registry(
 ALLOCATORS: Registry[Allocator] = Registry("allocator", ("ffnscope.plan.allocate",), "ffnscope.allocators")
 
 
+def import_own(module: str) -> None:
+    """Import a module of the user's, whose decorators register metrics, statistics or allocators.
+
+    It is looked for as Python does, and in the working folder last.
+
+    Raises:
+        UsageError: it cannot be imported, or takes a name that is registered already.
+    """
+    for registry in (STATISTICS, METRICS, ALLOCATORS):
+        registry.names()
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        importlib.import_module(module)
+    except (ImportError, SyntaxError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"module {module!r} cannot be imported: {error}. Give the name, without .py, of a file in the working "
+            "folder or of an installed module."
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
 def statistic(
     name: str,
     *,
@@ -277,12 +311,13 @@ def metric(
     natural_sign: Literal[1, -1] = 1,
     inputs: tuple[str, ...] = (),
     scope: Scope = "site",
+    check: Callable[..., object] | None = None,
 ) -> Callable[[F], F]:
     """Register a metric (see `Metric`). Keyword-only arguments of the function but ``inputs`` are its parameters."""
 
     def add(fn: F) -> F:
         family = fn.__module__.rsplit(".", 1)[-1]
-        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, family, _first_line(fn), inputs, scope))
+        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, family, _first_line(fn), inputs, scope, check))
         return fn
 
     return add

@@ -62,14 +62,15 @@ def score(
         raise UsageError("there is no FFN site to score.")
     unreached = _unreached(rule, parts, params)
     graph = None
-    if rule.scope == "model":
-        graph = decoder_graph(model, list(parts))
-        _warn_of_missing(rule, graph)
-        extra = {"background": background} if "background" in rule.inputs else {}
-        found = _model_values(rule, graph, every, {**params, **extra})
-    else:
-        reached = [site for site in parts if site.name not in unreached]
-        found = {site: _site_values(rule, model, parts[site], core, reference, params) for site in reached}
+    with naming_weights(model):
+        if rule.scope == "model":
+            graph = decoder_graph(model, list(parts))
+            _warn_of_missing(rule, graph)
+            extra = {"background": background} if "background" in rule.inputs else {}
+            found = _model_values(rule, graph, every, {**params, **extra})
+        else:
+            reached = [site for site in parts if site.name not in unreached]
+            found = {site: _site_values(rule, model, parts[site], core, reference, params) for site in reached}
     none = {site: torch.zeros(site.d_ff, dtype=torch.float64) for site in parts if site.name in unreached}
     values = {site: none[site] if site in none else found[site] for site in parts}
     defaults = {k: p.default for k, p in rule.params.items() if p.default is not p.empty}

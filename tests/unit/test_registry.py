@@ -189,3 +189,29 @@ def test_built_in_modules_are_imported_at_the_first_look_up(tmp_path: Path, monk
     assert "lazy_module_of_a_test" not in sys.modules
     assert lazy.get("one") == 1
     assert "lazy_module_of_a_test" in sys.modules
+
+
+def test_a_module_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_of_mine.py").write_text(PLUGIN)
+    (tmp_path / "own_broken.py").write_text("def (")
+    (tmp_path / "own_taken.py").write_text(PLUGIN.replace('"from_plugin"', '"wanda"'))
+    monkeypatch.chdir(tmp_path)
+    importlib.invalidate_caches()
+    before = list(sys.path)
+    registry.import_own("own_of_mine")
+    assert METRICS.get("from_plugin").summary == "What a plug-in scores."
+    registry.import_own("own_of_mine")  # once is enough
+    for name, text in (
+        (
+            "own_nowhere",
+            "module 'own_nowhere' cannot be imported: No module named 'own_nowhere'. Give the name, without",
+        ),
+        ("own_broken", "module 'own_broken' cannot be imported: invalid syntax"),
+        ("", "module '' cannot be imported: Empty module name"),
+        ("own_taken", "metric 'wanda' is already registered"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            registry.import_own(name)
+    assert sys.path == before
+    for name in ("own_of_mine", "own_taken"):
+        sys.modules.pop(name, None)

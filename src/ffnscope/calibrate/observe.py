@@ -60,7 +60,7 @@ def not_finite(model: nn.Module, sites: Sequence[FFNSite], batch: Windows, gradi
 
     A NaN spreads: from an activation to every later site, and through the loss to the gradient of every site. So the
     batch is run once more, and the first site whose activation is not finite is named; when all activations are
-    finite, it is the gradient of ``gradient``.
+    finite, it is what the FFN ``gradient`` put out, or a gradient there.
     """
     bad: list[FFNSite] = []
     rows = TokenRows(batch.valid)
@@ -70,8 +70,8 @@ def not_finite(model: nn.Module, sites: Sequence[FFNSite], batch: Windows, gradi
             bad.append(site)
 
     observe_batch(model, sites, batch, look, on_routing=rows.route)
-    what, site = ("activation", bad[0]) if bad else ("gradient", gradient)
+    what, site = ("a channel activation", bad[0]) if bad else ("an output or a gradient", gradient)
     return NonFiniteError(
-        f"a channel {what} of {site.name} is NaN or infinite. In float16 this is usually an overflow: load the model "
+        f"{what} of {site.name} is NaN or infinite. In float16 this is usually an overflow: load the model "
         "in bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."
     )

@@ -27,7 +27,7 @@ from ffnscope.cli.score import score_command
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.io import read_plan
 from ffnscope.plan.build import diff_plans
-from ffnscope.registry import METRICS, cost_of
+from ffnscope.registry import METRICS, cost_of, import_own
 from ffnscope.types import PruningPlan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -67,7 +67,7 @@ def _call() -> int | str | None:
         return 2 if isinstance(error, UsageError) else 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _say("interrupted. Called again, `run` and `score` go on where they stopped.")
+            _say("interrupted. Called again, `run`, `score` and `rank --validate` go on where they stopped.")
         return end.code
     return 0
 
@@ -110,8 +110,13 @@ def run_command(
 
 
 @app.command("metrics")
-def metrics_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def metrics_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    module: Annotated[list[str] | None, typer.Option(help="Import this module, which registers metrics.")] = None,
+) -> None:
     """List the metrics: what they need and cost, their natural sign, parameters and source."""
+    for name in module or ():
+        import_own(name)
     rows = [_metric_row(name) for name in METRICS.names()]
     if as_json:
         _print_json(rows)

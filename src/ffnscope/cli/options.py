@@ -18,7 +18,7 @@ from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, read_token
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_stats
-from ffnscope.registry import METRICS
+from ffnscope.registry import METRICS, import_own
 from ffnscope.run.document import DocumentError, parse_value
 from ffnscope.run.explain import explain
 from ffnscope.run.metric_arguments import parse_arguments
@@ -132,7 +132,11 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class MetricOptions:
-    """Parameters of the metrics, and what some of them need beyond text and weights."""
+    """Parameters of the metrics, what some of them need beyond text and weights, and modules with metrics of one's own.
+
+    Raises:
+        UsageError: a module cannot be imported.
+    """
 
     param: Annotated[
         list[str] | None, typer.Option("--param", help="Metric parameter, METRIC.NAME=VALUE; repeatable.")
@@ -144,6 +148,14 @@ class MetricOptions:
     background: Annotated[
         Path | None, typer.Option(help="Statistics that score wrote for another text, for teleport=contrast.")
     ] = None
+
+    module: Annotated[
+        list[str] | None, typer.Option("--module", help="Import this module, which registers metrics; repeatable.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name in self.module or ():
+            import_own(name)
 
     def inputs(self, context: typer.Context, metrics: list[str], seed: int) -> Inputs:
         """Check all of it for these metrics; raises UsageError, also for an option that no metric reads."""
@@ -273,4 +285,4 @@ def _arguments(metric: str, values: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join((metric, *map(str, first["loc"])))
-        raise UsageError(f"--param {name}: {explain(first)}.") from error
+        raise UsageError(f"--param {name}: {explain(first).rstrip('.')}.".replace("?.", "?")) from error

@@ -29,8 +29,8 @@ from ffnscope.run.texts import held_out_split
 from ffnscope.types import Budget, PruningPlan, Scores
 
 _TEXT = option_names(opt.TextChoice)
-_OF_SCORES = (*option_names(opt.MetricOptions), "split")
-_OF_PLAN = ("metric", "scores", "allocator", "multiple_of", "protect_fraction", *_OF_SCORES)
+_OF_SCORES = (*(name for name in option_names(opt.MetricOptions) if name != "module"), "split")
+_OF_PLAN = ("metric", "module", "scores", "allocator", "multiple_of", "protect_fraction", *_OF_SCORES)
 
 
 @dataclass(frozen=True, slots=True)

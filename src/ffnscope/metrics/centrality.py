@@ -39,6 +39,21 @@ def walk_statistics(params: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*edge_statistics(params), *teleport_statistics(params))))
 
 
+def _check_katz(*, attenuation: float = 0.9, **others: Any) -> None:
+    if not 0 < attenuation <= 1:
+        raise UsageError(f"attenuation must be in (0, 1], the share that a path keeps per edge; got {attenuation:g}.")
+
+
+def _check_hits(*, iterations: int = 20, **others: Any) -> None:
+    if iterations < 1:
+        raise UsageError(f"iterations must be at least 1; got {iterations}.")
+
+
+def _check_walk(*, damping: float = 0.85, **others: Any) -> None:
+    if not 0 <= damping < 1:
+        raise UsageError(f"damping must be in [0, 1), the chance that a walk goes on; got {damping:g}.")
+
+
 @metric("graph_backward", needs=edge_statistics, scope="model", source=f"{SOURCE}, as in attribution graphs")
 def graph_backward(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energy") -> Found:
     """Share of the logits that goes through each channel, from the unembedding backwards; [d_ff] per site.
@@ -98,7 +113,7 @@ def graph_flow(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energ
     return _ffns(graph, found)
 
 
-@metric("graph_katz", needs=edge_statistics, scope="model", source="Katz 1953")
+@metric("graph_katz", needs=edge_statistics, scope="model", source="Katz 1953", check=_check_katz)
 def graph_katz(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energy", attenuation: float = 0.9) -> Found:
     """Katz centrality: strengths summed over all paths that leave each channel, [d_ff] per site.
 
@@ -107,8 +122,7 @@ def graph_katz(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energ
     (unless ``strength`` is weight).
     Invariant under up * c, down / c, unless ``strength`` is weight.
     """
-    if not 0 < attenuation <= 1:
-        raise UsageError(f"attenuation must be in (0, 1], the share that a path keeps per edge; got {attenuation:g}.")
+    _check_katz(attenuation=attenuation)
     largest = max(largest_incoming(step) for step in _from_the_start(graph, stats, strength))
     walk = Walk(attenuation / largest if largest else 0.0, 1.0, nodes=None)
     found: Found = {}
@@ -119,7 +133,7 @@ def graph_katz(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energ
     return _ffns(graph, found)
 
 
-@metric("graph_hub", needs=edge_statistics, scope="model", source="HITS, Kleinberg 1999")
+@metric("graph_hub", needs=edge_statistics, scope="model", source="HITS, Kleinberg 1999", check=_check_hits)
 def graph_hub(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energy", iterations: int = 20) -> Found:
     """Hub value of HITS: how much a channel writes to what is written by many, [d_ff] per site.
 
@@ -131,7 +145,7 @@ def graph_hub(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energy
     return _ffns(graph, _hits(graph, stats, strength, iterations)[0])
 
 
-@metric("graph_authority", needs=edge_statistics, scope="model", source="HITS, Kleinberg 1999")
+@metric("graph_authority", needs=edge_statistics, scope="model", source="HITS, Kleinberg 1999", check=_check_hits)
 def graph_authority(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energy", iterations: int = 20) -> Found:
     """Authority value of HITS: how much a channel reads of what many read, [d_ff] per site.
 
@@ -147,6 +161,7 @@ def graph_authority(graph: DecoderGraph, stats: Stats, *, strength: Strength = "
     scope="model",
     inputs=("background",),
     source="Brin and Page 1998; personalised",
+    check=_check_walk,
 )
 def graph_pagerank(
     graph: DecoderGraph,
@@ -182,6 +197,7 @@ def graph_pagerank(
     scope="model",
     inputs=("background",),
     source="PageRank of the reversed graph",
+    check=_check_walk,
 )
 def graph_cheirank(
     graph: DecoderGraph,
@@ -224,14 +240,12 @@ def _ffns(graph: DecoderGraph, found: Found) -> Found:
 
 
 def _walk(graph: DecoderGraph, stats: Stats, damping: float, teleport: Teleport, background: Stats | None) -> Walk:
-    if not 0 <= damping < 1:
-        raise UsageError(f"damping must be in [0, 1), the chance that a walk goes on; got {damping:g}.")
+    _check_walk(damping=damping)
     return teleport_of(graph, stats, damping, teleport, background)
 
 
 def _hits(graph: DecoderGraph, stats: Stats, strength: Strength, iterations: int) -> tuple[Found, Found]:
-    if iterations < 1:
-        raise UsageError(f"iterations must be at least 1; got {iterations}.")
+    _check_hits(iterations=iterations)
     hubs, authorities = Found(), Found()
     for raw in _from_the_start(graph, stats, strength):
         step = resolved(raw)

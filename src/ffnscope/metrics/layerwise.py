@@ -40,7 +40,7 @@ from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 LLM_RANK = "arXiv:2410.13299, public code, rows of up"
 
 
-@metric("layerwise_norm", source=LLM_RANK)
+@metric("layerwise_norm", source=LLM_RANK, check=NormScorer)
 def layerwise_norm(stats: ChannelStats, weights: FFNWeights, *, p: float = 1.0) -> Tensor:
     """LLM-Rank parity, blind to gate and down: p-norm of the up row, over the sum of the FFN.
 
@@ -70,7 +70,9 @@ def layerwise_wanda(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     return shares_of(WandaScorer().apply(size, Layer(weights.up, size, size.new_zeros(stats.site.d_ff))))
 
 
-@metric("layerwise_weighted_pagerank", needs=ROW_NEEDS, source=f"{LLM_RANK}; arXiv:2104.02764")
+@metric(
+    "layerwise_weighted_pagerank", needs=ROW_NEEDS, source=f"{LLM_RANK}; arXiv:2104.02764", check=WeightedPageRankScorer
+)
 def layerwise_weighted_pagerank(
     stats: ChannelStats, weights: FFNWeights, *, gamma: float = 0.9, theta: float = 0.5
 ) -> Tensor:
@@ -82,7 +84,7 @@ def layerwise_weighted_pagerank(
     return _alone(WeightedPageRankScorer(gamma, theta), stats, weights)
 
 
-@metric("layerwise_modified_pagerank", needs=ROW_NEEDS, source=LLM_RANK)
+@metric("layerwise_modified_pagerank", needs=ROW_NEEDS, source=LLM_RANK, check=ModifiedPageRankScorer)
 def layerwise_modified_pagerank(
     stats: ChannelStats, weights: FFNWeights, *, z_importance: bool = False, sparsity: float = 0.3
 ) -> Tensor:
@@ -99,6 +101,7 @@ def layerwise_modified_pagerank(
     needs=ROW_CHAIN_NEEDS,
     source=f"{LLM_RANK}; arXiv:2104.02764",
     scope="model",
+    check=WeightedPageRankScorer,
 )
 def layerwise_weighted_pagerank_chained(
     graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, gamma: float = 0.9, theta: float = 0.5
@@ -112,7 +115,13 @@ def layerwise_weighted_pagerank_chained(
     return chained_scores(WeightedPageRankScorer(gamma, theta), graph, stats, ProjectionView)
 
 
-@metric("layerwise_modified_pagerank_chained", needs=ROW_CHAIN_NEEDS, source=LLM_RANK, scope="model")
+@metric(
+    "layerwise_modified_pagerank_chained",
+    needs=ROW_CHAIN_NEEDS,
+    source=LLM_RANK,
+    scope="model",
+    check=ModifiedPageRankScorer,
+)
 def layerwise_modified_pagerank_chained(
     graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, z_importance: bool = False, sparsity: float = 0.3
 ) -> dict[FFNSite, Tensor]:

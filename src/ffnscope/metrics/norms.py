@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ffnscope.errors import UsageError
 from ffnscope.types import FFNWeights
+
+
+def check_order(p: float = 2.0) -> None:
+    """Raise UsageError unless ``p`` is the order of a norm."""
+    if not p >= 1:
+        raise UsageError(f"the order p of a norm must be at least 1; got {p:g}.")
 
 
 def row_norms(weight: Tensor, order: float = 2) -> Tensor:

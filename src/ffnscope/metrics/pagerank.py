@@ -29,7 +29,7 @@ def write_norm(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     return _alone(ActivationScorer(), stats, weights)
 
 
-@metric("weighted_pagerank", needs=CHANNEL_NEEDS, source=f"{LLM_RANK}; arXiv:2104.02764")
+@metric("weighted_pagerank", needs=CHANNEL_NEEDS, source=f"{LLM_RANK}; arXiv:2104.02764", check=WeightedPageRankScorer)
 def weighted_pagerank(stats: ChannelStats, weights: FFNWeights, *, gamma: float = 0.9, theta: float = 0.5) -> Tensor:
     """One step of weighted PageRank from the FFN's input to its channels, times what all of them write.
 
@@ -41,7 +41,9 @@ def weighted_pagerank(stats: ChannelStats, weights: FFNWeights, *, gamma: float 
     return _alone(WeightedPageRankScorer(gamma, theta), stats, weights)
 
 
-@metric("modified_pagerank", needs=CHANNEL_NEEDS, source=f"{LLM_RANK} (modified PageRank)")
+@metric(
+    "modified_pagerank", needs=CHANNEL_NEEDS, source=f"{LLM_RANK} (modified PageRank)", check=ModifiedPageRankScorer
+)
 def modified_pagerank(
     stats: ChannelStats, weights: FFNWeights, *, z_importance: bool = False, sparsity: float = 0.3
 ) -> Tensor:
@@ -54,7 +56,13 @@ def modified_pagerank(
     return _alone(ModifiedPageRankScorer(z_importance, sparsity), stats, weights)
 
 
-@metric("weighted_pagerank_chained", needs=CHANNEL_CHAIN_NEEDS, source=f"{LLM_RANK}; arXiv:2104.02764", scope="model")
+@metric(
+    "weighted_pagerank_chained",
+    needs=CHANNEL_CHAIN_NEEDS,
+    source=f"{LLM_RANK}; arXiv:2104.02764",
+    scope="model",
+    check=WeightedPageRankScorer,
+)
 def weighted_pagerank_chained(
     graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, gamma: float = 0.9, theta: float = 0.5
 ) -> dict[FFNSite, Tensor]:
@@ -67,7 +75,13 @@ def weighted_pagerank_chained(
     return chained_scores(WeightedPageRankScorer(gamma, theta), graph, stats, ChannelView)
 
 
-@metric("modified_pagerank_chained", needs=CHANNEL_CHAIN_NEEDS, source=f"{LLM_RANK} (modified PageRank)", scope="model")
+@metric(
+    "modified_pagerank_chained",
+    needs=CHANNEL_CHAIN_NEEDS,
+    source=f"{LLM_RANK} (modified PageRank)",
+    scope="model",
+    check=ModifiedPageRankScorer,
+)
 def modified_pagerank_chained(
     graph: DecoderGraph, stats: Mapping[FFNSite, ChannelStats], *, z_importance: bool = False, sparsity: float = 0.3
 ) -> dict[FFNSite, Tensor]:

@@ -9,13 +9,14 @@ happens to an output after this matrix does not change its score.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ffnscope.errors import UsageError
-from ffnscope.metrics.norms import channel_norms, row_norms
+from ffnscope.errors import NonFiniteError, UsageError
+from ffnscope.metrics.norms import channel_norms, check_order, row_norms
 from ffnscope.types import FFNWeights
 
 ARGUMENTS = ("prev_importance", "in_activations", "out_activations", "weight")
@@ -110,6 +111,7 @@ class BaseScorer:
 
         Raises:
             UsageError: ``score`` returned another shape, or a value that is negative, NaN or infinite.
+            NonFiniteError: so it did because the weight or an activation is NaN or infinite.
         """
         device = torch.device(self.device) if self.device else layer.weight.device
         weight = layer.weight.detach().abs().to(device, torch.promote_types(layer.weight.dtype, torch.float32))
@@ -117,13 +119,17 @@ class BaseScorer:
         given = {k: v.to(weight) for k, v in zip(ARGUMENTS[:3], vectors, strict=True)} | {"weight": weight}
         with torch.no_grad():
             found = _call(self, {k: v.clone() if k != "weight" else v for k, v in given.items()})
-        self._check(found, weight.shape[0])
+        self._check(found, given)
         return found.detach().cpu().double()
 
-    def _check(self, found: Tensor, n_out: int) -> None:
-        name = type(self).__name__
+    def _check(self, found: Tensor, given: Mapping[str, Tensor]) -> None:
+        name, n_out = type(self).__name__, given["weight"].shape[0]
         if found.shape != (n_out,):
             raise UsageError(f"{name}.score returned shape {tuple(found.shape)}; expected ({n_out},), one per output.")
+        if not bool(torch.isfinite(found).all()):
+            for argument, value in given.items():
+                if not bool(torch.isfinite(value).all()):
+                    raise NonFiniteError(f"{name}.score was given {argument} that is NaN or infinite.")
         if not bool(torch.isfinite(found).all()) or float(found.min()) < 0:
             raise UsageError(f"{name}.score returned a value that is negative, NaN or infinite; expected sizes >= 0.")
 
@@ -137,8 +143,7 @@ class NormScorer(BaseScorer):
     """
 
     def __init__(self, p: float = 1.0, *, device: str | None = None) -> None:
-        if not p >= 1:
-            raise UsageError(f"the order p of a norm must be at least 1; got {p:g}.")
+        check_order(p)
         super().__init__(device)
         self.p = float(p)
 

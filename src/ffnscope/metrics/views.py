@@ -145,8 +145,13 @@ def chained_scores(
     graph: DecoderGraph,
     stats: Mapping[FFNSite, ChannelStats],
     view: type[ChannelView] | type[ProjectionView],
+    *,
+    isolated: bool = False,
 ) -> dict[FFNSite, Tensor]:
-    """Scores of all FFNs of a graph as one chain: site -> [d_ff]; zeros for an expert that no token reached."""
+    """Scores of all FFNs of a graph, as one chain or each for itself: site -> [d_ff].
+
+    An expert that no token reached has zeros.
+    """
     branches = {branch.site: branch for branch in graph.branches if branch.site in graph.sites}
 
     @contextmanager
@@ -154,7 +159,11 @@ def chained_scores(
         with _weights(branches[site]) as weights:
             yield view(stats[site], weights)
 
-    found = rank_chain(scorer, ffn_steps(graph), opened, {site: stats[site].n_tokens for site in branches})
+    steps = ffn_steps(graph)
+    n_tokens = {site: stats[site].n_tokens for site in branches}
+    found: dict[FFNSite, Ranked] = {}
+    for chain in [[[site]] for step in steps for site in step] if isolated else [steps]:
+        found |= rank_chain(scorer, chain, opened, n_tokens)
     unreached = {site: torch.zeros(site.d_ff, dtype=torch.float64) for site in branches if site not in found}
     return {site: unreached[site] if site in unreached else found[site].channels for site in branches}
 

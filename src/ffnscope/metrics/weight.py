@@ -7,8 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ffnscope.errors import UsageError
-from ffnscope.metrics.norms import channel_norms
+from ffnscope.metrics.norms import channel_norms, check_order
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -22,14 +21,17 @@ def weight_magnitude(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     return channel_norms(weights).sum(0)
 
 
-@metric("magnitude", source="norm product, as in structured magnitude pruning (arXiv:2312.11983, baseline)")
+@metric(
+    "magnitude",
+    source="norm product, as in structured magnitude pruning (arXiv:2312.11983, baseline)",
+    check=check_order,
+)
 def magnitude(stats: ChannelStats, weights: FFNWeights, *, p: float = 2.0) -> Tensor:
     """Product of the p-norms of the channel's gate row, up row and down column; [d_ff].
 
     ``p`` is at least 1. Invariant under up * c, down / c, which leaves the function as it is; the sum is not.
     """
-    if not p >= 1:
-        raise UsageError(f"magnitude: the order p of a norm must be at least 1; got {p:g}.")
+    check_order(p)
     return channel_norms(weights, p).prod(0)
 
 

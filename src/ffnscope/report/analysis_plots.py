@@ -41,7 +41,7 @@ def draw_lorenz(lorenz: Mapping[str, Any], metric: str, layers: Mapping[str, int
     deepest = max([layers.get(name, 0) for name in curves], default=0) or 1
     inner = {name: curve for name, curve in curves.items() if name != POOLED}
     for name, curve in inner.items():
-        colour = colormaps["viridis"](0.9 * layers.get(name, 0) / deepest)
+        colour = colormaps["viridis"](0.2 + 0.7 * layers.get(name, 0) / deepest)
         axes.plot(shares, [100 * c for c in curve], color=colour, linewidth=0.8, alpha=0.8)
     if POOLED in curves:
         axes.plot(shares, [100 * c for c in curves[POOLED]], color=INK, linewidth=2)
@@ -56,7 +56,7 @@ def draw_lorenz(lorenz: Mapping[str, Any], metric: str, layers: Mapping[str, int
     axes.set_xlabel("top channels (linear up to 1 %)", color=INK, size=9)
     axes.set_ylabel("share of the mass", color=INK, size=9)
     tidy(axes)
-    first, last = (colormaps["viridis"](x) for x in (0.0, 0.9))
+    first, last = (colormaps["viridis"](x) for x in (0.2, 0.9))
     shown = {
         "all FFNs pooled": axes.plot([], [], color=INK, linewidth=2)[0],
         "first layer": axes.plot([], [], color=first)[0],

@@ -12,7 +12,7 @@ from ffnscope.analyze.validate import FLOOR, Validation
 from ffnscope.errors import UsageError
 from ffnscope.report.drawing import COLOURS, GREY, INK, PALE, STYLES, legend, need, new_figure, save, tidy
 from ffnscope.report.summary import as_array, natural_sign
-from ffnscope.report.tables import percent, result
+from ffnscope.report.tables import result
 from ffnscope.types import Scores
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def draw_score_scatter(first: Scores, second: Scores, title: str = "") -> Figure
     Raises:
         UsageError: the scores are of different FFNs.
     """
+    import numpy as np
+
     if first.values.keys() != second.values.keys():
         raise UsageError(
             f"{first.metric!r} and {second.metric!r} scored different FFNs; score the same layers by both."
@@ -117,11 +119,14 @@ def draw_score_scatter(first: Scores, second: Scores, title: str = "") -> Figure
     x, y = (_joined(one.values) * natural_sign(one.metric) for one in (first, second))
     r = spearman(*(_tensor(v * natural_sign(o.metric)) for v, o in ((x, first), (y, second))))
     step = math.ceil(len(x) / MANY)
-    layers = [site.layer for site in first.values for _ in range(site.d_ff)][::step]
+    layers = np.array([site.layer for site in first.values for _ in range(site.d_ff)])
+    shown = np.random.default_rng(0).permutation(np.arange(0, len(x), step))  # else the last layer hides the others
     told = "" if r is None else f", Spearman {r:.2f}"
-    figure = new_figure(6.2, 5.0, f"{first.metric} and {second.metric}{told}", title)
+    figure = new_figure(7.4, 5.0, f"{first.metric} and {second.metric}{told}", title)
     axes = figure.add_subplot()
-    image = axes.scatter(x[::step], y[::step], c=layers, cmap="viridis", s=3, linewidth=0, alpha=0.5, rasterized=True)
+    image = axes.scatter(
+        x[shown], y[shown], c=layers[shown], cmap="viridis", s=3, linewidth=0, alpha=0.5, rasterized=True
+    )
     for values, one, axis in ((x, first, "x"), (y, second, "y")):
         _spread_axis(axes, values, axis)
         label = axes.set_xlabel if axis == "x" else axes.set_ylabel
@@ -184,10 +189,10 @@ def _rise_axes(axes: Axes, at: Sequence[float]) -> None:
     if rises.min() > 0:
         axes.set_yscale("log")
     elif rises.max() > 0:
-        axes.set_yscale("symlog", linthresh=rises[rises > 0].min())
+        axes.set_yscale("symlog", linthresh=_near_zero(rises))
     if len(at) <= 10:
         axes.set_xticks(at)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value / 100)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g} %"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("channels removed, lowest score first", color=INK, size=9)
     axes.set_ylabel("rise of the loss, nats per token", color=INK, size=9)
@@ -206,7 +211,14 @@ def _spread_axis(axes: Axes, values: Any, axis: str) -> None:
     if values.min() >= 0:
         scale("log", nonpositive="mask")
     else:
-        scale("symlog", linthresh=10.0 ** math.floor(math.log10(float(np.median(size)))))
+        scale("symlog", linthresh=_near_zero(values))
+
+
+def _near_zero(values: Any) -> float:
+    """Power of ten below which an axis of both signs is linear: that of the median size."""
+    import numpy as np
+
+    return 10.0 ** math.floor(math.log10(float(np.median(np.abs(values[values != 0])))))
 
 
 def _layer_bar(figure: Figure, image: Any) -> None:

@@ -48,6 +48,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _chat,
         _core,
         _inputs,
+        _background,
         _model_kwargs,
         _device_map,
         _text_keys,
@@ -146,11 +147,6 @@ def _inputs(config: RunConfig) -> Iterator[Finding]:
     for path, rule in rules.items():
         if "reference" in rule.inputs and config.model.reference_id is None:
             yield _finding(path, f"{rule.name!r} needs model.reference_id, the model before fine-tuning")
-        if "background" in rule.inputs and config.metrics.params.get(rule.name, {}).get("teleport") == "contrast":
-            yield _finding(
-                ("metrics", "params", rule.name, "teleport"),
-                "'contrast' compares two texts, and a run has one; use `ffnscope score --background`",
-            )
         if path == ("supernode", "score_metric") and rule.inputs:
             yield _finding(path, f"{rule.name!r} itself needs the {rule.inputs[0]}; the core needs a metric without")
     reads = {key for rule in rules.values() for key in (*rule.inputs, *rule.params)}
@@ -158,6 +154,21 @@ def _inputs(config: RunConfig) -> Iterator[Finding]:
         yield _finding(("model", "reference_id"), "would do nothing: no metric that is scored reads a reference model")
     if config.supernode.halo_fraction is not None and "halo_fraction" not in reads:
         yield _finding(("supernode", "halo_fraction"), "would do nothing: no metric that is scored reads the halo")
+
+
+def _background(config: RunConfig) -> Iterator[Finding]:
+    """A text to compare with is given where a metric compares two, and only there."""
+    names = {name for _, name in _used_metrics(config)}
+    contrast = [name for name in names if config.metrics.params.get(name, {}).get("teleport") == "contrast"]
+    if contrast and config.metrics.background is None:
+        yield _finding(
+            ("metrics", min(contrast), "teleport"),
+            "'contrast' compares two texts. Give metrics.background: the statistics.safetensors that `ffnscope score "
+            "--out` wrote for the other one, with the same metric",
+            ("metrics", "background"),
+        )
+    if not contrast and config.metrics.background is not None:
+        yield _finding(("metrics", "background"), "would do nothing: no metric that is scored has teleport: contrast")
 
 
 def _model_kwargs(config: RunConfig) -> Iterator[Finding]:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ffnscope.analyze.levels import CoreRule
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.ffn.load import ModelSource, load_model, read_token
+from ffnscope.io import hash_file, read_stats
 from ffnscope.plan.build import top_core
 from ffnscope.registry import METRICS
 from ffnscope.run.schema import RunConfig
 from ffnscope.scoring import check_reference
-from ffnscope.types import FFNSite, Scores
+from ffnscope.types import ChannelStats, FFNSite, Scores
 
 
 def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptions:
@@ -99,6 +100,18 @@ def metric_params(config: RunConfig, name: str) -> dict[str, Any]:
     shared = {"seed": config.experiment.seed, "halo_fraction": config.supernode.halo_fraction}
     defaults = {k: v for k, v in shared.items() if k in known and v is not None}
     return {**defaults, **config.metric_arguments(name)}
+
+
+def load_background(config: RunConfig) -> dict[FFNSite, ChannelStats] | None:
+    """Read the statistics of the text that a metric compares with."""
+    path = config.metrics.background
+    return None if path is None else read_stats(Path(path).expanduser())[0]
+
+
+def background_hash(config: RunConfig) -> str | None:
+    """Hash of the file of `load_background`, which is read and let go before a pass starts."""
+    path = config.metrics.background
+    return None if load_background(config) is None else hash_file(Path(path or "").expanduser())
 
 
 def find_core(config: RunConfig, scores: Mapping[str, Scores]) -> dict[FFNSite, Tensor] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from ffnscope.run.choices import reference_bytes
+from ffnscope.run.choices import background_hash, reference_bytes
 from ffnscope.run.estimate import print_estimate
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
@@ -17,11 +17,13 @@ def dry_run(config: RunConfig, console: Console, *, overwrite: bool = False) -> 
     """Print what a run would do; compute and write nothing.
 
     Raises:
-        The errors of `ffnscope.run.run` that need no computing: the folder, a text, a model, the reference model.
+        The errors of `ffnscope.run.run` that need no computing: the folder, a text, the background, a model, the
+        reference model.
     """
     check_plots(config)
     check_folder(config, overwrite=overwrite)
     check_texts(config)
+    _ = background_hash(config)  # refuses a file that is missing or damaged
     reference = reference_bytes(config)
     print_estimate(config, console, overwrite=overwrite)
     if reference:

@@ -22,8 +22,9 @@ from pydantic import (
 from pydantic.types import Strict
 from pydantic_core import PydanticCustomError
 
+from ffnscope.errors import UsageError
 from ffnscope.ffn.load import MEMORY
-from ffnscope.registry import ALLOCATORS, METRICS
+from ffnscope.registry import ALLOCATORS, METRICS, import_own
 
 NAMES_OF = "x-names-of"
 
@@ -58,6 +59,14 @@ def _metric_name(name: str) -> str:
         return name
     hint = did_you_mean(name, known)
     raise refuse(f"unknown metric {name!r}.{hint} Known: {', '.join(sorted(known))}")
+
+
+def _own_module(name: str) -> str:
+    try:
+        import_own(name)
+    except UsageError as error:
+        raise refuse(str(error).rstrip(".")) from error
+    return name
 
 
 def _allocator_name(name: str) -> str:
@@ -168,6 +177,7 @@ Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
 Sparsity = Annotated[float, Strict(), AfterValidator(_sparsity), _bounds(minimum=0, exclusiveMaximum=1)]
 Fraction = Annotated[float, Strict(), AfterValidator(_fraction), _bounds(exclusiveMinimum=0, exclusiveMaximum=1)]
 MetricName = Annotated[StrictStr, AfterValidator(_metric_name), _names("metric")]
+OwnModule = Annotated[StrictStr, AfterValidator(_not_blank), AfterValidator(_own_module)]
 AllocatorName = Annotated[StrictStr, AfterValidator(_allocator_name), _names("allocator")]
 Distinct = AfterValidator(_no_repeats)
 NotEmpty = AfterValidator(_not_empty)

@@ -27,6 +27,7 @@ from ffnscope.run.fields import (
     MaxMemory,
     MetricName,
     NotEmpty,
+    OwnModule,
     Seed,
     Sparsity,
     Text,
@@ -137,10 +138,14 @@ class Metrics(Block):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, dict[str, Any] | None] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    modules: Annotated[tuple[OwnModule, ...], Distinct] = ()
+    """Modules to import, in the working folder or installed, that register metrics or allocators of your own."""
     enabled: Annotated[tuple[MetricName, ...], Distinct] = ()
     """Further metrics to score and report."""
     scar: Scar = Field(default_factory=Scar)
     """The SCAR metrics."""
+    background: Text | None = None
+    """Statistics of another text that `ffnscope score` wrote (statistics.safetensors), for teleport: contrast."""
 
     @property
     def params(self) -> dict[str, dict[str, Any]]:

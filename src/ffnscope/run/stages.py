@@ -44,8 +44,10 @@ from ffnscope.io import (
 from ffnscope.plan.build import build_plan
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.run.choices import (
+    background_hash,
     core_rule,
     find_core,
+    load_background,
     load_reference,
     metric_params,
     pass_options,
@@ -75,6 +77,7 @@ class Job:
     held_out: list[Windows]
     tasks: TaskSet | None = None
     reference_hash: str | None = None
+    background_hash: str | None = None
     keys: dict[str, str] = field(default_factory=dict[str, str])
 
     def stage(self, name: str, depends: Any, files: Sequence[Path], make: Callable[[], None]) -> None:
@@ -99,8 +102,8 @@ def open_job(config: RunConfig, folder: Path, reporter: Reporter, loaded: Loaded
         calibration = calibration_windows(config, loaded.tokenizer)
         held_out = evaluation_windows(config, loaded.tokenizer)
     tasks = open_tasks(config.task_options, reporter)
-    hashes = weights_hash(loaded.model), reference_hash(config, sites)
-    return Job(config, folder, ledger, reporter, loaded, sites, hashes[0], calibration, held_out, tasks, hashes[1])
+    hashes = weights_hash(loaded.model), reference_hash(config, sites), background_hash(config)
+    return Job(config, folder, ledger, reporter, loaded, sites, hashes[0], calibration, held_out, tasks, *hashes[1:])
 
 
 def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
@@ -177,13 +180,15 @@ def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Sc
         facts |= {"core": asdict(rule)} if rule else {}
         if job.reference_hash:
             facts["reference"] = {"model": job.config.model.reference_id, "hash": job.reference_hash}
-        reference = load_reference(job.config, params)
-        core = rule.find(model, stats) if rule else None
-        found = {n: score(model, stats, n, facts=facts, core=core, reference=reference, **p) for n, p in params.items()}
+        facts |= {"background": job.background_hash} if job.background_hash else {}
+        given: Any = {"reference": load_reference(job.config, params), "background": load_background(job.config)}
+        given |= {"facts": facts, "core": rule.find(model, stats) if rule else None}
+        found = {n: score(model, stats, n, **given, **p) for n, p in params.items()}
         write_scores(path, found.values(), facts)
         write_json(summary, {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)})
 
     depends = [job.keys["calibrate"], job.keys.get("calibrate core"), params, rule and asdict(rule), job.reference_hash]
+    depends += [job.background_hash] if job.background_hash else []
     job.stage("score", depends, [path, summary], make)
     return read_scores(path)[0]
 

@@ -10,7 +10,7 @@ import torch
 
 import ffnscope as fs
 from ffnscope.calibrate.windows import contiguous_windows
-from ffnscope.errors import UsageError
+from ffnscope.errors import NonFiniteError, UsageError
 from tiny import D_FF, HIDDEN, LAYERS, tiny, tokens
 from tiny_moe import EXPERT, tiny_moe
 
@@ -382,3 +382,13 @@ def test_an_expert_without_tokens_is_left_whole():
     assert names
     for site, width in found.plan.widths.items():
         assert width == (EXPERT if site.name in names else EXPERT * 3 // 4)
+
+
+@pytest.mark.parametrize("metric", ["write_norm", "weighted_pagerank_chained"])
+def test_a_weight_that_is_not_finite_is_named(metric):
+    model = tiny("llama")
+    stats = fs.calibrate(model, windows(), [metric])
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"out_activations that is NaN.* The weight model.layers.1.mlp.down_proj"):
+        fs.score(model, stats, metric)

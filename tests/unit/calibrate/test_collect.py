@@ -367,7 +367,7 @@ def test_a_loss_that_is_not_finite_is_a_gradient():
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     last = find_sites(model)[1]
-    with pytest.raises(NonFiniteError, match=rf"a channel gradient of {last.name} is NaN or infinite"):
+    with pytest.raises(NonFiniteError, match=rf"an output or a gradient of {last.name} is NaN or infinite"):
         calibrate(model, text(3), ALL)
     calibrate(model, text(3), ["wanda"])  # no activation is wrong
 

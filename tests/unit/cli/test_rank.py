@@ -16,6 +16,7 @@ import ffnscope
 from checkpoints import make_checkpoint
 from ffnscope.analyze import levels
 from ffnscope.io import read_json
+from ffnscope.registry import METRICS
 from ffnscope.report.ranking import ranking
 from tiny import D_FF, LAYERS
 
@@ -191,3 +192,72 @@ def test_pipelines_by_name_with_their_parameters(ok: Ok, base: tuple[Any, ...], 
         2, *base, "-m", chained, "--param", f"{chained}.gamma=3"
     )
     ok(*base, "-m", "layerwise_modified_pagerank", "--param", "layerwise_modified_pagerank.z_importance=true")
+
+
+OWN_SCORER = '''
+from ffnscope import BaseScorer, scorer
+
+@scorer("{0}")
+class Own(BaseScorer):
+    """Sizes of outputs, to a power."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        super().__init__()
+        self.power = power
+
+    def score(self, prev_importance, in_activations, out_activations, weight):
+        return out_activations**self.power
+'''
+
+
+def test_a_scorer_of_ones_own_by_name(
+    ok: Ok, fails: Fails, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(METRICS, "_items", {name: METRICS.get(name) for name in METRICS.names()})
+    (tmp_path / "ranks_by_me.py").write_text(OWN_SCORER.format("by_me"))
+    own = ("--module", "ranks_by_me")
+    found, expected = (
+        printed(ok(*base, *options))
+        for options in ((*own, "-m", "by_me_chained", "--param", "by_me_chained.power=1"), ("-m", "write_norm"))
+    )
+    assert [row[1:3] for row in found] == [row[1:3] for row in expected]
+    assert "by_me_chained power=1.0" in ok("metrics", *own).stdout
+    pruned = (
+        "prune",
+        *base[1:],
+        *own,
+        "-m",
+        "by_me",
+        "--sparsity",
+        0.25,
+        "--no-evaluate",
+        "--out",
+        tmp_path / "smaller",
+    )
+    ok(*pruned)
+    monkeypatch.setattr("ffnscope.cli.options.load_model", None)
+    assert "module 'ranks_by_you' cannot be imported: No module named 'ranks_by_you'" in fails(
+        2, *base, "-m", "by_me", "--module", "ranks_by_you"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "param", "text"),
+    [
+        ("weighted_pagerank", "gamma=2", "gamma of weighted PageRank must be in [0, 1]; got 2."),
+        ("layerwise_weighted_pagerank_chained", "theta=-1", "theta of weighted PageRank must be in [0, 1]; got -1."),
+        ("modified_pagerank", "sparsity=30", "sparsity of z_importance must be in [0, 1]"),
+        ("magnitude", "p=0.5", "the order p of a norm must be at least 1; got 0.5."),
+        ("layerwise_norm", "p=0.5", "the order p of a norm must be at least 1; got 0.5."),
+        ("graph_katz", "attenuation=3", "attenuation must be in (0, 1]"),
+        ("graph_hub", "iterations=0", "iterations must be at least 1; got 0."),
+        ("graph_pagerank", "damping=1", "damping must be in [0, 1)"),
+        ("graph_katz", "strength=engy", "got 'engy'. Did you mean 'energy'?\n"),
+    ],
+)
+def test_impossible_parameters_are_refused_before_a_model_is_loaded(
+    fails: Fails, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, metric: str, param: str, text: str
+) -> None:
+    monkeypatch.setattr("ffnscope.cli.options.load_model", None)
+    assert text in fails(2, *base, "-m", metric, "--param", f"{metric}.{param}")

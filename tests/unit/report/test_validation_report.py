@@ -19,6 +19,8 @@ from ffnscope.analyze.sample import ChannelSample
 from ffnscope.analyze.validate import Validation, ValidationOptions, join_validation, validation_plans
 from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.errors import UsageError
+from ffnscope.report import validation_plots
+from ffnscope.report.drawing import new_figure
 from ffnscope.report.layered_graph import draw_layered_graph, plot_layered_graph
 from ffnscope.report.validation_plots import (
     draw_measured,
@@ -113,6 +115,15 @@ def test_percolation_is_the_rise_over_the_dense_loss(made):
     expected = [torch.tensor(value / 10).log().item() for value in (12.0, 13.0)]
     assert first.get_ydata() == pytest.approx(expected, rel=1e-5)
     assert first.get_xdata() == pytest.approx([20.0, 50.0])
+
+
+def test_labels_of_percolation_can_be_read():
+    axes = new_figure(4, 4, "", "").add_subplot()
+    axes.plot([10.03, 50.0], [-0.02, 0.3])
+    axes.plot([10.03, 50.0], [1e-9, 0.1])
+    validation_plots._rise_axes(axes, [10.03, 50.0])
+    assert [axes.xaxis.get_major_formatter()(x) for x in axes.get_xticks()] == ["10 %", "50 %"]
+    assert axes.get_yscale() == "symlog" and axes.yaxis.get_transform().linthresh == 0.01
 
 
 def test_scatter_of_two_scores(sites, heavy):
