@@ -42,9 +42,9 @@ class Statistic:
     input [n, d_model], ``h`` channel activations [n, d_ff], ``y`` FFN output [n, d_model], ``dy`` and ``g`` the
     gradients of the summed token NLL with respect to y and h; and ``core``, the indices of the site's supernode core,
     which must be known before the pass. ``next_h`` and ``next_q`` [n, next] are h and h g of the FFN of the next layer;
-    what reads them is not taken where there is no such FFN, or more than one (experts). ``document`` [n] is the group of
-    documents that a token belongs to, ``target`` [n] whether it predicts a token that counts in the loss. ``shape`` says
-    how large the result is, in numbers or d_ff, d_model, core, next (d_ff of the next FFN), document (groups).
+    what reads them is not taken where there is no such FFN, or more than one (experts). ``document`` [n] is the group
+    of documents that a token belongs to, ``target`` [n] whether it predicts a token that counts in the loss. ``shape``
+    says how large the result is, in numbers or d_ff, d_model, core, next (d_ff of the next FFN), document (groups).
     Along an axis ``core`` each entry belongs to one core channel alone, so that a part of the core has a part of the
     result. ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the
     number of predicted tokens. ``in_place``: ``fn(total, *signals)`` adds to its float64 sum of that shape itself,
@@ -116,7 +116,7 @@ class Statistic:
         return 4 if self.counts else 8
 
     def sizes(self, site: FFNSite, core_size: int, n_documents: int = 0, n_next: int = 0) -> tuple[int, ...]:
-        """Shape of the result for one site with ``core_size`` core channels, and ``n_next`` channels in the next FFN."""
+        """Shape of the result at a site with ``core_size`` core channels, and ``n_next`` channels in the next FFN."""
         known = {"d_ff": site.d_ff, "d_model": site.d_model}
         known |= {"core": core_size, "document": n_documents, "next": n_next}
         return tuple(n if isinstance(n, int) else known[n] for n in self.shape)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate.checkpoint import Checkpoint
-from ffnscope.calibrate.observe import not_finite, observe_batch
 from ffnscope.calibrate.groups import document_groups
+from ffnscope.calibrate.observe import not_finite, observe_batch
 from ffnscope.calibrate.sums import Surroundings, following
 from ffnscope.calibrate.taps import SignalTap
 from ffnscope.calibrate.windows import Windows

@@ -18,9 +18,9 @@ def statistics_bytes(
     """Memory of the sums of a pass, in bytes: 8 per value, 4 per count.
 
     ``core_size`` is the number of core channels per site, for statistics that have it in their shape; None = all
-    channels, as a single pass takes them before the core is known. ``n_documents`` is the number of groups of documents,
-    for statistics by document. Where only some layers are among ``sites``, what is about an FFN and the next is counted
-    for each of them.
+    channels, as a single pass takes them before the core is known. ``n_documents`` is the number of groups of
+    documents, for statistics by document. Where only some layers are among ``sites``, what is about an FFN and the next
+    is counted for each of them.
     """
     known = [STATISTICS.get(name) for name in statistics]
     around = Surroundings(following(sites), n_documents)
