@@ -157,7 +157,7 @@ def _law(width: int, n_core: int, n_other: int) -> Tensor:
     from scipy.stats import hypergeom
 
     most = min(n_core, n_other)
-    return torch.from_numpy(hypergeom(width, n_core, n_other).pmf(range(most + 1)))
+    return torch.from_numpy(hypergeom.pmf(range(most + 1), width, n_core, n_other))
 
 
 def _convolved(a: Tensor, b: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Signals: ``x`` [n, d_model] FFN input, ``h`` [n, d_ff] channel activations (the 
 [n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``y`` [n, d_model] the FFN's output; ``core`` [k]
 the indices of the supernode core; ``next_h`` and ``next_q`` h and h g of the next layer's FFN; ``document`` and
 ``target`` marks of tokens (see `Statistic`). A user's own statistic may also read ``dy`` [n, d_model], the gradient of
-the output; no built-in metric needs it. Parts of a batch are reduced in the model's dtype (at least float32) and accumulated in
-float64 (counts in int32), so results do not depend on how text is split into batches.
+the output; no built-in metric needs it. Parts of a batch are reduced in the model's dtype (at least float32) and
+accumulated in float64 (counts in int32), so results do not depend on how text is split into batches.
 """
 
 from __future__ import annotations
