@@ -231,6 +231,9 @@ def _spread(
 def _natural(scores: Scores, refused: dict[str, str]) -> dict[FFNSite, Tensor]:
     """Natural values of the FFNs that have mass; why others have none is added to ``refused``."""
     sign = _sign(scores.metric)
+    if scores.metric in METRICS.names() and "core" in METRICS.get(scores.metric).inputs:
+        refused[scores.metric] = "its scores lift the core above all other channels, so they are no mass"
+        return {}
     found = {site: sign * value.double() for site, value in scores.values.items()}
     negative = [site for site, value in found.items() if bool((value < 0).any())]
     if negative:

@@ -101,8 +101,8 @@ class CoreOverlap:
         return html_table({name: [row[name] for row in rows] for name in shown})
 
 
-def core_overlap(core: Core, scores: Mapping[str, Scores]) -> CoreOverlap:
-    """Compare the core with the top set of every metric, of the core's size, and with the activation outliers.
+def core_overlap(core: Core, scores: Mapping[str, Scores], *, defined_by: str | None = None) -> CoreOverlap:
+    """Compare the core with the top set of every other metric, of the core's size, and with the activation outliers.
 
     Activation outliers are the top channels by the mean square of h (scar_activation_power or activation_l2_norm, which
     rank alike), or where neither was scored by activation_outlier_index.
@@ -110,6 +110,7 @@ def core_overlap(core: Core, scores: Mapping[str, Scores]) -> CoreOverlap:
     Args:
         core: site -> channels (see `top_core`).
         scores: metric -> scores of the same FFNs.
+        defined_by: metric that the core is the top of, which is not compared with itself.
 
     Raises:
         UsageError: no FFN, or scores of other FFNs.
@@ -123,7 +124,8 @@ def core_overlap(core: Core, scores: Mapping[str, Scores]) -> CoreOverlap:
     tops = {name: _tops(one, core) for name, one in scores.items()}
     if outliers is not None:
         tops = {OUTLIERS: tops[outliers], **tops}
-    found = [row for name, other in tops.items() for row in _overlaps(name, core, other)]
+    compared = {name: other for name, other in tops.items() if name != defined_by}
+    found = [row for name, other in compared.items() for row in _overlaps(name, core, other)]
     return CoreOverlap(found, tops, outliers)
 
 

@@ -120,6 +120,7 @@ def cross_layer(
     around = find_neighbours(model, list(stats))
     found: dict[str, dict[FFNSite, _Numbers]] = {}
     refused: dict[str, str] = {}
+    random = torch.Generator().manual_seed(seed)
     for done, site in enumerate(core, 1):
         if stats[site].n_tokens < 2:
             refused[site.name] = "no token reached it"
@@ -128,7 +129,6 @@ def cross_layer(
                 raise UsageError(f"{site.name}: correlations were not measured for all channels of the core.")
             is_core = torch.isin(measured[site], core[site])
             at, pool = is_core.nonzero().flatten(), (~is_core).nonzero().flatten()
-            random = torch.Generator().manual_seed(seed)
             cores = torch.cat([at[None], pool[random_sets(at.numel(), pool.numel(), draws, random)]])
             for name, following, of_cores in _statistics(model, stats, (site, measured[site]), around, refused):
                 values = of_cores(cores)

@@ -172,13 +172,14 @@ def halo_analysis(
     refused: dict[str, str] = {}
     tokens: dict[FFNSite, int] = {}
     sites = list(core)
+    random = torch.Generator().manual_seed(options.seed)
     for done, site in enumerate(sites, 1):
         count = stats[site].counts.get("taylor_sum", stats[site].n_tokens)
         if count < 2:
             refused[site.name] = "no token reached it"
         else:
             tokens[site] = count
-            given = _Given(model, stats, core[site], measured[site], options)
+            given = _Given(model, stats, core[site], measured[site], options, random)
             for halo, part in given.parts(site, around, refused):
                 parts[halo, site] = part
         if on_site:
@@ -208,6 +209,7 @@ class _Given:
     core: Tensor
     measured: Tensor
     options: HaloOptions
+    random: torch.Generator
 
     def parts(self, site: FFNSite, around: Neighbours, refused: dict[str, str]) -> Iterator[tuple[str, _Part]]:
         """The write halo, and the read halo where there is one."""
@@ -236,19 +238,17 @@ class _Given:
 
     def _cores(self, weights: FFNWeights) -> tuple[dict[str, Tensor], Tensor]:
         """Null cores and the core, as places among the measured channels."""
-        random = torch.Generator().manual_seed(self.options.seed)
         is_core = torch.isin(self.measured, self.core)
         pool = (~is_core).nonzero().flatten()
         conn = connectivity(weights, self.core, self.options.support).detach()
-        cores = null_cores(weights, self.core, self.measured[pool], conn, self.options.draws, random)
+        cores = null_cores(weights, self.core, self.measured[pool], conn, self.options.draws, self.random)
         return {name: pool[places] for name, places in cores.items()}, is_core.nonzero().flatten()
 
     def _part(self, followers: Followers, at: Tensor, cores: Mapping[str, Tensor], written: Tensor) -> _Part:
         size = HaloSize(self.options.fraction, self.options.support, self.options.top)
         values, halo, redundancy = halo_values(followers, at[None], written, size)
         nulls = {name: halo_values(followers, places, written, size)[0] for name, places in cores.items()}
-        random = torch.Generator().manual_seed(self.options.seed + 1)
-        sets = lp_matched_sets(followers, at, halo, self.options.draws, random)
+        sets = lp_matched_sets(followers, at, halo, self.options.draws, self.random)
         nulls[LP_NULL] = matched_values(followers, at, halo, redundancy, sets)
         return _Part(halo, values[0], nulls)
 

@@ -103,7 +103,7 @@ def main_dimensions(written: Tensor, support: int) -> Tensor:
 
 
 def share_of(sizes: Tensor, masks: Tensor) -> Tensor:
-    """Share of each row of ``sizes`` [n, d_model] that lies in each of ``masks`` [m, d_model]; [m, n], 0 without size."""
+    """Share of each row of ``sizes`` [n, d_model] that is in each of ``masks`` [m, d_model]; [m, n], 0 without size."""
     total = sizes.sum(1)
     share = (masks @ sizes.T) / total.clamp_min(torch.finfo(sizes.dtype).tiny)
     return torch.where(total > 0, share.clamp_max(1), torch.zeros_like(total))
