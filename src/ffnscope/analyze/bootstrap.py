@@ -108,7 +108,7 @@ class Bootstrap:
         with materialised(self.model, site), torch.no_grad():
             weights = weights_of(self.model, site)
             device = weights.down.device if weights.down.device.type != "mps" else torch.device("cpu")
-            rows = [self._drawn(part, names, row, device) for row in copies]
+            rows = [self._drawn(part, names, row, device) for row in copies.double()]
             found = [None if one is None else rule.fn(one, weights, **params) for one in rows]
         empty = torch.full((site.d_ff,), torch.nan, dtype=torch.float64)
         return torch.stack([empty if one is None else one.double().cpu() for one in found])
