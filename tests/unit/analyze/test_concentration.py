@@ -95,7 +95,9 @@ def test_the_headline(measured: Any):
     assert one.value == pytest.approx(sum(tops) / 2)
     assert one.interval is not None and one.interval[0] <= one.value <= one.interval[1]
     sentence = found.headline()
-    assert sentence.startswith(f"The top 1 % of the channels of each FFN hold a median {one.value:.1%} of its scar_loss")
+    assert sentence.startswith(
+        f"The top 1 % of the channels of each FFN hold a median {one.value:.1%} of its scar_loss"
+    )
     assert "95 % interval of the median by document" in sentence
     with pytest.raises(UsageError, match="there is no concentration of 'wanda': it was not among the scores"):
         found.headline("wanda")
@@ -121,7 +123,9 @@ def test_what_is_no_mass_is_refused_by_name(site: FFNSite):
     }
     found = concentration(scores)
     assert found.rows() == []
-    assert found.refused["mine"] == f"2 channels of {site.name} have a negative value, so shares of a sum are not defined"
+    assert (
+        found.refused["mine"] == f"2 channels of {site.name} have a negative value, so shares of a sum are not defined"
+    )
     assert found.refused[f"empty of {site.name}"] == "all values are 0"
     assert found.refused["empty"] == "no FFN has any mass"
     assert "lift the core" in found.refused["supernode_protection_score"]
@@ -188,4 +192,6 @@ def test_results_do_not_depend_on_the_batch(measured: Any):
         scores = {"scar_loss_proxy": score(model, stats, "scar_loss_proxy")}
         rows.append(concentration(scores, bootstrap=Bootstrap(model, stats)).rows())
     for a, b in zip(*rows, strict=True):
-        assert [a[k] for k in a if k.startswith("top")] == pytest.approx([b[k] for k in b if k.startswith("top")], rel=1e-3)
+        assert [a[k] for k in a if k.startswith("top")] == pytest.approx(
+            [b[k] for k in b if k.startswith("top")], rel=1e-3
+        )

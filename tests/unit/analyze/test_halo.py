@@ -104,7 +104,9 @@ def test_the_scale_of_the_loss_does_not_matter(found: Any):
     scaled: dict[FFNSite, ChannelStats] = {}
     for site, part in stats.items():
         power = {"taylor_sum": 1e-9, "taylor_sq": 1e-18, "taylor_core": 1e-18, "taylor_next": 1e-18}
-        scaled[site] = ChannelStats(site, {n: v * power[n] for n, v in part.values.items()}, part.counts, part.reductions)
+        scaled[site] = ChannelStats(
+            site, {n: v * power[n] for n, v in part.values.items()}, part.counts, part.reductions
+        )
     core = dict.fromkeys(find_sites(model), CORE)
     again = halo_analysis(model, scaled, core, null_channels(core), HaloOptions(support=8))
     for a, b in zip(analysis.rows(), again.rows(), strict=True):

@@ -68,9 +68,13 @@ def test_windows_without_a_backward_count_in_no_gradient() -> None:
 def test_experts_count_the_tokens_that_they_are_given() -> None:
     model, windows = tiny_moe("mixtral", dtype=torch.float64), text()
     sites = find_sites(model)
-    found = collect(model, windows, ["act_sq", "act_sq_by_document", *MARKS, "taylor_sq", *CROSS], sites=sites, core={
-        site: torch.tensor([1]) for site in sites
-    })
+    found = collect(
+        model,
+        windows,
+        ["act_sq", "act_sq_by_document", *MARKS, "taylor_sq", *CROSS],
+        sites=sites,
+        core={site: torch.tensor([1]) for site in sites},
+    )
     for site, part in found.items():
         assert torch.allclose(part.values["act_sq_by_document"].sum(0), part.values["act_sq"], rtol=1e-10)
         assert int(part.values["tokens_by_document"].sum()) == part.counts["act_sq"]

@@ -49,7 +49,9 @@ def test_values_by_hand():
     assert lorenz(torch.tensor([1.0, 4.0, 3.0, 2.0]), [0, 0.25, 0.5, 0.625, 1]) == pytest.approx([0, 0.4, 0.7, 0.8, 1])
 
 
-@pytest.mark.parametrize(("fraction", "n", "count"), [(0.01, 1536, 15), (0.01, 14336, 143), (0.01, 20, 1), (0.1, 48, 5)])
+@pytest.mark.parametrize(
+    ("fraction", "n", "count"), [(0.01, 1536, 15), (0.01, 14336, 143), (0.01, 20, 1), (0.1, 48, 5)]
+)
 def test_top_counts_round(fraction: float, n: int, count: int):
     assert top_count(fraction, n) == count
 
@@ -94,7 +96,9 @@ def test_the_exponent_is_hills_estimate():
     assert float(tail_exponents(values, found.count)) == pytest.approx(found.exponent)
 
 
-@pytest.mark.parametrize("values", [torch.ones(50), torch.arange(1.0, 9.0), torch.zeros(30)], ids=["equal", "few", "none"])
+@pytest.mark.parametrize(
+    "values", [torch.ones(50), torch.arange(1.0, 9.0), torch.zeros(30)], ids=["equal", "few", "none"]
+)
 def test_no_tail(values: Tensor):
     assert tail_fit(values) is None
 
