@@ -20,7 +20,7 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
 from ffnscope.metrics.concentration import effective_number
-from ffnscope.metrics.supernode import activation_correlations, core_correlations, top_information
+from ffnscope.metrics.redundancy import activation_correlations, core_correlations, top_information
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 
 NEEDS = ("taylor_sum", "taylor_sq", "act_sum", "act_sq")

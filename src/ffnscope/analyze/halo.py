@@ -36,7 +36,7 @@ from ffnscope.display import html_table
 from ffnscope.errors import UsageError
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
-from ffnscope.metrics.supernode import connectivity, core_correlations, read_sizes
+from ffnscope.metrics.redundancy import connectivity, core_correlations, read_sizes
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 
 NEEDS = ("taylor_sum", "taylor_sq")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ffnscope.analyze.nulls import matched_sets, random_sets
 from ffnscope.metrics.norms import row_norms
-from ffnscope.metrics.supernode import main_dimensions, share_of, top_information
+from ffnscope.metrics.redundancy import main_dimensions, share_of, top_information
 from ffnscope.types import FFNWeights
 
 STATISTICS = ("redundancy", "excess")

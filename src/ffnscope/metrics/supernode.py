@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
-from ffnscope.metrics.information import gaussian_information, inverse_root
 from ffnscope.metrics.ranks import unit_ranks
+from ffnscope.metrics.redundancy import connectivity, core_correlations, top_information, write_halo
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -80,53 +80,6 @@ def supernode_connectivity_score(
     return _core_first(0.5 * stats.mean("taylor_sq") * ((1 - conn) + conn * protect), core)
 
 
-def connectivity(weights: FFNWeights, core: Tensor, support: int) -> Tensor:
-    """Conn: the share of a channel's L1 write norm that goes to the core's main residual dimensions; [d_ff].
-
-    The core's main dimensions are the ``support`` ones with the largest sum of |W_down| over its channels. A zero
-    column has Conn 0.
-    """
-    size = weights.down.to(torch.promote_types(weights.down.dtype, torch.float32)).abs()
-    main = main_dimensions(size[:, core.to(size.device)].sum(1), support)
-    return share_of(size.T, main.to(size)[None])[0]
-
-
-def main_dimensions(written: Tensor, support: int) -> Tensor:
-    """Masks [..., d_model] of the ``support`` dimensions (at most half of them) where ``written`` [..., d_model] is
-    largest; ties go to the lower index."""
-    if support < 1:
-        raise UsageError(f"support must be at least 1 residual dimension; got {support}.")
-    n = written.shape[-1]
-    order = torch.sort(written, dim=-1, descending=True, stable=True).indices
-    main = order[..., : min(support, max(1, n // 2))]
-    return torch.zeros_like(written, dtype=torch.bool).scatter_(-1, main, True)
-
-
-def share_of(sizes: Tensor, masks: Tensor) -> Tensor:
-    """Share of each row of ``sizes`` [n, d_model] that is in each of ``masks`` [m, d_model]; [m, n], 0 without size."""
-    total = sizes.sum(1)
-    share = (masks @ sizes.T) / total.clamp_min(torch.finfo(sizes.dtype).tiny)
-    return torch.where(total > 0, share.clamp_max(1), torch.zeros_like(total))
-
-
-def read_sizes(weights: FFNWeights, norm: Tensor | None) -> Tensor:
-    """Sizes |W_gate| + |W_up| of what each channel reads from each residual dimension, times the weight of the norm
-    before where it is known; [d_ff, d_model]."""
-    size = weights.up.to(torch.promote_types(weights.up.dtype, torch.float32)).abs()
-    if weights.gate is not None:
-        size = size + weights.gate.to(size).abs()
-    return size if norm is None else size * norm.to(size).abs()
-
-
-def write_halo(conn: Tensor, core: Tensor, fraction: float) -> Tensor:
-    """Sorted indices of the ``fraction`` of non-core channels with the largest Conn; ties go to the lower index."""
-    if not 0 < fraction <= 1:
-        raise UsageError(f"halo_fraction must be in (0, 1], a share of the non-core channels; got {fraction:g}.")
-    order = torch.sort(conn, descending=True, stable=True).indices
-    outside = order[~torch.isin(order, core.to(order.device))]
-    return outside[: max(1, round(fraction * outside.numel()))].sort().values
-
-
 def redundancy_to_core(stats: ChannelStats, core: Tensor, top: int = 5) -> Tensor:
     """Mean Gaussian information between q of a channel and its ``top`` most correlated core channels, nats; [d_ff].
 
@@ -135,36 +88,6 @@ def redundancy_to_core(stats: ChannelStats, core: Tensor, top: int = 5) -> Tenso
     core = core.to(stats.total("taylor_core").device)
     _check_core_is_that_of(stats, core)
     return top_information(core_correlations(stats, core), top)
-
-
-def core_correlations(stats: ChannelStats, core: Tensor, following: ChannelStats | None = None) -> Tensor:
-    """Correlations over tokens of q = h g of core channels with all channels; [core, d_ff], float64.
-
-    With ``following``, the statistics of the next layer's FFN, they are with its channels, [core, next]. A constant
-    channel has correlation 0.
-    """
-    cross = "taylor_core" if following is None else "taylor_next"
-    return _correlations((stats, following or stats), core, cross, ("taylor_sum", "taylor_sq"))
-
-
-def activation_correlations(stats: ChannelStats, core: Tensor, following: ChannelStats) -> Tensor:
-    """Correlations over tokens of h of core channels with h of the next layer's channels; [core, next], float64."""
-    return _correlations((stats, following), core, "act_next", ("act_sum", "act_sq"))
-
-
-def _correlations(pair: tuple[ChannelStats, ChannelStats], core: Tensor, name: str, moments: tuple[str, str]) -> Tensor:
-    cross = pair[0].mean(name)
-    means, squares = ([one.mean(n) for one in pair] for n in moments)
-    scales = [inverse_root(square - mean.square(), square) for mean, square in zip(means, squares, strict=True)]
-    core = core.to(cross.device)
-    return (cross - torch.outer(means[0][core], means[1])) * torch.outer(scales[0][core], scales[1])
-
-
-def top_information(correlation: Tensor, top: int = 5) -> Tensor:
-    """Mean Gaussian information of the ``top`` largest positive correlations [..., core, n] with the core, in nats;
-    [..., n]."""
-    largest = correlation.clamp_min(0).topk(min(top, correlation.shape[-2]), dim=-2).values
-    return gaussian_information(largest).mean(-2)
 
 
 def protection(stats: ChannelStats, core: Tensor, halo: Tensor, power: float, floor: float) -> Tensor:

@@ -226,5 +226,5 @@ def test_the_pool_holds_the_core_and_others(site: FFNSite, monkeypatch: pytest.M
     monkeypatch.setattr("ffnscope.analyze.neighbours.POOL_BYTES", 70 * row)
     assert bounded_pool(wide, ["taylor_core"], 20) == 50
     monkeypatch.setattr("ffnscope.analyze.neighbours.POOL_BYTES", 40 * row)
-    with pytest.raises(UsageError, match="null cores of 20 channels need sums of .* GiB for 2 FFNs"):
+    with pytest.raises(UsageError, match=r"null cores of 20 channels need sums of .* GiB for 2 FFNs"):
         bounded_pool(wide, ["taylor_core"], 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_experts_count_the_tokens_that_they_are_given() -> None:
         sites=sites,
         core={site: torch.tensor([1]) for site in sites},
     )
-    for site, part in found.items():
+    for part in found.values():
         assert torch.allclose(part.values["act_sq_by_document"].sum(0), part.values["act_sq"], rtol=1e-10)
         assert int(part.values["tokens_by_document"].sum()) == part.counts["act_sq"]
         assert int(part.values["targets_by_document"].sum()) == part.counts["taylor_sq"]
@@ -93,7 +94,7 @@ def test_sums_with_the_next_layer_are_those_of_slow_autograd(arch: str) -> None:
     core = some_core(sites)
     found = collect(model, windows, CROSS, sites=sites, core=core, options=PassOptions(3))
     signals = slow_signals_of_all(model, sites, windows)
-    for a, b in zip(sites, sites[1:], strict=False):
+    for a, b in pairwise(sites):
         h, q = (signals[a]["h"], signals[a]["h"] * signals[a]["g"])
         next_h, next_q = signals[b]["h"], signals[b]["h"] * signals[b]["g"]
         for name, expected in (("act_next", h[:, core[a]].T @ next_h), ("taylor_next", q[:, core[a]].T @ next_q)):
