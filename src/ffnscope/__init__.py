@@ -8,7 +8,14 @@ __version__ = "0.1.0"
 
 from ffnscope.analyze.ablation import Ablation, ablate_channels, joint_change
 from ffnscope.analyze.agreement import agreement
+from ffnscope.analyze.bootstrap import Bootstrap, bootstrap_statistics
+from ffnscope.analyze.concentration import Concentration, concentration
+from ffnscope.analyze.core import CoreOverlap, CoreStability, core_overlap, core_stability
+from ffnscope.analyze.cross_layer import CrossLayer, cross_layer
+from ffnscope.analyze.halo import HaloAnalysis, HaloOptions, halo_analysis
 from ffnscope.analyze.levels import CoreRule, calibrate_all
+from ffnscope.analyze.neighbours import null_channels
+from ffnscope.analyze.paired import PairedLoss, paired_losses
 from ffnscope.analyze.pipeline import BasePipeline, ChainedFFNPipeline, IsolatedFFNPipeline, PipelineResult
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
@@ -23,7 +30,7 @@ from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
-from ffnscope.calibrate.collect import PassOptions, calibrate, join_statistics, weights_hash
+from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, weights_hash
 from ffnscope.calibrate.pack import make_windows
 from ffnscope.calibrate.text import TextSource, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
@@ -78,25 +85,33 @@ __all__ = [
     "Ablation",
     "BenchOptions",
     "BenchResult",
+    "Bootstrap",
     "Budget",
     "Capture",
     "CaptureOptions",
     "ChainedFFNPipeline",
     "ChannelSample",
     "ChannelStats",
+    "Concentration",
+    "CoreOverlap",
     "CoreRule",
+    "CoreStability",
+    "CrossLayer",
     "EvalResult",
     "EvalRow",
     "FFNScopeError",
     "FFNSite",
     "FFNWeights",
     "GlobalPruner",
+    "HaloAnalysis",
+    "HaloOptions",
     "IsolatedFFNPipeline",
     "LoadedModel",
     "LocalPruner",
     "ModelSource",
     "ModifiedPageRankScorer",
     "NormScorer",
+    "PairedLoss",
     "PassOptions",
     "PipelineResult",
     "PruningPlan",
@@ -115,16 +130,23 @@ __all__ = [
     "agreement",
     "allocator",
     "bench",
+    "bootstrap_statistics",
     "build_plan",
     "calibrate",
     "calibrate_all",
     "capture",
     "capture_size",
     "check_cut",
+    "collect",
     "compare_plans",
+    "concentration",
+    "core_overlap",
+    "core_stability",
+    "cross_layer",
     "diff_plans",
     "find_sites",
     "generate_samples",
+    "halo_analysis",
     "join_statistics",
     "load",
     "load_documents",
@@ -135,6 +157,8 @@ __all__ = [
     "masked",
     "materialised",
     "metric",
+    "null_channels",
+    "paired_losses",
     "perplexity",
     "prune_",
     "ranking",

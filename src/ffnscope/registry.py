@@ -20,9 +20,15 @@ T = TypeVar("T")
 
 SIGNALS = ("x", "h", "y", "dy", "g")
 """What a statistic may read, in the order in which one batch brings it."""
-GRADIENTS = ("dy", "g")
+NEXT = ("next_h", "next_q")
+"""What a statistic may read of the FFN of the next layer: its h in the forward, its q = h g in the backward."""
+MARKS = ("core", "document", "target")
+"""What a statistic may read that is no signal of the model."""
+ORDER = ("x", "h", "y", "next_h", "next_q", "dy", "g")
+"""All signals that a site may be shown, in the order in which one batch brings them."""
+GRADIENTS = ("next_q", "dy", "g")
 """The signals that need a backward."""
-SIZES = ("d_ff", "d_model", "core")
+SIZES = ("d_ff", "d_model", "core", "next", "document")
 """Names that the shape of a statistic may use for a number."""
 Scope = Literal["site", "model"]
 """What a metric sees at once: one site, or all of them as a graph."""
@@ -37,7 +43,10 @@ class Statistic:
     ``reads`` names the signals in the order of ``fn``'s arguments, each over the n counted tokens of a batch: ``x`` FFN
     input [n, d_model], ``h`` channel activations [n, d_ff], ``y`` FFN output [n, d_model], ``dy`` and ``g`` the
     gradients of the summed token NLL with respect to y and h; and ``core``, the indices of the site's supernode core,
-    which must be known before the pass. ``shape`` says how large the result is, in numbers or d_ff, d_model, core.
+    which must be known before the pass. ``next_h`` and ``next_q`` [n, next] are h and h g of the FFN of the next layer;
+    what reads them is not taken where there is no such FFN, or more than one (experts). ``document`` [n] is the group
+    of documents that a token belongs to, ``target`` [n] whether it predicts a token that counts in the loss. ``shape``
+    says how large the result is, in numbers or d_ff, d_model, core, next (d_ff of the next FFN), document (groups).
     Along an axis ``core`` each entry belongs to one core channel alone, so that a part of the core has a part of the
     result. ``every`` = k reads only each k-th token of a window. A statistic that reads a gradient is divided by the
     number of predicted tokens. ``in_place``: ``fn(total, *signals)`` adds to its float64 sum of that shape itself,
@@ -61,16 +70,17 @@ class Statistic:
             if role not in get_args(Role):
                 raise unknown_name(f"role of statistic {self.name!r}", role, get_args(Role))
         for read in self.reads:
-            if read not in (*SIGNALS, "core"):
-                raise unknown_name(f"signal of statistic {self.name!r}", read, (*SIGNALS, "core"))
+            if read not in (*ORDER, *MARKS):
+                raise unknown_name(f"signal of statistic {self.name!r}", read, (*ORDER, *MARKS))
         for size in self.shape:
             if isinstance(size, str) and size not in SIZES:
                 raise unknown_name(f"size of statistic {self.name!r}", size, SIZES)
         if not set(self.reads) & set(SIGNALS):
             names = ", ".join(SIGNALS)
             raise UsageError(f"statistic {self.name!r} reads no signal; it must read one or more of {names}.")
-        if "core" in self.shape and not self.needs_core:
-            raise UsageError(f"statistic {self.name!r} has a shape with 'core' but does not read 'core'.")
+        for size, reads in (("core", ("core",)), ("document", ("document",)), ("next", NEXT)):
+            if size in self.shape and not {*reads} & {*self.reads}:
+                raise UsageError(f"statistic {self.name!r} has a shape with {size!r} but does not read {reads[0]!r}.")
         if self.every < 1:
             raise UsageError(f"statistic {self.name!r}: every must be at least 1 (all tokens); got {self.every}.")
         if self.adds and self.reduce != "sum":
@@ -88,6 +98,11 @@ class Statistic:
         return "core" in self.reads
 
     @property
+    def reads_next(self) -> bool:
+        """Whether it is about an FFN and the one of the next layer."""
+        return bool({*NEXT} & {*self.reads})
+
+    @property
     def beyond_ffns(self) -> bool:
         """Whether it is also taken outside FFNs."""
         return self.at != ("ffn",)
@@ -102,9 +117,10 @@ class Statistic:
         """Bytes per number of its sum."""
         return 4 if self.counts else 8
 
-    def sizes(self, site: FFNSite, core_size: int) -> tuple[int, ...]:
-        """Shape of the result for one site with ``core_size`` core channels."""
-        known = {"d_ff": site.d_ff, "d_model": site.d_model, "core": core_size}
+    def sizes(self, site: FFNSite, core_size: int, n_documents: int = 0, n_next: int = 0) -> tuple[int, ...]:
+        """Shape of the result at a site with ``core_size`` core channels, and ``n_next`` channels in the next FFN."""
+        known = {"d_ff": site.d_ff, "d_model": site.d_model}
+        known |= {"core": core_size, "document": n_documents, "next": n_next}
         return tuple(n if isinstance(n, int) else known[n] for n in self.shape)
 
 
@@ -282,13 +298,41 @@ def statistic(
     counts: bool = False,
     in_place: bool = False,
 ) -> Callable[[F], F]:
-    """Register a statistic (see `Statistic`)."""
+    """Register a statistic (see `Statistic`), and for a plain sum per channel its sibling by groups of documents."""
 
     def add(fn: F) -> F:
-        STATISTICS.add(name, Statistic(name, fn, reads, reduce, shape, every, _first_line(fn), counts, in_place))
+        item = Statistic(name, fn, reads, reduce, shape, every, _first_line(fn), counts, in_place)
+        STATISTICS.add(name, item)
+        if _is_vector_sum(item):
+            STATISTICS.add(by_document(name), _sibling(item))
         return fn
 
     return add
+
+
+def by_document(name: str) -> str:
+    """Name of the statistic that holds the sum ``name`` for each group of documents."""
+    return f"{name}_by_document"
+
+
+def _is_vector_sum(item: Statistic) -> bool:
+    return len(item.shape) == 1 and item.reduce == "sum" and item.every == 1 and not (item.adds or item.needs_core)
+
+
+def _sibling(item: Statistic) -> Statistic:
+    """The same sum for each group of documents: their sum over groups is the statistic itself."""
+
+    def fn(total: Any, *signals: Any) -> None:
+        *values, document = signals
+        order = document.argsort(stable=True)
+        if not bool((order[1:] > order[:-1]).all()):  # tokens of an expert may be in any order
+            values, document = [value[order] for value in values], document[order]
+        groups, sizes = document.unique_consecutive(return_counts=True)
+        for group, *parts in zip(groups.tolist(), *(v.split(sizes.tolist()) for v in values), strict=True):
+            total[group] += item.fn(*parts)
+
+    name, reads, shape = by_document(item.name), (*item.reads, "document"), ("document", *item.shape)
+    return Statistic(name, fn, reads, "sum", shape, 1, f"{item.summary[:-1]}, by groups of documents.", in_place=True)
 
 
 def stream_statistic(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ffnscope.registry import METRICS, SIGNALS, STATISTICS, cost_of
+from ffnscope.registry import MARKS, METRICS, ORDER, STATISTICS, cost_of
 from ffnscope.testing import check_metric
 
 
@@ -27,6 +27,6 @@ def test_metric_is_documented(name):
 def test_statistic_is_documented(name):
     item = STATISTICS.get(name)
     assert item.summary
-    assert set(item.reads) <= {*SIGNALS, "core"}
+    assert set(item.reads) <= {*ORDER, *MARKS}
     assert item.reduce in ("sum", "max")
     assert item.every == 1 or not item.needs_gradient

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import UsageError
+from ffnscope.calibrate.groups import GROUPS, document_groups
 
-GROUPS = 8
+__all__ = ["GROUPS", "LeftOut", "document_groups", "jackknife_interval", "jackknife_variance", "one_sample_interval"]
+
 LEVEL = 0.95
 
 
@@ -36,38 +35,6 @@ class LeftOut:
 
     values: Sequence[float]
     shares: Sequence[float]
-
-
-def document_groups(windows: Windows, groups: int = GROUPS, seed: int = 0) -> list[Tensor]:
-    """Split windows into at most ``groups`` groups of whole documents with about as many tokens each.
-
-    Documents in random order, the longest first, each go to the group with the fewest tokens so far. A text of one
-    document is one group.
-
-    Args:
-        windows: a calibration text.
-        groups: number of groups; fewer when there are fewer documents.
-        seed: of the random order.
-
-    Returns:
-        One mask [n] bool per group; every window is in exactly one.
-
-    Raises:
-        UsageError: fewer than 2 groups asked for.
-    """
-    if groups < 2:
-        raise UsageError(f"groups must be at least 2, the parts of a text that are left out in turn; got {groups}.")
-    documents, place = windows.document.unique(return_inverse=True)
-    sizes = torch.zeros(len(documents), dtype=torch.int64).index_add_(0, place, windows.valid.sum(1))
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
-    order = order[torch.sort(sizes[order], descending=True, stable=True).indices]
-    filled = torch.zeros(min(groups, len(documents)), dtype=torch.int64)
-    group_of = torch.empty_like(sizes)
-    for document in order.tolist():
-        lightest = int(filled.argmin())
-        group_of[document] = lightest
-        filled[lightest] += sizes[document]
-    return [group_of[place] == g for g in range(len(filled))]
 
 
 def jackknife_variance(value: float, left_out: LeftOut) -> float:

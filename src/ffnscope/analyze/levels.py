@@ -23,6 +23,24 @@ Params = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Extra:
+    """What a calibration takes beyond what its metrics need.
+
+    Attributes:
+        statistics: names; those that read the core are taken for its channels and ``pool`` others.
+        pool: channels beside the core, for null cores (`ffnscope.analyze.neighbours.null_channels`).
+        n_documents: groups of documents, for statistics by document.
+    """
+
+    statistics: tuple[str, ...] = ()
+    pool: int = 0
+    n_documents: int = 0
+
+
+NOTHING = Extra()
+
+
+@dataclass(frozen=True, slots=True)
 class CoreRule:
     """What the supernode core is: the top channels of each site under a metric.
 
@@ -87,27 +105,48 @@ def first_level(metrics: Params, rule: CoreRule) -> dict[str, Mapping[str, Any]]
     return {**metrics, rule.metric: asked}
 
 
-def takes_one_pass(sites: Sequence[FFNSite], metrics: Params, options: PassOptions | None = None) -> bool:
+def level_statistics(metrics: Params, rule: CoreRule, extra: Extra = NOTHING) -> tuple[list[str], list[str]]:
+    """Statistics that need no core, and those that need it; each once."""
+    level = first_level(metrics, rule)
+    first, second = (required_statistics(level, core=core) for core in (False, True))
+    for name in extra.statistics:
+        chosen = second if STATISTICS.get(name).needs_core else first
+        chosen += [] if name in chosen else [name]
+    return first, second
+
+
+def takes_one_pass(
+    sites: Sequence[FFNSite], metrics: Params, options: PassOptions | None = None, extra: Extra = NOTHING
+) -> bool:
     """Whether the first pass takes what needs the core for every channel, which spares the second pass.
 
     Once the core is known, its part is picked (see `Statistic`). That needs a [d_ff, d_ff] sum per site where a second
     pass needs [core, d_ff], and is done as long as these take at most ``options.one_pass_bytes`` in all.
     """
-    names = required_statistics(metrics, core=True)
+    names = list(required_statistics(metrics, core=True))
+    names += [n for n in extra.statistics if STATISTICS.get(n).needs_core and n not in names]
     if not names or not all("core" in STATISTICS.get(name).shape for name in names):
         return False
     return statistics_bytes(sites, names, None) <= (options or PassOptions()).one_pass_bytes
 
 
 def calibration_passes(
-    sites: Sequence[FFNSite], metrics: Params, rule: CoreRule, options: PassOptions | None = None
+    sites: Sequence[FFNSite],
+    metrics: Params,
+    rule: CoreRule,
+    options: PassOptions | None = None,
+    extra: Extra = NOTHING,
 ) -> list[list[str]]:
     """Statistics of each pass that `calibrate_all` makes with the same arguments: one or two lists, or an empty one."""
-    level = first_level(metrics, rule)
-    if takes_one_pass(sites, metrics, options):
-        return [required_statistics(level)]
-    first, second = (required_statistics(level, core=core) for core in (False, True))
+    first, second = level_statistics(metrics, rule, extra)
+    if takes_one_pass(sites, metrics, options, extra):
+        return [[*required_statistics(first_level(metrics, rule)), *_beyond(metrics, rule, extra)]]
     return [first, second] if second else [first]
+
+
+def _beyond(metrics: Params, rule: CoreRule, extra: Extra) -> list[str]:
+    known = required_statistics(first_level(metrics, rule))
+    return [name for name in extra.statistics if name not in known]
 
 
 def calibrate_at_once(

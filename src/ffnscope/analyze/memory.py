@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ffnscope.analyze.levels import CoreRule, Params, first_level, takes_one_pass
-from ffnscope.calibrate.collect import PassOptions, plan_steps, required_statistics
+from ffnscope.analyze.levels import NOTHING, CoreRule, Extra, Params, level_statistics, takes_one_pass
+from ffnscope.calibrate.collect import PassOptions, plan_steps
 from ffnscope.calibrate.forward import experts_per_token
 from ffnscope.calibrate.memory import pass_bytes, statistics_bytes
 from ffnscope.calibrate.windows import Windows
@@ -51,18 +51,21 @@ def calibration_bytes(
     sites: Sequence[FFNSite],
     rule: CoreRule,
     options: PassOptions,
+    extra: Extra = NOTHING,
 ) -> CalibrationBytes:
-    """Return what `calibrate_all` takes with the same arguments.
+    """Return what `calibrate_all` takes with the same arguments, and with the ``extra`` statistics.
 
     The model is not run, but on a few tokens where a metric also observes what is beside the FFNs.
     """
-    names = required_statistics(first_level(metrics, rule))
-    core = rule.size(sites)
-    taken = None if takes_one_pass(sites, metrics, options) else core
+    names = [name for level in level_statistics(metrics, rule, extra) for name in level]
+    core = rule.size(sites) + extra.pool
+    taken = None if takes_one_pass(sites, metrics, options, extra) else core
+    documents = extra.n_documents
     backward = [step.batch.input_ids.numel() for step in plan_steps(windows, names, options) if step.backward]
     given = max(backward, default=0), next(model.parameters()).dtype, taken
     beside = any(STATISTICS.get(name).beyond_ffns for name in names)
     more = statistics_bytes(find_stream(model, sites).observed, names) if beside else 0
+    more += statistics_bytes(sites, names, 0, documents) - statistics_bytes(sites, names, 0)
     return CalibrationBytes(
         pass_bytes(sites, names, *given, experts_per_token=experts_per_token(model)) + more,
         statistics_bytes(sites, names, taken) + more,

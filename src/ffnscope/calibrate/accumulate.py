@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ffnscope.calibrate.rows import TokenRows
-from ffnscope.calibrate.sums import Sums, finite
+from ffnscope.calibrate.sums import Sums, Surroundings, finite
 from ffnscope.errors import UsageError
-from ffnscope.registry import SIGNALS, STATISTICS, Statistic
+from ffnscope.registry import MARKS, ORDER, STATISTICS, Statistic
 from ffnscope.types import ChannelStats, FFNSite, check_core
 
 
@@ -26,7 +26,13 @@ class Accumulator:
         UsageError, DeviceError: later, see `Sums.add`.
     """
 
-    def __init__(self, sites: Sequence[FFNSite], names: Iterable[str], core: Mapping[FFNSite, Tensor] | None = None):
+    def __init__(
+        self,
+        sites: Sequence[FFNSite],
+        names: Iterable[str],
+        core: Mapping[FFNSite, Tensor] | None = None,
+        around: Surroundings | None = None,
+    ):
         self.sites = tuple(sites)
         self.core = dict(core or {})
         for site, index in self.core.items():
@@ -34,9 +40,10 @@ class Accumulator:
         statistics = [STATISTICS.get(n) for n in names]
         self.forward = [s for s in statistics if not s.needs_gradient]
         self.backward = [s for s in statistics if s.needs_gradient]
+        self.sums = Sums(self.sites, (*self.forward, *self.backward), self.core, around)
         for statistic in statistics:
             self._check(statistic)
-        self.sums = Sums(self.sites, (*self.forward, *self.backward), self.core)
+        self._before = {b: a for a, b in self.sums.around.following.items() if a in self.sites}
         self._finite: dict[FFNSite, Tensor] = {}
         self._held: dict[FFNSite, dict[str, Tensor]] = {}
         self._active: list[Statistic] = statistics
@@ -60,14 +67,16 @@ class Accumulator:
         n_targets: int,
         *,
         targets: Tensor | None = None,
+        documents: Tensor | None = None,
         forward: bool = True,
         backward: bool = True,
     ) -> None:
         """Announce a batch: which tokens are not padding [batch, T], how many are predicted, what is observed.
 
-        Gradient statistics of experts need ``targets`` [batch, T] too: which tokens are predicted.
+        Gradient statistics of experts need ``targets`` [batch, T] too: which tokens are predicted; statistics by
+        document the group of ``documents`` [batch] of each window.
         """
-        self._rows = TokenRows(valid, targets)
+        self._rows = TokenRows(valid, targets, documents)
         self._n_targets = n_targets
         self._held.clear()
         self._active = [*(self.forward if forward else ()), *(self.backward if backward else ())]
@@ -80,23 +89,29 @@ class Accumulator:
     def observe(self, site: FFNSite, h: Tensor) -> None:
         """Take h [batch, T, d_ff] of one batch."""
         self.observe_signal(site, "h", h)
+        before = self._before.get(site)
+        if before is not None and self._reads(before, "next_h"):
+            self.observe_signal(before, "next_h", h)
 
     def observe_gradient(self, site: FFNSite, h: Tensor, g: Tensor) -> None:
         """Take h and g [batch, T, d_ff] of one batch."""
         self._held.setdefault(site, {})["h"] = h
         self.observe_signal(site, "g", g)
+        before = self._before.get(site)
+        if before is not None and self._reads(before, "next_q"):
+            self.observe_signal(before, "next_q", h * g)
 
     def observe_signal(self, site: FFNSite, name: str, value: Tensor) -> None:
         """Take one signal [batch, T, ...] of one batch, and every statistic that it completes."""
         held = self._held.setdefault(site, {})
         held[name] = value
-        here = [s for s in self._active if site.role in s.at]
-        later = {r for s in here if SIGNALS.index(_last(s)) > SIGNALS.index(name) for r in s.reads}
+        here = [s for s in self._active if self.sums.around.takes(site, s)]
+        later = {r for s in here if ORDER.index(_last(s)) > ORDER.index(name) for r in s.reads}
         if name == "y" and "y" in later:
             held[name] = value.clone()  # some models add the attention's output to it in place
         due = [s for s in here if _last(s) == name]
         rows: dict[tuple[str, int], Tensor] = {}
-        for read, every in dict.fromkeys((r, s.every) for s in due for r in s.reads if r != "core"):
+        for read, every in dict.fromkeys((r, s.every) for s in due for r in s.reads if r not in MARKS):
             rows[read, every] = self._take(site, held[read], every)
         if not all(len(part) for part in rows.values()):
             due = []  # an expert without counted tokens
@@ -140,13 +155,21 @@ class Accumulator:
         return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
     def _add(self, site: FFNSite, statistic: Statistic, rows: Mapping[tuple[str, int], Tensor]) -> Tensor:
-        signals = [self.core[site] if r == "core" else rows[r, statistic.every] for r in statistic.reads]
-        first = rows[next(r for r in statistic.reads if r != "core"), statistic.every]
+        signals = [self._mark(site, r) if r in MARKS else rows[r, statistic.every] for r in statistic.reads]
+        first = rows[next(r for r in statistic.reads if r not in MARKS), statistic.every]
         count = first.shape[0]
         if statistic.needs_gradient:
             assert self._rows is not None, "begin was not called"
             count = self._n_targets if site.expert is None else self._rows.n_targets(site)
         return self.sums.add(site, statistic, signals, count)
+
+    def _mark(self, site: FFNSite, name: str) -> Tensor:
+        assert self._rows is not None, "begin was not called"
+        return self.core[site] if name == "core" else self._rows.mark(site, name)
+
+    def _reads(self, site: FFNSite, signal: str) -> bool:
+        """Whether a statistic of the coming batch reads this signal of the next FFN."""
+        return any(signal in s.reads and self.sums.around.takes(site, s) for s in self._active)
 
     def _check(self, statistic: Statistic) -> None:
         if statistic.needs_gradient and statistic.every != 1:
@@ -154,7 +177,7 @@ class Accumulator:
                 f"statistic {statistic.name!r} reads gradients of every {statistic.every}th token; gradient "
                 "statistics are divided by the predicted tokens, so they read all: register it with every=1."
             )
-        missing = [s.name for s in self.sites if s.role in statistic.at and s not in self.core]
+        missing = [s.name for s in self.sites if self.sums.around.takes(s, statistic) and s not in self.core]
         if statistic.needs_core and missing:
             raise UsageError(
                 f"statistic {statistic.name!r} reads the supernode core, which is not known for {missing[0]}. "
@@ -168,7 +191,7 @@ class Accumulator:
 
 def _last(statistic: Statistic) -> str:
     """Signal that comes last of those that a statistic reads."""
-    return max((r for r in statistic.reads if r != "core"), key=SIGNALS.index)
+    return max((r for r in statistic.reads if r not in MARKS), key=ORDER.index)
 
 
 def _shows_nan(added: Tensor) -> bool:

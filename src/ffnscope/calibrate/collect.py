@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate.checkpoint import Checkpoint
+from ffnscope.calibrate.groups import document_groups
 from ffnscope.calibrate.observe import not_finite, observe_batch
+from ffnscope.calibrate.sums import Surroundings, following
 from ffnscope.calibrate.taps import SignalTap
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
@@ -20,6 +22,7 @@ from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import named_values
 from ffnscope.ffn.sites import find_sites
 from ffnscope.ffn.stream import find_stream
+from ffnscope.ffn.survey import survey
 from ffnscope.io import hash_json, hash_tensors
 from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.types import ChannelStats, FFNSite
@@ -40,6 +43,7 @@ class PassOptions:
         keep_checkpoint: leave the file of a finished pass, from which the same call takes its result; the caller
             removes it. For passes that are followed by longer ones.
         one_pass_bytes: memory that may be spent to spare the pass for the supernode core; see `takes_one_pass`.
+        document_groups: for statistics by document, documents are put together in at most so many groups.
     """
 
     batch_size: int = 4
@@ -49,6 +53,7 @@ class PassOptions:
     checkpoint_every: int = 32
     keep_checkpoint: bool = False
     one_pass_bytes: int = 2**30
+    document_groups: int = 64
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_windows", "gradient_length", "checkpoint_every"):
@@ -135,7 +140,8 @@ def collect(
     names = list(statistics)
     if any(STATISTICS.get(name).beyond_ffns for name in names):
         sites += find_stream(model, sites).observed
-    accumulator = Accumulator(sites, names, core)
+    windows, around = _surroundings(model, windows, names, sites, options)
+    accumulator = Accumulator(sites, names, core, around)
     steps = plan_steps(windows, names, options)
     total = sum(s.batch.n_tokens for s in steps)
     done = 0
@@ -153,6 +159,22 @@ def collect(
     if saver:
         saver.finish(len(steps), accumulator, keep=options.keep_checkpoint)
     return accumulator.result(copy=False)
+
+
+def _surroundings(
+    model: nn.Module, windows: Windows, names: Sequence[str], sites: Sequence[FFNSite], options: PassOptions
+) -> tuple[Windows, Surroundings]:
+    """What statistics read beyond a site; in the windows ``document`` becomes the group of documents."""
+    known = [STATISTICS.get(name) for name in names]
+    following_sites: dict[FFNSite, FFNSite] = {}
+    if any(one.reads_next for one in known):
+        chosen = set(sites)
+        following_sites = {a: b for a, b in following(survey(model).sites).items() if {a, b} <= chosen}
+    if not any("document" in one.reads for one in known):
+        return windows, Surroundings(following_sites)
+    masks = document_groups(windows, options.document_groups)
+    group = torch.stack(masks).long().argmax(0) if masks else windows.document
+    return replace(windows, document=group), Surroundings(following_sites, len(masks))
 
 
 def join_statistics(
@@ -240,7 +262,8 @@ def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Ite
 
 def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator, *, last: bool) -> None:
     batch = step.batch
-    accumulator.begin(batch.valid, batch.n_targets, targets=batch.targets, forward=step.forward, backward=step.backward)
+    marks = {"targets": batch.targets, "documents": batch.document}
+    accumulator.begin(batch.valid, batch.n_targets, **marks, forward=step.forward, backward=step.backward)
     observe = accumulator.observe if accumulator.reads_activation else None
     observe_gradient = accumulator.observe_gradient if step.backward else None
     tap = SignalTap(accumulator.observe_signal, accumulator.signals) if accumulator.signals else None
@@ -263,4 +286,6 @@ def _checkpoint(
         "core": {s.name: index.tolist() for s, index in accumulator.core.items()},
         "sizes": [options.batch_size, options.gradient_windows, options.gradient_length],
     }
+    if accumulator.sums.around.n_documents:
+        facts["groups"] = windows.document.tolist()
     return Checkpoint(options.checkpoint, options.checkpoint_every, hash_json(facts))

@@ -7,18 +7,24 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ffnscope.registry import GRADIENTS, STATISTICS, Statistic
+from ffnscope.calibrate.sums import Surroundings, following
+from ffnscope.registry import GRADIENTS, MARKS, NEXT, STATISTICS, Statistic
 from ffnscope.types import FFNSite
 
 
-def statistics_bytes(sites: Sequence[FFNSite], statistics: Iterable[str], core_size: int | None = 0) -> int:
+def statistics_bytes(
+    sites: Sequence[FFNSite], statistics: Iterable[str], core_size: int | None = 0, n_documents: int = 0
+) -> int:
     """Memory of the sums of a pass, in bytes: 8 per value, 4 per count.
 
     ``core_size`` is the number of core channels per site, for statistics that have it in their shape; None = all
-    channels, as a single pass takes them before the core is known.
+    channels, as a single pass takes them before the core is known. ``n_documents`` is the number of groups of
+    documents, for statistics by document. Where only some layers are among ``sites``, what is about an FFN and the next
+    is counted for each of them.
     """
     known = [STATISTICS.get(name) for name in statistics]
-    return sum(_bytes(site, one, core_size) for one in known for site in sites if site.role in one.at)
+    around = Surroundings(following(sites), n_documents)
+    return sum(_bytes(around, site, one, core_size) for one in known for site in sites if around.takes(site, one))
 
 
 def pass_bytes(
@@ -46,7 +52,7 @@ def pass_bytes(
     """
     names = list(statistics)
     backward = [STATISTICS.get(name) for name in names if STATISTICS.get(name).needs_gradient]
-    waiting = {read for one in backward for read in one.reads} - {*GRADIENTS, "core", "h"}
+    waiting = {read for one in backward for read in one.reads} - {*GRADIENTS, *NEXT, *MARKS, "h"}
     layers: dict[str, list[FFNSite]] = {}  # the experts of a layer share its tokens
     for site in sites:
         layers.setdefault(site.group, []).append(site)
@@ -64,6 +70,6 @@ def _keeps_activation(site: FFNSite) -> bool:
     return site.gate is None and site.activation == "relu"
 
 
-def _bytes(site: FFNSite, statistic: Statistic, core_size: int | None) -> int:
-    shape = statistic.sizes(site, site.d_ff if core_size is None else core_size)
+def _bytes(around: Surroundings, site: FFNSite, statistic: Statistic, core_size: int | None) -> int:
+    shape = around.sizes(statistic, site, site.d_ff if core_size is None else min(core_size, site.d_ff))
     return math.prod(shape) * statistic.itemsize

@@ -13,11 +13,13 @@ class TokenRows:
     """Picks the counted tokens of a batch from signals of its sites.
 
     ``valid`` [batch, T] is False for padding, which is never counted; ``targets`` [batch, T] is True where the
-    prediction of a token counts in the loss (only experts need it).
+    prediction of a token counts in the loss (only experts and the mark ``target`` need it); ``documents`` [batch] is
+    the group of documents of each window (only the mark ``document`` needs it).
     """
 
-    def __init__(self, valid: Tensor, targets: Tensor | None = None):
+    def __init__(self, valid: Tensor, targets: Tensor | None = None, documents: Tensor | None = None):
         self.valid = valid
+        self._documents = documents
         self._whole = bool(valid.all())
         self._predicts: Tensor | None = None
         if targets is not None:
@@ -57,6 +59,17 @@ class TokenRows:
             return flat[::every]
         index = self._indices(signal.device, every) if routed is None else self._routed_indices(site, every)
         return flat if index is None else flat.index_select(0, index.to(flat.device))
+
+    def mark(self, site: FFNSite, name: str) -> Tensor:
+        """Group of documents ("document") or whether the next token counts ("target") of each counted token; [n]."""
+        if name == "document":
+            assert self._documents is not None, "documents were not given"
+            values = self._documents.cpu().repeat_interleave(self.valid.shape[1])
+        else:
+            assert self._predicts is not None, "targets were not given"
+            values = self._predicts
+        routed = self._routed.get(site)
+        return self.take(site, (values if routed is None else values[routed])[:, None])[:, 0]
 
     def captured(self, site: FFNSite) -> Tensor:
         """Which of the batch's valid tokens the rows of an expert are, [n] indices; none when no token reached it."""

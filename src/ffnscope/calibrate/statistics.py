@@ -2,9 +2,10 @@
 
 Signals: ``x`` [n, d_model] FFN input, ``h`` [n, d_ff] channel activations (the input of the down projection), ``g``
 [n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``y`` [n, d_model] the FFN's output; ``core`` [k]
-the indices of the supernode core. A user's own statistic may also read ``dy`` [n, d_model], the gradient of the output;
-no built-in metric needs it. Parts of a batch are reduced in the model's dtype (at least float32) and accumulated in
-float64 (counts in int32), so results do not depend on how text is split into batches.
+the indices of the supernode core; ``next_h`` and ``next_q`` h and h g of the next layer's FFN; ``document`` and
+``target`` marks of tokens (see `Statistic`). A user's own statistic may also read ``dy`` [n, d_model], the gradient of
+the output; no built-in metric needs it. Parts of a batch are reduced in the model's dtype (at least float32) and
+accumulated in float64 (counts in int32), so results do not depend on how text is split into batches.
 """
 
 from __future__ import annotations
@@ -94,6 +95,31 @@ def taylor_core(total: Tensor, h: Tensor, g: Tensor, core: Tensor) -> None:
         _add_second_moment(total, q)
     else:
         total.add_(q[:, core].T @ q)
+
+
+@statistic("taylor_next", reads=("h", "g", "core", "next_q"), reduce="sum", shape=("core", "next"), in_place=True)
+def taylor_next(total: Tensor, h: Tensor, g: Tensor, core: Tensor, next_q: Tensor) -> None:
+    """Sum of q_s q_j over the core's channels s and all channels j of the next layer's FFN, with q = h g."""
+    q = h * g
+    total.add_(q[:, core.to(q.device)].T @ next_q.to(q))
+
+
+@statistic("act_next", reads=("h", "core", "next_h"), reduce="sum", shape=("core", "next"), in_place=True)
+def act_next(total: Tensor, h: Tensor, core: Tensor, next_h: Tensor) -> None:
+    """Sum of h_s h_j over the core's channels s and all channels j of the next layer's FFN."""
+    total.add_(h[:, core.to(h.device)].T @ next_h.to(h))
+
+
+@statistic("tokens_by_document", reads=("h", "document"), reduce="sum", shape=("document",), in_place=True)
+def tokens_by_document(total: Tensor, h: Tensor, document: Tensor) -> None:
+    """Tokens, by groups of documents: what means of activations divide by."""
+    total.add_(torch.bincount(document, minlength=len(total)).to(total))
+
+
+@statistic("targets_by_document", reads=("g", "document", "target"), reduce="sum", shape=("document",), in_place=True)
+def targets_by_document(total: Tensor, g: Tensor, document: Tensor, target: Tensor) -> None:
+    """Predicted tokens, by groups of documents: what means of gradients divide by."""
+    total.add_(torch.bincount(document[target.bool()], minlength=len(total)).to(total))
 
 
 @statistic("x_sum", reads=("x",), reduce="sum", shape=("d_model",))

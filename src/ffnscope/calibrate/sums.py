@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,23 +18,61 @@ from ffnscope.types import ChannelStats, FFNSite
 Key = tuple[FFNSite, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is around sites: the FFN of the next layer where it is one dense FFN, and how many groups of documents."""
+
+    following: Mapping[FFNSite, FFNSite] = field(default_factory=dict[FFNSite, FFNSite])
+    n_documents: int = 0
+
+    def takes(self, site: FFNSite, statistic: Statistic) -> bool:
+        """Whether a statistic is taken at a site."""
+        return site.role in statistic.at and (site in self.following or not statistic.reads_next)
+
+    def sizes(self, statistic: Statistic, site: FFNSite, core_size: int) -> tuple[int, ...]:
+        """Shape of a statistic at a site."""
+        n_next = self.following[site].d_ff if site in self.following else 0
+        return statistic.sizes(site, core_size, self.n_documents, n_next)
+
+
+def following(sites: Sequence[FFNSite]) -> dict[FFNSite, FFNSite]:
+    """The FFN of the next layer that has one, for each dense FFN whose next layer holds one dense FFN alone.
+
+    ``sites`` are all FFNs of a model, in the order of its layers. Experts, and FFNs beside them, follow no one.
+    """
+    layers: dict[int, list[FFNSite]] = {}
+    for site in sites:
+        if site.role == "ffn":
+            layers.setdefault(site.layer, []).append(site)
+    alone = [found[0] if len(found) == 1 and found[0].expert is None else None for found in layers.values()]
+    return {a: b for a, b in pairwise(alone) if a is not None and b is not None}
+
+
 class Sums:
     """Float64 sums (int32 where they are counts) of statistics for several sites, and the tokens that they stand for.
 
-    ``core`` gives the number of core channels of each site. On a device without float64 (mps) the sums are on the CPU.
+    ``core`` gives the number of core channels of each site, ``around`` what else tells shapes. On a device without
+    float64 (mps) the sums are on the CPU.
     """
 
-    def __init__(self, sites: Sequence[FFNSite], statistics: Sequence[Statistic], core: Mapping[FFNSite, Tensor]):
+    def __init__(
+        self,
+        sites: Sequence[FFNSite],
+        statistics: Sequence[Statistic],
+        core: Mapping[FFNSite, Tensor],
+        around: Surroundings | None = None,
+    ):
         self.sites = tuple(sites)
         self.statistics = tuple(statistics)
+        self.around = around or Surroundings()
         self.values: dict[Key, Tensor] = {}
         self.places: dict[Key, Tensor] | None = None
         self._counts: dict[Key, int] = {}
         self._shapes = {
-            (site, s.name): s.sizes(site, core[site].numel() if site in core else 0)
+            (site, s.name): self.around.sizes(s, site, core[site].numel() if site in core else 0)
             for site in sites
             for s in statistics
-            if site.role in s.at
+            if self.around.takes(site, s)
         }
 
     def add(self, site: FFNSite, statistic: Statistic, signals: Sequence[Tensor], count: int) -> Tensor:
@@ -77,7 +117,7 @@ class Sums:
         """
         found: dict[FFNSite, ChannelStats] = {}
         for site in self.sites:
-            here = [s for s in self.statistics if site.role in s.at]
+            here = [s for s in self.statistics if self.around.takes(site, s)]
             begun = [s for s in here if site.expert is not None or (site, s.name) in self.values]
             found[site] = ChannelStats(
                 site,
@@ -114,10 +154,11 @@ class Sums:
         }
         largest = max(size, key=lambda name: size[name])
         readers = ", ".join(m for m in METRICS.names() if largest in METRICS.get(m).needed({}))
+        cause = f"the metrics that need it ({readers})" if readers else "concentration, halo or cross_layer"
         return (
             f"out of memory for the sums of the calibration pass, {sum(size.values()) / 2**20:,.0f} MiB for "
             f"{len(self.sites)} FFNs: statistic {largest!r} alone takes {size[largest] / 2**20:,.0f} MiB. Leave out "
-            f"the metrics that need it ({readers}), or calibrate fewer FFNs (model.tracked_layers, --tracked)."
+            f"{cause}, or calibrate fewer FFNs (model.tracked_layers, --tracked)."
         )
 
     def _start(self, site: FFNSite, statistic: Statistic, place: Tensor, value: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ffnscope.errors import UsageError
 from ffnscope.metrics.alignment import covariance
+from ffnscope.metrics.redundancy import gaussian_information, inverse_root
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
-RESOLUTION = 1e-6  # relative error of a sum of float32 products
 SMALL = 512  # covariances up to this size are decomposed whole
 ROWS = 1024  # channels whose correlations with all others are held at once
 
@@ -83,11 +83,6 @@ def pairwise_redundancy_gaussian(
     return -gaussian_information(torch.cat(found)).mean(1)
 
 
-def gaussian_information(correlation: Tensor) -> Tensor:
-    """-ln(1 - rho^2) / 2 in nats, elementwise."""
-    return -0.5 * torch.log1p(-correlation.square().clamp_max(1 - RESOLUTION))
-
-
 def _correlations(stats: ChannelStats, rows: Tensor) -> Tensor:
     """Correlations of the channels ``rows`` [n] with all channels; [n, d_ff]."""
     outer, count = stats.total("h_outer"), stats.counts["h_outer"]
@@ -95,12 +90,6 @@ def _correlations(stats: ChannelStats, rows: Tensor) -> Tensor:
     scale = inverse_root(power - mean.square(), power)
     rows = rows.to(outer.device)
     return (outer[rows] / count - torch.outer(mean[rows], mean)) * torch.outer(scale[rows], scale)
-
-
-def inverse_root(variance: Tensor, power: Tensor) -> Tensor:
-    """1 / sqrt(variance), or 0 where the variance is lost in the rounding of the second moment ``power``."""
-    tiny = torch.finfo(variance.dtype).tiny
-    return torch.where(variance > RESOLUTION * power, variance.clamp_min(tiny).rsqrt(), torch.zeros_like(variance))
 
 
 def _leading(cov: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
-from ffnscope.metrics.information import gaussian_information, inverse_root
 from ffnscope.metrics.ranks import unit_ranks
+from ffnscope.metrics.redundancy import connectivity, core_correlations, top_information, write_halo
 from ffnscope.registry import metric
 from ffnscope.types import ChannelStats, FFNWeights
 
@@ -80,43 +80,14 @@ def supernode_connectivity_score(
     return _core_first(0.5 * stats.mean("taylor_sq") * ((1 - conn) + conn * protect), core)
 
 
-def connectivity(weights: FFNWeights, core: Tensor, support: int) -> Tensor:
-    """Conn: the share of a channel's L1 write norm that goes to the core's main residual dimensions; [d_ff].
-
-    The core's main dimensions are the ``support`` ones with the largest sum of |W_down| over its channels. A zero
-    column has Conn 0.
-    """
-    if support < 1:
-        raise UsageError(f"support must be at least 1 residual dimension; got {support}.")
-    size = weights.down.to(torch.promote_types(weights.down.dtype, torch.float32)).abs()
-    order = torch.sort(size[:, core.to(size.device)].sum(1), descending=True, stable=True).indices
-    main = order[: min(support, max(1, size.shape[0] // 2))]
-    total = size.sum(0)
-    share = size[main].sum(0) / total.clamp_min(torch.finfo(size.dtype).tiny)
-    return torch.where(total > 0, share.clamp_max(1), torch.zeros_like(total))
-
-
-def write_halo(conn: Tensor, core: Tensor, fraction: float) -> Tensor:
-    """Sorted indices of the ``fraction`` of non-core channels with the largest Conn; ties go to the lower index."""
-    if not 0 < fraction <= 1:
-        raise UsageError(f"halo_fraction must be in (0, 1], a share of the non-core channels; got {fraction:g}.")
-    order = torch.sort(conn, descending=True, stable=True).indices
-    outside = order[~torch.isin(order, core.to(order.device))]
-    return outside[: max(1, round(fraction * outside.numel()))].sort().values
-
-
 def redundancy_to_core(stats: ChannelStats, core: Tensor, top: int = 5) -> Tensor:
     """Mean Gaussian information between q of a channel and its ``top`` most correlated core channels, nats; [d_ff].
 
     Only positive correlations count: a channel that counters the core is not redundant with it.
     """
-    mean, square, cross = (stats.mean(n) for n in NEEDS)
-    core = core.to(mean.device)
-    _check_core_is_that_of(stats, core, cross, square)
-    scale = inverse_root(square - mean.square(), square)
-    correlation = (cross - torch.outer(mean[core], mean)) * torch.outer(scale[core], scale)
-    information = gaussian_information(correlation.clamp_min(0))
-    return information.topk(min(top, core.numel()), dim=0).values.mean(0)
+    core = core.to(stats.total("taylor_core").device)
+    _check_core_is_that_of(stats, core)
+    return top_information(core_correlations(stats, core), top)
 
 
 def protection(stats: ChannelStats, core: Tensor, halo: Tensor, power: float, floor: float) -> Tensor:
@@ -131,8 +102,9 @@ def protection(stats: ChannelStats, core: Tensor, halo: Tensor, power: float, fl
     return protect
 
 
-def _check_core_is_that_of(stats: ChannelStats, core: Tensor, cross: Tensor, square: Tensor) -> None:
+def _check_core_is_that_of(stats: ChannelStats, core: Tensor) -> None:
     """Raise when taylor_core belongs to another core: the entry of core channel s with itself is E[q_s^2]."""
+    cross, square = stats.mean("taylor_core"), stats.mean("taylor_sq")
     same = cross.shape[0] == core.numel()
     if not same or not torch.allclose(cross.gather(1, core[:, None]).flatten(), square[core], rtol=1e-2, atol=0):
         raise UsageError(

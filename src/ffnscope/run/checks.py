@@ -47,6 +47,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _scar_off,
         _chat,
         _core,
+        _analyses,
         _inputs,
         _background,
         _model_kwargs,
@@ -138,6 +139,35 @@ def _core(config: RunConfig) -> Iterator[Finding]:
             )
 
 
+def _analyses(config: RunConfig) -> Iterator[Finding]:
+    """Analyses of the core need one, and those of q = h g a backward pass."""
+    core, asked = config.supernode, config.supernode.stability
+    blocks: dict[KeyPath, bool] = {(name,): getattr(config, name).enabled for name in ("halo", "cross_layer")}
+    blocks[("supernode", "stability")] = asked.enabled
+    for path, enabled in blocks.items():
+        if enabled and not core.enabled:
+            message = "needs the supernode core, but supernode.enabled is false. Set it to true"
+            yield _finding((*path, "enabled"), message, ("supernode", "enabled"))
+        elif enabled and path != ("supernode", "stability") and not config.metrics.scar.enabled:
+            message = "needs the backward pass, but metrics.scar.enabled is false. Set it to true"
+            yield _finding((*path, "enabled"), message, ("metrics", "scar", "enabled"))
+    if core.null_pool is not None and not (config.halo.enabled or config.cross_layer.enabled):
+        yield _finding(("supernode", "null_pool"), "would do nothing: neither halo nor cross_layer is enabled")
+    if config.halo.enabled and core.halo_fraction is not None and core.halo_fraction > 0.5:
+        message = "must be at most 0.5 with halo.enabled, so that as many other channels are left to compare with"
+        yield _finding(("supernode", "halo_fraction"), f"{message}; got {core.halo_fraction:g}", ("halo", "enabled"))
+    for key in ("seeds", "texts"):
+        if getattr(asked, key) and not asked.enabled:
+            yield _finding(("supernode", "stability", key), "would do nothing without 'enabled: true'")
+    if config.concentration.enabled and config.concentration.jackknife and _cuts_gradients(config):
+        message = "needs all windows whole, because sums of documents must add up; remove metrics.scar.num_samples"
+        yield _finding(("concentration", "jackknife"), message, ("metrics", "scar", "num_samples"))
+
+
+def _cuts_gradients(config: RunConfig) -> bool:
+    return config.scar_num_samples < config.calibration.num_samples
+
+
 def _inputs(config: RunConfig) -> Iterator[Finding]:
     """What metrics need beyond statistics and weights, and keys that nothing would read."""
     used = dict(_used_metrics(config))
@@ -152,7 +182,7 @@ def _inputs(config: RunConfig) -> Iterator[Finding]:
     reads = {key for rule in rules.values() for key in (*rule.inputs, *rule.params)}
     if config.model.reference_id is not None and "reference" not in reads:
         yield _finding(("model", "reference_id"), "would do nothing: no metric that is scored reads a reference model")
-    if config.supernode.halo_fraction is not None and "halo_fraction" not in reads:
+    if config.supernode.halo_fraction is not None and "halo_fraction" not in reads and not config.halo.enabled:
         yield _finding(("supernode", "halo_fraction"), "would do nothing: no metric that is scored reads the halo")
 
 

@@ -9,8 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ffnscope.analyze.levels import CoreRule
+from ffnscope.analyze import cross_layer, halo
+from ffnscope.analyze.bootstrap import bootstrap_statistics
+from ffnscope.analyze.levels import CoreRule, Extra
+from ffnscope.analyze.neighbours import bounded_pool, null_channels
 from ffnscope.calibrate.collect import PassOptions, weights_hash
+from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import ModelSource, load_model, read_token
 from ffnscope.io import hash_file, read_stats
 from ffnscope.plan.build import top_core
@@ -18,6 +22,8 @@ from ffnscope.registry import METRICS
 from ffnscope.run.schema import RunConfig
 from ffnscope.scoring import check_reference
 from ffnscope.types import ChannelStats, FFNSite, Scores
+
+ONE_PASS_BYTES = 2**31  # with correlations of null cores, which are larger; a second pass takes much longer
 
 
 def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptions:
@@ -29,7 +35,41 @@ def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptio
         gradient_length=config.scar_max_length,
         checkpoint=checkpoint,
         checkpoint_every=asked.checkpoint_every * asked.batch_size,
+        one_pass_bytes=ONE_PASS_BYTES if compares_cores(config) else PassOptions().one_pass_bytes,
     )
+
+
+def compares_cores(config: RunConfig) -> bool:
+    """Whether correlations of null cores are measured."""
+    return config.supernode.enabled and (config.halo.enabled or config.cross_layer.enabled)
+
+
+def calibration_extra(config: RunConfig, sites: Sequence[FFNSite], windows: Windows) -> Extra:
+    """What the analyses need beyond the statistics of the metrics.
+
+    Raises:
+        UsageError: the sums of null cores would not fit (see `bounded_pool`).
+    """
+    names: dict[str, None] = {}
+    if config.concentration.enabled:
+        names |= dict.fromkeys(bootstrap_statistics({m: metric_params(config, m) for m in config.metric_names}))
+    rule = core_rule(config)
+    if config.supernode.enabled and config.supernode.stability.enabled:
+        names |= dict.fromkeys(bootstrap_statistics({rule.metric: rule.params}))
+    groups = min(pass_options(config).document_groups, len(windows.document.unique())) if names else 0
+    pool = 0
+    if compares_cores(config):
+        asked = (config.halo.enabled, halo), (config.cross_layer.enabled, cross_layer)
+        of_core = list(dict.fromkeys(name for enabled, one in asked if enabled for name in one.CORE_NEEDS))
+        names |= {name: None for enabled, one in asked if enabled for name in one.NEEDS}
+        names |= dict.fromkeys(of_core)
+        pool = bounded_pool(sites, of_core, rule.size(sites), config.supernode.null_pool)
+    return Extra(tuple(names), pool, groups)
+
+
+def measured_channels(config: RunConfig, core: Mapping[FFNSite, Tensor], extra: Extra) -> dict[FFNSite, Tensor]:
+    """Channels whose correlations with others are measured: the core, and those that null cores are drawn from."""
+    return null_channels(core, extra.pool, config.experiment.seed) if extra.pool else dict(core)
 
 
 def load_reference(config: RunConfig, metrics: Iterable[str]) -> nn.Module | None:

@@ -22,7 +22,7 @@ from ffnscope.evaluate.tasks import load_tasks
 from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
 from ffnscope.run.checkpoints import check_format
-from ffnscope.run.choices import core_rule, metric_params, model_source, pass_options
+from ffnscope.run.choices import calibration_extra, core_rule, metric_params, model_source, pass_options
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.progress import peak_memory
@@ -68,14 +68,17 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     held_out = evaluation_windows(config, loaded.tokenizer)
     metrics = {name: metric_params(config, name) for name in config.metric_names}
     rule, options = core_rule(config), pass_options(config)
-    passes = calibration_passes(sites, metrics, rule, options)
+    extra = calibration_extra(config, sites, calibration)
+    passes = calibration_passes(sites, metrics, rule, options, extra)
     each = [plan_steps(calibration, names, options) for names in passes]
     steps = [step for one in each for step in one]
-    found = calibration_bytes(loaded.model, calibration, metrics, sites=sites, rule=rule, options=options)
+    given: Any = {"sites": sites, "rule": rule, "options": options, "extra": extra}
+    found = calibration_bytes(loaded.model, calibration, metrics, **given)
     speed = seconds_per_token(loaded.model, sites)
     lines = [
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_decision_lines(config, sites),
+        *_analysis_lines(config, calibration, speed),
         *_evaluation_lines(config, held_out, speed),
         *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
     ]
@@ -120,6 +123,21 @@ def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
     channels = sum(s.d_ff for s in sites)
     scores = Line("score", f"{len(config.metric_names)} metrics x {channels:,} channels of {len(sites)} FFNs")
     return [scores, Line("plan", f"{_n_plans(config)} plans")]
+
+
+def _analysis_lines(config: RunConfig, calibration: Windows, speed: float) -> list[Line]:
+    """The analyses: most take seconds to a few minutes; further calibrations of the core are passes over text."""
+    found: list[Line] = []
+    for name in ("concentration", "halo", "cross_layer"):
+        block = getattr(config, name)
+        found += [Line(name.replace("_", " "), f"{block.draws} draws")] if block.enabled else []
+    asked = config.supernode.stability
+    others = len(asked.seeds) + len(asked.texts)
+    if config.supernode.enabled and asked.enabled and others:
+        tokens = others * calibration.n_tokens
+        what = f"the core of {others} other calibrations: {tokens:,} tokens forward and backward"
+        found.append(Line("stability", what, 2 * tokens * speed))
+    return found
 
 
 def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float) -> list[Line]:

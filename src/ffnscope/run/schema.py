@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictInt
 from ffnscope.apply.export import SHARD_SIZE
 from ffnscope.evaluate.tasks import TaskOptions
 from ffnscope.registry import METRICS
+from ffnscope.run.analysis_blocks import Concentration, CrossLayer, Halo, Stability
 from ffnscope.run.fields import (
     AllocatorName,
     Block,
@@ -165,9 +166,14 @@ class Supernode(Block):
     top_k: Count | None = None
     """Number of core channels per FFN, in place of core_fraction."""
     halo_fraction: Fraction | None = None
-    """Share of the non-core channels that is the write halo, for the supernode_* metrics; null: 0.1."""
+    """Share of the non-core channels that is the halo, for the supernode_* metrics and the halo block; null: 0.1."""
+    null_pool: Count | None = None
+    """Channels per FFN, beside the core, that null cores of halo and cross_layer are drawn from; null: 10 per core
+    channel and at least 100, as far as their sums stay below 4 GiB."""
     protect_core: StrictBool = True
     """Keep the core in every pruning plan, whatever the metric."""
+    stability: Stability = Field(default_factory=Stability)
+    """Would other text give the same core?"""
 
 
 class Pruning(Block):
@@ -276,6 +282,9 @@ class RunConfig(Block):
     calibration: Calibration = Field(default_factory=Calibration)
     metrics: Metrics = Field(default_factory=Metrics)
     supernode: Supernode = Field(default_factory=Supernode)
+    concentration: Concentration = Field(default_factory=Concentration)
+    halo: Halo = Field(default_factory=Halo)
+    cross_layer: CrossLayer = Field(default_factory=CrossLayer)
     pruning: Pruning = Field(default_factory=Pruning)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     output: Output = Field(default_factory=Output)
@@ -342,6 +351,12 @@ class RunConfig(Block):
             return None
         seed = self.experiment.seed
         return TaskOptions(asked.names, asked.num_fewshot, asked.limit, asked.batch_size, seed)
+
+    @property
+    def stability_texts(self) -> tuple[TextSource, ...]:
+        """Texts whose cores are compared with that of the calibration."""
+        asked = self.supernode.stability
+        return tuple(_source(text, text.split) for text in asked.texts) if asked.enabled else ()
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import ffnscope
-from ffnscope.analyze.group_sums import Stats, only
-from ffnscope.analyze.levels import calibrate_at_once, first_level, needs_core, takes_one_pass
+from ffnscope.analyze.group_sums import Stats, only, with_core
+from ffnscope.analyze.levels import level_statistics, needs_core, takes_one_pass
 from ffnscope.analyze.memory import calibration_bytes
 from ffnscope.apply.mask import masked
 from ffnscope.calibrate.collect import (
@@ -21,7 +21,6 @@ from ffnscope.calibrate.collect import (
     PassOptions,
     collect,
     join_statistics,
-    required_statistics,
     weights_hash,
 )
 from ffnscope.calibrate.windows import Windows
@@ -45,10 +44,12 @@ from ffnscope.plan.build import build_plan
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.run.choices import (
     background_hash,
+    calibration_extra,
     core_rule,
     find_core,
     load_background,
     load_reference,
+    measured_channels,
     metric_params,
     pass_options,
     reference_hash,
@@ -114,23 +115,26 @@ def calibrate_stage(job: Job) -> dict[FFNSite, ChannelStats]:
     """
     metrics = {name: metric_params(job.config, name) for name in job.config.metric_names}
     rule, model, windows = core_rule(job.config), job.loaded.model, job.calibration
-    options = pass_options(job.config)
-    names, of_core = (required_statistics(first_level(metrics, rule), core=core) for core in (False, True))
-    announce(job.reporter, calibration_bytes(model, windows, metrics, sites=job.sites, rule=rule, options=options))
+    options, extra = pass_options(job.config), calibration_extra(job.config, job.sites, windows)
+    names, of_core = level_statistics(metrics, rule, extra)
+    sizes: Any = {"sites": job.sites, "rule": rule, "options": options, "extra": extra}
+    announce(job.reporter, calibration_bytes(model, windows, metrics, **sizes))
     ahead: Stats = {}
 
     def first(options: PassOptions, update: OnBatch) -> Stats:
-        if not takes_one_pass(job.sites, metrics, options):
-            return collect(model, windows, names, sites=job.sites, options=options, on_batch=update)
-        given: Any = {"sites": job.sites, "rule": rule, "options": options, "on_batch": update}
-        stats, _ = calibrate_at_once(model, windows, metrics, **given)
-        ahead.update(only(stats, of_core))
+        given: Any = {"sites": job.sites, "options": options, "on_batch": update}
+        if not takes_one_pass(job.sites, metrics, options, extra):
+            return collect(model, windows, names, **given)
+        every = {site: torch.arange(site.d_ff) for site in job.sites}
+        stats = collect(model, windows, [*names, *of_core], core=every, **given)
+        measured = measured_channels(job.config, rule.find(model, stats), extra)
+        ahead.update(only(with_core(stats, every, measured), of_core))
         return only(stats, names)
 
     stats = _statistics(job, "statistics", names, None, first)
     if not of_core:
         return stats
-    core = rule.find(model, stats)
+    core = measured_channels(job.config, rule.find(model, stats), extra)
 
     def second(options: PassOptions, update: OnBatch) -> Stats:
         return ahead or collect(model, windows, of_core, sites=job.sites, core=core, options=options, on_batch=update)
@@ -181,9 +185,12 @@ def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Sc
         if job.reference_hash:
             facts["reference"] = {"model": job.config.model.reference_id, "hash": job.reference_hash}
         facts |= {"background": job.background_hash} if job.background_hash else {}
+        core = rule.find(model, stats) if rule else None
+        extra = calibration_extra(job.config, job.sites, job.calibration)
+        used = with_core(dict(stats), measured_channels(job.config, core, extra), core) if core else stats
         given: Any = {"reference": load_reference(job.config, params), "background": load_background(job.config)}
-        given |= {"facts": facts, "core": rule.find(model, stats) if rule else None}
-        found = {n: score(model, stats, n, **given, **p) for n, p in params.items()}
+        given |= {"facts": facts, "core": core}
+        found = {n: score(model, used, n, **given, **p) for n, p in params.items()}
         write_scores(path, found.values(), facts)
         write_json(summary, {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)})
 

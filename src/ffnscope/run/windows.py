@@ -12,20 +12,23 @@ from ffnscope.run.schema import RunConfig
 
 def check_texts(config: RunConfig) -> None:
     """Raise TextError when a text is missing or not readable: before a model is loaded, whose tokenizer cuts it."""
-    for source in (text_source(config.calibration_text), *_held_out_sources(config)):
+    others = map(text_source, config.stability_texts)
+    for source in (text_source(config.calibration_text), *_held_out_sources(config), *others):
         check_text(source)
 
 
-def calibration_windows(config: RunConfig, tokenizer: Any) -> Windows:
-    """Cut the calibration text into the windows that the configuration asks for."""
+def calibration_windows(
+    config: RunConfig, tokenizer: Any, *, text: texts.TextSource | None = None, seed: int | None = None
+) -> Windows:
+    """Cut the calibration text, or another ``text``, into the windows that the configuration asks for."""
     asked = config.calibration
     return load_windows(
-        text_source(config.calibration_text),
+        text_source(text or config.calibration_text),
         tokenizer,
         n=asked.num_samples,
         length=asked.max_length,
         mode=asked.mode,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         answers_only=asked.answers_only,
     )
 
