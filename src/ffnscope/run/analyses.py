@@ -61,18 +61,18 @@ def analyses_stage(job: Job, stats: Stats, scores: Mapping[str, Scores]) -> None
 
 def _concentration_stage(job: Job, stats: Stats, scores: Mapping[str, Scores]) -> None:
     asked = job.config.concentration
-    files = [*_tables(job, "concentration"), job.folder / FOLDER / "lorenz.json"]
+    files = [*tables(job, "concentration"), job.folder / FOLDER / "lorenz.json"]
 
     def make() -> None:
         repeat = _repeat(job, scores) if asked.jackknife else None
-        sums = Bootstrap(job.loaded.model, stats, asked.draws, _seed(job, asked.seed))
+        sums = Bootstrap(job.loaded.model, stats, asked.draws, seed_of(job, asked.seed))
         with job.reporter.task("concentration", "metrics") as update:
             found = concentration(scores, bootstrap=sums, repeat=repeat, on_metric=update)
         facts = {**_concentration_facts(found), "documents": len(job.calibration.document.unique())}
-        _write(files, found.rows(), facts)
+        write_tables(files, found.rows(), facts)
         write_json(files[2], {"fractions": list(GRID), "curves": found.curves})
 
-    job.stage("concentration", [job.keys["score"], *_calibrated(job), asked.model_dump()], files, make)
+    job.stage("concentration", [job.keys["score"], *calibrated_keys(job), asked.model_dump()], files, make)
 
 
 def _concentration_facts(found: Concentration) -> dict[str, Any]:
@@ -108,9 +108,9 @@ def _overlap_stage(job: Job, core: Core, scores: Mapping[str, Scores]) -> dict[s
     metric = job.config.supernode.score_metric
     found = core_overlap(core, scores, defined_by=metric)
     facts = {"core": metric, "activation_outliers": found.outliers}
-    files = _tables(job, "core_overlap")
+    files = tables(job, "core_overlap")
     depends = [job.keys["score"], job.config.supernode.model_dump(exclude={"stability"})]
-    job.stage("core overlap", depends, files, lambda: _write(files, found.rows(), facts))
+    job.stage("core overlap", depends, files, lambda: write_tables(files, found.rows(), facts))
     return {f"{site.name}/core": index for site, index in core.items()} | _named(found)
 
 
@@ -124,15 +124,15 @@ def _stability_stage(job: Job, stats: Stats, core: Core) -> None:
     sources: dict[str, dict[str, Any]] = {f"seed {seed}": {"seed": seed} for seed in asked.seeds}
     sources |= {text.words: {"text": text} for text in job.config.stability_texts}
     others = {label: _other_core(job, i, label, chosen) for i, (label, chosen) in enumerate(sources.items())}
-    files = _tables(job, "core_stability")
+    files = tables(job, "core_stability")
 
     def make() -> None:
         given: Any = {"rule": rule, "model": job.loaded.model, "stats": stats, "seed": job.config.experiment.seed}
         found = core_stability(core, others, **given)
-        _write(files, found.rows(), {"core": rule.metric, "skipped": found.skipped})
+        write_tables(files, found.rows(), {"core": rule.metric, "skipped": found.skipped})
 
     keys = [job.keys[f"core {label}"] for label in sources]
-    job.stage("core stability", [*_calibrated(job), job.keys["core overlap"], *keys], files, make)
+    job.stage("core stability", [*calibrated_keys(job), job.keys["core overlap"], *keys], files, make)
 
 
 def _other_core(job: Job, index: int, label: str, chosen: Mapping[str, Any]) -> Core:
@@ -155,34 +155,34 @@ def _other_core(job: Job, index: int, label: str, chosen: Mapping[str, Any]) -> 
 
 def _halo_stage(job: Job, stats: Stats, core: Core) -> dict[str, Tensor]:
     asked = job.config.halo
-    files = [*_tables(job, "halo"), job.folder / FOLDER / "halo_sets.safetensors"]
-    options = HaloOptions(job.config.supernode.halo_fraction or 0.1, draws=asked.draws, seed=_seed(job, asked.seed))
+    files = [*tables(job, "halo"), job.folder / FOLDER / "halo_sets.safetensors"]
+    options = HaloOptions(job.config.supernode.halo_fraction or 0.1, draws=asked.draws, seed=seed_of(job, asked.seed))
 
     def make() -> None:
         with job.reporter.task("halo", "FFNs") as update:
             found = halo_analysis(job.loaded.model, stats, core, _measured(job, core), options, on_site=update)
         facts = {"next_sites": {a.name: b.name for a, b in found.next_sites.items()}, "refused": found.refused}
         facts |= {"few_tokens": found.few_tokens, "pool": _pool(job), "fraction": options.fraction}
-        _write(files, found.rows(), facts)
+        write_tables(files, found.rows(), facts)
         sets = {f"{site.name}/write_halo": i for site, i in found.write_halo.items()}
         sets |= {f"{site.name}/read_halo": i for site, i in found.read_halo.items()}
         write_tensors(files[2], sets, {"kind": "channel sets", "next_sites": facts["next_sites"]})
 
-    depends = [*_calibrated(job), job.keys["core overlap"], asked.model_dump(), options.fraction, options.seed]
+    depends = [*calibrated_keys(job), job.keys["core overlap"], asked.model_dump(), options.fraction, options.seed]
     job.stage("halo", depends, files, make)
     return read_tensors(files[2])[0]
 
 
 def _cross_layer_stage(job: Job, stats: Stats, core: Core) -> None:
-    asked, files = job.config.cross_layer, _tables(job, "cross_layer")
-    given: Any = {"draws": asked.draws, "seed": _seed(job, asked.seed)}
+    asked, files = job.config.cross_layer, tables(job, "cross_layer")
+    given: Any = {"draws": asked.draws, "seed": seed_of(job, asked.seed)}
 
     def make() -> None:
         with job.reporter.task("cross layer", "FFNs") as update:
             found = cross_layer(job.loaded.model, stats, core, _measured(job, core), **given, on_site=update)
-        _write(files, found.rows(), {"refused": found.refused, "pool": _pool(job)})
+        write_tables(files, found.rows(), {"refused": found.refused, "pool": _pool(job)})
 
-    job.stage("cross layer", [*_calibrated(job), job.keys["core overlap"], given], files, make)
+    job.stage("cross layer", [*calibrated_keys(job), job.keys["core overlap"], given], files, make)
 
 
 def _sets_stage(job: Job, sets: Mapping[str, Tensor]) -> None:
@@ -200,7 +200,7 @@ def protection_stage(job: Job, plans: Mapping[str, PruningPlan]) -> None:
     pairs = _pairs(plans)
     if not pairs or not job.held_out:
         return
-    files = _tables(job, "protection")
+    files = tables(job, "protection")
     states = [job.folder / "evaluation" / f"windows_{i}.json" for i in range(len(job.held_out))]
     make = partial(_protection, job, plans, pairs, states, files)
     job.stage("protection", [job.keys[f"evaluate {i + 1}"] for i in range(len(states))], files, make)
@@ -219,7 +219,7 @@ def _protection(
         nll = {label: measured.total(plan_key(plans[label]), "nll") for pair in pairs for label in pair}
         for one in paired_losses(nll, windows, pairs):
             rows.append({"dataset": windows.source, "sparsity": plans[one.first].budget.sparsity, **one.row()})
-    _write(files, rows, {"protected_core": job.config.supernode.enabled and job.config.supernode.protect_core})
+    write_tables(files, rows, {"protected_core": job.config.supernode.enabled and job.config.supernode.protect_core})
 
 
 def _pairs(plans: Mapping[str, PruningPlan]) -> list[tuple[str, str]]:
@@ -237,7 +237,8 @@ def _pool(job: Job) -> int:
     return calibration_extra(job.config, job.sites, job.calibration).pool
 
 
-def _calibrated(job: Job) -> list[str]:
+def calibrated_keys(job: Job) -> list[str]:
+    """What the statistics of the run are made from."""
     return [job.keys[name] for name in ("calibrate", "calibrate core") if name in job.keys]
 
 
@@ -250,14 +251,17 @@ def _whole(job: Job) -> PassOptions:
     return replace(pass_options(job.config), gradient_windows=None)
 
 
-def _seed(job: Job, asked: int | None) -> int:
+def seed_of(job: Job, asked: int | None) -> int:
+    """The seed of a block, or that of the experiment."""
     return job.config.experiment.seed if asked is None else asked
 
 
-def _tables(job: Job, name: str) -> list[Path]:
+def tables(job: Job, name: str) -> list[Path]:
+    """Files of an analysis: CSV and JSON."""
     return [job.folder / FOLDER / f"{name}{suffix}" for suffix in (".csv", ".json")]
 
 
-def _write(files: Sequence[Path], rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+def write_tables(files: Sequence[Path], rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    """Write the rows as CSV, and as JSON with the facts."""
     write_csv(files[0], rows)
     write_json(files[1], {"rows": list(rows), "facts": facts})

@@ -1,4 +1,4 @@
-"""The YAML blocks of the analyses: concentration, stability of the core, halo, cross-layer."""
+"""The YAML blocks of the analyses: concentration, stability of the core, halo, cross-layer, ablation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, StrictBool, StrictInt
 
 from ffnscope.analyze.nulls import LEAST_DRAWS
-from ffnscope.run.fields import Block, Distinct, Seed, Text
+from ffnscope.run.fields import Block, Count, Distinct, Fraction, Seed, Share, Text
 from ffnscope.run.texts import TextSource
 
 Draws = Annotated[StrictInt, Field(ge=LEAST_DRAWS)]
@@ -62,5 +62,29 @@ class CrossLayer(Block):
     """Compare the core's drive, correlation, redundancy and bus with those of random cores."""
     draws: Draws = 200
     """Random cores, at least 200."""
+    seed: Seed | None = None
+    """Seed of the draws; null: experiment.seed."""
+
+
+class Ablation(Block):
+    """What removing channels does to the loss of the first held-out text, measured. Needs evaluation.enabled."""
+
+    enabled: StrictBool = False
+    """Remove core, halos and matched controls, and random masks that hold a share of the core (with supernode.enabled);
+    and single channels, where ``channels`` asks for them."""
+    num_samples: Count = 8
+    """Windows of the held-out text, the first ones."""
+    draws: Count = 3
+    """Draws of each random set and mask."""
+    dose_shares: Annotated[tuple[Share, ...], Distinct] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Shares of the core that random masks hold; [] for none."""
+    dose_sparsity: Fraction = 0.5
+    """Share of the channels that these masks remove."""
+    channels: Annotated[StrictInt, Field(ge=0)] = 0
+    """Channels that are removed one at a time, to see which metric ranks them as the loss does; 0: none."""
+    sites: Count = 8
+    """FFNs that these channels are in."""
+    copies: Count = 16
+    """Windows per forward while single channels are removed, each without another channel; sets memory."""
     seed: Seed | None = None
     """Seed of the draws; null: experiment.seed."""

@@ -48,6 +48,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _chat,
         _core,
         _analyses,
+        _ablation,
         _inputs,
         _background,
         _model_kwargs,
@@ -166,6 +167,30 @@ def _analyses(config: RunConfig) -> Iterator[Finding]:
 
 def _cuts_gradients(config: RunConfig) -> bool:
     return config.scar_num_samples < config.calibration.num_samples
+
+
+def _ablation(config: RunConfig) -> Iterator[Finding]:
+    asked = config.ablation
+    if asked.enabled and not config.evaluation.enabled:
+        message = "needs the held-out text, but evaluation.enabled is false. Set it to true"
+        yield _finding(("ablation", "enabled"), message, ("evaluation", "enabled"))
+    if asked.enabled and not (config.supernode.enabled or asked.channels):
+        message = "would measure nothing: supernode.enabled is false, and ablation.channels is 0. Set one of them"
+        yield _finding(("ablation", "enabled"), message, ("supernode", "enabled"), ("ablation", "channels"))
+    useless = {"sites": asked.channels, "copies": asked.channels}
+    useless |= dict.fromkeys(("draws", "dose_shares", "dose_sparsity"), config.supernode.enabled)
+    useless |= {"dose_sparsity": config.supernode.enabled and asked.dose_shares}
+    if asked.enabled and config.evaluation.enabled and asked.num_samples > config.evaluation.num_samples:
+        message = f"more than evaluation.num_samples ({config.evaluation.num_samples}): it is a part of that text"
+        yield _finding(("ablation", "num_samples"), message, ("evaluation", "num_samples"))
+    for key, one in type(asked).model_fields.items():
+        if key == "enabled" or getattr(asked, key) == one.default:
+            continue
+        if not asked.enabled:
+            yield _finding(("ablation", key), "would do nothing without 'enabled: true'", ("ablation", "enabled"))
+        elif not useless.get(key, True):
+            what = "ablation.channels" if key in ("sites", "copies") else "a core (supernode.enabled) to measure"
+            yield _finding(("ablation", key), f"would do nothing without {what}", ("ablation", "channels"))
 
 
 def _inputs(config: RunConfig) -> Iterator[Finding]:

@@ -39,6 +39,10 @@ def pass_options(config: RunConfig, checkpoint: Path | None = None) -> PassOptio
     )
 
 
+MEAN = "act_sum"
+"""Statistic that channels are set to the mean of."""
+
+
 def compares_cores(config: RunConfig) -> bool:
     """Whether correlations of null cores are measured."""
     return config.supernode.enabled and (config.halo.enabled or config.cross_layer.enabled)
@@ -56,6 +60,8 @@ def calibration_extra(config: RunConfig, sites: Sequence[FFNSite], windows: Wind
     rule = core_rule(config)
     if config.supernode.enabled and config.supernode.stability.enabled:
         names |= dict.fromkeys(bootstrap_statistics({rule.metric: rule.params}))
+    if config.ablation.enabled and config.supernode.enabled:
+        names[MEAN] = None
     groups = min(pass_options(config).document_groups, len(windows.document.unique())) if names else 0
     pool = 0
     if compares_cores(config):

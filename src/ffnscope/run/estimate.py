@@ -146,6 +146,7 @@ def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: flo
         Line("evaluate", f"{models} models x {w.n_tokens:,} tokens of {w.source}", models * w.n_tokens * speed)
         for w in held_out
     ]
+    lines += _ablation_lines(config, held_out, speed)
     if config.task_options:
         questions = load_tasks(config.task_options).n_questions
         what = " and ".join(f"{n:,} questions of {name}" for name, n in questions.items())
@@ -155,6 +156,21 @@ def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: flo
         what = f"{models * len(asked.prompts)} texts of up to {asked.max_new_tokens} tokens"
         lines.append(Line("samples", what, models * asked.max_new_tokens * speed * _TOKENS_OF_ONE_STEP))
     return lines
+
+
+def _ablation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float) -> list[Line]:
+    asked = config.ablation
+    if not asked.enabled:
+        return []
+    tokens, found = held_out[0][: asked.num_samples].n_tokens, list[Line]()
+    if config.supernode.enabled:
+        halos = 2 * config.halo.enabled
+        sets = 2 * (1 + 2 * halos + 2 * asked.draws) + len(asked.dose_shares) * asked.draws
+        found.append(Line("ablate sets", f"{sets} sets x {tokens:,} tokens", (1 + sets) * tokens * speed))
+    if asked.channels:
+        what = f"{asked.channels} channels x {tokens:,} tokens, on average half of the layers"
+        found.append(Line("ablate channels", what, asked.channels * tokens * speed / 2))
+    return found
 
 
 _TOKENS_OF_ONE_STEP = 32

@@ -14,6 +14,7 @@ from ffnscope.evaluate.tasks import TaskRow
 from ffnscope.ffn.load import load_model
 from ffnscope.report.tables import results_columns, results_frame
 from ffnscope.run import stages
+from ffnscope.run.ablations import ablation_stage
 from ffnscope.run.analyses import analyses_stage, protection_stage
 from ffnscope.run.checkpoints import check_format, checkpoints_stage
 from ffnscope.run.choices import model_source
@@ -76,6 +77,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         plans = stages.plan_stage(job, scores)
         rows = stages.evaluate_stage(job, plans)
         protection_stage(job, plans)
+        ablation_stage(job, stats, scores)
         tasks = stages.tasks_stage(job, plans)
         samples = stages.samples_stage(job, plans)
         report_stage(job, scores, rows, tasks)

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, StrictBool, StrictInt
 from ffnscope.apply.export import SHARD_SIZE
 from ffnscope.evaluate.tasks import TaskOptions
 from ffnscope.registry import METRICS
-from ffnscope.run.analysis_blocks import Concentration, CrossLayer, Halo, Stability
+from ffnscope.run.analysis_blocks import Ablation, Concentration, CrossLayer, Halo, Stability
 from ffnscope.run.fields import (
     AllocatorName,
     Block,
@@ -285,6 +285,7 @@ class RunConfig(Block):
     concentration: Concentration = Field(default_factory=Concentration)
     halo: Halo = Field(default_factory=Halo)
     cross_layer: CrossLayer = Field(default_factory=CrossLayer)
+    ablation: Ablation = Field(default_factory=Ablation)
     pruning: Pruning = Field(default_factory=Pruning)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     output: Output = Field(default_factory=Output)
