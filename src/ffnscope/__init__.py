@@ -17,6 +17,7 @@ from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.neighbours import null_channels
 from ffnscope.analyze.paired import PairedLoss, paired_losses
 from ffnscope.analyze.pipeline import BasePipeline, ChainedFFNPipeline, IsolatedFFNPipeline, PipelineResult
+from ffnscope.analyze.probes import Probe, ProbeRow, control_probes, dose_probes, run_probes
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
 from ffnscope.analyze.sample import ChannelSample
@@ -41,6 +42,7 @@ from ffnscope.evaluate.costs import Work
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.evaluate.samples import generate_samples
 from ffnscope.evaluate.speed import BenchOptions, BenchResult
+from ffnscope.evaluate.tasks import TaskOptions, TaskRow, compare_tasks, load_tasks
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
@@ -60,7 +62,9 @@ from ffnscope.metrics.scorers import (
 from ffnscope.plan.build import build_plan, diff_plans, top_core
 from ffnscope.plan.pruners import BasePruner, GlobalPruner, LocalPruner
 from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
+from ffnscope.report.page import write_report
 from ffnscope.report.ranking import ranking
+from ffnscope.report.run_folder import RunFolder, read_run
 from ffnscope.scoring import score
 from ffnscope.types import (
     Budget,
@@ -114,11 +118,16 @@ __all__ = [
     "PairedLoss",
     "PassOptions",
     "PipelineResult",
+    "Probe",
+    "ProbeRow",
     "PruningPlan",
     "Question",
     "RandomScorer",
     "Repeat",
+    "RunFolder",
     "Scores",
+    "TaskOptions",
+    "TaskRow",
     "TextSource",
     "WandaScorer",
     "WeightedPageRankScorer",
@@ -139,6 +148,13 @@ __all__ = [
     "check_cut",
     "collect",
     "compare_plans",
+    "compare_tasks",
+    "control_probes",
+    "dose_probes",
+    "load_tasks",
+    "read_run",
+    "run_probes",
+    "write_report",
     "concentration",
     "core_overlap",
     "core_stability",

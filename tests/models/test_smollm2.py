@@ -232,3 +232,18 @@ def test_quickstart_with_tiny_sizes(tmp_path: Path) -> None:
     assert facts["model"]["parameters"] == 134_515_008
     assert len(facts["model"]["sites"]) == 30
     assert len(list((result.folder / "plots").glob("*.png"))) == 3 + len(result.scores)
+
+
+def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = read_json(EXAMPLES / "tour.ipynb")["cells"]
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "outputs belong to who runs it"
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), namespace)
+    said = capsys.readouterr().out
+    assert "30 FFNs, 46,080 channels" in said and "The top 1 % of the channels of each FFN hold a median" in said
+    changes = {
+        name: float(line.split(": ")[1].split()[0]) for line in said.splitlines()[-2:] for name in [line.split()[0]]
+    }
+    assert changes["core"] > 3 * abs(changes["random"])

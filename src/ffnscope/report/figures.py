@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ffnscope.analyze.concentration import LOSS_PROXY
 from ffnscope.report import analysis_plots, plots
-from ffnscope.report.findings import LOSS_PROXY
 from ffnscope.report.inline_svg import inline_svg
 from ffnscope.report.summary import rank_correlation
 

@@ -6,19 +6,18 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ffnscope.analyze.concentration import LOSS_PROXY
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.report.run_folder import RunFolder
 from ffnscope.report.tables import FLOOR, number, percent, result
 
-LOSS_PROXY = "scar_loss_proxy"
-PUBLISHED = "58.7 % in Llama-3.1-8B (arXiv:2604.23475)"
 FEW_TOKENS = 4  # tokens per channel under which second moments of the channels are under-determined
 SIGNIFICANT = 0.05
 
 
 def findings(run: RunFolder) -> list[str]:
     """Sentences about what was found; one that has no numbers behind it is left out."""
-    made = (_quality, _concentration, _core, _halo, _dose, _ranking, _tasks)
+    made = (_quality, _concentration, _core, _halo, _protection, _dose, _ranking, _tasks)
     return [sentence for make in made for sentence in make(run)]
 
 
@@ -53,16 +52,9 @@ def _best_at(sparsity: float, rows: Sequence[EvalRow], dense: float) -> Iterator
 
 
 def _concentration(run: RunFolder) -> Iterator[str]:
-    rows = [r for r in run.tables.get("concentration", ()) if r["site"] != "all" and r["top1"] is not None]
-    for metric in dict.fromkeys(r["metric"] for r in rows):
-        if metric != LOSS_PROXY:
-            continue
-        shares = sorted(r["top1"] for r in rows if r["metric"] == metric)
-        yield (
-            f"In the median FFN the top 1 % of the channels hold {percent(statistics.median(shares))} of the loss "
-            f"proxy ({percent(shares[0])} to {percent(shares[-1])} over {len(shares)} FFNs); the published median is "
-            f"{PUBLISHED}."
-        )
+    medians: Mapping[str, Any] = run.facts.get("concentration", {}).get("medians", {})
+    if LOSS_PROXY in medians:
+        yield medians[LOSS_PROXY]["sentence"]
 
 
 def _core(run: RunFolder) -> Iterator[str]:
@@ -123,6 +115,17 @@ def _tasks(run: RunFolder) -> Iterator[str]:
     if tasks:
         names = ", ".join(tasks)
         yield f"{len(tasks)} downstream task{'s' * (len(tasks) > 1)} ran on every model ({names}); see their table."
+
+
+def _protection(run: RunFolder) -> Iterator[str]:
+    for row in run.tables.get("protection", ()):
+        change, stderr = row["loss_difference"], row["stderr"]
+        unclear = stderr is None or abs(change) < 2 * stderr
+        yield (
+            f"With {percent(row['sparsity'])} removed, the loss of {row['first']} is {number(abs(change), stderr)} "
+            f"nats/token {'below' if change < 0 else 'above'} that of {row['second']} on {row['dataset']}"
+            f"{', within the error' if unclear else ''}."
+        )
 
 
 def _calibration(run: RunFolder) -> Iterator[str]:

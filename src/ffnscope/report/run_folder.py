@@ -27,6 +27,7 @@ TABLES = (
     "ablation",
     "dose",
     "ranking_quality",
+    "protection",
 )
 
 
@@ -44,6 +45,7 @@ class RunFolder:
         tasks: rows of the downstream tasks.
         samples: prompts, and texts per model; empty without.
         tables: name of an analysis -> its rows; only those that were made.
+        facts: name of an analysis -> what else its file tells.
         lorenz: fractions, and curves per metric and site; empty without.
     """
 
@@ -56,6 +58,7 @@ class RunFolder:
     tasks: list[dict[str, Any]]
     samples: Mapping[str, Any]
     tables: Mapping[str, list[dict[str, Any]]]
+    facts: Mapping[str, Mapping[str, Any]]
     lorenz: Mapping[str, Any]
 
     @property
@@ -94,6 +97,7 @@ def read_run(folder: Path) -> RunFolder:
         _rows(folder / TASKS),
         _optional(folder / SAMPLES),
         {name: _rows(path) for name, path in made.items()},
+        {name: _optional(path).get("facts", {}) for name, path in made.items()},
         _optional(folder / LORENZ),
     )
 

@@ -134,14 +134,21 @@ def analysed(folder: Path, tmp_path: Path) -> Path:
             for c in (0.0, 0.5, 1.0)
             for d in (0, 1)
         ],
+        "protection": [
+            {"dataset": "a text", "sparsity": 0.5, "first": "supernode_protection_score-0.5",
+             "second": "scar_loss_proxy-0.5", "loss_difference": -0.2, "stderr": 0.15, "perplexity_first": 30.0,
+             "perplexity_second": 36.0, "documents": 4, "n_targets": 90}
+        ],
         "ranking_quality": [
             {"metric": m, "spearman_loss": v, "spearman_loss_low": None, "spearman_loss_high": None,
              "spearman_token": v, "spearman_token_low": v - 0.1, "spearman_token_high": v + 0.1}
             for m, v in (("wanda", 0.5), ("random", 0.0))
         ],
     }  # fmt: skip
+    sentence = "The top 1 % of the channels of each FFN hold a median 30.0% of its scar_loss_proxy mass."
+    facts = {"concentration": {"medians": {"scar_loss_proxy": {"sentence": sentence}}}}
     for name, rows in tables.items():
-        write_json(found / "analysis" / f"{name}.json", {"rows": rows})
+        write_json(found / "analysis" / f"{name}.json", {"rows": rows, "facts": facts.get(name, {})})
     curves = {"scar_loss_proxy": {name: [0.0, 0.3, 1.0] for name in (*sites, "all")}}
     write_json(found / "analysis" / "lorenz.json", {"fractions": [0.0, 0.01, 1.0], "curves": curves})
     return found
@@ -183,11 +190,12 @@ def test_the_report_of_the_files_alone_is_the_same(folder: Path, tmp_path: Path)
 def test_every_analysis_has_its_figure_and_its_sentence(analysed: Path) -> None:
     run = read_run(analysed)
     said = " ".join(findings(run))
-    assert "the top 1 % of the channels hold 30 % of the loss proxy (30 % to 30 % over" in said and "58.7 %" in said
+    assert "hold a median 30.0% of its scar_loss_proxy mass." in said
     assert "25 % of the core are activation outliers too (median over FFNs; 7.5 % would be by chance)" in said
     assert f"The write halo is more redundant with the core than matched channels in {LAYERS} of {LAYERS}" in said
     assert "Random masks that hold 0 % of the core cost 1.050 nats/token more" in said and "100 % of it 2.050" in said
     assert "Of 2 metrics, wanda ranks the sampled channels" in said and "(Spearman 0.50)" in said
+    assert "is 0.200 ± 0.150 nats/token below that of scar_loss_proxy-0.5 on a text, within the error." in said
     text = write_report(run, analysed / "again.html").read_text()
     for caption in (
         "Share of the scar_loss_proxy mass", "Lorenz curves of scar_loss_proxy", "Redundancy of the write halo",
