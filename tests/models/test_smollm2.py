@@ -243,7 +243,6 @@ def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
             exec(compile("".join(cell["source"]), f"cell {number}", "exec"), namespace)
     said = capsys.readouterr().out
     assert "30 FFNs, 46,080 channels" in said and "The top 1 % of the channels of each FFN hold a median" in said
-    changes = {
-        name: float(line.split(": ")[1].split()[0]) for line in said.splitlines()[-2:] for name in [line.split()[0]]
-    }
+    lines = [line.split() for line in said.splitlines()[-2:]]
+    changes = {words[0]: float(words[3]) for words in lines}
     assert changes["core"] > 3 * abs(changes["random"])
