@@ -95,14 +95,20 @@ def draw_top_mass(rows: Rows, metric: str, title: str = "") -> Figure:
     return figure
 
 
-def draw_halo(rows: Rows, halo: str, title: str = "") -> Figure:
-    """Draw how redundant a halo is with its core, per FFN, over the middle 95 % of each matched null."""
-    chosen = [r for r in rows if r["halo"] == halo and r["site"] != POOLED and r["value"] is not None]
+def draw_halo(rows: Rows, halo: str, statistic: str = "redundancy", title: str = "") -> Figure:
+    """Draw a statistic of a halo per FFN (redundancy with its core, or its excess over other channels'), and its nulls.
+
+    Bars hold the middle 95 % of each matched null's draws.
+    """
+    asked = (halo, statistic)
+    chosen = [
+        r for r in rows if (r["halo"], r["statistic"]) == asked and r["site"] != POOLED and r["value"] is not None
+    ]
     need(chosen, f"rows of the {halo} halo")
     nulls = list(dict.fromkeys(r["null"] for r in chosen))
     names = list(dict.fromkeys(r["site"] for r in chosen))
     sites = [next(r for r in chosen if r["site"] == name) for name in names]
-    figure = new_figure(_wide(len(sites), 7.0, 0.2), 4.0, f"{halo} halo: redundancy with the core", title)
+    figure = new_figure(_wide(len(sites), 7.0, 0.2), 4.0, f"{halo} halo: {statistic} with the core", title)
     axes = figure.add_subplot()
     shown: dict[str, Any] = {}
     for index, null in enumerate(nulls):
@@ -124,7 +130,7 @@ def draw_halo(rows: Rows, halo: str, title: str = "") -> Figure:
         line = axes.hlines(row["value"], at - 0.42, at + 0.42, color=INK, linewidth=1.6, zorder=4)
         shown.setdefault("the halo", line)
         tip(axes, at, row["value"], f"{row['site']}: {number(row['value'])} ({row['n_halo']} channels)")
-    axes.set_ylabel(f"{sites[0].get('statistic', 'redundancy')}", color=INK, size=9)
+    axes.set_ylabel(f"{statistic}, nats", color=INK, size=9)
     axes.grid(axis="y", color=PALE, linewidth=0.5)
     _site_ticks(axes, sites)
     legend(figure, shown)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from ffnscope.report.run_folder import RunFolder
 
+HALO_STATISTICS = {
+    "redundancy": "Redundancy of the {} halo with the core",
+    "excess": "How much more redundant the {} halo is with the core than the other channels",
+}
 MOST_METRICS = 40  # in one page; the rest is in the folder's plots
 
 
@@ -89,9 +93,10 @@ def _concentration(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
 
 def _supernodes(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
     rows = run.tables.get("halo", ())
-    for halo in dict.fromkeys(r["halo"] for r in rows):
-        caption = f"Redundancy of the {halo} halo with the core, beside matched nulls; bars hold 95 % of the draws."
-        yield "halo", caption, analysis_plots.draw_halo(rows, halo)
+    for halo, statistic in dict.fromkeys((r["halo"], r["statistic"]) for r in rows):
+        what = HALO_STATISTICS.get(statistic, statistic).format(halo)
+        caption = f"{what}, beside matched nulls; bars hold 95 % of the draws."
+        yield "halo", caption, analysis_plots.draw_halo(rows, halo, statistic)
     across = run.tables.get("cross_layer", ())
     for statistic in dict.fromkeys(r["statistic"] for r in across):
         caption = f"{statistic.replace('_', ' ')} of the core of each layer, beside random cores of the same size."

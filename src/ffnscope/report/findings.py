@@ -71,7 +71,7 @@ def _core(run: RunFolder) -> Iterator[str]:
 
 
 def _halo(run: RunFolder) -> Iterator[str]:
-    rows = [r for r in run.tables.get("halo", ()) if r["site"] != "all"]
+    rows = [r for r in run.tables.get("halo", ()) if r["site"] != "all" and r["statistic"] == "redundancy"]
     for halo in dict.fromkeys(r["halo"] for r in rows):
         counts: list[str] = []
         for null in dict.fromkeys(r["null"] for r in rows if r["halo"] == halo):
@@ -101,7 +101,8 @@ def _dose(run: RunFolder) -> Iterator[str]:
 
 
 def _ranking(run: RunFolder) -> Iterator[str]:
-    rows = [r for r in run.tables.get("ranking_quality", ()) if r.get("spearman_token") is not None]
+    every = [r for r in run.tables.get("ranking_quality", ()) if r["metric"] in run.scores or r["metric"] == FLOOR]
+    rows = [r for r in every if r["spearman_token"] is not None]
     if rows:
         best = max(rows, key=lambda r: r["spearman_token"])
         yield (

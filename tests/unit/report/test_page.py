@@ -111,10 +111,11 @@ def analysed(folder: Path, tmp_path: Path) -> Path:
             for o in ("activation_outliers", "wanda")
         ],
         "halo": [
-            {"halo": h, "null": n, "statistic": "information with the core, nats", "site": s, "layer": i, "n_halo": 5,
+            {"halo": h, "null": n, "statistic": t, "site": s, "layer": i, "n_halo": 5,
              "value": 0.2, "null_mean": 0.1, "null_sd": 0.01, "null_low": 0.05, "null_high": 0.15, "draws": 200,
              "effect": 3.0, "p": 0.005, "p_adjusted": 0.01, "tokens": 100}
             for h in ("write", "read")
+            for t in ("redundancy", "excess")
             for n in ("random_core", "lp_matched")
             for i, s in enumerate(sites)
         ],
@@ -203,7 +204,7 @@ def test_every_analysis_has_its_figure_and_its_sentence(analysed: Path) -> None:
         "against the share of the core in them",
     ):  # fmt: skip
         assert f"{caption}" in html.unescape(text), caption
-    assert text.count("<svg ") == 4 + len(METRICS) + 7
+    assert text.count("<svg ") == 4 + len(METRICS) + 9
     assert "Overlap of the core" in text and "All FFNs pooled" in text
     outline(analysed / "again.html")
 
