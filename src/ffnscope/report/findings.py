@@ -58,7 +58,7 @@ def _concentration(run: RunFolder) -> Iterator[str]:
 
 
 def _core(run: RunFolder) -> Iterator[str]:
-    rows = [r for r in run.tables.get("core_overlap", ()) if r["other"] == "activation_outliers"]
+    rows = [r for r in run.tables.get("core_overlap", ()) if r["other"] == "activation_outliers" and r["site"] != "all"]
     if not rows:
         return
     shared = statistics.median(r["shared"] / r["n_core"] for r in rows)
