@@ -113,7 +113,8 @@ def main():
     result = join_validation(scores, found, plans, rows, windows)
     head = (
         f"Made by `benchmarks/scorer_table.py`: {MODEL}. Scores: {text.source}. "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s.\n\n"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s. "
+        f"Perplexities are of the first {args.prune_windows} of the windows that are named.\n\n"
     )
     write_text(args.out, head + validation_markdown(result))
     write_csv(args.out.with_suffix(".csv"), [quality_row(one, result.pruned) for one in result.qualities])
