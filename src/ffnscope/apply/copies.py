@@ -23,8 +23,9 @@ def ablated_copies(model: nn.Module, site: FFNSite, channels: Sequence[int], n_t
     """Within the block, copy k of a batch runs without channel ``channels[k]`` of a site.
 
     The batch must be ``len(channels)`` copies of the same windows, one copy after the other (``ids.repeat(k, 1)``). A
-    channel is removed by zeroing h, the activation that the down projection (or a norm before it) reads, which equals `masked` for a plan that
-    removes this channel. Nothing is changed in the model; the hook is gone on exit, also after an exception.
+    channel is removed by zeroing the activation that the down projection (or a norm before it) reads, which equals
+    `masked` for a plan that removes this channel. Nothing is changed in the model; the hooks are gone on exit, also
+    after an exception.
 
     Args:
         model: the model of the site.

@@ -29,7 +29,7 @@ def narrow_norm_(norm: nn.Module, d_ff: int, kept: int) -> None:
         if isinstance(value, float):
             setattr(norm, name, value * d_ff / kept)
     if vars(norm).get("normalized_shape") == (d_ff,):  # nn.RMSNorm
-        norm.normalized_shape = (kept,)
+        vars(norm)["normalized_shape"] = (kept,)
 
 
 def is_rms_norm(norm: nn.Module, d_ff: int) -> bool:

@@ -216,13 +216,13 @@ def _ffns_of_layer(
             yield down, found or _why_not_independent(model, down, x.shape[-1])
 
 
-def _with_adapters(
-    layer: str, down: str, x: Tensor, outputs: dict[str, Tensor], adapters: list[str]
-) -> Found | str:
+def _with_adapters(layer: str, down: str, x: Tensor, outputs: dict[str, Tensor], adapters: list[str]) -> Found | str:
     """An FFN to whose gate or up low-rank matrices add: x must change with their outputs as with those."""
     names = [n for n in outputs if n not in adapters]
     kind = classify(x, [outputs[n] for n in names])
-    slopes = dict(zip(outputs, torch.autograd.grad(_weighted(x), list(outputs.values()), retain_graph=True), strict=True))
+    slopes = dict(
+        zip(outputs, torch.autograd.grad(_weighted(x), list(outputs.values()), retain_graph=True), strict=True)
+    )
     added = all(any(torch.equal(slopes[a], slopes[n]) for n in names) for a in adapters)
     if isinstance(kind, Kind) and added:
         return replace(_named(layer, down, names, kind), adapters=tuple(adapters))
@@ -237,8 +237,9 @@ def _behind_norm(
         if normed.shape != x.shape or not name.startswith(f"{layer}.") or not torch.equal(normed, x):
             continue
         kind = classify(given, list(outputs.values()))
-        gated = isinstance(kind, Kind) and kind.gate is not None  # else h without gate and up need not be zero
-        if gated and is_rms_norm(model.get_submodule(name), x.shape[-1]):
+        if not isinstance(kind, Kind) or kind.gate is None:  # h without gate and up need not be zero
+            continue
+        if is_rms_norm(model.get_submodule(name), x.shape[-1]):
             return replace(_named(layer, down, list(outputs), kind), norm=name)
     return None
 

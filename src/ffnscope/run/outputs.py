@@ -13,8 +13,8 @@ import torch
 
 import ffnscope
 from ffnscope.errors import UsageError
-from ffnscope.evaluate.costs import channel_parameters
 from ffnscope.evaluate.compare import EvalRow
+from ffnscope.evaluate.costs import channel_parameters
 from ffnscope.evaluate.tasks import TaskRow
 from ffnscope.ffn.offload import placement
 from ffnscope.io import SCHEMA, hash_file, write_csv, write_json, write_text

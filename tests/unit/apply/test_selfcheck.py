@@ -28,7 +28,10 @@ def test_what_can_be_cut_passes(arch: str, dtype: torch.dtype) -> None:
     assert check.difference <= 0.02 * check.effect
 
 
-@pytest.mark.parametrize("name", ["gemma4_text, double width", "musicgen", "recurrent_gemma", "bart", "hrm_text", "bitnet", "zamba", "zamba2"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma4_text, double width", "musicgen", "recurrent_gemma", "bart", "hrm_text", "bitnet", "zamba", "zamba2"],
+)
 def test_other_layouts_pass(name: str) -> None:
     model = tiny_causal_lm(name)
     assert all(c.difference < 1e-4 < c.effect for c in check_cut(model, find_sites(model)))
