@@ -49,7 +49,7 @@ def _same_weights(model: Any) -> dict[str, str]:
 
     Offloaded parameters are different objects, and empty; there the model tells which are tied.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
     first: dict[int, str] = {}
     found: dict[str, str] = {}
