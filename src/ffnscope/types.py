@@ -140,7 +140,7 @@ class FFNWeights:
     """Canonical views of one site's weights: ``gate``/``up`` are [d_ff, d_model], ``down`` is [d_model, d_ff].
 
     ``gate`` is None for a plain FFN; biases are [d_ff], [d_ff] and [d_model] or None. Views, not copies: a change in
-    place changes the model.
+    place changes the model, but for a ``down`` into which the weight of a norm before it is multiplied.
     """
 
     gate: Tensor | None
