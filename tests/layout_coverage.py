@@ -22,6 +22,7 @@ from ffnscope.calibrate.taps import channel_taps
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.ffn.probe import layer_path
+from ffnscope.ffn.projection import modules_of
 from ffnscope.ffn.survey import Survey, describe, nothing_found, survey
 from ffnscope.plan.build import build_plan
 from ffnscope.scoring import score
@@ -156,7 +157,7 @@ def _left_out(model: Any, found: Survey) -> str:
     """Parameters that took part in a forward, are as wide as some FFN, and are neither in a site nor told of."""
     widths = {w for s in found.sites for w in (s.d_ff, 2 * s.d_ff)}
     widths |= {w for width in (D_FF, SECOND, EXPERT, SHARED) for w in (width, 2 * width)}
-    taken = {name for s in found.sites for name in s.projections}
+    taken = {name for s in found.sites for name in modules_of(s)}
     taken |= {name.rpartition(".")[0] for s in found.sites if s.expert is not None for name in s.projections}
     told = [one.path.rpartition(".")[0] for one in (*found.refused, *found.helpers)]
     ran: list[str] = []
@@ -199,7 +200,15 @@ def _layout(sites: Sequence[FFNSite]) -> str:
     """Kinds of FFN with their names, such as ``gated gate_proj/up_proj/down_proj``."""
     kinds = [s.fused or ("plain" if s.gate is None else "gated") for s in sites]
     names = ["/".join(n.rsplit(".", 1)[-1] for n in s.projections) for s in sites]
-    return ", ".join(dict.fromkeys(f"{k} {n}" for k, n in zip(kinds, names, strict=True)))
+    more = [_more(s) for s in sites]
+    return ", ".join(dict.fromkeys(f"{k} {n}{m}" for k, n, m in zip(kinds, names, more, strict=True)))
+
+
+def _more(site: FFNSite) -> str:
+    """What stands beside the projections, such as " behind ffn_sub_norm"."""
+    norm = "" if site.norm is None else f" behind {site.norm}"
+    adapters = f" with {len(site.adapters)} adapters" if site.adapters else ""
+    return f"{norm}{adapters}{f' of {1 + len(site.twins)} layers' if site.twins else ''}"
 
 
 def _patterns(names: Sequence[str]) -> str:

@@ -260,6 +260,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {"mlp_bias": True}),
     "mllama, cross attention": ("mllama", {"text_config": {"cross_attention_layers": [1]}}),
     "opt, projected embedding": ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "zamba2, two blocks": (
+        "zamba2",
+        {
+            "num_mem_blocks": 2,
+            "num_hidden_layers": 6,
+            "layers_block_type": [_LINEAR, "hybrid", "hybrid"] * 2,
+        },
+    ),
 }
 
 

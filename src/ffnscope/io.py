@@ -188,7 +188,7 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
         "provenance": dict(plan.provenance),
         "sites": [
             {
-                "site": asdict(site),
+                "site": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(site).items()},
                 "width": kept.numel(),
                 "kept": kept.tolist(),
                 "protected": plan.protected[site].tolist() if site in plan.protected else [],

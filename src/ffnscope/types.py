@@ -40,6 +40,10 @@ class FFNSite:
         storage: how an expert lies in those parameters: "linear" [n_experts, out, in], "transposed" [n_experts, in,
             out], or "flat" [n_experts * d_ff, d_model]; or "modules" for an expert that is a module of its own, built
             like a dense FFN. A dense FFN is "linear", whatever its modules do.
+        norm: module path, relative to ``path``, of the RMS norm between activation and down projection, or None. The
+            channel activation h is what that norm is given.
+        adapters: module paths of low-rank matrices whose outputs are added to those of ``gate`` or ``up``.
+        twins: paths of the modules of other layers that hold the same parameters: one FFN that is used several times.
     """
 
     layer: int
@@ -53,8 +57,13 @@ class FFNSite:
     fused: Fused | None = None
     expert: int | None = None
     storage: Storage = "linear"
+    norm: str | None = None
+    adapters: tuple[str, ...] = ()
+    twins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("adapters", "twins"):  # a file gives lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.d_model < 1 or self.d_ff < 1:
             raise UsageError(f"{self.path}: d_model and d_ff must be positive; got {self.d_model} and {self.d_ff}.")
         if (self.fused is not None) != (self.gate is not None and self.gate == self.up):
@@ -131,7 +140,7 @@ class FFNWeights:
     """Canonical views of one site's weights: ``gate``/``up`` are [d_ff, d_model], ``down`` is [d_model, d_ff].
 
     ``gate`` is None for a plain FFN; biases are [d_ff], [d_ff] and [d_model] or None. Views, not copies: a change in
-    place changes the model.
+    place changes the model, but for a ``down`` into which the weight of a norm before it is multiplied.
     """
 
     gate: Tensor | None

@@ -18,7 +18,8 @@ same_version = pytest.mark.skipif(
     f"transformers {transformers.__version__} " not in PAGE, reason="docs/coverage.md was made with another version"
 )
 # one of each layout: separate, fused, plain, Conv1D, inlined in the layer, split over siblings, parallel, hybrid,
-# per-layer widths, several codebooks, reversible layers, dense layers before experts, partly refused
+# per-layer widths, several codebooks, reversible layers, dense layers before experts, partly refused, a norm inside,
+# blocks that layers share
 SAMPLE = [
     "llama, biases",
     "phi3",
@@ -33,6 +34,8 @@ SAMPLE = [
     "musicgen",
     "glm4_moe",
     "mllama, cross attention",
+    "bitnet",
+    "zamba2, two blocks",
     "mamba",
 ]
 

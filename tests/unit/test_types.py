@@ -40,6 +40,11 @@ class TestFFNSite:
         with pytest.raises(FrozenInstanceError):
             site.layer = 3  # type: ignore[misc]
 
+    def test_lists_of_a_file_become_tuples(self, site: FFNSite) -> None:
+        found = replace(site, adapters=["a"], twins=["layers.1.mlp"])  # type: ignore[arg-type]
+        assert (found.adapters, found.twins) == (("a",), ("layers.1.mlp",))
+        assert {found: 1}[replace(found)] == 1
+
     @pytest.mark.parametrize("change", [{"d_ff": 0}, {"d_model": -1}])
     def test_widths_are_positive(self, site: FFNSite, change: dict[str, int]) -> None:
         with pytest.raises(UsageError, match=r"layers\.0\.mlp: d_model and d_ff must be positive"):

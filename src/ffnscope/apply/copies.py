@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.ffn.expert_calls import Call, expert_calls, group_experts
 from ffnscope.ffn.expert_lists import routed_tokens
-from ffnscope.ffn.projection import down_projection
+from ffnscope.ffn.projection import channel_readers
 from ffnscope.types import FFNSite
 
 NOTHING = -1
@@ -23,8 +23,9 @@ def ablated_copies(model: nn.Module, site: FFNSite, channels: Sequence[int], n_t
     """Within the block, copy k of a batch runs without channel ``channels[k]`` of a site.
 
     The batch must be ``len(channels)`` copies of the same windows, one copy after the other (``ids.repeat(k, 1)``). A
-    channel is removed by zeroing the activation that the down projection reads, which equals `masked` for a plan that
-    removes this channel. Nothing is changed in the model; the hook is gone on exit, also after an exception.
+    channel is removed by zeroing the activation that the down projection (or a norm before it) reads, which equals
+    `masked` for a plan that removes this channel. Nothing is changed in the model; the hooks are gone on exit, also
+    after an exception.
 
     Args:
         model: the model of the site.
@@ -38,12 +39,13 @@ def ablated_copies(model: nn.Module, site: FFNSite, channels: Sequence[int], n_t
         return
     tokens: list[Tensor] = []
     hook = _dense(channels) if site.expert is None else _listed(channels, n_tokens, tokens)
-    handle = down_projection(model, site).register_forward_pre_hook(hook)
+    handles = [reader.register_forward_pre_hook(hook) for reader in channel_readers(model, site)]
     try:
         with routed_tokens(model, [site], lambda _, given: tokens.append(given)):
             yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _dense(channels: Sequence[int]) -> Any:

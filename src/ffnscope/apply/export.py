@@ -80,7 +80,8 @@ def save_model(
     Widths that the config can express load by plain ``AutoModelForCausalLM.from_pretrained(path)``. For all others
     (FFNs of different widths, or a family without a field for the width) the config lists what differs and
     ``modeling_ffnscope.py`` lies beside the weights: `load_model` loads them as they are, plain `transformers` with
-    ``trust_remote_code=True``, and without it raises, because shapes differ.
+    ``trust_remote_code=True``, and without it raises, because shapes differ. A cut norm inside an FFN (BitNet) has an
+    epsilon of its own, which a stock config cannot hold: there logits differ by about 1e-5 after loading.
 
     Args:
         model: a `transformers` causal LM.

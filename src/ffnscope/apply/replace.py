@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
 from ffnscope.ffn.expert_calls import Call, Experts, expert_calls, group_experts
-from ffnscope.ffn.projection import down_projection
+from ffnscope.ffn.projection import channel_readers
 from ffnscope.types import FFNSite
 
 Constants = Mapping[FFNSite, tuple[Tensor, Tensor]]
@@ -19,7 +19,7 @@ Constants = Mapping[FFNSite, tuple[Tensor, Tensor]]
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, constants: Constants) -> Generator[nn.Module]:
-    """Within the block, h of some channels is a constant where the down projection reads it.
+    """Within the block, h of some channels is a constant where the down projection, or the norm before it, reads it.
 
     With zeros this is what `masked` does. No weight changes, and the hooks are gone on exit, also after an exception.
     Experts in shared parameters run by their plain loop within the block.
@@ -38,7 +38,8 @@ def replaced(model: nn.Module, constants: Constants) -> Generator[nn.Module]:
     try:
         for site, given in constants.items():
             if not site.stacked:
-                handles.append(down_projection(model, site).register_forward_pre_hook(_hook(*given)))
+                readers = channel_readers(model, site)
+                handles += [reader.register_forward_pre_hook(_hook(*given)) for reader in readers]
         with expert_calls(model, list(groups), _observe(groups, constants)):
             yield model
     finally:

@@ -10,8 +10,9 @@ from torch import nn
 from ffnscope.apply.expert_slice import slice_experts_
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.widths import fit_config
+from ffnscope.ffn.inner_norm import narrow_norm_, narrow_norm_weight
 from ffnscope.ffn.offload import materialised
-from ffnscope.ffn.projection import coupled, is_projection, out_axis, projection
+from ffnscope.ffn.projection import coupled, is_projection, out_axis, projection, uses_of
 from ffnscope.types import FFNSite, PruningPlan
 
 # names by which FFN modules of `transformers` remember d_ff
@@ -50,16 +51,25 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 @torch.no_grad()
 def _slice_site(model: nn.Module, site: FFNSite, kept: torch.Tensor) -> None:
+    uses = uses_of(site)
+    norms = [projection(model, use, site.norm) for use in uses if site.norm is not None]
+    made: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}  # what several modules share stays shared
     for entry in coupled(model, site, kept):
         old = entry.parameter
-        new = old.index_select(entry.axis, entry.index.to(old.device)).contiguous()
-        setattr(entry.module, entry.name, nn.Parameter(new, requires_grad=old.requires_grad))
-    for name in dict.fromkeys((site.gate, site.up, site.down)):
-        if name is not None:
-            _remember_shape(projection(model, site, name))
-    parents = {site.path, f"{site.path}.{site.down}".rsplit(".", 1)[0], f"{site.path}.{site.up}".rsplit(".", 1)[0]}
-    for path in parents:
-        _remember_width(model.get_submodule(path), site.d_ff, kept.numel())
+        if id(old) not in made:
+            new = old.index_select(entry.axis, entry.index.to(old.device)).contiguous()
+            new = narrow_norm_weight(new, site.d_ff) if entry.module in norms else new
+            made[id(old)] = old, nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(entry.module, entry.name, made[id(old)][1])
+    for norm in norms:
+        narrow_norm_(norm, site.d_ff, kept.numel())
+    for use in uses:
+        for name in dict.fromkeys((use.gate, use.up, use.down, *use.adapters)):
+            if name is not None:
+                _remember_shape(projection(model, use, name))
+        parents = {use.path, f"{use.path}.{use.down}".rsplit(".", 1)[0], f"{use.path}.{use.up}".rsplit(".", 1)[0]}
+        for path in parents:
+            _remember_width(model.get_submodule(path), use.d_ff, kept.numel())
 
 
 def _remember_shape(module: Any) -> None:

@@ -22,7 +22,8 @@ class Accumulator:
 
     Raises:
         UsageError: a gradient statistic asks for every k-th token (its mean would have no fixed denominator), or a
-            statistic reads the core, which was not given for every site, or is no set of channels.
+            statistic reads the core, which was not given for every site, or is no set of channels, or one joins
+            signals of forward and backward of an FFN that several layers share.
         UsageError, DeviceError: later, see `Sums.add`.
     """
 
@@ -177,6 +178,13 @@ class Accumulator:
                 f"statistic {statistic.name!r} reads gradients of every {statistic.every}th token; gradient "
                 "statistics are divided by the predicted tokens, so they read all: register it with every=1."
             )
+        shared = next((s for s in self.sites if s.twins and s.role in statistic.at), None)
+        if shared is not None and _joins_passes(statistic):
+            raise UsageError(
+                f"statistic {statistic.name!r} reads {', '.join(statistic.reads)} together, of the forward and of the "
+                f"backward; {shared.name} is used by {1 + len(shared.twins)} layers, so it cannot be told which belong "
+                "together. Leave out the metrics that need it, or this FFN (model.tracked_layers, --tracked)."
+            )
         missing = [s.name for s in self.sites if self.sums.around.takes(s, statistic) and s not in self.core]
         if statistic.needs_core and missing:
             raise UsageError(
@@ -187,6 +195,12 @@ class Accumulator:
     def _is_finite(self, site: FFNSite, names: Sequence[str]) -> bool:
         seen = self._finite.get(site)
         return self.sums.is_finite(site, names) and (seen is None or bool(seen))
+
+
+def _joins_passes(statistic: Statistic) -> bool:
+    """Whether signals of the forward wait for the backward; h comes again with g."""
+    waits = {"x", "y"} | ({"h"} if "g" not in statistic.reads else set())
+    return statistic.needs_gradient and bool(waits & set(statistic.reads))
 
 
 def _last(statistic: Statistic) -> str:

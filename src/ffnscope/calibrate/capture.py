@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ffnscope.calibrate.forward import experts_per_token
 from ffnscope.calibrate.observe import not_finite, observe_batch
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import UsageError
+from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.projection import owner_of
 from ffnscope.ffn.sites import find_sites
@@ -89,6 +89,7 @@ def capture(
 
     Raises:
         UsageError: more than ``max_bytes``, no window, or impossible channels.
+        NotAvailableError: an FFN that several layers share.
         ArtifactError: ``out`` exists, or cannot be written.
         NonFiniteError: an activation or gradient overflowed; the site is named.
     """
@@ -183,12 +184,24 @@ def _chosen(
 ) -> dict[FFNSite, Tensor | None]:
     """Sites and their channel indices (None = all)."""
     if channels is None:
-        return dict.fromkeys(sites if sites is not None else find_sites(model))
+        found = dict.fromkeys(sites if sites is not None else find_sites(model))
+        _check_used_once(found)
+        return found
+    _check_used_once(channels)
     wanted = list(channels) if sites is None else list(sites)
     odd = [s.name for s in {*wanted, *channels} if s not in channels or s not in wanted]
     if odd:
         raise UsageError(f"{odd[0]} is in only one of sites and channels; channels must have one entry per site.")
     return {site: _index(site, channels[site]) for site in wanted}
+
+
+def _check_used_once(sites: Iterable[FFNSite]) -> None:
+    shared = next((site for site in sites if site.twins), None)
+    if shared is not None:
+        raise NotAvailableError(
+            f"{shared.name} is used by {1 + len(shared.twins)} layers, so a token has several activations of its "
+            "channels, and a capture has one row per token. Capture other sites."
+        )
 
 
 def _index(site: FFNSite, channels: Tensor | Sequence[int]) -> Tensor:

@@ -58,9 +58,10 @@ def pass_bytes(
         layers.setdefault(site.group, []).append(site)
     held = 0
     for i, (first, *others) in enumerate(layers.values()):
+        uses = 1 + len(first.twins)
         width = len(waiting) * first.d_model
-        if backward and i > 0 and not _keeps_activation(first):
-            width += first.d_ff
+        if backward and not _keeps_activation(first):
+            width += first.d_ff * (uses if i > 0 else uses - 1)
         held += width * min(experts_per_token, 1 + len(others))
     return statistics_bytes(sites, names, core_size) + n_tokens * held * dtype.itemsize
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.ffn.expert_calls import Call, Experts, Part, expert_calls, group_experts
 from ffnscope.ffn.expert_lists import routed_tokens
-from ffnscope.ffn.projection import down_projection, projection
+from ffnscope.ffn.projection import channel_readers, down_projection, projection, uses_of
 from ffnscope.types import FFNSite
 
 OnActivation = Callable[[FFNSite, Tensor], None]
@@ -46,6 +46,9 @@ def channel_taps(
     indices [n] in batch * T. It is called for no expert without tokens. Its y is the product with down alone, before
     bias and router weight.
 
+    An FFN that several layers share calls back once for each of them, in the order in which they run. Where a norm
+    stands before the down projection, h is what the norm is given.
+
     When gradients are wanted and nothing before a site needs one (weights are frozen), its h starts the autograd
     graph: the backward ends at the first tapped site. A cut of the residual stream starts none. All hooks are removed
     on exit, also after an exception.
@@ -69,15 +72,15 @@ def channel_taps(
 
 
 def _hook_dense(model: nn.Module, site: FFNSite, handles: list[Any], hook: Any, signal_tap: SignalTap | None) -> None:
-    down = down_projection(model, site)
-    handles.append(down.register_forward_pre_hook(hook))
+    handles += [reader.register_forward_pre_hook(hook) for reader in channel_readers(model, site)]
     if signal_tap is None or site.role not in ("ffn", "attention"):
         return
-    if "x" in signal_tap.names:
-        up = projection(model, site, site.up)
-        handles.append(up.register_forward_pre_hook(_input_hook(site, signal_tap)))
-    if {"y", "dy"} & set(signal_tap.names):
-        handles.append(down.register_forward_hook(_output_hook(site, signal_tap)))
+    for use in uses_of(site):
+        if "x" in signal_tap.names:
+            up = projection(model, use, use.up)
+            handles.append(up.register_forward_pre_hook(_input_hook(site, signal_tap)))
+        if {"y", "dy"} & set(signal_tap.names):
+            handles.append(down_projection(model, use).register_forward_hook(_output_hook(site, signal_tap)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

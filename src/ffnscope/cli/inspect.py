@@ -50,7 +50,8 @@ def _print(found: Survey, sites: Sequence[FFNSite]) -> None:
     if sites:
         table = Table(*(Column(name, overflow="fold") for name in ("FFN", "gate, up", "down")), *_SIZES)
         for s in sites:
-            table.add_row(s.name, _producers(s), s.down, str(s.d_model), str(s.d_ff), s.activation)
+            down = s.down if s.norm is None else f"{s.norm}, {s.down}"
+            table.add_row("\n".join((s.name, *s.twins)), _producers(s), down, str(s.d_model), str(s.d_ff), s.activation)
         OUT.print(table)
     for title, rows in (("left whole", found.refused), ("helper networks, not pruned", found.helpers)):
         if rows:
@@ -61,9 +62,10 @@ def _print(found: Survey, sites: Sequence[FFNSite]) -> None:
 
 
 def _producers(site: FFNSite) -> str:
+    more = f" + {len(site.adapters)} adapters" if site.adapters else ""
     if site.fused is not None:
-        return f"{site.up} ({site.fused})"
-    return site.up if site.gate is None else f"{site.gate}, {site.up}"
+        return f"{site.up} ({site.fused}){more}"
+    return f"{site.up}{more}" if site.gate is None else f"{site.gate}, {site.up}{more}"
 
 
 def _left_out(title: str, rows: Sequence[LeftOut]) -> Table:

@@ -16,7 +16,7 @@ from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.evaluate.expert_costs import ActiveExperts, expert_costs
 from ffnscope.evaluate.forward import evaluating
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.ffn.projection import is_projection, weights_of
+from ffnscope.ffn.projection import coupled, is_projection, weights_of
 from ffnscope.io import read_json
 from ffnscope.types import FFNSite
 
@@ -74,10 +74,11 @@ def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs
         work: what is computed.
 
     Raises:
-        NotAvailableError: experts that were not found, no KV cache, or a number of attention heads that differs by
-            layer.
+        NotAvailableError: an FFN that several layers share, experts that were not found, no KV cache, or a number of
+            attention heads that differs by layer.
         LayoutError: it cannot be told which tokens an expert is given.
     """
+    _check_used_once(model, sites)
     body, head = _matrix_entries(model)
     experts = expert_costs(model, sites, work.batch_size)
     if experts is not None:
@@ -99,17 +100,26 @@ def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs
     )
 
 
+def _check_used_once(model: nn.Module, sites: Sequence[FFNSite]) -> None:
+    shared = next((site for site in sites if site.twins), None)
+    if shared is not None:
+        raise NotAvailableError(
+            f"{shared.name} of {type(model).__name__} is used by {1 + len(shared.twins)} layers; FLOPs and bytes are "
+            "available for models whose parameters are each used once per token."
+        )
+
+
 def ffn_parameters(model: nn.Module, site: FFNSite) -> int:
-    """Parameters of one FFN's projections, biases included."""
+    """Parameters of one FFN: its projections with their biases, adapters' outputs, and a norm before down."""
     bias = weights_of(model, site).down_bias
     return site.d_ff * channel_parameters(model, site) + (0 if bias is None else bias.numel())
 
 
 def channel_parameters(model: nn.Module, site: FFNSite) -> int:
-    """Parameters that one channel is made of: its rows and biases of gate and up, and its column of down."""
-    weights = weights_of(model, site)
-    own = (weights.gate, weights.up, weights.down, weights.gate_bias, weights.up_bias)
-    return sum(part.numel() for part in own if part is not None) // site.d_ff
+    """Parameters that one channel is made of: its rows of gate and up, its column of down, and what else is coupled."""
+    first = torch.zeros(1, dtype=torch.int64)
+    entries = {id(getattr(e.module, e.name)): e for e in coupled(model, site, first)}  # shared ones count once
+    return sum(e.index.numel() * e.parameter.numel() // e.parameter.shape[e.axis] for e in entries.values())
 
 
 def last_logits(model: nn.Module) -> dict[str, int]:

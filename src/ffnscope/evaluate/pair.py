@@ -13,7 +13,7 @@ from ffnscope.errors import UsageError
 from ffnscope.evaluate.costs import channel_parameters, ffn_parameters
 from ffnscope.evaluate.expert_costs import unused_parameters
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.ffn.projection import weights_of
+from ffnscope.ffn.projection import modules_of, weights_of
 from ffnscope.types import FFNSite, PruningPlan
 
 
@@ -160,7 +160,7 @@ def _check_rest(
 
 
 def _shapes_outside(model: nn.Module, sites: Sequence[FFNSite]) -> dict[str, tuple[int, ...]]:
-    inside = {name for site in sites for name in site.projections}
+    inside = {name for site in sites for name in modules_of(site)}
 
     def is_inside(name: str) -> bool:
         # projections of experts are parameters, not modules, and so are their biases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -170,15 +170,16 @@ def _list_of(ffn: Found, lists: Mapping[str, Sequence[str]]) -> str | None:
 def _relative(ffn: Found, path: str, names: Sequence[str]) -> Found:
     """An FFN with names relative to its expert."""
     expert = next(f"{path}.{name}." for name in names if ffn.down.startswith(f"{path}.{name}."))
-    gate = None if ffn.gate is None else ffn.gate.removeprefix(expert)
-    return replace(ffn, layer="", gate=gate, up=ffn.up.removeprefix(expert), down=ffn.down.removeprefix(expert))
+    gate, norm = (None if name is None else name.removeprefix(expert) for name in (ffn.gate, ffn.norm))
+    up, down, *adapters = (name.removeprefix(expert) for name in (ffn.up, ffn.down, *ffn.adapters))
+    return Found("", gate, up, down, ffn.fused, norm, tuple(adapters))
 
 
 def _has(model: nn.Module, expert: str, ffn: Found) -> bool:
     """Whether an expert has the projections of an FFN, in widths that fit to each other."""
     names = {name for name, _ in model.get_submodule(expert).named_modules()}
     producers = {n for n in (ffn.gate, ffn.up) if n is not None}
-    if not {*producers, ffn.down} <= names:
+    if not {*producers, *ffn.adapters, ffn.norm or ffn.down, ffn.down} <= names:
         return False
     d_ff = in_width(model.get_submodule(f"{expert}.{ffn.down}")) * (2 if ffn.fused else 1)
     return all(out_width(model.get_submodule(f"{expert}.{n}")) == d_ff for n in producers)
@@ -198,4 +199,6 @@ def _site(model: nn.Module, ffn: Found, path: str, expert: int, activation: str)
         fused=ffn.fused,
         expert=expert,
         storage="modules",
+        norm=ffn.norm,
+        adapters=ffn.adapters,
     )

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffnscope.ffn.inner_norm import is_rms_norm
 from ffnscope.ffn.jacobian import Kind, Refusal, classify
 from ffnscope.ffn.offload import set_requires_grad
 from ffnscope.ffn.projection import in_width, is_projection, out_width
@@ -32,13 +33,18 @@ from ffnscope.types import Fused
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One FFN as the probe sees it: names of gate (or None), up and down; ``fused`` when gate and up are one."""
+    """One FFN as the probe sees it: names of gate (or None), up and down; ``fused`` when gate and up are one.
+
+    ``norm`` stands before down, and the outputs of ``adapters`` are added to those of gate or up.
+    """
 
     layer: str
     gate: str | None
     up: str
     down: str
     fused: Fused | None
+    norm: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +64,14 @@ class Probed:
 
 @dataclass(slots=True)
 class _Trace:
-    """Per layer path: projection -> what it read, and projection -> the random output it was given."""
+    """Per layer path: projection -> what it read, and projection -> the random output it was given.
+
+    Per path of a norm in a layer: what it was given, and what it gave.
+    """
 
     reads: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     writes: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
 
 
 def layer_path(name: str) -> str | None:
@@ -82,7 +92,7 @@ def probe(model: nn.Module, input_ids: Tensor) -> Probed:
         with _cut(model, trace):
             model(input_ids=input_ids, use_cache=False)
         for layer, reads in trace.reads.items():
-            for down, ffn in _ffns_of_layer(model, layer, reads, trace.writes[layer]):
+            for down, ffn in _ffns_of_layer(model, layer, reads, trace):
                 if isinstance(ffn, Found):
                     found.append(ffn)
                 else:
@@ -109,6 +119,9 @@ def _cut(model: nn.Module, trace: _Trace) -> Generator[None]:
             # a projection outside the layers (the LM head) reads the last layer's output
             where = layer or (last[0] if last else "")
             handles.append(model.get_submodule(name).register_forward_hook(_replacer(trace, where, name, random)))
+        for name, module in model.named_modules():
+            if layer_path(name) and _is_norm(module):
+                handles.append(module.register_forward_hook(_norm_keeper(trace, name)))
         for layer in dict.fromkeys(p for p in names.values() if p is not None):
             block = model.get_submodule(layer)
             handles.append(block.register_forward_pre_hook(_detach_inputs, with_kwargs=True))
@@ -141,6 +154,20 @@ def _replacer(trace: _Trace, layer: str, name: str, random: torch.Generator) -> 
     return hook
 
 
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    named = "norm" in type(module).__name__.lower()
+    return named and isinstance(weight, Tensor) and weight.dim() == 1 and next(module.children(), None) is None
+
+
+def _norm_keeper(trace: _Trace, name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if name not in trace.norms and args and isinstance(output, Tensor):
+            trace.norms[name] = args[0], output
+
+    return hook
+
+
 def _keeper(trace: _Trace, layer: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
@@ -161,29 +188,60 @@ def _detach_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _ffns_of_layer(
-    model: nn.Module, layer: str, reads: dict[str, Tensor], writes: dict[str, Tensor]
+    model: nn.Module, layer: str, reads: dict[str, Tensor], trace: _Trace
 ) -> Iterator[tuple[str, Found | str]]:
     """Yield the down projections of a layer, each with its FFN or the reason why it cannot be cut."""
+    writes = trace.writes[layer]
     producers = {name: _producers(x, writes) for name, x in reads.items()}
     uses = [p for names in producers.values() for p in names]
     for down, names in producers.items():
         if not down or layer_path(down) is None or not names or any(uses.count(n) > 1 for n in names):
             continue
         d_model = out_width(model.get_submodule(down))
+        x, outputs = reads[down], {n: writes[n] for n in names}
         others = [n for n in names if in_width(model.get_submodule(n)) != d_model]
         if len(others) == len(names):
             continue
-        kind = classify(reads[down], [writes[n] for n in names])
+        kind = classify(x, list(outputs.values()))
         if kind is None:
             continue
         if others:
-            yield down, f"{', '.join(others)} (an adapter) adds to its gate or up projection"
+            yield down, _with_adapters(layer, down, x, outputs, others)
         elif isinstance(kind, Kind):
             yield down, _named(layer, down, names, kind)
         elif kind is Refusal.PRODUCERS:
             yield down, f"more than two projections make its channels: {', '.join(names)}"
-        elif len(names) > 1 or reads[down].shape[-1] >= d_model:  # else a low-rank pair with a norm between
-            yield down, _why_not_independent(model, down, reads[down].shape[-1])
+        elif len(names) > 1 or x.shape[-1] >= d_model:  # else a low-rank pair with a norm between
+            found = _behind_norm(model, layer, down, x, outputs, trace)
+            yield down, found or _why_not_independent(model, down, x.shape[-1])
+
+
+def _with_adapters(layer: str, down: str, x: Tensor, outputs: dict[str, Tensor], adapters: list[str]) -> Found | str:
+    """An FFN to whose gate or up low-rank matrices add: x must change with their outputs as with those."""
+    names = [n for n in outputs if n not in adapters]
+    kind = classify(x, [outputs[n] for n in names])
+    slopes = dict(
+        zip(outputs, torch.autograd.grad(_weighted(x), list(outputs.values()), retain_graph=True), strict=True)
+    )
+    added = all(any(torch.equal(slopes[a], slopes[n]) for n in names) for a in adapters)
+    if isinstance(kind, Kind) and added:
+        return replace(_named(layer, down, names, kind), adapters=tuple(adapters))
+    return f"{', '.join(adapters)} (an adapter) changes its gate or up projection in another way than by adding to it"
+
+
+def _behind_norm(
+    model: nn.Module, layer: str, down: str, x: Tensor, outputs: dict[str, Tensor], trace: _Trace
+) -> Found | None:
+    """A gated FFN with an RMS norm over its channels, whose weights can make up for those that are removed."""
+    for name, (given, normed) in trace.norms.items():
+        if normed.shape != x.shape or not name.startswith(f"{layer}.") or not torch.equal(normed, x):
+            continue
+        kind = classify(given, list(outputs.values()))
+        if not isinstance(kind, Kind) or kind.gate is None:  # h without gate and up need not be zero
+            continue
+        if is_rms_norm(model.get_submodule(name), x.shape[-1]):
+            return replace(_named(layer, down, list(outputs), kind), norm=name)
+    return None
 
 
 def _named(layer: str, down: str, names: list[str], kind: Kind) -> Found:
@@ -205,7 +263,10 @@ def _why_not_independent(model: nn.Module, down: str, d_ff: int) -> str:
 def _producers(x: Tensor, writes: dict[str, Tensor]) -> list[str]:
     if not x.requires_grad:
         return []
-    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    total = (x * weight).sum()
-    grads: Any = torch.autograd.grad(total, list(writes.values()), retain_graph=True, allow_unused=True)
+    grads: Any = torch.autograd.grad(_weighted(x), list(writes.values()), retain_graph=True, allow_unused=True)
     return [name for name, g in zip(writes, grads, strict=True) if g is not None and bool((g != 0).any())]
+
+
+def _weighted(x: Tensor) -> Tensor:
+    """A number that changes with every entry of x, with each in another way."""
+    return (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)).sum()

@@ -7,7 +7,8 @@ gate and up, and all experts of a layer in one parameter.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,23 @@ def down_projection(model: nn.Module, site: FFNSite) -> nn.Module:
     return projection(model, site, site.down)
 
 
+def uses_of(site: FFNSite) -> list[FFNSite]:
+    """The FFN at each place where it is used: once, or also in the layers that share its parameters."""
+    return [replace(site, path=path, twins=()) for path in (site.path, *site.twins)] if site.twins else [site]
+
+
+def modules_of(site: FFNSite) -> tuple[str, ...]:
+    """Full paths of everything that holds weights of the channels, at every use: projections, adapters and the norm."""
+    inner = (*site.adapters, *(() if site.norm is None else (site.norm,)))
+    paths = [[*use.projections, *(f"{use.path}.{n}" if use.path else n for n in inner)] for use in uses_of(site)]
+    return tuple(name for names in paths for name in names)
+
+
+def channel_readers(model: nn.Module, site: FFNSite) -> list[nn.Module]:
+    """Modules whose input is the channel activation h: down, or the norm before it, at every use of the FFN."""
+    return [projection(model, use, site.norm or site.down) for use in uses_of(site)]
+
+
 def shape_of(model: nn.Module, site: FFNSite) -> tuple[int, int]:
     """(d_ff, d_model) of the down projection that this model has at a site.
 
@@ -92,15 +110,18 @@ def shape_of(model: nn.Module, site: FFNSite) -> tuple[int, int]:
 
 
 def producer_widths(model: nn.Module, site: FFNSite) -> dict[str, int]:
-    """Name -> number of outputs of gate and up as this model has them; one entry when they are fused."""
+    """Name -> number of outputs of gate, up and adapters as this model has them; gate and up are one when fused."""
     if not site.stacked:
-        return {name: out_width(projection(model, site, name)) for name in _producers(site)}
+        return {name: out_width(projection(model, site, name)) for name in (*_producers(site), *site.adapters)}
     axis = _channel_axis(site, site.up)
     return {name: _expert_part(model, site, name).shape[axis] for name in _producers(site)}
 
 
 def weights_of(model: nn.Module, site: FFNSite) -> FFNWeights:
     """Canonical views of a site's weights.
+
+    Where a norm stands before down, ``down`` is a copy with the weight of the norm multiplied into its columns, which
+    is what h is multiplied by, up to one number per token. Adapters are not part of gate and up.
 
     Raises:
         ModelError: a weight is offloaded by accelerate, and this is not inside `materialised`.
@@ -109,6 +130,9 @@ def weights_of(model: nn.Module, site: FFNSite) -> FFNWeights:
     check_resident(model, site)
     up_weight, up_bias = _canonical(model, site, site.up)
     down_weight, down_bias = _canonical(model, site, site.down)
+    if site.norm is not None:
+        gain = cast("Tensor", projection(model, site, site.norm).weight).detach()
+        down_weight = (down_weight * gain).to(down_weight.dtype)
     if site.gate is None:
         return FFNWeights(None, up_weight, down_weight, None, up_bias, down_bias)
     if site.fused is None:
@@ -138,17 +162,25 @@ def canonical_weight(model: nn.Module, site: FFNSite, role: str, stored: Tensor)
 def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupled]:
     """Yield every entry of the model that belongs to ``channels`` (int64 indices) of a site.
 
-    Rows of gate and up with their biases, and columns of down; the bias of down belongs to no channel.
+    Rows of gate, up and adapters with their biases, entries of the norm, and columns of down; the bias of down belongs
+    to no channel. Modules that share a parameter have an entry each.
     """
     rows = _rows(site, channels)
     if site.stacked:
         yield from _coupled_expert(model, site, channels, rows)
         return
-    for name in _producers(site):
+    for use in uses_of(site):
+        yield from _coupled_dense(model, use, channels, rows)
+
+
+def _coupled_dense(model: nn.Module, site: FFNSite, channels: Tensor, rows: Tensor) -> Iterator[Coupled]:
+    for name in (*_producers(site), *site.adapters):
         module = projection(model, site, name)
         yield Coupled(module, "weight", out_axis(module), rows)
         if getattr(module, "bias", None) is not None:
             yield Coupled(module, "bias", 0, rows)
+    if site.norm is not None:
+        yield Coupled(projection(model, site, site.norm), "weight", 0, channels)
     down = down_projection(model, site)
     yield Coupled(down, "weight", 1 - out_axis(down), channels)
 
@@ -169,7 +201,7 @@ def owner_of(model: nn.Module, site: FFNSite, name: str) -> nn.Module:
 
 def check_resident(model: nn.Module, site: FFNSite) -> None:
     """Raise ModelError when a weight of the site is on the meta device, where it has no value."""
-    for name in (*_producers(site), site.down):
+    for name in (*_producers(site), *(() if site.norm is None else (site.norm,)), site.down):
         if any(p.device.type == "meta" for p in owner_of(model, site, name).parameters(recurse=False)):
             raise ModelError(
                 f"the weights of {site.path}.{name} are offloaded (or were never loaded) and cannot be read or changed "

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ffnscope.errors import UsageError
+from ffnscope.ffn.projection import modules_of
 from ffnscope.ffn.survey import describe, nothing_found, survey
 from ffnscope.types import FFNSite
 
@@ -49,7 +50,7 @@ def select_sites(sites: Sequence[FFNSite], patterns: Sequence[str]) -> list[FFNS
     """
     chosen: set[FFNSite] = set()
     for pattern in patterns:
-        hits = [s for s in sites if any(_matches(pattern, name) for name in (*s.projections, s.path, s.name))]
+        hits = [s for s in sites if any(_matches(pattern, name) for name in (*modules_of(s), s.path, *s.twins, s.name))]
         if not hits:
             example = sites[0].projections[-1] if sites else "none"
             raise UsageError(

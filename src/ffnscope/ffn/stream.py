@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnscope.errors import LayoutError, UsageError
+from ffnscope.errors import LayoutError, NotAvailableError, UsageError
 from ffnscope.ffn.probe import layer_path
 from ffnscope.ffn.projection import in_width, out_width
 from ffnscope.ffn.stream_probe import TEXTS, Call, Seen, around, last_norm, norm_weight, observe_stream, same
@@ -101,9 +101,11 @@ def find_stream(model: nn.Module, sites: Sequence[FFNSite]) -> Stream:
     Raises:
         UsageError: no site.
         LayoutError: a site does not read the stream of this model.
+        NotAvailableError: an FFN with a norm before its down projection, or that several layers share.
     """
     if not sites:
         raise UsageError("a graph needs at least one FFN site; find_sites(model) lists those of a model.")
+    _check_plain(sites)
     seen = observe_stream(model, sites)
     missing: list[str] = []
     branches = [_ffn(seen, site) for site in sites]
@@ -116,6 +118,21 @@ def find_stream(model: nn.Module, sites: Sequence[FFNSite]) -> Stream:
     cuts = (*(cut for cut, _ in settled), head.cut if head else None)
     unembedding, norm = (head.site, head.norm) if head else (None, None)
     return Stream(tuple(readers for _, readers in settled), cuts, unembedding, norm, tuple(missing))
+
+
+def _check_plain(sites: Sequence[FFNSite]) -> None:
+    """Raise unless every FFN is one branch, and multiplies its channels with fixed numbers."""
+    odd = next((s for s in sites if s.norm is not None or s.adapters or s.twins), None)
+    if odd is None:
+        return
+    why = (
+        f"is used by {1 + len(odd.twins)} layers, so it is no single branch of the stream"
+        if odd.twins
+        else "has adapters, whose share in its channels is not in the weights of gate and up"
+        if odd.adapters
+        else f"has a norm before its down projection ({odd.norm}), so what a channel writes depends on all others"
+    )
+    raise NotAvailableError(f"{odd.name} {why}; metrics of scope 'model' cannot rank it. Choose another metric.")
 
 
 def _ffn(seen: Seen, site: FFNSite) -> _Branch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ffnscope.ffn.experts import find_experts
 from ffnscope.ffn.guard import check_model
 from ffnscope.ffn.probe import Found, Probed, layer_path, probe
 from ffnscope.ffn.projection import in_width, is_projection, out_width
+from ffnscope.ffn.shared import merge_shared
 from ffnscope.types import FFNSite
 
 PROBE_TOKENS, MOST_TOKENS = 8, 2048
@@ -73,11 +74,10 @@ def survey(model: nn.Module) -> Survey:
     ffns = [f for f in seen.ffns if not _is_helper(f) and not _is_within(f.down, experts.refused)]
     listed = find_listed(model, ffns, ids, activation)
     ffns, told = listed.others, {**experts.refused, **listed.refused}
-    shared = dict(_shared(model, ffns))
+    dense, shared = merge_shared(model, [_site(model, f, activation) for f in ffns])
     known = {f.down for f in seen.ffns} | {s.projections[-1] for s in listed.sites}
     unlike = {n: why for n, why in _unlike(model, ffns, known, seen).items() if not _is_within(n, told)}
     refused = [LeftOut(name, reason) for name, reason in {**unlike, **shared, **told, **_retrieval(model)}.items()]
-    dense = [_site(model, f, activation) for f in ffns if f.down not in shared]
     sites = tuple(_in_model_order(model, [*dense, *experts.sites, *listed.sites]))
     return Survey(type(model).__name__, text.model_type, sites, tuple(refused), helpers)
 
@@ -161,19 +161,6 @@ def _in_any_layer(name: str) -> tuple[str, str]:
     return layer.rpartition(".")[0], name.removeprefix(layer)
 
 
-def _shared(model: nn.Module, ffns: Iterable[Found]) -> Iterator[tuple[str, str]]:
-    """Two FFNs that share a weight cannot lose different channels, and masking one would change the other."""
-    owners: dict[int, list[Found]] = {}
-    for ffn in ffns:
-        for name in dict.fromkeys(n for n in (ffn.gate, ffn.up, ffn.down) if n is not None):
-            for parameter in model.get_submodule(name).parameters(recurse=False):
-                owners.setdefault(id(parameter), []).append(ffn)
-    for group in owners.values():
-        names = list(dict.fromkeys(f.down for f in group))
-        for name in names if len(names) > 1 else ():
-            yield name, f"it shares its weights with {', '.join(n for n in names if n != name)}"
-
-
 def _retrieval(model: nn.Module) -> dict[str, str]:
     """Experts that are looked up in tables, beside which an ordinary FFN may stand."""
     return {
@@ -198,12 +185,13 @@ def _any_number(text: str) -> str:
 
 
 def _site(model: nn.Module, found: Found, activation: str) -> FFNSite:
-    names = [n for n in (found.gate, found.up, found.down) if n is not None]
+    names = [n for n in (found.gate, found.up, found.down, found.norm, *found.adapters) if n is not None]
     parents = [n.split(".")[:-1] for n in names]
     shortest = min(len(p) for p in parents)
     cut = next((i for i in range(shortest) if len({p[i] for p in parents}) > 1), shortest)
     relative = [None if n is None else ".".join(n.split(".")[cut:]) for n in (found.gate, found.up, found.down)]
     down = model.get_submodule(found.down)
+    inside = f"{'.'.join(parents[0][:cut])}."
     return FFNSite(
         layer=int(found.layer.rsplit(".", 1)[-1]),
         path=".".join(parents[0][:cut]),
@@ -214,6 +202,8 @@ def _site(model: nn.Module, found: Found, activation: str) -> FFNSite:
         d_ff=in_width(down),
         activation=activation,
         fused=found.fused,
+        norm=None if found.norm is None else found.norm.removeprefix(inside),
+        adapters=tuple(name.removeprefix(inside) for name in found.adapters),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import ffnscope
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import EvalRow
+from ffnscope.evaluate.costs import channel_parameters
 from ffnscope.evaluate.tasks import TaskRow
 from ffnscope.ffn.offload import placement
 from ffnscope.io import SCHEMA, hash_file, write_csv, write_json, write_text
@@ -128,15 +129,17 @@ def _model(job: Job) -> dict[str, Any]:
         "revision": job.loaded.revision,
         "weights_hash": job.model_hash,
         "parameters": sum(p.numel() for p in parameters),
-        "ffn_parameters_per_channel": _channel_parameters(job.sites[0]),
+        "ffn_parameters_per_channel": _channel_parameters(model, job.sites[0]),
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "device": placement(model),
         "sites": [asdict(s) for s in job.sites],
     }
 
 
-def _channel_parameters(site: FFNSite) -> int:
-    """Weights that one channel is made of: its rows of gate and up, and its column of down."""
+def _channel_parameters(model: Any, site: FFNSite) -> int:
+    """Weights that one channel is made of: its rows of gate and up, and its column of down; all of a special site."""
+    if site.norm is not None or site.adapters:
+        return channel_parameters(model, site)
     return site.d_model * (2 if site.gate is None else 3)
 
 

@@ -28,7 +28,10 @@ def test_what_can_be_cut_passes(arch: str, dtype: torch.dtype) -> None:
     assert check.difference <= 0.02 * check.effect
 
 
-@pytest.mark.parametrize("name", ["gemma4_text, double width", "musicgen", "recurrent_gemma", "bart", "hrm_text"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma4_text, double width", "musicgen", "recurrent_gemma", "bart", "hrm_text", "bitnet", "zamba", "zamba2"],
+)
 def test_other_layouts_pass(name: str) -> None:
     model = tiny_causal_lm(name)
     assert all(c.difference < 1e-4 < c.effect for c in check_cut(model, find_sites(model)))
@@ -63,7 +66,7 @@ def site_of(model: Any, d_ff: int, layer: int = 0) -> FFNSite:
 
 
 def test_a_norm_that_is_as_wide_as_the_channels_stops_it() -> None:
-    model = tiny_causal_lm("bitnet")
+    model = tiny_causal_lm("bitnet")  # as if the norm had not been seen
     message = (
         r"model.layers.0.mlp of BitNetForCausalLM \(model_type 'bitnet'\) cannot be cut: .*fails with: The size of"
     )

@@ -314,10 +314,25 @@ def test_inspect_tells_of_helpers(ok: Ok, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "reason"), [("mamba", "its layers are state-space mixers"), ("bitnet", "a norm over")]
+    ("arch", "changes", "reason"),
+    [
+        ("mamba", {}, "its layers are state-space mixers"),
+        ("gemma3n_text", {"activation_sparsity_pattern": [0.9] * 4}, "its channels do not each depend on one output"),
+    ],
 )
-def test_inspect_of_a_model_without_sites(fails: Fails, tmp_path: Path, arch: str, reason: str) -> None:
-    assert reason in fails(2, "inspect", saved(tmp_path / "model", arch))
+def test_inspect_of_a_model_without_sites(
+    fails: Fails, tmp_path: Path, arch: str, changes: dict[str, Any], reason: str
+) -> None:
+    folder = saved(tmp_path / "model", arch)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    assert reason in fails(2, "inspect", folder)
+
+
+def test_inspect_of_a_block_that_layers_share(ok: Ok, tmp_path: Path) -> None:
+    text = " ".join(ok("inspect", saved(tmp_path / "model", "zamba2")).stdout.split())
+    assert "gate_up_proj (gate_up) + 2 adapters" in text
+    assert "Zamba2ForCausalLM: 1 FFNs, 168 channels" in text
 
 
 def test_metrics(ok: Ok) -> None:

@@ -169,11 +169,21 @@ MISSED: dict[str, tuple[Block, dict[str, tuple[int, int]], str]] = {
         "more than two projections make its channels: layers.0.a, layers.0.b, layers.0.d",
     ),
     "an adapter": (
-        lambda m, x: m.c(silu(m.a(x) + m.e(m.d(x)))),
+        lambda m, x: m.c(silu(m.a(x) * m.e(m.d(x)))),
         {"a": IN, "d": (WIDTH, 2), "e": (2, CHANNELS), "c": OUT},
-        "layers.0.e (an adapter) adds to its gate or up projection",
+        "layers.0.e (an adapter) changes its gate or up projection in another way than by adding to it",
     ),
 }
+
+
+def test_adapters_that_add() -> None:
+    def block(m: nn.Module, x: Tensor) -> Tensor:
+        return m.c(silu(m.a(x) + m.e(m.d(x))) * (m.b(x) + m.f(m.d(x))))
+
+    low, high = (WIDTH, 2), (2, CHANNELS)
+    (first, _) = found(block, a=IN, b=IN, d=low, e=high, f=high, c=OUT)
+    names = tuple(f"layers.0.{n}" for n in "abcef")
+    assert first == Found("layers.0", *names[:3], None, None, names[3:])
 
 
 @pytest.mark.parametrize("name", MISSED)

@@ -31,10 +31,44 @@ def test_channels_that_depend_on_each_other() -> None:
     assert [s.layer for s in survey(model).sites] == [0]
 
 
-def test_an_inner_norm_is_named() -> None:
-    found = refusals(tiny_causal_lm("bitnet"))
-    assert len(found) == 3
-    assert "a norm over all its channels (model.layers.2.mlp.ffn_sub_norm)" in found["model.layers.2.mlp.down_proj"]
+def with_inner_norm(kind: Any, *layers: int) -> Any:
+    model = tiny_causal_lm("bitnet")
+    for layer in layers:
+        mlp = model.model.layers[layer].mlp
+        mlp.ffn_sub_norm = kind(mlp.intermediate_size)
+    return model
+
+
+class ShiftedNorm(torch.nn.Module):
+    """An RMS norm whose weight is stored without its 1."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1 + self.weight) * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def test_an_inner_norm_is_part_of_the_site() -> None:
+    assert [s.norm for s in survey(tiny_causal_lm("bitnet")).sites] == ["ffn_sub_norm"] * 3
+    found = survey(with_inner_norm(torch.nn.RMSNorm, 0, 1, 2))
+    assert ([s.norm for s in found.sites], found.refused) == (["ffn_sub_norm"] * 3, ())
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, ShiftedNorm])
+def test_an_inner_norm_that_cannot_be_narrowed_is_named(kind: Any) -> None:
+    model = with_inner_norm(kind, 2)
+    assert [s.layer for s in survey(model).sites] == [0, 1]
+    reason = refusals(model)["model.layers.2.mlp.down_proj"]
+    assert "a norm over all its channels (model.layers.2.mlp.ffn_sub_norm)" in reason
+
+
+def test_an_inner_norm_without_a_gate_is_refused() -> None:
+    model = tiny_causal_lm("bitnet")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.ffn_sub_norm(torch.sigmoid(mlp.up_proj(x))))
+    assert list(refusals(model)) == ["model.layers.1.mlp.down_proj"]
 
 
 def test_sparse_activations_of_some_layers() -> None:
@@ -61,10 +95,33 @@ def test_weights_that_layers_share() -> None:
     assert [s.layer for s in survey(model).sites] == [2]
 
 
-def test_adapters_of_a_shared_block() -> None:
-    reasons = refusals(tiny_causal_lm("zamba2")).values()
+def test_a_block_that_layers_share_is_one_site() -> None:
+    (site,) = survey(tiny_causal_lm("zamba")).sites
+    paths = [f"model.layers.{i}.shared_transf.feed_forward" for i in (2, 4)]
+    assert (site.layer, site.path, site.twins, site.adapters) == (2, paths[0], (paths[1],), ())
+
+
+def test_adapters_of_shared_blocks() -> None:
+    found = survey(tiny_causal_lm("zamba2, two blocks"))
+    assert found.refused == ()
+    assert [(s.layer, s.twins, s.adapters) for s in found.sites] == [
+        (
+            i + 1,
+            (f"model.layers.{i + 4}.shared_transformer.feed_forward",),
+            (f"gate_up_proj_adapter_list.{i}.1", f"gate_up_proj_adapter_list.{i + 2}.1"),
+        )
+        for i in (0, 1)
+    ]
+
+
+def test_a_shared_block_with_adapters_of_its_own_is_refused() -> None:
+    model = tiny_causal_lm("zamba2")
+    (site,) = survey(model).sites
+    module = model.get_submodule(f"{site.path}.gate_up_proj_adapter_list.0.1")
+    module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    reasons = refusals(model)
     assert len(reasons) == 2
-    assert all("(an adapter) adds to its gate or up projection" in reason for reason in reasons)
+    assert all(reason.startswith("it shares its weights with model.layers.") for reason in reasons.values())
 
 
 @pytest.mark.parametrize(
@@ -107,9 +164,9 @@ def test_an_unknown_architecture_names_its_layers() -> None:
 
 
 def test_nothing_but_refusals() -> None:
-    model = tiny_causal_lm("zamba")
+    model = with_inner_norm(torch.nn.LayerNorm, 0, 1, 2)
     text = str(nothing_found(model, survey(model)))
-    assert text.startswith("none of the FFNs of ZambaForCausalLM (model_type 'zamba') can be cut. model.layers.*")
+    assert text.startswith("none of the FFNs of BitNetForCausalLM (model_type 'bitnet') can be cut. model.layers.*")
 
 
 def test_a_model_of_several_codebooks() -> None:
