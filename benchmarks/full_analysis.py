@@ -2,8 +2,8 @@
 
     python benchmarks/full_analysis.py [--out FOLDER] [--record]
 
-64 windows of 256 tokens calibrate. The limit is 12 minutes on two CPU cores; the machine's speed stands beside it as the
-time of one bare forward of the same windows, taken before the run. --record also writes results/full_analysis.md.
+64 windows of 256 tokens calibrate. The limit is 12 minutes on two CPU cores; the machine's speed stands beside it as
+the time of one bare forward of the same windows, taken before the run. --record also writes results/full_analysis.md.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def main():
         f"Made by `benchmarks/full_analysis.py`: {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, one run.",
         "",
-        f"**{total / 60:.1f} minutes** in all (limit {LIMIT / 60:.0f}); one bare forward of the 16,384 calibration tokens took "
-        f"{bare:.1f} s, so the whole is {total / bare:.1f} of them.",
+        f"**{total / 60:.1f} minutes** in all (limit {LIMIT / 60:.0f}); one bare forward of the 16,384 calibration tokens "
+        f"took {bare:.1f} s, so the whole is {total / bare:.1f} of them.",
         "",
         "| stage | seconds | bare forwards | peak memory so far, GiB |",
         "|---|---:|---:|---:|",

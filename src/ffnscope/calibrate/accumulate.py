@@ -10,7 +10,7 @@ from torch import Tensor
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.sums import Sums, Surroundings, finite
 from ffnscope.errors import UsageError
-from ffnscope.registry import MARKS, ORDER, STATISTICS, Statistic
+from ffnscope.registry import MARKS, NEXT, ORDER, STATISTICS, Statistic
 from ffnscope.types import ChannelStats, FFNSite, check_core
 
 
@@ -181,8 +181,8 @@ class Accumulator:
         shared = next((s for s in self.sites if s.twins and s.role in statistic.at), None)
         if shared is not None and _joins_passes(statistic):
             raise UsageError(
-                f"statistic {statistic.name!r} reads {', '.join(statistic.reads)} together, of the forward and of the "
-                f"backward; {shared.name} is used by {1 + len(shared.twins)} layers, so it cannot be told which belong "
+                f"statistic {statistic.name!r} reads {', '.join(statistic.reads)} together, of several moments of a "
+                f"batch; {shared.name} is used by {1 + len(shared.twins)} layers, so it cannot be told which belong "
                 "together. Leave out the metrics that need it, or this FFN (model.tracked_layers, --tracked)."
             )
         missing = [s.name for s in self.sites if self.sums.around.takes(s, statistic) and s not in self.core]
@@ -198,7 +198,9 @@ class Accumulator:
 
 
 def _joins_passes(statistic: Statistic) -> bool:
-    """Whether signals of the forward wait for the backward; h comes again with g."""
+    """Whether signals of the forward wait for the backward (h comes again with g), or for another FFN."""
+    if set(NEXT) & set(statistic.reads):
+        return True
     waits = {"x", "y"} | ({"h"} if "g" not in statistic.reads else set())
     return statistic.needs_gradient and bool(waits & set(statistic.reads))
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ffnscope.report.run_folder import RunFolder
 
-HALO_STATISTICS = {
+HALO_STATISTICS: dict[str, str] = {
     "redundancy": "Redundancy of the {} halo with the core",
     "excess": "How much more redundant the {} halo is with the core than the other channels",
 }
@@ -94,7 +94,7 @@ def _concentration(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
 def _supernodes(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
     rows = run.tables.get("halo", ())
     for halo, statistic in dict.fromkeys((r["halo"], r["statistic"]) for r in rows):
-        what = HALO_STATISTICS.get(statistic, statistic).format(halo)
+        what = HALO_STATISTICS[statistic].format(halo)
         caption = f"{what}, beside matched nulls; bars hold 95 % of the draws."
         yield "halo", caption, analysis_plots.draw_halo(rows, halo, statistic)
     across = run.tables.get("cross_layer", ())
