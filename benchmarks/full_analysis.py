@@ -54,8 +54,8 @@ def main():
         f"Made by `benchmarks/full_analysis.py`: {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, one run.",
         "",
-        f"**{total / 60:.1f} minutes** in all (limit {LIMIT / 60:.0f}); one bare forward of the 16,384 calibration tokens "
-        f"took {bare:.1f} s, so the whole is {total / bare:.1f} of them.",
+        f"**{total / 60:.1f} minutes** in all (limit {LIMIT / 60:.0f}); one bare forward of the 16,384 tokens "
+        f"that calibrate took {bare:.1f} s, so the whole is {total / bare:.1f} of them.",
         "",
         "| stage | seconds | bare forwards | peak memory so far, GiB |",
         "|---|---:|---:|---:|",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -46,8 +47,8 @@ def llama() -> Any:
 @pytest.fixture
 def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory to spare the pass of what needs the core, unless it is asked for."""
-    *others, _ = PassOptions.__init__.__defaults__ or ()
-    monkeypatch.setattr(PassOptions.__init__, "__defaults__", (*others, 0))
+    given = {**{f.name: f.default for f in dataclasses.fields(PassOptions)}, "one_pass_bytes": 0}
+    monkeypatch.setattr(PassOptions.__init__, "__defaults__", tuple(given.values()))
     assert PassOptions().one_pass_bytes == 0
 
 

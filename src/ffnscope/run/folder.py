@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Generator
@@ -85,7 +86,7 @@ def differing(old: Any, new: Any, prefix: str = "") -> list[str]:
 def write_if_changed(path: Path, value: Any) -> None:
     """Write strict JSON, unless the file holds the same already."""
     with contextlib.suppress(ArtifactError):
-        if read_json(path) == value:
+        if read_json(path) == json.loads(json.dumps(value)):  # a tuple is read as a list
             return
     write_json(path, value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ class RunResult:
     scores: dict[str, Scores]
     plans: dict[str, PruningPlan]
     rows: list[EvalRow]
-    tasks: list[TaskRow]
     samples: dict[str, list[str]]
+    tasks: list[TaskRow] = field(default_factory=list[TaskRow])
 
     def to_pandas(self) -> Any:
         """One row per model and text of the evaluation, with the columns of ``pruning_results.csv``."""
@@ -84,4 +84,4 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         checkpoints_stage(job, plans, rows)
         page_stage(job, summary(job, plans, rows, tasks))
         reporter.say(f"results in {folder}")
-    return RunResult(folder, scores, plans, rows, tasks, samples)
+    return RunResult(folder, scores, plans, rows, samples, tasks)

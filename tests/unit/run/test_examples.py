@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 ARCHITECTURE = {
     "quickstart": "llama",
     "guide": "llama",
+    "analysis": "llama",
     "gpt2_fast_test": "gpt2",
     "llama3_8b": "llama",
     "mistral_7b": "mistral",
@@ -74,7 +75,10 @@ def test_no_example_is_left_out() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURE)
 def test_example_runs(name: str, overrides: Callable[[str], list[str]]) -> None:
     plots = f"output.plots={str(name == 'quickstart').lower()}"
-    result = quiet_run(load_config(EXAMPLES / f"{name}.yaml", [*overrides(ARCHITECTURE[name]), plots]))
+    report = f"output.report={str(name == 'analysis').lower()}"
+    fewer = ["ablation.num_samples=2"] if name == "analysis" else []
+    lines = [*overrides(ARCHITECTURE[name]), plots, report, *fewer]
+    result = quiet_run(load_config(EXAMPLES / f"{name}.yaml", lines))
     check(result)
     model = strict_json(result.folder / "summary.json")["model"]
     assert ARCHITECTURE[name] in model["class"].lower()
@@ -91,7 +95,12 @@ def test_the_guide_on_four_layers_takes_the_path_of_every_algorithm(
     sentences = (texts / "train.txt").read_text().replace("\n", " ").split(". ")[:60]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences))
     lines = ["calibration.num_samples=60", "calibration.mode=lines", f"dataset.name={tmp_path / 'lines.jsonl'}"]
-    lines += [f"model.model_id={model}", "output.plots=false", "evaluation.samples.enabled=false"]
+    lines += [
+        f"model.model_id={model}",
+        "output.plots=false",
+        "output.report=false",
+        "evaluation.samples.enabled=false",
+    ]
     lines += ["evaluation.extra=[]", "evaluation.num_samples=2"]
     result = quiet_run(load_config(EXAMPLES / "guide.yaml", [*overrides("llama"), *lines]))
     asked = load_config(EXAMPLES / "guide.yaml").pruning

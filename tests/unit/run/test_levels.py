@@ -70,7 +70,10 @@ def log(folder: Path) -> str:
 
 def test_both_passes_are_stages_with_files(unbroken: RunResult) -> None:
     folder = unbroken.folder
-    assert list(ledger(folder)) == ["calibrate", "calibrate core", "score", "plan", "evaluate 1", "report"]
+    assert list(ledger(folder)) == [
+        *("calibrate", "calibrate core", "score", "core overlap", "channel sets", "plan", "evaluate 1"),
+        "report",
+    ]
     first, second = (read_stats(folder / name)[0] for name in (FIRST, SECOND))
     for site, part in first.items():
         assert "h_outer" in part.values

@@ -52,7 +52,8 @@ FAULTS = [
     ),
     (
         "output: {zzz: 1}",
-        "output.zzz: unknown key 'zzz'. Known here: checkpoints, dir, format, max_shard_size, pad_to_widest, plots.",
+        "output.zzz: unknown key 'zzz'. Known here: checkpoints, dir, format, max_shard_size, pad_to_widest, plots, "
+        "report.",
     ),
     ("metrics: {scra: {}}", "line 3: metrics.scra: unknown key 'scra'. Did you mean 'scar'?"),
     ("metrics: {wnada: {}}", "line 3: metrics.wnada: unknown key 'wnada'. Did you mean 'wanda'?"),

@@ -63,6 +63,9 @@ def test_every_output_is_there(full: RunResult) -> None:
         "results.md",
         "samples.json",
         "summary.json",
+        "analysis/core_overlap.csv",
+        "analysis/core_overlap.json",
+        "analysis/channel_sets.safetensors",
         "evaluation/windows_0.json",
         "evaluation/windows_1.json",
         *(f"plans/{label}.json" for label in LABELS),
@@ -170,7 +173,8 @@ def test_summary_says_what_was_done_with_what(full: RunResult, checkpoint: Path)
     assert list(value["texts"]) == ["calibration", "evaluation_0", "evaluation_1"]
     assert len({text["hash"] for text in value["texts"].values()}) == 3
     assert value["seeds"] == {"experiment": 42, "calibration": 42}
-    stages = ["calibrate", "score", "plan", "evaluate 1", "evaluate 2", "samples", "report"]
+    analyses = ["core overlap", "channel sets"]
+    stages = ["calibrate", "score", *analyses, "plan", "evaluate 1", "evaluate 2", "samples", "report"]
     assert list(value["stages"]) == stages
     for row in value["stages"].values():
         assert row["seconds"] >= 0
@@ -196,7 +200,8 @@ def test_ledger_knows_the_bytes_of_every_result(full: RunResult) -> None:
 
 def test_python_and_yaml_give_the_same(full: RunResult, tmp_path: Path) -> None:
     blocks = yaml.safe_load((full.folder / "experiment_config.yaml").read_text())
-    again = quiet_run(config_from_dict({**blocks, "output": {"dir": str(tmp_path / "again"), "plots": False}}))
+    output = {"dir": str(tmp_path / "again"), "plots": False, "report": False}
+    again = quiet_run(config_from_dict({**blocks, "output": output}))
     assert results(again.folder).items() <= results(full.folder).items()
     assert again.rows == full.rows
 
