@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 from ffnscope.errors import UsageError
 
 LEAST_DRAWS = 200
+SIGNIFICANT = 0.05
 BINS = 10
 Tail = Literal["upper", "lower"]
 
@@ -79,6 +81,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, p_values[index] * (len(p_values) - rank)))
         found[index] = highest
     return found
+
+
+def enough_draws(n_sites: int) -> int:
+    """Fewest draws by which one of ``n_sites`` FFNs can differ from its null at 0.05 after Holm's correction."""
+    return max(LEAST_DRAWS, math.ceil(n_sites / SIGNIFICANT))
 
 
 def check_draws(draws: int) -> None:

@@ -10,6 +10,7 @@ from ffnscope.analyze.concentration import LOSS_PROXY
 from ffnscope.report import analysis_plots, plots
 from ffnscope.report.inline_svg import inline_svg
 from ffnscope.report.summary import rank_correlation
+from ffnscope.report.tables import FLOOR
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ def _scores(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
 def _concentration(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
     rows = run.tables.get("concentration", ())
     layers = {r["site"]: r["layer"] for r in rows if r["layer"] is not None}
-    names = list(dict.fromkeys(r["metric"] for r in rows if r["top1"] is not None))
+    names = list(dict.fromkeys(r["metric"] for r in rows if r["top1"] is not None and r["metric"] != FLOOR))
     for metric in sorted(names, key=lambda name: name != LOSS_PROXY)[:3]:
         caption = f"Share of the {metric} mass in the top channels of each FFN; bars are 95 % intervals over documents."
         yield "concentration", caption, analysis_plots.draw_top_mass(rows, metric)

@@ -71,18 +71,29 @@ def _core(run: RunFolder) -> Iterator[str]:
 
 
 def _halo(run: RunFolder) -> Iterator[str]:
-    rows = [r for r in run.tables.get("halo", ()) if r["site"] != "all" and r["statistic"] == "redundancy"]
+    rows = [r for r in run.tables.get("halo", ()) if r["statistic"] == "redundancy" and r["p"] is not None]
     for halo in dict.fromkeys(r["halo"] for r in rows):
-        counts: list[str] = []
-        for null in dict.fromkeys(r["null"] for r in rows if r["halo"] == halo):
-            of_null = [r for r in rows if r["halo"] == halo and r["null"] == null and r["p"] is not None]
-            if of_null:
-                counts.append(f"{sum(map(_is_significant, of_null))} of {len(of_null)} ({null.replace('_', ' ')})")
-        if counts:
-            yield (
-                f"The {halo} halo is more redundant with the core than matched channels in {', '.join(counts)} FFNs, "
-                f"at {SIGNIFICANT:g} corrected for their number."
-            )
+        of = [r for r in rows if r["halo"] == halo]
+        whole = [r for r in of if r["site"] == "all"]
+        if not whole:
+            continue
+        nulls = ", ".join(f"{r['null'].replace('_', ' ')} {number(r['null_mean'])} (p {number(r['p'])})" for r in whole)
+        yield (
+            f"The {halo} halo shares {number(whole[0]['value'])} nats with the core per channel, mean over FFNs; its "
+            f"nulls share: {nulls}. {_single(of)}"
+        )
+
+
+def _single(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In how many FFNs a halo stands out by itself."""
+    sites = [r for r in rows if r["site"] != "all"]
+    counts: list[str] = []
+    for null in dict.fromkeys(r["null"] for r in sites):
+        of = [r for r in sites if r["null"] == null]
+        if min(r["draws"] for r in of) + 1 < len(of) / SIGNIFICANT:
+            return "There are too few draws to tell single FFNs."
+        counts.append(f"{sum(map(_is_significant, of))} of {len(of)} ({null.replace('_', ' ')})")
+    return f"More than its null, corrected for their number, is that of {', '.join(counts)} FFNs."
 
 
 def _is_significant(row: Mapping[str, Any]) -> bool:

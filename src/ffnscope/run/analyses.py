@@ -15,6 +15,7 @@ from ffnscope.analyze.concentration import GRID, Concentration, concentration
 from ffnscope.analyze.core import CoreOverlap, core_overlap, core_stability
 from ffnscope.analyze.cross_layer import cross_layer
 from ffnscope.analyze.halo import HaloOptions, halo_analysis
+from ffnscope.analyze.nulls import enough_draws
 from ffnscope.analyze.paired import paired_losses
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
@@ -156,7 +157,8 @@ def _other_core(job: Job, index: int, label: str, chosen: Mapping[str, Any]) -> 
 def _halo_stage(job: Job, stats: Stats, core: Core) -> dict[str, Tensor]:
     asked = job.config.halo
     files = [*tables(job, "halo"), job.folder / FOLDER / "halo_sets.safetensors"]
-    options = HaloOptions(job.config.supernode.halo_fraction or 0.1, draws=asked.draws, seed=seed_of(job, asked.seed))
+    draws = asked.draws or enough_draws(len(job.sites))
+    options = HaloOptions(job.config.supernode.halo_fraction or 0.1, draws=draws, seed=seed_of(job, asked.seed))
 
     def make() -> None:
         with job.reporter.task("halo", "FFNs") as update:
@@ -168,14 +170,21 @@ def _halo_stage(job: Job, stats: Stats, core: Core) -> dict[str, Tensor]:
         sets |= {f"{site.name}/read_halo": i for site, i in found.read_halo.items()}
         write_tensors(files[2], sets, {"kind": "channel sets", "next_sites": facts["next_sites"]})
 
-    depends = [*calibrated_keys(job), job.keys["core overlap"], asked.model_dump(), options.fraction, options.seed]
+    depends = [
+        *calibrated_keys(job),
+        job.keys["core overlap"],
+        asked.model_dump(),
+        options.fraction,
+        draws,
+        options.seed,
+    ]
     job.stage("halo", depends, files, make)
     return read_tensors(files[2])[0]
 
 
 def _cross_layer_stage(job: Job, stats: Stats, core: Core) -> None:
     asked, files = job.config.cross_layer, tables(job, "cross_layer")
-    given: Any = {"draws": asked.draws, "seed": seed_of(job, asked.seed)}
+    given: Any = {"draws": asked.draws or enough_draws(len(job.sites)), "seed": seed_of(job, asked.seed)}
 
     def make() -> None:
         with job.reporter.task("cross layer", "FFNs") as update:

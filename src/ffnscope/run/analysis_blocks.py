@@ -49,8 +49,8 @@ class Halo(Block):
 
     enabled: StrictBool = False
     """Compare write halo and read halo with null cores and matched channels."""
-    draws: Draws = 200
-    """Null draws, at least 200."""
+    draws: Draws | None = None
+    """Null draws, at least 200; null: 20 per FFN, so that a single one can stand out after correction for all."""
     seed: Seed | None = None
     """Seed of the draws; null: experiment.seed."""
 
@@ -60,8 +60,8 @@ class CrossLayer(Block):
 
     enabled: StrictBool = False
     """Compare the core's drive, correlation, redundancy and bus with those of random cores."""
-    draws: Draws = 200
-    """Random cores, at least 200."""
+    draws: Draws | None = None
+    """Random cores, at least 200; null: 20 per FFN, so that a single one can stand out after correction for all."""
     seed: Seed | None = None
     """Seed of the draws; null: experiment.seed."""
 

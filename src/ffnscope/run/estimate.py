@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
+from ffnscope.analyze.nulls import enough_draws
 from ffnscope.calibrate.collect import Step, plan_steps
 from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.windows import Windows
@@ -78,7 +79,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     lines = [
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_decision_lines(config, sites),
-        *_analysis_lines(config, calibration, speed),
+        *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, speed),
         *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
     ]
@@ -125,12 +126,13 @@ def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
     return [scores, Line("plan", f"{_n_plans(config)} plans")]
 
 
-def _analysis_lines(config: RunConfig, calibration: Windows, speed: float) -> list[Line]:
+def _analysis_lines(config: RunConfig, n_sites: int, calibration: Windows, speed: float) -> list[Line]:
     """The analyses: most take seconds to a few minutes; further calibrations of the core are passes over text."""
     found: list[Line] = []
     for name in ("concentration", "halo", "cross_layer"):
         block = getattr(config, name)
-        found += [Line(name.replace("_", " "), f"{block.draws} draws")] if block.enabled else []
+        draws = block.draws or enough_draws(n_sites)
+        found += [Line(name.replace("_", " "), f"{draws} draws")] if block.enabled else []
     asked = config.supernode.stability
     others = len(asked.seeds) + len(asked.texts)
     if config.supernode.enabled and asked.enabled and others:

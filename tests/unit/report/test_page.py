@@ -117,7 +117,7 @@ def analysed(folder: Path, tmp_path: Path) -> Path:
             for h in ("write", "read")
             for t in ("redundancy", "excess")
             for n in ("random_core", "lp_matched")
-            for i, s in enumerate(sites)
+            for s, i in [*zip(sites, range(LAYERS), strict=True), ("all", None)]
         ],
         "cross_layer": [
             {"site": s, "next_site": None, "layer": i, "statistic": "bus_dimensions", "value": 3.0, "null_mean": 5.0,
@@ -193,7 +193,11 @@ def test_every_analysis_has_its_figure_and_its_sentence(analysed: Path) -> None:
     said = " ".join(findings(run))
     assert "hold a median 30.0% of its scar_loss_proxy mass." in said
     assert "25 % of the core are activation outliers too (median over FFNs; 7.5 % would be by chance)" in said
-    assert f"The write halo is more redundant with the core than matched channels in {LAYERS} of {LAYERS}" in said
+    assert (
+        "The write halo shares 0.200 nats with the core per channel, mean over FFNs; its nulls share: random core"
+        in said
+    )
+    assert f"corrected for their number, is that of {LAYERS} of {LAYERS} (random core)" in said
     assert "Random masks that hold 0 % of the core cost 1.050 nats/token more" in said and "100 % of it 2.050" in said
     assert "Of 2 metrics, wanda ranks the sampled channels" in said and "(Spearman 0.50)" in said
     assert "is 0.200 ± 0.150 nats/token below that of scar_loss_proxy-0.5 on a text, within the error." in said
