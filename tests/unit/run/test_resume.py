@@ -228,7 +228,7 @@ def longer(checkpoint: Path, texts: Path) -> Callable[[Path], dict[str, Any]]:
 
     def make(out: Path) -> dict[str, Any]:
         calibration = {"num_samples": 60, "max_length": 64, "batch_size": 1}
-        evaluation = {"num_samples": 60, "samples": {"enabled": False}}
+        evaluation = {"num_samples": 400, "samples": {"enabled": False}}  # seconds, also where the tests have to wait
         one = {"dataset": {"batch_size": 1}}
         return small_run(checkpoint, texts, out, calibration=calibration, evaluation=evaluation, **one)
 
