@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,11 @@ def test_a_killed_process_loses_nothing(
     path.write_text(yaml.safe_dump(longer(folder)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ffnscope", "run", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # background jobs of a shell ignore it
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes)
     while not (folder / waits_for).exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(sent)
