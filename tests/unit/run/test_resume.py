@@ -260,9 +260,7 @@ def test_a_killed_process_loses_nothing(
     path.write_text(yaml.safe_dump(longer(folder)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ffnscope", "run", str(path)]
-    heard = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # background jobs of a shell ignore it
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes)
     while not (folder / waits_for).exists() and process.poll() is None:
