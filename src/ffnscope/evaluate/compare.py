@@ -16,7 +16,7 @@ from ffnscope.errors import NonFiniteError, UsageError
 from ffnscope.evaluate.fidelity import fidelity
 from ffnscope.evaluate.forward import batch_logits, check_finite, evaluating, memory_errors
 from ffnscope.evaluate.perplexity import check_targets, nll_sums, perplexity_result, protocol, window_ratio
-from ffnscope.evaluate.progress import DENSE, Progress, open_progress, plan_key
+from ffnscope.evaluate.progress import DENSE, Progress, check_labels, open_progress, plan_key
 from ffnscope.types import EvalResult, PruningPlan
 
 
@@ -74,8 +74,7 @@ def compare_plans(
         ArtifactError: ``state`` is damaged or of another kind.
     """
     check_targets(windows)
-    if DENSE in plans:
-        raise UsageError(f"a plan cannot be called {DENSE!r}: that is the label of the unpruned model. Rename it.")
+    check_labels(plans)
     keys = {label: plan_key(plan) for label, plan in plans.items()}
     distinct = {keys[label]: (label, plan) for label, plan in plans.items()}
     progress = open_progress(state, model, windows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import ArtifactError
+from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.offload import named_values
 from ffnscope.io import SCHEMA, disposable, expect_kind, hash_json, hash_tensors, plan_to_dict, read_json, write_json
 from ffnscope.types import PruningPlan
@@ -79,6 +79,12 @@ def open_progress(path: Path | None, model: nn.Module, windows: Windows) -> Prog
             raise ArtifactError(f"{path} does not hold one number per window ({len(windows)}).")
     fresh.rows = rows
     return fresh
+
+
+def check_labels(plans: Iterable[str]) -> None:
+    """Raise UsageError when a plan has the label of the unpruned model."""
+    if DENSE in plans:
+        raise UsageError(f"a plan cannot be called {DENSE!r}: that is the label of the unpruned model. Rename it.")
 
 
 def plan_key(plan: PruningPlan) -> str:

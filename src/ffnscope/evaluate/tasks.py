@@ -21,7 +21,7 @@ from torch import nn
 
 from ffnscope.apply.mask import masked
 from ffnscope.errors import NonFiniteError, NotAvailableError, TextError, UsageError
-from ffnscope.evaluate.progress import DENSE, fingerprint, plan_key
+from ffnscope.evaluate.progress import DENSE, check_labels, fingerprint, plan_key
 from ffnscope.evaluate.task_files import SUFFIXES, task_config
 from ffnscope.evaluate.task_model import reporting_model
 from ffnscope.io import SCHEMA, disposable, expect_kind, hash_file, hash_json, read_json, write_json
@@ -170,8 +170,7 @@ def compare_tasks(
         NonFiniteError: a number is NaN or infinite.
         ArtifactError: ``state`` is damaged or of another kind.
     """
-    if DENSE in plans:
-        raise UsageError(f"a plan cannot be called {DENSE!r}: that is the label of the unpruned model. Rename it.")
+    check_labels(plans)
     done = _State.open(state, fingerprint(model), tasks.key)
     rows: list[TaskRow] = []
     for label, plan in ((DENSE, None), *plans.items()):

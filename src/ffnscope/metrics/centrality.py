@@ -6,7 +6,7 @@ reads each weight at most three times, a block at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from ffnscope.registry import metric
 from ffnscope.types import FFNSite
 
 Found = dict[FFNSite, Tensor]
+Sweep = Callable[[StepEdges, Tensor], tuple[Tensor, Found]]
 SOURCE = "influence in a directed acyclic graph, (I - A)^-1"
 
 
@@ -64,11 +65,7 @@ def graph_backward(graph: DecoderGraph, stats: Stats, *, strength: Strength = "e
     in a target's shares, so here gradient gives what contribution gives.
     Invariant under up * c, down / c, unless ``strength`` is weight.
     """
-    found: Found = {}
-    cut = seed_of(graph, stats, strength)
-    for step in _from_the_end(graph, stats, strength):
-        cut, nodes = backward(step, cut)
-        found |= nodes
+    _, found = _swept(_from_the_end(graph, stats, strength), seed_of(graph, stats, strength), backward)
     return _ffns(graph, found)
 
 
@@ -81,11 +78,7 @@ def graph_forward(graph: DecoderGraph, stats: Stats, *, strength: Strength = "en
     (unless ``strength`` is weight).
     Invariant under up * c, down / c, unless ``strength`` is weight.
     """
-    found: Found = {}
-    cut = entry_of(graph, stats, strength)
-    for step in _from_the_start(graph, stats, strength):
-        cut, nodes = forward(step, cut)
-        found |= nodes
+    _, found = _swept(_from_the_start(graph, stats, strength), entry_of(graph, stats, strength), forward)
     return _ffns(graph, found)
 
 
@@ -98,19 +91,11 @@ def graph_flow(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energ
     active (unless ``strength`` is weight).
     Invariant under up * c, down / c, unless ``strength`` is weight.
     """
-    found: Found = {}
-    cut = entry_of(graph, stats, strength)
-    for step in _from_the_start(graph, stats, strength):
-        cut, nodes = forward(step, cut)
-        found |= nodes
+    cut, visits = _swept(_from_the_start(graph, stats, strength), entry_of(graph, stats, strength), forward)
     value = seed_of(graph, stats, strength)
-    whole = float(cut @ value)
-    for step in _from_the_end(graph, stats, strength):
-        value, nodes = expected(step, value)
-        found |= {
-            site: found[site] * reward / max(whole, torch.finfo(cut.dtype).tiny) for site, reward in nodes.items()
-        }
-    return _ffns(graph, found)
+    whole = max(float(cut @ value), torch.finfo(cut.dtype).tiny)
+    _, rewards = _swept(_from_the_end(graph, stats, strength), value, expected)
+    return _ffns(graph, {site: visits[site] * reward / whole for site, reward in rewards.items()})
 
 
 @metric("graph_katz", needs=edge_statistics, scope="model", source="Katz 1953", check=_check_katz)
@@ -125,11 +110,8 @@ def graph_katz(graph: DecoderGraph, stats: Stats, *, strength: Strength = "energ
     _check_katz(attenuation=attenuation)
     largest = max(largest_incoming(step) for step in _from_the_start(graph, stats, strength))
     walk = Walk(attenuation / largest if largest else 0.0, 1.0, nodes=None)
-    found: Found = {}
     cut = torch.ones(graph.d_model, dtype=torch.float64)
-    for step in _from_the_end(graph, stats, strength):
-        cut, nodes = path_sums(step, cut, walk, added=1.0)
-        found |= nodes
+    _, found = _swept(_from_the_end(graph, stats, strength), cut, lambda step, c: path_sums(step, c, walk, added=1.0))
     return _ffns(graph, found)
 
 
@@ -181,14 +163,7 @@ def graph_pagerank(
     Invariant under up * c, down / c, unless ``strength`` is weight.
     """
     walk = _walk(graph, stats, damping, teleport, background)
-    found: Found = {}
-    cut = torch.zeros(graph.d_model, dtype=torch.float64) + walk.cut
-    total = cut.sum()
-    for step in _from_the_start(graph, stats, strength):
-        cut, nodes = forward(step, cut, walk)
-        found |= nodes
-        total += cut.sum() + sum(float(value.sum()) for value in nodes.values())
-    return {site: value / total for site, value in _ffns(graph, found).items()}
+    return _walked(graph, _from_the_start(graph, stats, strength), walk, forward)
 
 
 @metric(
@@ -215,14 +190,7 @@ def graph_cheirank(
     Invariant under up * c, down / c, unless ``strength`` is weight.
     """
     walk = _walk(graph, stats, damping, teleport, background)
-    found: Found = {}
-    cut = torch.zeros(graph.d_model, dtype=torch.float64) + walk.cut
-    total = cut.sum()
-    for step in _from_the_end(graph, stats, strength):
-        cut, nodes = backward(step, cut, walk)
-        found |= nodes
-        total += cut.sum() + sum(float(value.sum()) for value in nodes.values())
-    return {site: value / total for site, value in _ffns(graph, found).items()}
+    return _walked(graph, _from_the_end(graph, stats, strength), walk, backward)
 
 
 def _from_the_start(graph: DecoderGraph, stats: Stats, strength: Strength) -> Iterator[StepEdges]:
@@ -233,6 +201,34 @@ def _from_the_start(graph: DecoderGraph, stats: Stats, strength: Strength) -> It
 def _from_the_end(graph: DecoderGraph, stats: Stats, strength: Strength) -> Iterator[StepEdges]:
     for index in reversed(range(len(graph.steps))):
         yield step_edges(graph, stats, index, strength)
+
+
+def _swept(steps: Iterable[StepEdges], cut: Tensor, sweep: Sweep) -> tuple[Tensor, Found]:
+    """Take a cut through all steps: the last cut, and the values of all nodes."""
+    found: Found = {}
+    for step in steps:
+        cut, nodes = sweep(step, cut)
+        found |= nodes
+    return cut, found
+
+
+def _walked(
+    graph: DecoderGraph,
+    steps: Iterable[StepEdges],
+    walk: Walk,
+    sweep: Callable[[StepEdges, Tensor, Walk], tuple[Tensor, Found]],
+) -> Found:
+    """How often a walk that starts anew is at each FFN channel, of all nodes of the graph."""
+    cut = torch.zeros(graph.d_model, dtype=torch.float64) + walk.cut
+    total = cut.sum()
+
+    def one(step: StepEdges, before: Tensor) -> tuple[Tensor, Found]:
+        after, nodes = sweep(step, before, walk)
+        total.add_(after.sum() + sum(float(value.sum()) for value in nodes.values()))
+        return after, nodes
+
+    _, found = _swept(steps, cut, one)
+    return {site: value / total for site, value in _ffns(graph, found).items()}
 
 
 def _ffns(graph: DecoderGraph, found: Found) -> Found:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ffnscope.analyze.concentration import LOSS_PROXY
+from ffnscope.analyze.nulls import SIGNIFICANT
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.report.run_folder import RunFolder
 from ffnscope.report.tables import FLOOR, number, percent, result
 
 FEW_TOKENS = 4  # tokens per channel under which second moments of the channels are under-determined
-SIGNIFICANT = 0.05
 
 
 def findings(run: RunFolder) -> list[str]:
@@ -63,7 +63,7 @@ def _core(run: RunFolder) -> Iterator[str]:
         return
     shared = statistics.median(r["shared"] / r["n_core"] for r in rows)
     chance = statistics.median(r["expected"] / r["n_core"] for r in rows)
-    more = sum(_is_significant(r) for r in rows)
+    more = sum(is_significant(r) for r in rows)
     yield (
         f"{percent(shared)} of the core are activation outliers too (median over FFNs; {percent(chance)} would be by "
         f"chance); in {more} of {len(rows)} FFNs that is more than chance (p < {SIGNIFICANT:g}, corrected)."
@@ -92,11 +92,12 @@ def _single(rows: Sequence[Mapping[str, Any]]) -> str:
         of = [r for r in sites if r["null"] == null]
         if min(r["draws"] for r in of) + 1 < len(of) / SIGNIFICANT:
             return "There are too few draws to tell single FFNs."
-        counts.append(f"{sum(map(_is_significant, of))} of {len(of)} ({null.replace('_', ' ')})")
+        counts.append(f"{sum(map(is_significant, of))} of {len(of)} ({null.replace('_', ' ')})")
     return f"More than its null, corrected for their number, is that of {', '.join(counts)} FFNs."
 
 
-def _is_significant(row: Mapping[str, Any]) -> bool:
+def is_significant(row: Mapping[str, Any]) -> bool:
+    """Whether a row of an analysis differs from its null, corrected for the number of FFNs."""
     return row["p_adjusted"] is not None and row["p_adjusted"] < SIGNIFICANT
 
 

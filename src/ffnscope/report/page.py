@@ -8,9 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
+from ffnscope.analyze.nulls import SIGNIFICANT
 from ffnscope.io import write_text
 from ffnscope.report.figures import PageFigure, page_figures
-from ffnscope.report.findings import caveats, findings
+from ffnscope.report.findings import caveats, findings, is_significant
 from ffnscope.report.run_folder import RunFolder, described
 from ffnscope.report.tables import Cell, Grid, number, results_grids
 from ffnscope.report.task_table import task_grid
@@ -141,10 +142,14 @@ def _of_core(run: RunFolder) -> Iterator[Grid]:
         for other in others:
             of = [r for r in rows if r["other"] == other and r["site"] != "all"]
             jaccard = sorted(r["jaccard"] for r in of)
-            more = sum(r["p_adjusted"] is not None and r["p_adjusted"] < 0.05 for r in of)
+            more = sum(map(is_significant, of))
             middle = f"{jaccard[len(jaccard) // 2]:.2f} ({jaccard[0]:.2f} – {jaccard[-1]:.2f})"
             lines.append([Cell(other.replace("_", " ")), Cell(middle), Cell(f"{more} of {len(of)}")])
-        columns = ["top channels by", "Jaccard with the core: median (range)", "FFNs beyond chance (p < 0.05)"]
+        columns = [
+            "top channels by",
+            "Jaccard with the core: median (range)",
+            f"FFNs beyond chance (p < {SIGNIFICANT:g})",
+        ]
         yield Grid(
             "Overlap of the core", columns, lines, ["p: hypergeometric, corrected for the number of FFNs (Holm)."]
         )
