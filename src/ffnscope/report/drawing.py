@@ -62,7 +62,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 def tidy(axes: Axes) -> None:
     """Small ticks, no box."""
-    axes.tick_params(labelsize=8, colors=INK, length=3)
+    axes.tick_params(which="both", labelsize=8, colors=INK, length=3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
 

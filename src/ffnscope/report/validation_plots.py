@@ -194,6 +194,11 @@ def _rise_axes(axes: Axes, at: Sequence[float]) -> None:
         axes.set_xticks(at)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g} %"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axes.get_ylim()
+    # within a few decades there are too few powers of ten to read the axis by
+    between = {"2", "3", "5"} if high > 4 * low else set("23456789")
+    named = between if 0 < low and high < 300 * low else set[str]()
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in named else ""))
     axes.set_xlabel("channels removed, lowest score first", color=INK, size=9)
     axes.set_ylabel("rise of the loss, nats per token", color=INK, size=9)
     axes.grid(color=PALE, linewidth=0.5)

@@ -126,6 +126,21 @@ def test_labels_of_percolation_can_be_read():
     assert axes.get_yscale() == "symlog" and axes.yaxis.get_transform().linthresh == 0.01
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [(0.5, 0.9, ["0.6", "0.9"]), (0.3, 5.0, ["", ""]), (0.01, 90.0, ["", ""])],
+)
+def test_a_narrow_axis_of_percolation_is_labelled_between_the_powers_of_ten(low, high, labels):
+    axes = new_figure(4, 4, "", "").add_subplot()
+    axes.plot([10.0, 50.0], [low, high])
+    validation_plots._rise_axes(axes, [10.0, 50.0])
+    label = axes.yaxis.get_minor_formatter()
+    assert [label(0.6), label(0.9)] == labels
+    assert label(0.5) == ("" if high > 50 else "0.5")
+    sizes = {tick.label1.get_size() for tick in [*axes.yaxis.get_minor_ticks(), *axes.yaxis.get_major_ticks()]}
+    assert sizes == {8.0}
+
+
 def test_scatter_of_two_scores(sites, heavy):
     a, b = heavy("wanda", sites(4), 0), heavy("magnitude", sites(4), 0)
     figure = draw_score_scatter(a, b)
