@@ -66,7 +66,7 @@ def draw_layered_graph(nodes: Sequence[ChannelNode], paths: Sequence[ChannelPath
     if paths:
         bar = figure.colorbar(colours, ax=axes, pad=0.01, aspect=18)
         bar.set_label("strength of a path", size=8, color=INK)
-        bar.ax.tick_params(labelsize=8, colors=INK)
+        bar.ax.tick_params(which="both", labelsize=8, colors=INK)
     return figure
 
 

@@ -138,7 +138,7 @@ def draw_heatmap(scores: Mapping[str, Scores], title: str = "") -> Figure:
     powers = range(-limit, limit + 1, 2 if limit == FOLD else 1)
     bar.set_ticks(list(powers), labels=[f"1/{2**-k}" if k < 0 else str(2**k) for k in powers])
     bar.set_label("layer mean /\noverall mean", size=8, color=INK)
-    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.ax.tick_params(which="both", labelsize=8, colors=INK)
     return figure
 
 
@@ -187,7 +187,7 @@ def draw_rank_correlation(names: Sequence[str], matrix: Matrix, title: str = "")
         )
     bar = figure.colorbar(image, ax=axes, pad=0.02, shrink=0.8)
     bar.set_ticks([-1, -0.5, 0, 0.5, 1])
-    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.ax.tick_params(which="both", labelsize=8, colors=INK)
     return figure
 
 

@@ -231,7 +231,7 @@ def _layer_bar(figure: Figure, image: Any) -> None:
     bar.set_label("layer", size=8, color=INK)
     solids: Any = bar.solids
     solids.set_alpha(1)
-    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.ax.tick_params(which="both", labelsize=8, colors=INK)
 
 
 def _joined(values: Mapping[Any, Tensor]) -> Any:
