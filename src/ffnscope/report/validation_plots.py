@@ -197,7 +197,7 @@ def _rise_axes(axes: Axes, at: Sequence[float]) -> None:
     low, high = axes.get_ylim()
     # within a few decades there are too few powers of ten to read the axis by
     between = {"2", "3", "5"} if high > 4 * low else set("23456789")
-    named = between if 0 < low and high < 300 * low else set[str]()
+    named = between if low > 0 and high < 300 * low else set[str]()
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in named else ""))
     axes.set_xlabel("channels removed, lowest score first", color=INK, size=9)
     axes.set_ylabel("rise of the loss, nats per token", color=INK, size=9)
