@@ -177,11 +177,19 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Allocator:
-    """A rule that decides the kept width of every site: ``fn(scores, budget) -> {site: width}``."""
+    """A rule that decides the kept width of every site: ``fn(scores, budget) -> {site: width}``.
+
+    One that is written ``fn(scores, budget, *, curves)`` is also given measured loss curves.
+    """
 
     name: str
     fn: Callable[..., Any]
     summary: str
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether it reads measured loss curves."""
+        return "curves" in inspect.signature(self.fn).parameters
 
 
 class Registry(Generic[T]):
@@ -257,7 +265,9 @@ METRICS: Registry[Metric] = Registry(
     ),
     "ffnscope.metrics",
 )
-ALLOCATORS: Registry[Allocator] = Registry("allocator", ("ffnscope.plan.allocate",), "ffnscope.allocators")
+ALLOCATORS: Registry[Allocator] = Registry(
+    "allocator", ("ffnscope.plan.allocate", "ffnscope.plan.unequal"), "ffnscope.allocators"
+)
 
 
 def import_own(module: str) -> None:

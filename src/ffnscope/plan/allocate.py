@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -22,7 +23,7 @@ def kept_count(d_ff: int, sparsity: float) -> int:
     return d_ff - int(whole) - (1 if half > Fraction(1, 2) else 0)
 
 
-def round_width(width: int, d_ff: int, budget: Budget) -> int:
+def round_width(width: float, d_ff: int, budget: Budget) -> int:
     """Nearest allowed width: a multiple of ``multiple_of`` (halves up), within [min_width, d_ff].
 
     Raises:
@@ -36,7 +37,7 @@ def round_width(width: int, d_ff: int, budget: Budget) -> int:
             f"no width of at least {budget.min_width} that is a multiple of {step} fits into {d_ff} channels; "
             "lower min_width or multiple_of."
         )
-    return min(max((width + step // 2) // step * step, low), high)
+    return min(max(math.floor(width / step + 0.5) * step, low), high)
 
 
 @allocator("local")
@@ -67,7 +68,7 @@ def global_(scores: Scores, budget: Budget) -> dict[FFNSite, int]:
     owner = torch.repeat_interleave(torch.arange(len(sites)), torch.tensor([s.d_ff for s in sites]))
     counts = torch.bincount(owner[order[:target]], minlength=len(sites)).tolist()
     widths = dict(zip(sites, counts, strict=True))
-    return widths if budget.multiple_of == 1 else _round_all(widths, target, budget)
+    return widths if budget.multiple_of == 1 else fit_widths(widths, target, budget)
 
 
 def _floor_first(values: torch.Tensor, floor: int) -> torch.Tensor:
@@ -77,8 +78,8 @@ def _floor_first(values: torch.Tensor, floor: int) -> torch.Tensor:
     return mask
 
 
-def _round_all(widths: Mapping[FFNSite, int], target: int, budget: Budget) -> dict[FFNSite, int]:
-    """Round every width, then move single steps, least rounding error first, until the total is nearest to target."""
+def fit_widths(widths: Mapping[FFNSite, float], target: int, budget: Budget) -> dict[FFNSite, int]:
+    """Round wished widths, then move single steps, least rounding error first, until the total is nearest to target."""
     step = budget.multiple_of
     rounded = {s: round_width(w, s.d_ff, budget) for s, w in widths.items()}
     low = {s: round_width(1, s.d_ff, budget) for s in widths}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
-from ffnscope.registry import ALLOCATORS
+from ffnscope.plan.curves import Curves
+from ffnscope.registry import ALLOCATORS, Allocator
 from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
 
 
@@ -19,6 +20,7 @@ def build_plan(
     allocator: str = "local",
     *,
     protected: Mapping[FFNSite, Tensor] | None = None,
+    curves: Curves | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> PruningPlan:
     """Decide which channels stay.
@@ -28,6 +30,7 @@ def build_plan(
         budget: how much to remove; a number is a sparsity.
         allocator: registered rule for the widths.
         protected: site -> channels that stay whatever their score (see `top_core`).
+        curves: measured loss curves, for an allocator that reads them.
         provenance: recorded with the plan.
 
     Equal scores are kept in order of channel index, and of site for a global ranking, so a plan is reproducible.
@@ -36,7 +39,8 @@ def build_plan(
     protected, and the budget is for the other sites.
 
     Raises:
-        UsageError: an impossible budget, or more protected channels than a site keeps.
+        UsageError: an impossible budget, more protected channels than a site keeps, or no curves for an allocator that
+            reads them.
     """
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     protected = {site: torch.unique(index) for site, index in (protected or {}).items()}
@@ -47,7 +51,7 @@ def build_plan(
     # nothing to remove: a width that is no multiple stays as it is
     widths: dict[FFNSite, int] = {site: site.d_ff for site in lifted.values}
     if budget.sparsity and widths:
-        widths = rule.fn(lifted, budget)
+        widths = _widths(rule, lifted, budget, curves)
     kept: dict[FFNSite, Tensor] = {}
     for site, value in lifted.values.items():
         width = widths[site]
@@ -101,6 +105,16 @@ def diff_plans(first: PruningPlan, second: PruningPlan) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _widths(rule: Allocator, scores: Scores, budget: Budget, curves: Curves | None) -> dict[FFNSite, int]:
+    if not rule.needs_curves:
+        return rule.fn(scores, budget)
+    if curves is None:
+        raise UsageError(
+            f"the allocator {rule.name!r} needs measured loss curves: pass curves=, or choose one that needs none."
+        )
+    return rule.fn(scores, budget, curves=curves)
 
 
 def _without(scores: Scores, whole: Mapping[FFNSite, Tensor]) -> Scores:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import ContractError, FFNScopeError
+from ffnscope.plan.curves import Curves
 from ffnscope.registry import ALLOCATORS, Allocator
 from ffnscope.types import Budget, FFNSite, Scores
 
@@ -94,12 +95,21 @@ def _check_repeat(rule: Allocator, scores: Scores) -> None:
 def _call(rule: Allocator, scores: Scores, budget: Budget) -> Mapping[FFNSite, Any]:
     before = {s: v.clone() for s, v in scores.values.items()}
     try:
-        found = rule.fn(scores, budget)
+        found = rule.fn(scores, budget, **({"curves": _curves(scores)} if rule.needs_curves else {}))
     except FFNScopeError as error:
         raise _broken(rule, "possible budgets", f"it raised: {error}", scores, budget) from error
     if not all(torch.equal(v, before[s]) for s, v in scores.values.items()):
         raise _broken(rule, "purity", "it changed the scores; work on a copy", scores, budget)
     return found
+
+
+def _curves(scores: Scores) -> Curves:
+    """Curves that fall to zero at the full width, steeper in later sites."""
+    points: dict[FFNSite, tuple[Tensor, Tensor]] = {}
+    for i, site in enumerate(scores.values):
+        widths = torch.tensor([site.d_ff // 4, site.d_ff // 2, site.d_ff - 1])
+        points[site] = widths, (1 + i) * (1 - widths / site.d_ff) ** 2
+    return Curves(points, "nats per token")
 
 
 def _broken(rule: Allocator, law: str, what: str, scores: Scores, budget: Budget) -> ContractError:
