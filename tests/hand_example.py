@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ffnscope.calibrate.accumulate import Accumulator
-from ffnscope.registry import Metric
+from ffnscope.rules import Metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 
 X = torch.tensor([[4.0, 6.0], [1.0, -3.0], [-2.0, 3.0]])

@@ -97,6 +97,7 @@ def slow_means(
             "act_sum": h.sum(0) / n,
             "act_abs": h.abs().sum(0) / n,
             "act_sq": (h * h).sum(0) / n,
+            "act_window_sq": sum(w.abs().mean(0) ** 2 for w in h.split(windows.valid.sum(1).tolist())) / n,
             "grad_sq": (g * g).sum(0) / n_targets,
             "taylor_abs": q.abs().sum(0) / n_targets,
             "taylor_sq": (q * q).sum(0) / n_targets,

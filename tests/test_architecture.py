@@ -18,9 +18,10 @@ ROOT = Path(ffnscope.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 RANK = {
-    "errors": -2,
-    "display": -1,
-    "types": 0,
+    "errors": -3,
+    "display": -2,
+    "types": -1,
+    "rules": 0,
     **dict.fromkeys(("registry", "io", "graph"), 1),
     **dict.fromkeys(("ffn", "metrics"), 2),
     **dict.fromkeys(("calibrate", "scoring", "plan"), 3),

@@ -16,7 +16,8 @@ from ffnscope.ffn.graph import decoder_graph
 from ffnscope.ffn.offload import materialised, named_values
 from ffnscope.ffn.projection import weights_of
 from ffnscope.graph import DecoderGraph
-from ffnscope.registry import METRICS, Metric
+from ffnscope.registry import METRICS
+from ffnscope.rules import Metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights, Scores, check_core
 
 

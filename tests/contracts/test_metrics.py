@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ffnscope.registry import MARKS, METRICS, ORDER, STATISTICS, cost_of
+from ffnscope.registry import METRICS, STATISTICS, cost_of
+from ffnscope.rules import MARKS, ORDER
 from ffnscope.testing import check_metric
 
 

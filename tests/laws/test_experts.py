@@ -47,6 +47,9 @@ def slow_sums(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         "act_sum": h.sum(0),
         "act_abs": h.abs().sum(0),
         "act_sq": (h * h).sum(0),
+        "act_window_sq": sum(
+            (h[rows["window"] == w].abs().mean(0) ** 2 for w in rows["window"].unique()), torch.zeros(())
+        ),
         "grad_sq": (g * g).sum(0),
         "taylor_abs": q.abs().sum(0),
         "taylor_sq": (q * q).sum(0),

@@ -82,9 +82,19 @@ def test_activation_metrics(arch):
     c = case(arch)
     np.testing.assert_allclose(c.score("activation_l2_norm"), np.sqrt((c.h**2).mean(0)), rtol=1e-9)
     np.testing.assert_allclose(c.score("activation_mean"), np.abs(c.h).mean(0), rtol=1e-9)
+    windows = np.split(np.abs(c.h), np.cumsum(LENGTHS)[:-1])
+    expected = np.sqrt(sum(w.mean(0) ** 2 for w in windows) / sum(LENGTHS))
+    np.testing.assert_allclose(c.score("minitron"), expected, rtol=1e-9)
     np.testing.assert_allclose(c.score("activation_variance"), c.h.var(0), rtol=1e-9)
     norms = np.sqrt((c.h**2).mean(0))
     np.testing.assert_allclose(c.score("wanda"), (np.abs(c.down) * norms).sum(0), rtol=1e-9)
+
+
+@every_layout
+def test_peak_to_peak(arch):
+    c = case(arch)
+    expected = sum(r.max(1) - np.minimum(r.min(1), -r.min(1)) for r in c.rows)
+    np.testing.assert_allclose(c.score("peak_to_peak"), expected, rtol=1e-6)
 
 
 @every_layout

@@ -27,7 +27,8 @@ from ffnscope.evaluate.pair import removed_parameters
 from ffnscope.evaluate.perplexity import token_losses
 from ffnscope.ffn.projection import coupled, uses_of
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import STATISTICS, Statistic
+from ffnscope.registry import STATISTICS
+from ffnscope.rules import Statistic
 from ffnscope.scoring import score
 from ffnscope.types import Budget, PruningPlan
 from reference import text

@@ -9,7 +9,8 @@ from ffnscope.calibrate import collect as collecting
 from ffnscope.calibrate.collect import PassOptions, calibrate
 from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import METRICS, SIGNALS, STATISTICS, Metric, Statistic
+from ffnscope.registry import METRICS, STATISTICS
+from ffnscope.rules import SIGNALS, Metric, Statistic
 from reference import exact, padded, singles, slow_signals_of_all, text
 from tiny import tiny
 

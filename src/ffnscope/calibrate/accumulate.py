@@ -10,7 +10,8 @@ from torch import Tensor
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.sums import Sums, Surroundings, finite
 from ffnscope.errors import UsageError
-from ffnscope.registry import MARKS, NEXT, ORDER, STATISTICS, Statistic
+from ffnscope.registry import STATISTICS
+from ffnscope.rules import MARKS, NEXT, ORDER, Statistic
 from ffnscope.types import ChannelStats, FFNSite, check_core
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ffnscope.calibrate.sums import Surroundings, following
-from ffnscope.registry import GRADIENTS, MARKS, NEXT, STATISTICS, Statistic
+from ffnscope.registry import STATISTICS
+from ffnscope.rules import GRADIENTS, MARKS, NEXT, Statistic
 from ffnscope.types import FFNSite
 
 

@@ -61,8 +61,11 @@ class TokenRows:
         return flat if index is None else flat.index_select(0, index.to(flat.device))
 
     def mark(self, site: FFNSite, name: str) -> Tensor:
-        """Group of documents ("document") or whether the next token counts ("target") of each counted token; [n]."""
-        if name == "document":
+        """Of each counted token, [n]: the group of its document ("document"), its window's place in the batch
+        ("window"), or whether the next token counts ("target")."""
+        if name == "window":
+            values = torch.arange(len(self.valid)).repeat_interleave(self.valid.shape[1])
+        elif name == "document":
             assert self._documents is not None, "documents were not given"
             values = self._documents.cpu().repeat_interleave(self.valid.shape[1])
         else:

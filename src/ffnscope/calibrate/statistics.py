@@ -2,10 +2,10 @@
 
 Signals: ``x`` [n, d_model] FFN input, ``h`` [n, d_ff] channel activations (the input of the down projection), ``g``
 [n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``y`` [n, d_model] the FFN's output; ``core`` [k]
-the indices of the supernode core; ``next_h`` and ``next_q`` h and h g of the next layer's FFN; ``document`` and
-``target`` marks of tokens (see `Statistic`). A user's own statistic may also read ``dy`` [n, d_model], the gradient of
-the output; no built-in metric needs it. Parts of a batch are reduced in the model's dtype (at least float32) and
-accumulated in float64 (counts in int32), so results do not depend on how text is split into batches.
+the indices of the supernode core; ``next_h`` and ``next_q`` h and h g of the next layer's FFN; ``document``,
+``target`` and ``window`` marks of tokens (see `Statistic`). A user's own statistic may also read ``dy`` [n, d_model],
+the gradient of the output; no built-in metric needs it. Parts of a batch are reduced in the model's dtype (at least
+float32) and accumulated in float64 (counts in int32), so results do not depend on how text is split into batches.
 """
 
 from __future__ import annotations
@@ -46,6 +46,14 @@ def act_abs(h: Tensor) -> Tensor:
 def act_sq(h: Tensor) -> Tensor:
     """Sum of h^2."""
     return _sum_of_squares(h)
+
+
+@statistic("act_window_sq", reads=("h", "window"), reduce="sum", in_place=True)
+def act_window_sq(total: Tensor, h: Tensor, window: Tensor) -> None:
+    """Sum over windows of the squared mean of |h| over their tokens; a window is never split."""
+    windows, place, sizes = window.unique(return_inverse=True, return_counts=True)
+    sums = h.new_zeros(len(windows), h.shape[1]).index_add_(0, place.to(h.device), h.abs())
+    total.add_((sums / sizes.to(sums)[:, None]).square_().sum(0))
 
 
 @statistic("act_hist", reads=("h",), reduce="sum", shape=(BINS, "d_ff"), every=32, counts=True)

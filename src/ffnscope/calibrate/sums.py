@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ffnscope.calibrate.forward import memory_errors
 from ffnscope.errors import UsageError
-from ffnscope.registry import METRICS, Statistic
+from ffnscope.registry import METRICS
+from ffnscope.rules import Statistic
 from ffnscope.types import ChannelStats, FFNSite
 
 Key = tuple[FFNSite, str]

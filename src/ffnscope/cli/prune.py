@@ -19,8 +19,7 @@ from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_plan
-from ffnscope.plan.build import build_plan, top_core
-from ffnscope.registry import ALLOCATORS
+from ffnscope.plan.build import build_plan, check_allocator_name, top_core
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
@@ -61,7 +60,9 @@ def prune_command(
     sparsity: Annotated[float | None, typer.Option(help="Fraction of channels to remove, in [0, 1).")] = None,
     plan: Annotated[Path | None, typer.Option(help="Apply this plan instead of making one.")] = None,
     scores: Annotated[Path | None, typer.Option(help="Use these scores instead of calibrating.")] = None,
-    allocator: Annotated[str, typer.Option(help="local (same sparsity everywhere) or global.")] = "local",
+    allocator: Annotated[
+        str, typer.Option(help="local (same sparsity everywhere), global, halfway, standardised or outliers.")
+    ] = "local",
     multiple_of: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
     protect_fraction: Annotated[
         float | None, typer.Option(help="Keep this share of each FFN, its best by --metric, whatever the allocator.")
@@ -88,7 +89,7 @@ def prune_command(
     if inputs:
         text.check_calibration()
     budget = Budget(sparsity or 0.0, multiple_of)
-    ALLOCATORS.get(allocator)
+    check_allocator_name(allocator)
     given = read_plan(plan) if plan else None
     found = read_metric(scores, metric) if scores else None
     reporter = Reporter()

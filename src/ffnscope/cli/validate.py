@@ -38,7 +38,8 @@ from ffnscope.cli.files import check_folder_output, unfinished
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_json, write_csv, write_json, write_text
-from ffnscope.registry import ALLOCATORS, METRICS
+from ffnscope.plan.build import check_allocator_name
+from ffnscope.registry import METRICS
 from ffnscope.report.validation_table import print_validation, validation_facts, validation_markdown
 from ffnscope.run.estimate import Line, calibrate_line, print_lines, seconds_per_token
 from ffnscope.run.progress import Reporter
@@ -78,7 +79,7 @@ class ValidateOptions:
         if self.held_out_samples < 1:
             raise UsageError(f"--held-out-samples must be at least 1; got {self.held_out_samples}.")
         for name in self.allocator or ():
-            ALLOCATORS.get(name)
+            check_allocator_name(name)
 
     def asked(self, batch_size: int) -> ValidationOptions:
         """Translate for `validate`."""

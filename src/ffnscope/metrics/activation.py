@@ -41,6 +41,16 @@ def activation_mean(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     return stats.mean("act_abs")
 
 
+@metric("minitron", needs=("act_window_sq",), source="arXiv:2407.14679 (Minitron), as in NVIDIA's released code")
+def minitron(stats: ChannelStats, weights: FFNWeights) -> Tensor:
+    """Minitron's activation score, the L2 norm over windows of the mean of |h| over a window's tokens.
+
+    [d_ff]. Divided by the square root of the number of tokens, so that text length cancels. Depends on how text is cut
+    into windows, but not on batches. Scales with c under up * c, down / c.
+    """
+    return stats.mean("act_window_sq").sqrt()
+
+
 @metric("activation_variance", needs=("act_sum", "act_sq"), source="arXiv:2604.23475 (baseline), on h per token")
 def activation_variance(stats: ChannelStats, weights: FFNWeights) -> Tensor:
     """Variance of the activation over tokens, E[h^2] - E[h]^2.

@@ -35,6 +35,18 @@ def magnitude(stats: ChannelStats, weights: FFNWeights, *, p: float = 2.0) -> Te
     return channel_norms(weights, p).prod(0)
 
 
+@metric("peak_to_peak", source="OptiPFair 0.4 (PPM, its default for gated FFNs)")
+def peak_to_peak(stats: ChannelStats, weights: FFNWeights) -> Tensor:
+    """OptiPFair's peak-to-peak magnitude, max + |min| of the gate row, plus the same of the up row.
+
+    [d_ff]; in a plain FFN of the up row alone. The down column is not looked at. Changes under up * c, down / c, which
+    leaves the function as it is.
+    """
+    rows = [w for w in (weights.gate, weights.up) if w is not None]
+    wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in rows]
+    return torch.stack([w.amax(1) + w.amin(1).abs() for w in wide]).sum(0)
+
+
 @metric("random", source="uniform noise, the floor of every comparison")
 def random(stats: ChannelStats, weights: FFNWeights, *, seed: int = 0) -> Tensor:
     """Uniform random score, the floor of every comparison; [d_ff], drawn from the seed and the site's name."""

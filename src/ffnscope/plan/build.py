@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ffnscope.errors import UsageError
 from ffnscope.plan.curves import Curves
-from ffnscope.registry import ALLOCATORS, Allocator
+from ffnscope.registry import ALLOCATORS
+from ffnscope.rules import Allocator
 from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
 
 
@@ -105,6 +106,15 @@ def diff_plans(first: PruningPlan, second: PruningPlan) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def check_allocator_name(name: str) -> None:
+    """Raise unless ``name`` is an allocator that needs no measured curves, which commands and YAML cannot give."""
+    if ALLOCATORS.get(name).needs_curves:
+        raise UsageError(
+            f"the allocator {name!r} needs measured loss curves, which are given in Python only: "
+            "build_plan(..., curves=...). Choose another allocator here."
+        )
 
 
 def _widths(rule: Allocator, scores: Scores, budget: Budget, curves: Curves | None) -> dict[FFNSite, int]:

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import MEMORY
+from ffnscope.plan.build import check_allocator_name
 from ffnscope.registry import ALLOCATORS, METRICS, import_own
 
 NAMES_OF = "x-names-of"
@@ -73,6 +74,10 @@ def _allocator_name(name: str) -> str:
     known = ALLOCATORS.names()
     if name not in known:
         raise refuse(f"unknown allocator {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}")
+    try:
+        check_allocator_name(name)
+    except UsageError as error:
+        raise refuse(str(error).rstrip(".")) from error
     return name
 
 

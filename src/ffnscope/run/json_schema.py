@@ -52,7 +52,10 @@ def _expand_names(value: Any) -> Any:
     kind = found.pop(NAMES_OF, None)
     if kind is None:
         return found
-    registry = METRICS if kind == METRICS.kind else ALLOCATORS
-    names = [name for name in registry.names() if registry.get(name).fn.__module__.startswith(_OWN)]
+    if kind == METRICS.kind:
+        items = [METRICS.get(name) for name in METRICS.names()]
+    else:
+        items = [one for one in map(ALLOCATORS.get, ALLOCATORS.names()) if not one.needs_curves]
+    names = [one.name for one in items if one.fn.__module__.startswith(_OWN)]
     found.pop("type", None)
     return {**found, "anyOf": [{"enum": names}, {"type": "string"}]}

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ffnscope.errors import UsageError
-from ffnscope.registry import Metric
+from ffnscope.rules import Metric
 
 _FIELD = "arg_"
 """Set before the names of parameters, which are then free to be those of pydantic's own methods."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ffnscope.errors import ContractError, FFNScopeError
 from ffnscope.plan.curves import Curves
-from ffnscope.registry import ALLOCATORS, Allocator
+from ffnscope.registry import ALLOCATORS
+from ffnscope.rules import Allocator
 from ffnscope.types import Budget, FFNSite, Scores
 
 SPARSITIES = (0.0, 0.125, 0.25, 0.5, 0.75)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import ContractError, UsageError
-from ffnscope.registry import Metric
+from ffnscope.rules import Metric
 
 SPECIAL = {0: "is never active", 1: "has no gradient", 2: "has zero weights"}
 """What is special about the first channels of a synthetic site."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.calibrate.accumulate import Accumulator
-from ffnscope.registry import METRICS, SIGNALS, Metric
+from ffnscope.registry import METRICS
+from ffnscope.rules import SIGNALS, Metric
 from ffnscope.testing.laws import broken, call, check_parameters, check_state, check_values, is_seeded, near
 from ffnscope.testing.model_metrics import check_model_metric
 from ffnscope.types import ChannelStats, FFNSite, FFNWeights

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.graph import Branch, DecoderGraph, Matrix
-from ffnscope.registry import GRADIENTS, SIGNALS, Metric
+from ffnscope.rules import GRADIENTS, SIGNALS, Metric
 from ffnscope.testing.laws import broken, call, check_state, check_values, is_seeded, near
 from ffnscope.types import ChannelStats, FFNSite, ObservedSite, Role
 

@@ -22,7 +22,8 @@ from ffnscope.calibrate.windows import Windows, contiguous_windows
 from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.plan.build import top_core
-from ffnscope.registry import METRICS, STATISTICS, Metric, Statistic
+from ffnscope.registry import METRICS, STATISTICS
+from ffnscope.rules import Metric, Statistic
 from ffnscope.scoring import score
 from reference import exact, padded
 from tiny import D_FF, LAYERS, tokens

@@ -28,7 +28,7 @@ from reference import exact, padded
 from tiny import D_FF, HIDDEN, LAYERS, tiny, tokens
 
 ALL = {name: {} for name in METRICS.names() if METRICS.get(name).fn.__module__.startswith("ffnscope.")}
-TEXT_FREE = {"weight_magnitude", "magnitude", "random", "layerwise_norm"}
+TEXT_FREE = {"weight_magnitude", "magnitude", "peak_to_peak", "random", "layerwise_norm"}
 CORE = {"supernode_protection_score", "supernode_connectivity_score"}
 MOMENTS = {"wanda": {}, "sparsegpt": {}}
 RULE = CoreRule(count=3)

@@ -8,7 +8,8 @@ import torch
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.errors import LayoutError, UnknownNameError, UsageError
-from ffnscope.registry import SIGNALS, STATISTICS, Statistic
+from ffnscope.registry import STATISTICS
+from ffnscope.rules import SIGNALS, Statistic
 from ffnscope.types import FFNSite
 
 SITE = FFNSite(0, "layers.0.mlp", None, "up", "down", 2, 3)

@@ -16,7 +16,8 @@ from ffnscope.calibrate.sums import following
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import STATISTICS, Statistic, by_document
+from ffnscope.registry import STATISTICS, by_document
+from ffnscope.rules import Statistic
 from reference import exact, padded, slow_signals_of_all, some_core
 from tiny import D_FF
 from tiny_moe import EXPERT, N_EXPERTS, tiny_moe

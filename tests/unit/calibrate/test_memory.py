@@ -13,7 +13,8 @@ from ffnscope.calibrate.observe import sum_nll
 from ffnscope.calibrate.taps import channel_taps
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import STATISTICS, Statistic
+from ffnscope.registry import STATISTICS
+from ffnscope.rules import Statistic
 from ffnscope.types import FFNSite
 from reference import text
 from tiny import tiny

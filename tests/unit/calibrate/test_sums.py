@@ -7,7 +7,8 @@ import torch
 
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.errors import DeviceError, UsageError
-from ffnscope.registry import STATISTICS, Statistic
+from ffnscope.registry import STATISTICS
+from ffnscope.rules import Statistic
 from ffnscope.types import FFNSite
 
 SITE = FFNSite(0, "layers.0.mlp", None, "up", "down", 2, 3)

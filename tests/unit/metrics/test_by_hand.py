@@ -77,6 +77,7 @@ UP_ONLY = ((1, 0), (3 / 7, 4 / 7))
 EXPECTED = {
     "activation_l2_norm": (sqrt(14 / 3), sqrt(40 / 3)),
     "activation_mean": (2.0, 8 / 3),
+    "minitron": (2 / sqrt(3), 8 / 3 / sqrt(3)),  # one window of three tokens: the means of |h|
     "activation_variance": (38 / 9, 104 / 9),  # 14/3 - (2/3)^2, 40/3 - (4/3)^2
     # the histogram reads token 0 only: 1 in [1, 1.25), 2 in [2, 2.5); middles sqrt(1.25), sqrt(5); means 2, 8/3
     "activation_outlier_index": (sqrt(1.25) / 2, sqrt(5) * 3 / 8),
@@ -101,6 +102,7 @@ EXPECTED = {
     "composite": (1.0, 0.0),  # channel 0 is first by scar_loss_proxy and by wanda
     "weight_magnitude": (19.0, 16.0),
     "magnitude": (65.0, 50.0),
+    "peak_to_peak": (8.0, 15.0),  # (4 + 3) + (1 + 0), (1 + 0) + (8 + 6)
     "write_norm": WRITE,
     "weighted_pagerank": pagerank(strength(edges(*MIXED)), (0.5, 0.5), WRITE, sum(WRITE)),
     "modified_pagerank": tuple(w * (a * P[0] + b * P[1]) for w, (a, b) in zip(WRITE, MIXED, strict=True)),
@@ -115,6 +117,7 @@ EXPECTED = {
 }
 EXPECTED_PLAIN = EXPECTED | {
     "weight_magnitude": (14.0, 15.0),
+    "peak_to_peak": (1.0, 14.0),
     "magnitude": (13.0, 50.0),
     "rayleigh_quotient": (0.3, 0.7),
     "delta_alignment": (0.7, 0.35),

@@ -14,6 +14,7 @@ from hand_example import DOWN, GATE, UP, G, H, X, inputs_of, stats_of
 TABLE = {
     "activation_l2_norm": 1,
     "activation_mean": 1,
+    "minitron": 1,
     "activation_variance": 2,
     "activation_outlier_index": 0,
     "wanda": 0,
@@ -25,6 +26,7 @@ TABLE = {
     "llm_pruner": 0,
     "weight_magnitude": None,
     "magnitude": 0,
+    "peak_to_peak": None,
     "random": 0,
     "rayleigh_quotient": 0,
     "delta_alignment": None,

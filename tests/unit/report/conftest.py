@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.evaluate.compare import EvalRow
-from ffnscope.registry import METRICS, Metric
+from ffnscope.registry import METRICS
+from ffnscope.rules import Metric
 from ffnscope.types import EvalResult, FFNSite, Scores
 
 PROTOCOL = "non-overlapping blocks of 1024 tokens"

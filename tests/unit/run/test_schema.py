@@ -10,7 +10,8 @@ import pytest
 
 from ffnscope.errors import ConfigError
 from ffnscope.io import write_json
-from ffnscope.registry import METRICS, Metric
+from ffnscope.registry import METRICS
+from ffnscope.rules import Metric
 from ffnscope.run.explain import known_keys
 from ffnscope.run.json_schema import json_schema
 from ffnscope.run.load import config_from_dict
@@ -195,7 +196,13 @@ def test_json_schema_offers_names_and_refuses_typos():
     schema = json_schema()["$defs"]
     offered = schema["Pruning"]["properties"]["algorithms"]["items"]["anyOf"][0]["enum"]
     assert "scar_loss_proxy" in offered
-    assert schema["Pruning"]["properties"]["allocator"]["anyOf"][0]["enum"] == ["local", "global"]
+    assert schema["Pruning"]["properties"]["allocator"]["anyOf"][0]["enum"] == [
+        "local",
+        "global",
+        "halfway",
+        "standardised",
+        "outliers",
+    ]
     assert schema["Pruning"]["additionalProperties"] is False
     assert schema["Metrics"]["properties"]["random"]["properties"]["seed"]["type"] == "integer"
     assert "x-names-of" not in json.dumps(schema)

@@ -7,7 +7,7 @@ import torch
 
 from ffnscope.errors import ContractError, UnknownNameError, UsageError
 from ffnscope.plan.allocate import local
-from ffnscope.registry import Allocator
+from ffnscope.rules import Allocator
 from ffnscope.testing import check_allocator
 from ffnscope.types import Budget
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ffnscope.errors import ContractError, FFNScopeError, UnknownNameError
-from ffnscope.registry import STATISTICS, Metric, Statistic
+from ffnscope.registry import STATISTICS
+from ffnscope.rules import Metric, Statistic
 from ffnscope.testing import check_metric
 
 
