@@ -208,7 +208,9 @@ def _more(site: FFNSite) -> str:
     """What stands beside the projections, such as " behind ffn_sub_norm"."""
     norm = "" if site.norm is None else f" behind {site.norm}"
     adapters = f" with {len(site.adapters)} adapters" if site.adapters else ""
-    return f"{norm}{adapters}{f' of {1 + len(site.twins)} layers' if site.twins else ''}"
+    twins = f" of {1 + len(site.twins)} layers" if site.twins else ""
+    runs = f" run {site.runs} times" if site.runs > 1 else ""
+    return f"{norm}{adapters}{twins}{runs}"
 
 
 def _patterns(names: Sequence[str]) -> str:

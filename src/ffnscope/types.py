@@ -44,6 +44,7 @@ class FFNSite:
             channel activation h is what that norm is given.
         adapters: module paths of low-rank matrices whose outputs are added to those of ``gate`` or ``up``.
         twins: paths of the modules of other layers that hold the same parameters: one FFN that is used several times.
+        runs: how often one forward runs each of these modules; more than once in a model that repeats its layers.
     """
 
     layer: int
@@ -60,6 +61,7 @@ class FFNSite:
     norm: str | None = None
     adapters: tuple[str, ...] = ()
     twins: tuple[str, ...] = ()
+    runs: int = 1
 
     def __post_init__(self) -> None:
         for name in ("adapters", "twins"):  # a file gives lists
@@ -78,6 +80,17 @@ class FFNSite:
     def stacked(self) -> bool:
         """Whether this is an expert whose weights lie in parameters that all experts of its layer share."""
         return self.expert is not None and self.storage != "modules"
+
+    @property
+    def n_uses(self) -> int:
+        """How many activations of its channels a token has in one forward."""
+        return self.runs * (1 + len(self.twins))
+
+    @property
+    def reuse(self) -> str:
+        """Clause for messages that tells by what it is used more than once."""
+        more = f", {self.runs} times each" if self.runs > 1 else ""
+        return f"is used by {1 + len(self.twins)} layers{more}" if self.twins else f"runs {self.runs} times per forward"
 
     @property
     def group(self) -> str:

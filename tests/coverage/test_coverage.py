@@ -19,7 +19,7 @@ same_version = pytest.mark.skipif(
 )
 # one of each layout: separate, fused, plain, Conv1D, inlined in the layer, split over siblings, parallel, hybrid,
 # per-layer widths, several codebooks, reversible layers, dense layers before experts, partly refused, a norm inside,
-# blocks that layers share
+# blocks that layers share, layers that run several times
 SAMPLE = [
     "llama, biases",
     "phi3",
@@ -36,6 +36,7 @@ SAMPLE = [
     "mllama, cross attention",
     "bitnet",
     "zamba2, two blocks",
+    "hrm_text, two cycles",
     "mamba",
 ]
 

@@ -196,10 +196,10 @@ def _chosen(
 
 
 def _check_used_once(sites: Iterable[FFNSite]) -> None:
-    shared = next((site for site in sites if site.twins), None)
+    shared = next((site for site in sites if site.n_uses > 1), None)
     if shared is not None:
         raise NotAvailableError(
-            f"{shared.name} is used by {1 + len(shared.twins)} layers, so a token has several activations of its "
+            f"{shared.name} {shared.reuse}, so a token has several activations of its "
             "channels, and a capture has one row per token. Capture other sites."
         )
 

@@ -101,11 +101,11 @@ def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs
 
 
 def _check_used_once(model: nn.Module, sites: Sequence[FFNSite]) -> None:
-    shared = next((site for site in sites if site.twins), None)
+    shared = next((site for site in sites if site.n_uses > 1), None)
     if shared is not None:
         raise NotAvailableError(
-            f"{shared.name} of {type(model).__name__} is used by {1 + len(shared.twins)} layers; FLOPs and bytes are "
-            "available for models whose parameters are each used once per token."
+            f"{shared.name} of {type(model).__name__} {shared.reuse}; FLOPs and bytes are available "
+            "for models whose parameters are each used once per token."
         )
 
 

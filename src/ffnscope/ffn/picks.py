@@ -33,7 +33,7 @@ class Picks:
         tokens = index.flatten().nonzero().flatten() if is_mask else index
         before = self._picked_before(source)
         if before is not None:
-            self._picked.append((rows, before[tokens]))
+            self._picked.append((rows, before[tokens.to(before.device)]))
         elif source.shape[:-1].numel() == self.n_tokens:
             self._picked.append((rows, tokens))
 
