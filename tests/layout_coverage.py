@@ -76,7 +76,9 @@ def check(name: str) -> Row:
             try:
                 status, why = run(name, model, found.sites, dense)
             except Exception as error:  # noqa: BLE001  a crash is a failed check, and the table says which
-                status, why = "failed", f"{_blame(error)}{type(error).__name__}: {_text(error)}"
+                # where nothing is cut, an error of the library is its own; after a cut it may be due to the cut
+                blame = _blame(error) if step == "gradients" else ""
+                status, why = "failed", f"{blame}{type(error).__name__}: {_text(error)}"
             ours = (step,) if status == "failed" and not why.startswith(LIBRARY) else ()
             row = replace(row, **{step: status}, why=_join(row.why, why), ours=(*row.ours, *ours))
         return row

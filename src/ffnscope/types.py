@@ -40,8 +40,7 @@ class FFNSite:
         storage: how an expert lies in those parameters: "linear" [n_experts, out, in], "transposed" [n_experts, in,
             out], or "flat" [n_experts * d_ff, d_model]; or "modules" for an expert that is a module of its own, built
             like a dense FFN. A dense FFN is "linear", whatever its modules do.
-        norm: module path, relative to ``path``, of the RMS norm between activation and down projection, or None. The
-            channel activation h is what that norm is given.
+        norm: module path, relative to ``path``, of an RMS norm before the down projection, which is given h; or None.
         adapters: module paths of low-rank matrices whose outputs are added to those of ``gate`` or ``up``.
         twins: paths of the modules of other layers that hold the same parameters: one FFN that is used several times.
         runs: how often one forward runs each of these modules; more than once in a model that repeats its layers.
@@ -85,12 +84,6 @@ class FFNSite:
     def n_uses(self) -> int:
         """How many activations of its channels a token has in one forward."""
         return self.runs * (1 + len(self.twins))
-
-    @property
-    def reuse(self) -> str:
-        """Clause for messages that tells by what it is used more than once."""
-        more = f", {self.runs} times each" if self.runs > 1 else ""
-        return f"is used by {1 + len(self.twins)} layers{more}" if self.twins else f"runs {self.runs} times per forward"
 
     @property
     def group(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.sums import Sums, Surroundings, finite
 from ffnscope.errors import UsageError
+from ffnscope.ffn.projection import reuse
 from ffnscope.registry import MARKS, NEXT, ORDER, STATISTICS, Statistic
 from ffnscope.types import ChannelStats, FFNSite, check_core
 
@@ -182,7 +183,7 @@ class Accumulator:
         if shared is not None and _joins_passes(statistic):
             raise UsageError(
                 f"statistic {statistic.name!r} reads {', '.join(statistic.reads)} together, of several moments of a "
-                f"batch; {shared.name} {shared.reuse}, so it cannot be told which belong together. "
+                f"batch; {shared.name} {reuse(shared)}, so it cannot be told which belong together. "
                 "Leave out the metrics that need it, or this FFN (model.tracked_layers, --tracked)."
             )
         missing = [s.name for s in self.sites if self.sums.around.takes(s, statistic) and s not in self.core]

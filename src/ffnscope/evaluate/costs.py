@@ -16,7 +16,7 @@ from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.evaluate.expert_costs import ActiveExperts, expert_costs
 from ffnscope.evaluate.forward import evaluating
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.ffn.projection import coupled, is_projection, weights_of
+from ffnscope.ffn.projection import coupled, is_projection, reuse, weights_of
 from ffnscope.io import read_json
 from ffnscope.types import FFNSite
 
@@ -104,7 +104,7 @@ def _check_used_once(model: nn.Module, sites: Sequence[FFNSite]) -> None:
     shared = next((site for site in sites if site.n_uses > 1), None)
     if shared is not None:
         raise NotAvailableError(
-            f"{shared.name} of {type(model).__name__} {shared.reuse}; FLOPs and bytes are available "
+            f"{shared.name} of {type(model).__name__} {reuse(shared)}; FLOPs and bytes are available "
             "for models whose parameters are each used once per token."
         )
 

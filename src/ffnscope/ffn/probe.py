@@ -10,8 +10,8 @@ is the down projection of an FFN. It is, when its input is
   the last get the same random numbers, so it must agree there,
 * the only use of those outputs (this rejects everything on the residual stream).
 
-Weights of projections are never read, so zeros or NaN in them do not matter, and offloaded models work. The forward runs outside any
-``no_grad`` or ``inference_mode`` of the caller, and of the model's own code.
+Weights of projections are never read, so zeros or NaN in them do not matter, and offloaded models work. The forward
+runs outside any ``no_grad`` or ``inference_mode`` of the caller, and of the model's own code.
 """
 
 from __future__ import annotations

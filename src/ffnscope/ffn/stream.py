@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import LayoutError, NotAvailableError, UsageError
 from ffnscope.ffn.probe import layer_path
-from ffnscope.ffn.projection import in_width, out_width
+from ffnscope.ffn.projection import in_width, out_width, reuse
 from ffnscope.ffn.stream_probe import TEXTS, Call, Seen, around, last_norm, norm_weight, observe_stream, same
 from ffnscope.types import FFNSite, ObservedSite
 
@@ -126,7 +126,7 @@ def _check_plain(sites: Sequence[FFNSite]) -> None:
     if odd is None:
         return
     why = (
-        f"{odd.reuse}, so it is no single branch of the stream"
+        f"{reuse(odd)}, so it is no single branch of the stream"
         if odd.n_uses > 1
         else "has adapters, whose share in its channels is not in the weights of gate and up"
         if odd.adapters

@@ -156,7 +156,7 @@ class TestWhatCannotBeLoaded:
     def test_a_missing_tokenizer(self, checkpoint: Path) -> None:
         for path in checkpoint.glob("tokenizer*"):
             path.unlink()
-        assert self.failure(checkpoint).endswith("tokenizer_config.json) are missing: copy them.")
+        assert self.failure(checkpoint).endswith("tokenizer.json or tokenizer.model) are missing: add them.")
 
     def test_a_missing_shard(self, checkpoint: Path, llama: Any) -> None:
         (checkpoint / "model.safetensors").unlink()
