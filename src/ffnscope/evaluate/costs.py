@@ -152,7 +152,7 @@ def _folder(loaded: LoadedModel) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     source = loaded.source
-    place: Any = {"revision": source.revision, "cache_dir": source.model_kwargs.get("cache_dir")}
+    place: Any = {"revision": loaded.revision or source.revision, "cache_dir": source.cache_dir}
     config = try_to_load_from_cache(loaded.origin, "config.json", **place)
     return Path(config).parent if isinstance(config, str) else None
 
