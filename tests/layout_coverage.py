@@ -76,7 +76,9 @@ def check(name: str) -> Row:
             try:
                 status, why = run(name, model, found.sites, dense)
             except Exception as error:  # noqa: BLE001  a crash is a failed check, and the table says which
-                status, why = "failed", f"{_blame(error)}{type(error).__name__}: {_text(error)}"
+                # where nothing is cut, an error of the library is its own; after a cut it may be due to the cut
+                blame = _blame(error) if step == "gradients" else ""
+                status, why = "failed", f"{blame}{type(error).__name__}: {_text(error)}"
             ours = (step,) if status == "failed" and not why.startswith(LIBRARY) else ()
             row = replace(row, **{step: status}, why=_join(row.why, why), ours=(*row.ours, *ours))
         return row
@@ -208,7 +210,9 @@ def _more(site: FFNSite) -> str:
     """What stands beside the projections, such as " behind ffn_sub_norm"."""
     norm = "" if site.norm is None else f" behind {site.norm}"
     adapters = f" with {len(site.adapters)} adapters" if site.adapters else ""
-    return f"{norm}{adapters}{f' of {1 + len(site.twins)} layers' if site.twins else ''}"
+    twins = f" of {1 + len(site.twins)} layers" if site.twins else ""
+    runs = f" run {site.runs} times" if site.runs > 1 else ""
+    return f"{norm}{adapters}{twins}{runs}"
 
 
 def _patterns(names: Sequence[str]) -> str:

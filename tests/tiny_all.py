@@ -256,6 +256,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox, sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "granitemoehybrid, dense": ("granitemoehybrid", {"num_local_experts": 0}),
+    "hrm_text, two cycles": ("hrm_text", {"H_cycles": 2, "L_cycles": 2, "L_bp_cycles": [2, 2]}),
     "lfm2, adjusted width": ("lfm2", {"block_auto_adjust_ff_dim": True}),
     "llama, biases": ("llama", {"mlp_bias": True}),
     "mllama, cross attention": ("mllama", {"text_config": {"cross_attention_layers": [1]}}),

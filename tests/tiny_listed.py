@@ -91,6 +91,15 @@ class Block(nn.Module):
         rows = torch.cat(parts) * weights.flatten()[order, None]
         return torch.zeros_like(hidden).index_add(0, order // self.top_k, rows)
 
+    def _named(self, hidden: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        """Every argument of the indexing by its name."""
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self.experts):
+            tokens, place = (index == e).nonzero(as_tuple=True)
+            given = torch.index_select(input=hidden, dim=0, index=tokens)
+            out = out.index_add(0, tokens, expert(given) * weights[tokens, place, None])
+        return out
+
     def _twice(self, hidden: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         """Rows that are picked from picked rows."""
         turned = torch.arange(len(hidden) - 1, -1, -1)

@@ -40,10 +40,10 @@ class FFNSite:
         storage: how an expert lies in those parameters: "linear" [n_experts, out, in], "transposed" [n_experts, in,
             out], or "flat" [n_experts * d_ff, d_model]; or "modules" for an expert that is a module of its own, built
             like a dense FFN. A dense FFN is "linear", whatever its modules do.
-        norm: module path, relative to ``path``, of the RMS norm between activation and down projection, or None. The
-            channel activation h is what that norm is given.
+        norm: module path, relative to ``path``, of an RMS norm before the down projection, which is given h; or None.
         adapters: module paths of low-rank matrices whose outputs are added to those of ``gate`` or ``up``.
         twins: paths of the modules of other layers that hold the same parameters: one FFN that is used several times.
+        runs: how often one forward runs each of these modules; more than once in a model that repeats its layers.
     """
 
     layer: int
@@ -60,6 +60,7 @@ class FFNSite:
     norm: str | None = None
     adapters: tuple[str, ...] = ()
     twins: tuple[str, ...] = ()
+    runs: int = 1
 
     def __post_init__(self) -> None:
         for name in ("adapters", "twins"):  # a file gives lists
@@ -78,6 +79,11 @@ class FFNSite:
     def stacked(self) -> bool:
         """Whether this is an expert whose weights lie in parameters that all experts of its layer share."""
         return self.expert is not None and self.storage != "modules"
+
+    @property
+    def n_uses(self) -> int:
+        """How many activations of its channels a token has in one forward."""
+        return self.runs * (1 + len(self.twins))
 
     @property
     def group(self) -> str:

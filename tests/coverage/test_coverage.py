@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from coverage_page import HEAD, line
-from layout_coverage import check
+from coverage_page import HEAD, _totals, line
+from layout_coverage import Row, check
 from tiny_all import VARIANTS, architectures
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text()
@@ -19,7 +19,7 @@ same_version = pytest.mark.skipif(
 )
 # one of each layout: separate, fused, plain, Conv1D, inlined in the layer, split over siblings, parallel, hybrid,
 # per-layer widths, several codebooks, reversible layers, dense layers before experts, partly refused, a norm inside,
-# blocks that layers share
+# blocks that layers share, layers that run several times
 SAMPLE = [
     "llama, biases",
     "phi3",
@@ -36,6 +36,7 @@ SAMPLE = [
     "mllama, cross attention",
     "bitnet",
     "zamba2, two blocks",
+    "hrm_text, two cycles",
     "mamba",
 ]
 
@@ -56,6 +57,21 @@ def test_one_of_each_layout(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture(name: str) -> None:
     assert_row(name)
+
+
+@same_version
+def test_the_totals_are_those_of_the_lines() -> None:
+    """Row by row as the page has it: the lines themselves are held by the tests above."""
+    cells = [[c.strip() for c in one.split("|")[1:-1]] for one in PAGE.split(HEAD)[1].splitlines()[2:] if one]
+    rows = [_row(one) for one in cells if len(one) == 8]
+    assert len(rows) == len(architectures())
+    assert set(_totals(rows)) <= set(PAGE.splitlines())
+
+
+def _row(cells: list[str]) -> Row:
+    name, sites, _, found, cut, gradients, reload, _ = cells
+    built = "failed" if found == "–" else "ok"
+    return Row(name, sites=int(sites), built=built, found=found, cut=cut, gradients=gradients, reload=reload)  # type: ignore[arg-type]
 
 
 @same_version

@@ -30,7 +30,7 @@ from tiny_listed import ListedForCausalLM, tiny_listed
 from tiny_moe import EXPERT, N_EXPERTS, TOP_K
 
 MakePlan = Callable[..., PruningPlan]
-DISPATCHES = ["index", "leading", "mask", "sorted", "twice"]
+DISPATCHES = ["index", "leading", "mask", "sorted", "twice", "named"]
 METRICS = ["activation_mean", "activation_l2_norm", "llm_pruner", "scar_loss_proxy"]
 
 

@@ -251,19 +251,19 @@ class TestPlan:
         assert same(io.read_plan(path), plan)
         assert json.loads(path.read_text()) == io.plan_to_dict(plan)
 
-    def test_a_norm_adapters_and_twins(self, tmp_path: Path, site: FFNSite) -> None:
-        special = replace(site, norm="norm", adapters=("a.1", "a.2"), twins=("layers.2.mlp",))
+    def test_a_norm_adapters_twins_and_runs(self, tmp_path: Path, site: FFNSite) -> None:
+        special = replace(site, norm="norm", adapters=("a.1", "a.2"), twins=("layers.2.mlp",), runs=3)
         path = tmp_path / "plan.json"
         io.write_plan(path, PruningPlan({special: torch.arange(3)}, "random", "local", Budget(0.5)))
         assert list(io.read_plan(path).kept) == [special]
         io.write_scores(tmp_path / "a.st", [Scores("wanda", {special: torch.rand(6)})], {})
         assert io.read_scores(tmp_path / "a.st")[0]["wanda"].sites == (special,)
 
-    def test_a_plan_of_before_norms_adapters_and_twins(self, tmp_path: Path, plan: PruningPlan) -> None:
+    def test_a_plan_of_before_norms_adapters_twins_and_runs(self, tmp_path: Path, plan: PruningPlan) -> None:
         path = tmp_path / "plan.json"
         value = io.plan_to_dict(plan)
         for row in value["sites"]:
-            for name in ("norm", "adapters", "twins"):
+            for name in ("norm", "adapters", "twins", "runs"):
                 del row["site"][name]
         path.write_text(json.dumps(value))
         assert same(io.read_plan(path), plan)

@@ -89,19 +89,20 @@ def _random_halves(sites: Sequence[FFNSite], seed: int) -> PruningPlan:
 
 
 def _output(model: Any, site: FFNSite, ids: Tensor) -> Tensor:
-    """What the module of a site gives; of an expert in a list, the module that holds the list."""
+    """What the module of a site gives at every use; of an expert in a list, the module that holds the list."""
     path = site.path if site.expert is None or site.stacked else site.group.rpartition(".")[0]
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = model.get_submodule(path).register_forward_hook(note)
+    handles = [model.get_submodule(p).register_forward_hook(note) for p in (path, *site.twins)]
     try:
         model(input_ids=ids, use_cache=False)
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return torch.cat([one.flatten() for one in seen])
 
 
 def _output_when_cut(model: nn.Module, plan: PruningPlan, site: FFNSite, ids: Tensor) -> Tensor:

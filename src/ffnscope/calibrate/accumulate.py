@@ -10,6 +10,7 @@ from torch import Tensor
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.sums import Sums, Surroundings, finite
 from ffnscope.errors import UsageError
+from ffnscope.ffn.projection import reuse
 from ffnscope.registry import STATISTICS
 from ffnscope.rules import MARKS, NEXT, ORDER, Statistic
 from ffnscope.types import ChannelStats, FFNSite, check_core
@@ -179,12 +180,12 @@ class Accumulator:
                 f"statistic {statistic.name!r} reads gradients of every {statistic.every}th token; gradient "
                 "statistics are divided by the predicted tokens, so they read all: register it with every=1."
             )
-        shared = next((s for s in self.sites if s.twins and s.role in statistic.at), None)
+        shared = next((s for s in self.sites if s.n_uses > 1 and s.role in statistic.at), None)
         if shared is not None and _joins_passes(statistic):
             raise UsageError(
                 f"statistic {statistic.name!r} reads {', '.join(statistic.reads)} together, of several moments of a "
-                f"batch; {shared.name} is used by {1 + len(shared.twins)} layers, so it cannot be told which belong "
-                "together. Leave out the metrics that need it, or this FFN (model.tracked_layers, --tracked)."
+                f"batch; {shared.name} {reuse(shared)}, so it cannot be told which belong together. "
+                "Leave out the metrics that need it, or this FFN (model.tracked_layers, --tracked)."
             )
         missing = [s.name for s in self.sites if self.sums.around.takes(s, statistic) and s not in self.core]
         if statistic.needs_core and missing:

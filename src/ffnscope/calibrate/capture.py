@@ -17,7 +17,7 @@ from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.ffn.frozen import frozen
-from ffnscope.ffn.projection import owner_of
+from ffnscope.ffn.projection import owner_of, reuse
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import SCHEMA, write_json, write_tensors
 from ffnscope.types import FFNSite
@@ -196,10 +196,10 @@ def _chosen(
 
 
 def _check_used_once(sites: Iterable[FFNSite]) -> None:
-    shared = next((site for site in sites if site.twins), None)
+    shared = next((site for site in sites if site.n_uses > 1), None)
     if shared is not None:
         raise NotAvailableError(
-            f"{shared.name} is used by {1 + len(shared.twins)} layers, so a token has several activations of its "
+            f"{shared.name} {reuse(shared)}, so a token has several activations of its "
             "channels, and a capture has one row per token. Capture other sites."
         )
 

@@ -116,6 +116,7 @@ def calibrate(
     Raises:
         NonFiniteError: an activation or gradient overflowed; the site is named.
         DeviceError: out of memory; the key to lower is named.
+        NotAvailableError: a metric needs gradients, and the code of the model lets none through.
     """
     names = required_statistics(metrics, core=core is not None)
     return collect(model, windows, names, sites=sites, core=core, options=options, on_batch=on_batch)

@@ -59,7 +59,7 @@ def pass_bytes(
         layers.setdefault(site.group, []).append(site)
     held = 0
     for i, (first, *others) in enumerate(layers.values()):
-        uses = 1 + len(first.twins)
+        uses = first.n_uses
         width = len(waiting) * first.d_model
         if backward and not _keeps_activation(first):
             width += first.d_ff * (uses if i > 0 else uses - 1)

@@ -11,7 +11,7 @@ from ffnscope.calibrate.forward import forward_logits, memory_errors
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.taps import OnActivation, OnGradient, OnRouting, SignalTap, channel_taps
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import NonFiniteError
+from ffnscope.errors import NonFiniteError, NotAvailableError
 from ffnscope.types import FFNSite
 
 
@@ -33,6 +33,7 @@ def observe_batch(
 
     Raises:
         DeviceError: out of memory; the key to lower is named.
+        NotAvailableError: the code of the model lets no gradient through.
     """
     key = "calibration.batch_size" if on_gradient is None else "metrics.scar.max_length or calibration.batch_size"
     size = f"{len(batch)} windows of {batch.length} tokens"
@@ -43,7 +44,17 @@ def observe_batch(
         else:
             taps = channel_taps(model, sites, on_activation, on_gradient, signal_tap, on_routing)
             with torch.inference_mode(False), torch.enable_grad(), taps:
-                sum_nll(forward_logits(model, batch), batch).backward()
+                loss = sum_nll(forward_logits(model, batch), batch)
+                _check_gradient(model, loss)
+                loss.backward()
+
+
+def _check_gradient(model: nn.Module, loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise NotAvailableError(
+            f"the code of {type(model).__name__} computes without gradients outside of training, so metrics that need "
+            "gradients cannot rank its channels. Choose one that needs none, such as wanda (`ffnscope metrics` tells)."
+        )
 
 
 def sum_nll(logits: Tensor, batch: Windows) -> Tensor:

@@ -14,6 +14,7 @@ from rich.text import Text
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.options import Loading, Model
+from ffnscope.ffn.projection import reuse
 from ffnscope.ffn.sites import select_sites
 from ffnscope.ffn.survey import LeftOut, Survey, nothing_found, survey
 from ffnscope.run.progress import Reporter
@@ -51,7 +52,7 @@ def _print(found: Survey, sites: Sequence[FFNSite]) -> None:
         table = Table(*(Column(name, overflow="fold") for name in ("FFN", "gate, up", "down")), *_SIZES)
         for s in sites:
             down = s.down if s.norm is None else f"{s.norm}, {s.down}"
-            table.add_row("\n".join((s.name, *s.twins)), _producers(s), down, str(s.d_model), str(s.d_ff), s.activation)
+            table.add_row(_name(s), _producers(s), down, str(s.d_model), str(s.d_ff), s.activation)
         OUT.print(table)
     for title, rows in (("left whole", found.refused), ("helper networks, not pruned", found.helpers)):
         if rows:
@@ -59,6 +60,12 @@ def _print(found: Survey, sites: Sequence[FFNSite]) -> None:
     channels = sum(s.d_ff for s in sites)
     whole = f", {len(found.refused)} left whole" if found.refused else ""
     OUT.print(Text(f"{found.model_class}: {len(sites)} FFNs, {channels:,} channels{whole}"))
+
+
+def _name(site: FFNSite) -> str:
+    """Every module of one FFN, a line each, and that they are one."""
+    more = [f"({reuse(site)})"] if site.n_uses > 1 else []
+    return "\n".join((site.name, *site.twins, *more))
 
 
 def _producers(site: FFNSite) -> str:

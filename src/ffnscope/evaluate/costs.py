@@ -16,7 +16,7 @@ from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.evaluate.expert_costs import ActiveExperts, expert_costs
 from ffnscope.evaluate.forward import evaluating
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.ffn.projection import coupled, is_projection, weights_of
+from ffnscope.ffn.projection import coupled, is_projection, reuse, weights_of
 from ffnscope.io import read_json
 from ffnscope.types import FFNSite
 
@@ -101,11 +101,11 @@ def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs
 
 
 def _check_used_once(model: nn.Module, sites: Sequence[FFNSite]) -> None:
-    shared = next((site for site in sites if site.twins), None)
+    shared = next((site for site in sites if site.n_uses > 1), None)
     if shared is not None:
         raise NotAvailableError(
-            f"{shared.name} of {type(model).__name__} is used by {1 + len(shared.twins)} layers; FLOPs and bytes are "
-            "available for models whose parameters are each used once per token."
+            f"{shared.name} of {type(model).__name__} {reuse(shared)}; FLOPs and bytes are available "
+            "for models whose parameters are each used once per token."
         )
 
 
@@ -152,7 +152,7 @@ def _folder(loaded: LoadedModel) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     source = loaded.source
-    place: Any = {"revision": source.revision, "cache_dir": source.model_kwargs.get("cache_dir")}
+    place: Any = {"revision": loaded.revision or source.revision, "cache_dir": source.cache_dir}
     config = try_to_load_from_cache(loaded.origin, "config.json", **place)
     return Path(config).parent if isinstance(config, str) else None
 

@@ -224,7 +224,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "") if self._open else ""
         if name in PICKS:
             rows = func(*args, **more)
-            self._open[-1].picks.note(args[0], args[-1], rows)
+            self._open[-1].picks.note(args, more, rows)
             return rows
         call = None
         if name in _PRODUCTS and len(args) > 1:

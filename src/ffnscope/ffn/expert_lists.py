@@ -152,9 +152,10 @@ class _Watch(TorchFunctionMode):
         )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        more: dict[str, Any] = kwargs or {}
+        out = func(*args, **more)
         if self._open and not self._looking and getattr(func, "__name__", "") in PICKS:
-            self._open[-1][2].note(args[0], args[-1], out)
+            self._open[-1][2].note(args, more, out)
         return out
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 EPSILONS = ("variance_epsilon", "eps")
 """Attributes by which norms hold the number that is added to the mean square."""
+SIZES = (1.0, 1e-2, 1e-4)
+"""Activations that a norm is tried with: where epsilon does not matter, where it does, and where it is nearly all."""
 
 
 def narrow_norm_weight(weight: Tensor, d_ff: int) -> Tensor:
@@ -25,7 +27,10 @@ def narrow_norm_weight(weight: Tensor, d_ff: int) -> Tensor:
 def narrow_norm_(norm: nn.Module, d_ff: int, kept: int) -> None:
     """Adapt everything but the weight of a norm over ``d_ff`` channels to ``kept`` of them, in place."""
     for name in EPSILONS:
-        value = vars(norm).get(name)
+        value = vars(norm).get(name, 0)
+        if value is None:  # nn.RMSNorm: that of the dtype that it computes in
+            weight = norm.get_parameter("weight")
+            value = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
         if isinstance(value, float):
             setattr(norm, name, value * d_ff / kept)
     if vars(norm).get("normalized_shape") == (d_ff,):  # nn.RMSNorm
@@ -38,7 +43,8 @@ def is_rms_norm(norm: nn.Module, d_ff: int) -> bool:
     if shapes != {"weight": (d_ff,)} or d_ff < 2 or any(True for _ in norm.buffers()):
         return False
     random = torch.Generator().manual_seed(0)
-    weight, x = (torch.rand(*size, d_ff, generator=random) + 0.5 for size in ((), (3,)))
+    weight, x = (torch.rand(*size, d_ff, generator=random) + 0.5 for size in ((), (len(SIZES),)))
+    x *= torch.tensor(SIZES)[:, None]
     kept = torch.randperm(d_ff, generator=random)[: d_ff // 2]
     mask = torch.zeros(d_ff).index_fill_(0, kept, 1)
     wide, narrow = (_with_weight(norm, w) for w in (weight, narrow_norm_weight(weight[kept], d_ff)))

@@ -127,6 +127,8 @@ def _cure(error: BaseException, model_id: str, offline: bool) -> str:
     text = str(error)
     if "GGUF" in text:
         return " Give the checkpoint that this GGUF was made from: a hub id, or a folder with config.json."
+    if "backend tokenizer" in text and not offline:
+        return " Its tokenizer files (tokenizer_config.json; tokenizer.json or tokenizer.model) are missing: add them."
     if "offload_folder" in text:
         return " Set model.offload_folder."
     if (offline or constants.is_offline_mode()) and "tokenizer" in text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,10 @@ class Picks:
         self.n_tokens = n_tokens
         self._picked: list[tuple[Tensor, Tensor]] = []
 
-    def note(self, source: Any, index: Any, rows: Any) -> None:
-        """Remember the rows of an indexing operation, if its source has one row per token."""
+    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: Any) -> None:
+        """Remember the rows that ``__getitem__`` or ``index_select`` gave, if its source has one row per token."""
+        source = args[0] if args else kwargs.get("input")
+        index = kwargs.get("index", args[-1] if args else None)
         if isinstance(index, tuple):  # hidden[None, index]
             parts = cast("tuple[Any, ...]", index)
             index = parts[1] if len(parts) == 2 and parts[0] is None else None
@@ -30,10 +33,12 @@ class Picks:
         is_mask = index.dtype == torch.bool
         if index.dim() != (source.dim() - 1 if is_mask else 1) or (not is_mask and source.dim() != 2):
             return
+        if rows.shape[-1] != source.shape[-1]:  # columns were picked
+            return
         tokens = index.flatten().nonzero().flatten() if is_mask else index
         before = self._picked_before(source)
         if before is not None:
-            self._picked.append((rows, before[tokens]))
+            self._picked.append((rows, before[tokens.to(before.device)]))
         elif source.shape[:-1].numel() == self.n_tokens:
             self._picked.append((rows, tokens))
 

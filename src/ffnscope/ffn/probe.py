@@ -10,13 +10,14 @@ is the down projection of an FFN. It is, when its input is
   the last get the same random numbers, so it must agree there,
 * the only use of those outputs (this rejects everything on the residual stream).
 
-Weights are never read, so zero or NaN weights do not matter, and offloaded models work. The forward runs outside any
-``no_grad`` or ``inference_mode`` of the caller, and of the model's own code.
+Weights of projections are never read, so zeros or NaN in them do not matter, and offloaded models work. The forward
+runs outside any ``no_grad`` or ``inference_mode`` of the caller, and of the model's own code.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,7 +36,8 @@ from ffnscope.types import Fused
 class Found:
     """One FFN as the probe sees it: names of gate (or None), up and down; ``fused`` when gate and up are one.
 
-    ``norm`` stands before down, and the outputs of ``adapters`` are added to those of gate or up.
+    ``norm`` stands before down, and the outputs of ``adapters`` are added to those of gate or up. A forward runs it
+    ``runs`` times.
     """
 
     layer: str
@@ -45,6 +47,7 @@ class Found:
     fused: Fused | None
     norm: str | None = None
     adapters: tuple[str, ...] = ()
+    runs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +69,13 @@ class Probed:
 class _Trace:
     """Per layer path: projection -> what it read, and projection -> the random output it was given.
 
-    Per path of a norm in a layer: what it was given, and what it gave.
+    Per path of a norm in a layer: what it was given, and what it gave. How often each projection ran.
     """
 
     reads: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     writes: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+    runs: Counter[str] = field(default_factory=Counter[str])
 
 
 def layer_path(name: str) -> str | None:
@@ -94,7 +98,7 @@ def probe(model: nn.Module, input_ids: Tensor) -> Probed:
         for layer, reads in trace.reads.items():
             for down, ffn in _ffns_of_layer(model, layer, reads, trace):
                 if isinstance(ffn, Found):
-                    found.append(ffn)
+                    found.append(replace(ffn, runs=trace.runs[down]))
                 else:
                     misses[down] = ffn
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -141,6 +145,7 @@ def _replacer(trace: _Trace, layer: str, name: str, random: torch.Generator) -> 
         if not isinstance(output, Tensor):
             return None  # routers that are linear modules and return a choice
         torch.set_grad_enabled(True)  # reversible layers run without gradients
+        trace.runs[name] += 1
         noise = torch.randn(output.shape, generator=random).to(output)
         tokens = noise.view(-1, output.shape[-1])
         tokens[1:2] = tokens[-1:] = tokens[:1]

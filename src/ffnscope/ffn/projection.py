@@ -83,6 +83,12 @@ def uses_of(site: FFNSite) -> list[FFNSite]:
     return [replace(site, path=path, twins=()) for path in (site.path, *site.twins)] if site.twins else [site]
 
 
+def reuse(site: FFNSite) -> str:
+    """Clause for messages about an FFN that is used more than once: by what."""
+    more = f", {site.runs} times each" if site.runs > 1 else ""
+    return f"is used by {1 + len(site.twins)} layers{more}" if site.twins else f"runs {site.runs} times per forward"
+
+
 def modules_of(site: FFNSite) -> tuple[str, ...]:
     """Full paths of everything that holds weights of the channels, at every use: projections, adapters and the norm."""
     inner = (*site.adapters, *(() if site.norm is None else (site.norm,)))

@@ -16,6 +16,8 @@ from ffnscope.types import FFNSite
 def merge_shared(model: nn.Module, sites: Sequence[FFNSite]) -> tuple[list[FFNSite], dict[str, str]]:
     """Make one site of dense FFNs that hold the same parameters, the first with the others as ``twins``.
 
+    Experts that are modules stay as they are; they are refused when they share a weight with anything else.
+
     Returns:
         the sites; and path of a down projection -> why it cannot be cut, for FFNs that share only some weights: they
         cannot lose different channels, and masking one would change the other.
@@ -23,7 +25,8 @@ def merge_shared(model: nn.Module, sites: Sequence[FFNSite]) -> tuple[list[FFNSi
     weights = _same_weights(model)
     groups: dict[object, list[FFNSite]] = {}
     for site in sites:
-        names = (site.gate, site.up, site.down, site.norm, site.fused)
+        alone = None if site.expert is None else site.path
+        names = (alone, site.gate, site.up, site.down, site.norm, site.fused, site.runs)
         groups.setdefault((names, _held(weights, replace(site, adapters=()))), []).append(site)
     merged = [one for group in groups.values() for one in _merged(weights, group)]
     refused = dict(_partly_shared(weights, merged))

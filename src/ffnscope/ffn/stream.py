@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import LayoutError, NotAvailableError, UsageError
 from ffnscope.ffn.probe import layer_path
-from ffnscope.ffn.projection import in_width, out_width
+from ffnscope.ffn.projection import in_width, out_width, reuse
 from ffnscope.ffn.stream_probe import TEXTS, Call, Seen, around, last_norm, norm_weight, observe_stream, same
 from ffnscope.types import FFNSite, ObservedSite
 
@@ -122,12 +122,12 @@ def find_stream(model: nn.Module, sites: Sequence[FFNSite]) -> Stream:
 
 def _check_plain(sites: Sequence[FFNSite]) -> None:
     """Raise unless every FFN is one branch, and multiplies its channels with fixed numbers."""
-    odd = next((s for s in sites if s.norm is not None or s.adapters or s.twins), None)
+    odd = next((s for s in sites if s.norm is not None or s.adapters or s.n_uses > 1), None)
     if odd is None:
         return
     why = (
-        f"is used by {1 + len(odd.twins)} layers, so it is no single branch of the stream"
-        if odd.twins
+        f"{reuse(odd)}, so it is no single branch of the stream"
+        if odd.n_uses > 1
         else "has adapters, whose share in its channels is not in the weights of gate and up"
         if odd.adapters
         else f"has a norm before its down projection ({odd.norm}), so what a channel writes depends on all others"

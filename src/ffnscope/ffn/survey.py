@@ -74,11 +74,11 @@ def survey(model: nn.Module) -> Survey:
     ffns = [f for f in seen.ffns if not _is_helper(f) and not _is_within(f.down, experts.refused)]
     listed = find_listed(model, ffns, ids, activation)
     ffns, told = listed.others, {**experts.refused, **listed.refused}
-    dense, shared = merge_shared(model, [_site(model, f, activation) for f in ffns])
+    modules, shared = merge_shared(model, [*(_site(model, f, activation) for f in ffns), *listed.sites])
     known = {f.down for f in seen.ffns} | {s.projections[-1] for s in listed.sites}
     unlike = {n: why for n, why in _unlike(model, ffns, known, seen).items() if not _is_within(n, told)}
     refused = [LeftOut(name, reason) for name, reason in {**unlike, **shared, **told, **_retrieval(model)}.items()]
-    sites = tuple(_in_model_order(model, [*dense, *experts.sites, *listed.sites]))
+    sites = tuple(_in_model_order(model, [*modules, *experts.sites]))
     return Survey(type(model).__name__, text.model_type, sites, tuple(refused), helpers)
 
 
@@ -204,6 +204,7 @@ def _site(model: nn.Module, found: Found, activation: str) -> FFNSite:
         fused=found.fused,
         norm=None if found.norm is None else found.norm.removeprefix(inside),
         adapters=tuple(name.removeprefix(inside) for name in found.adapters),
+        runs=found.runs,
     )
 
 

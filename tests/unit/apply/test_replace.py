@@ -12,11 +12,13 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.types import Budget, PruningPlan
 from tiny import tiny, tokens
+from tiny_listed import tiny_listed
 from tiny_moe import tiny_moe
 
 REMOVED = torch.tensor([0, 3, 7])
 MODELS = {name: lambda name=name: tiny(name).double() for name in ("llama", "gpt2", "opt", "phi3")} | {
-    name: lambda name=name: tiny_moe(name, dtype=torch.float64) for name in ("mixtral", "gpt_oss")
+    **{name: lambda name=name: tiny_moe(name, dtype=torch.float64) for name in ("mixtral", "gpt_oss")},
+    "experts in lists": lambda: tiny_listed().double(),
 }
 
 

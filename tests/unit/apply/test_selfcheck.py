@@ -108,6 +108,22 @@ def test_a_wrong_order_of_halves_in_the_cut_stops_it(monkeypatch: pytest.MonkeyP
         check_cut(model, [site])
 
 
+def test_a_use_that_is_not_cut_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_causal_lm("zamba")
+    (site,) = find_sites(model)
+    whole = model.get_submodule(site.twins[0]).down_proj
+
+    def cut_the_first_use(clone: Any, plan: Any) -> Any:
+        untied = original(clone, plan).get_submodule(site.twins[0])
+        untied.down_proj.weight = torch.nn.Parameter(whole.weight[:, : plan.kept[site].numel()].clone())
+        return clone
+
+    original = selfcheck.slice_
+    monkeypatch.setattr(selfcheck, "slice_", cut_the_first_use)
+    with pytest.raises(LayoutError, match="cannot be cut"):
+        check_cut(model, [site])
+
+
 def test_the_model_stays_as_it_was() -> None:
     model = tiny("gpt2").train()
     before, config = {k: v.clone() for k, v in model.state_dict().items()}, model.config.to_dict()

@@ -17,12 +17,21 @@ from ffnscope.calibrate.collect import (
     weights_hash,
 )
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import ArtifactError, DeviceError, ModelError, NonFiniteError, UnknownNameError, UsageError
+from ffnscope.errors import (
+    ArtifactError,
+    DeviceError,
+    ModelError,
+    NonFiniteError,
+    NotAvailableError,
+    UnknownNameError,
+    UsageError,
+)
 from ffnscope.ffn.sites import find_sites
 from ffnscope.registry import METRICS
 from ffnscope.scoring import score
 from reference import calibrate_in_two, exact, padded, some_core, text
 from tiny import tiny
+from tiny_all import tiny_causal_lm
 
 ALL = METRICS.names()
 MIXED = ["wanda", "activation_outlier_index", "scar_loss_proxy"]
@@ -387,6 +396,13 @@ def test_out_of_memory_names_the_key(metrics, key):
     with pytest.raises(DeviceError, match=rf"calibration pass \(3 windows of 16 tokens\). {key}"):
         calibrate(model, text(3), metrics, sites=sites)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_code_that_lets_no_gradient_through_is_named():
+    model = tiny_causal_lm("reformer")
+    assert calibrate(model, text(2), ["wanda"])
+    with pytest.raises(NotAvailableError, match=r"ReformerModelWithLMHead computes without gradients outside .*wanda"):
+        calibrate(model, text(2), ["scar_loss_proxy"])
 
 
 def test_usage_errors():

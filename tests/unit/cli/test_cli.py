@@ -314,6 +314,15 @@ def test_inspect_tells_of_helpers(ok: Ok, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arch", "reason"),
+    [("hrm_text, two cycles", "runs 4 times per forward"), ("zamba", "is used by 2 layers")],
+)
+def test_inspect_tells_of_several_uses(ok: Ok, tmp_path: Path, arch: str, reason: str) -> None:
+    text = ok("inspect", saved(tmp_path / "model", arch)).stdout
+    assert f"({reason})" in text
+
+
+@pytest.mark.parametrize(
     ("arch", "changes", "reason"),
     [
         ("mamba", {}, "its layers are state-space mixers"),

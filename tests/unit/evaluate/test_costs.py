@@ -205,7 +205,7 @@ def test_file_bytes_of_the_hub_cache(tmp_path: Path) -> None:
     (cache / "models--some--model" / "refs").mkdir(parents=True)
     (cache / "models--some--model" / "refs" / "main").write_text("abc")
     loaded = ffnscope.load_model(str(make_checkpoint(snapshot)))
-    source = replace(loaded.source, model_kwargs={"cache_dir": str(cache)})
+    source = replace(loaded.source, cache_dir=str(cache))
     hub = replace(loaded, origin="some/model", source=source)
     assert file_bytes(hub) == (snapshot / "model.safetensors").stat().st_size
     assert file_bytes(replace(hub, origin="some/other")) is None

@@ -153,6 +153,11 @@ class TestWhatCannotBeLoaded:
         (checkpoint / "model.safetensors").unlink()
         assert "no file named model.safetensors found in directory" in self.failure(checkpoint)
 
+    def test_a_missing_tokenizer(self, checkpoint: Path) -> None:
+        for path in checkpoint.glob("tokenizer*"):
+            path.unlink()
+        assert self.failure(checkpoint).endswith("tokenizer.json or tokenizer.model) are missing: add them.")
+
     def test_a_missing_shard(self, checkpoint: Path, llama: Any) -> None:
         (checkpoint / "model.safetensors").unlink()
         llama.save_pretrained(checkpoint, max_shard_size=20_000)

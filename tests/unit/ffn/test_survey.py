@@ -10,6 +10,8 @@ import torch
 from ffnscope.ffn.survey import LeftOut, describe, nothing_found, survey
 from tiny import tiny
 from tiny_all import tiny_causal_lm
+from tiny_listed import tiny_listed
+from tiny_moe import N_EXPERTS
 
 
 def refusals(model: Any) -> dict[str, str]:
@@ -93,6 +95,18 @@ def test_weights_that_layers_share() -> None:
         "model.layers.1.mlp.down_proj": "it shares its weights with model.layers.0.mlp.down_proj",
     }
     assert [s.layer for s in survey(model).sites] == [2]
+
+
+def test_experts_of_a_list_that_share_weights_are_refused() -> None:
+    model = tiny_listed()
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second[1].w3.weight = first[2].w3.weight
+    one, other = "model.layers.0.mlp.experts.2", "model.layers.1.mlp.experts.1"
+    assert refusals(model) == {
+        f"{one}.w2": f"it shares its weights with {other}.w2",
+        f"{other}.w2": f"it shares its weights with {one}.w2",
+    }
+    assert len(survey(model).sites) == 2 * N_EXPERTS - 2
 
 
 def test_a_block_that_layers_share_is_one_site() -> None:
