@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.analyze.bootstrap import Bootstrap, Interval, bootstrap_interval
+from ffnscope.analyze.core import lifts_core
 from ffnscope.analyze.jackknife import LeftOut, one_sample_interval
 from ffnscope.analyze.repeat_passes import is_jackknifed
 from ffnscope.analyze.repeats import Repeat
@@ -234,7 +235,7 @@ def _spread(
 def _natural(scores: Scores, refused: dict[str, str]) -> dict[FFNSite, Tensor]:
     """Natural values of the FFNs that have mass; why others have none is added to ``refused``."""
     sign = _sign(scores.metric)
-    if scores.metric in METRICS.names() and "core" in METRICS.get(scores.metric).inputs:
+    if lifts_core(scores.metric):
         refused[scores.metric] = "its scores lift the core above all other channels, so they are no mass"
         return {}
     found = {site: sign * value.double() for site, value in scores.values.items()}

@@ -82,6 +82,24 @@ def null_channels(core: Mapping[FFNSite, Tensor], pool: int | None = None, seed:
     return found
 
 
+def places_of_core(site: FFNSite, core: Tensor, measured: Tensor) -> Tensor:
+    """Places of the core among the measured channels of a site.
+
+    Raises:
+        UsageError: a core channel was not measured, or fewer others were than the core has channels.
+    """
+    here = torch.isin(measured, core)
+    if int(here.sum()) < core.numel():
+        raise UsageError(f"{site.name}: correlations were not measured for all channels of the core.")
+    others = measured.numel() - core.numel()
+    if others < core.numel():
+        raise UsageError(
+            f"{site.name}: null cores of {core.numel()} channels need as many others that were measured; got {others}. "
+            "Make the core smaller, or the pool larger."
+        )
+    return here.nonzero().flatten()
+
+
 def default_pool(n_core: int) -> int:
     """How many channels null cores of this size are drawn from."""
     return max(LEAST_POOL, POOL * n_core)

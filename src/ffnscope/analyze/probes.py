@@ -293,8 +293,11 @@ def _matched(members: Tensor, free: Tensor, scores: Tensor, random: torch.Genera
     """As many free channels of each quantile bin of the score as the members have there, nearest bins first."""
     edges = scores.double().quantile(torch.linspace(0, 1, BINS + 1, dtype=torch.float64))[1:-1]
     of = torch.bucketize(scores.double(), edges)
-    picked = [_nearest(free, of, int(b), int(n), random) for b, n in _counts(of[members.cpu()])]
-    return torch.cat(picked).unique()
+    picked: list[Tensor] = []
+    for wanted, n in _counts(of[members.cpu()]):
+        picked.append(_nearest(free, of, wanted, n, random))
+        free = free[~torch.isin(free, picked[-1])]
+    return torch.cat(picked).sort().values
 
 
 def _counts(bins: Tensor) -> Iterator[tuple[int, int]]:
