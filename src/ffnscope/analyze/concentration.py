@@ -118,10 +118,10 @@ class Concentration:
         one = self.medians[metric]
         interval = "no interval"
         if one.interval is not None:
-            interval = f"95 % interval of the median by document {one.interval[0]:.1%} to {one.interval[1]:.1%}"
+            interval = f"95 % interval of the median by document {_share(one.interval[0])} to {_share(one.interval[1])}"
         return (
-            f"The top 1 % of the channels of each FFN hold a median {one.value:.1%} of its {metric} mass "
-            f"({one.least:.1%} to {one.greatest:.1%} over {one.n_sites} FFNs; {interval})."
+            f"The top 1 % of the channels of each FFN hold a median {_share(one.value)} of its {metric} mass "
+            f"({_share(one.least)} to {_share(one.greatest)} over {one.n_sites} FFNs; {interval})."
             + (f" The published median is {PUBLISHED}." if metric == LOSS_PROXY else "")
         )
 
@@ -204,6 +204,10 @@ def _measure(scores: Scores, bootstrap: Bootstrap | None, repeat: Repeat | None,
     parts.spreads.append(_spread((name, ALL, None), together, everywhere, others)[0])
     parts.curves[name] = {site.name: lorenz(value, GRID) for site, value in values.items()}
     parts.curves[name][ALL] = lorenz(together, GRID)
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def _tops(spreads: Sequence[Spread]) -> tuple[float, float, float]:
