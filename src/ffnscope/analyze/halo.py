@@ -93,6 +93,8 @@ class HaloRow:
         comparison: value and null.
         p_adjusted: after Holm, over the FFNs of the same halo, null and statistic; for "all" it is p.
         tokens: predicted tokens behind the correlations, the fewest for "all".
+        overlap: share of a null set that is the core's (for lp_matched the halo's) own, mean over draws. The larger it
+            is, the less can the value stand out.
     """
 
     halo: str
@@ -104,12 +106,19 @@ class HaloRow:
     comparison: Comparison
     p_adjusted: float
     tokens: int
+    overlap: float
 
     def row(self) -> dict[str, Any]:
         """Flat row for CSV and JSON."""
         head = {"halo": self.halo, "null": self.null, "statistic": self.statistic}
         head |= {"site": self.site, "layer": self.layer, "n_halo": self.n_halo}
-        return {**head, **self.comparison.row(), "p_adjusted": self.p_adjusted, "tokens": self.tokens}
+        return {
+            **head,
+            **self.comparison.row(),
+            "p_adjusted": self.p_adjusted,
+            "tokens": self.tokens,
+            "null_overlap": self.overlap,
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,11 +202,12 @@ def halo_analysis(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """One halo of one FFN: its channels, the two numbers [2], and those of each null [draws, 2]."""
+    """One halo of one FFN: its channels, the two numbers [2], those of each null [draws, 2], and what they share."""
 
     halo: Tensor
     values: Tensor
     nulls: Mapping[str, Tensor]
+    overlaps: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,7 +256,13 @@ class _Given:
         nulls = {name: halo_values(followers, places, written, size)[0] for name, places in cores.items()}
         sets = lp_matched_sets(followers, at, halo, self.options.draws, self.random)
         nulls[LP_NULL] = matched_values(followers, at, redundancy, sets)
-        return _Part(halo, values[0], nulls)
+        overlaps = {name: _shared(places, at) for name, places in cores.items()} | {LP_NULL: _shared(sets, halo)}
+        return _Part(halo, values[0], nulls, overlaps)
+
+
+def _shared(sets: Tensor, own: Tensor) -> float:
+    """Share of the entries of ``sets`` that are in ``own``."""
+    return float(torch.isin(sets, own).double().mean())
 
 
 def _rows(halo: str, parts: Mapping[tuple[str, FFNSite], _Part], tokens: Mapping[FFNSite, int]) -> list[HaloRow]:
@@ -261,12 +277,13 @@ def _rows(halo: str, parts: Mapping[tuple[str, FFNSite], _Part], tokens: Mapping
             adjusted = holm([one.p for one in compared.values()])
             for (site, one), p in zip(compared.items(), adjusted, strict=True):
                 head = halo, null, statistic, site.name, site.layer, counts[site]
-                found.append(HaloRow(*head, one, p, tokens[site]))
+                found.append(HaloRow(*head, one, p, tokens[site], here[site].overlaps[null]))
             mean = sum(one.value for one in compared.values()) / len(here)
             draws = torch.stack([p.nulls[null][:, i] for p in here.values()]).mean(0)
             pooled = compare(mean, draws)
             head = halo, null, statistic, ALL, None, sum(counts.values())
-            found.append(HaloRow(*head, pooled, pooled.p, min(tokens[s] for s in here)))
+            shared = sum(p.overlaps[null] for p in here.values()) / len(here)
+            found.append(HaloRow(*head, pooled, pooled.p, min(tokens[s] for s in here), shared))
     return found
 
 

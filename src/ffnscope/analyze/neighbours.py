@@ -91,13 +91,17 @@ def places_of_core(site: FFNSite, core: Tensor, measured: Tensor) -> Tensor:
     here = torch.isin(measured, core)
     if int(here.sum()) < core.numel():
         raise UsageError(f"{site.name}: correlations were not measured for all channels of the core.")
-    others = measured.numel() - core.numel()
-    if others < core.numel():
-        raise UsageError(
-            f"{site.name}: null cores of {core.numel()} channels need as many others that were measured; got {others}. "
-            "Make the core smaller, or the pool larger."
-        )
+    check_others(site, core.numel(), measured.numel() - core.numel())
     return here.nonzero().flatten()
+
+
+def check_others(site: FFNSite, n_core: int, others: int) -> None:
+    """Raise UsageError where a core leaves too few measured channels to draw null cores from."""
+    if others < n_core:
+        raise UsageError(
+            f"{site.name}: null cores of {n_core} channels need as many others that are measured; got {others}. Make "
+            "the core smaller, or the pool larger."
+        )
 
 
 def default_pool(n_core: int) -> int:

@@ -13,6 +13,7 @@ from ffnscope.evaluate.compare import EvalRow
 from ffnscope.report.run_folder import RunFolder
 from ffnscope.report.tables import FLOOR, number, percent, result
 
+MUCH = 0.25  # share of its own channels beyond which a null has little power
 MOST_NAMED = 3  # of what an analysis leaves out
 ACROSS = {
     "bus_dimensions": "The core writes to {} effective residual dimensions",
@@ -33,7 +34,9 @@ def findings(run: RunFolder) -> list[str]:
 def caveats(run: RunFolder) -> list[str]:
     """Sentences about what limits these numbers."""
     return [
-        sentence for make in (_calibration, _few_tokens, _left_out, _evaluation, _intervals) for sentence in make(run)
+        sentence
+        for make in (_calibration, _few_tokens, _overlap, _left_out, _evaluation, _intervals)
+        for sentence in make(run)
     ]
 
 
@@ -209,6 +212,19 @@ def _few_tokens(run: RunFolder) -> Iterator[str]:
             f"Correlations with the core of {len(few)} FFNs rest on fewer than {ENOUGH} tokens per core channel (the "
             f"fewest: {min(few.values()):,}), which do not determine them: do not rely on their halos."
         )
+
+
+def _overlap(run: RunFolder) -> Iterator[str]:
+    """Nulls whose sets are largely what they are compared with."""
+    rows = [r for r in run.tables.get("halo", ()) if r["site"] == "all" and r["statistic"] == "redundancy"]
+    for row in rows:
+        shared = row.get("null_overlap") or 0.0
+        if shared > MUCH:
+            own, null = "halo" if row["null"] == "lp_matched" else "core", row["null"].replace("_", " ").capitalize()
+            yield (
+                f"{null} sets for the {row['halo']} halo hold {100 * shared:.0f} % of the {own}'s own channels, because "
+                "few others are like them: a large p says little there."
+            )
 
 
 def _left_out(run: RunFolder) -> Iterator[str]:

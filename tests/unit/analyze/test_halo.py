@@ -66,6 +66,8 @@ def test_rows_of_every_halo_and_null(found: Any):
                 assert all(0 < r["p"] <= r["p_adjusted"] <= 1 and r["draws"] == 200 for r in here)
                 assert all(r["null_low"] <= r["null_mean"] <= r["null_high"] and r["null_sd"] > 0 for r in here)
     assert {r["tokens"] for r in rows} == {text().n_targets}
+    shared = {r["null_overlap"] for r in rows if r["null"] == "random_core"}
+    assert all(share == pytest.approx(len(CORE) / D_FF, abs=0.03) for share in shared)  # all channels are measured
     assert analysis.refused == {f"{sites[-1]} read": "the next layer has no single dense FFN, or there is none"}
     assert "<table>" in analysis._repr_html_()
 
@@ -251,7 +253,7 @@ def test_what_was_not_measured_is_refused(llama: Any):
     with pytest.raises(UsageError, match="correlations were not measured for all channels of the core"):
         halo_analysis(llama, stats, other, narrow, HaloOptions(support=8))
     few_stats, few = measured_stats(llama, text(), core, pool=2)
-    with pytest.raises(UsageError, match="null cores of 3 channels need as many others that were measured; got 2"):
+    with pytest.raises(UsageError, match="null cores of 3 channels need as many others that are measured; got 2"):
         halo_analysis(llama, few_stats, core, few, HaloOptions(support=8))
 
 
@@ -263,7 +265,7 @@ def test_the_pool_holds_the_core_and_others(site: FFNSite, monkeypatch: pytest.M
             assert index.numel() == size and torch.equal(index, index.unique())
             assert bool(torch.isin(core[wide[0]], index).all())
     assert bounded_pool(wide, ["taylor_core"], 20) == 200
-    assert bounded_pool(wide, ["taylor_core"], 20, 7) == 7
+    assert bounded_pool(wide, ["taylor_core"], 20, 27) == 27
     row = 2 * 2000 * 8
     monkeypatch.setattr("ffnscope.analyze.neighbours.POOL_BYTES", 70 * row)
     assert bounded_pool(wide, ["taylor_core"], 20) == 50

@@ -114,7 +114,8 @@ def analysed(folder: Path, tmp_path: Path) -> Path:
         "halo": [
             {"halo": h, "null": n, "statistic": t, "site": s, "layer": i, "n_halo": 5,
              "value": 0.2, "null_mean": 0.1, "null_sd": 0.01, "null_low": 0.05, "null_high": 0.15, "draws": 200,
-             "effect": 3.0, "p": 0.005, "p_adjusted": 0.01, "tokens": 100}
+             "effect": 3.0, "p": 0.005, "p_adjusted": 0.01, "tokens": 100,
+             "null_overlap": 0.4 if n == "lp_matched" else 0.1}
             for h in ("write", "read")
             for t in ("redundancy", "excess")
             for n in ("random_core", "lp_matched")
@@ -242,6 +243,10 @@ def test_caveats_name_what_is_left_out_and_what_rests_on_little(analysed: Path) 
     assert "Halo leaves out a, b, c and 1 more: no token reached it." in said
     few = next(s for s in said if s.startswith("Correlations with the core of 2 FFNs rest on fewer than 10 tokens"))
     assert "(the fewest: 20)" in few
+    own = "sets for the {} halo hold 40 % of the halo's own channels"
+    assert [s.split(",")[0] for s in said if "own channels" in s] == [
+        f"Lp matched {own.format(halo)}" for halo in ("write", "read")
+    ]
 
 
 def test_a_sample_of_blanks_is_told_as_nothing(analysed: Path) -> None:
