@@ -222,8 +222,8 @@ def _overlap(run: RunFolder) -> Iterator[str]:
         if shared > MUCH:
             own, null = "halo" if row["null"] == "lp_matched" else "core", row["null"].replace("_", " ").capitalize()
             yield (
-                f"{null} sets for the {row['halo']} halo hold {100 * shared:.0f} % of the {own}'s own channels, because "
-                "few others are like them: a large p says little there."
+                f"{null} sets for the {row['halo']} halo hold {100 * shared:.0f} % of the {own}'s own channels, "
+                "because few others are like them: a large p says little there."
             )
 
 
