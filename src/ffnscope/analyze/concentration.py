@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.analyze.bootstrap import Bootstrap, Interval, bootstrap_interval
+from ffnscope.analyze.core import lifts_core
 from ffnscope.analyze.jackknife import LeftOut, one_sample_interval
 from ffnscope.analyze.repeat_passes import is_jackknifed
 from ffnscope.analyze.repeats import Repeat
@@ -117,10 +118,10 @@ class Concentration:
         one = self.medians[metric]
         interval = "no interval"
         if one.interval is not None:
-            interval = f"95 % interval of the median by document {one.interval[0]:.1%} to {one.interval[1]:.1%}"
+            interval = f"95 % interval of the median by document {_share(one.interval[0])} to {_share(one.interval[1])}"
         return (
-            f"The top 1 % of the channels of each FFN hold a median {one.value:.1%} of its {metric} mass "
-            f"({one.least:.1%} to {one.greatest:.1%} over {one.n_sites} FFNs; {interval})."
+            f"The top 1 % of the channels of each FFN hold a median {_share(one.value)} of its {metric} mass "
+            f"({_share(one.least)} to {_share(one.greatest)} over {one.n_sites} FFNs; {interval})."
             + (f" The published median is {PUBLISHED}." if metric == LOSS_PROXY else "")
         )
 
@@ -205,6 +206,10 @@ def _measure(scores: Scores, bootstrap: Bootstrap | None, repeat: Repeat | None,
     parts.curves[name][ALL] = lorenz(together, GRID)
 
 
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
 def _tops(spreads: Sequence[Spread]) -> tuple[float, float, float]:
     """Least, median and greatest share of the top 1 %."""
     values = torch.tensor([one.values["top1"] for one in spreads], dtype=torch.float64)
@@ -234,7 +239,7 @@ def _spread(
 def _natural(scores: Scores, refused: dict[str, str]) -> dict[FFNSite, Tensor]:
     """Natural values of the FFNs that have mass; why others have none is added to ``refused``."""
     sign = _sign(scores.metric)
-    if scores.metric in METRICS.names() and "core" in METRICS.get(scores.metric).inputs:
+    if lifts_core(scores.metric):
         refused[scores.metric] = "its scores lift the core above all other channels, so they are no mass"
         return {}
     found = {site: sign * value.double() for site, value in scores.values.items()}

@@ -19,6 +19,7 @@ from ffnscope.analyze.levels import CoreRule
 from ffnscope.analyze.nulls import holm
 from ffnscope.display import html_table
 from ffnscope.errors import UsageError
+from ffnscope.registry import METRICS
 from ffnscope.types import ChannelStats, FFNSite, Scores
 
 ALL = "all"
@@ -84,11 +85,13 @@ class CoreOverlap:
         overlaps: per other set, one per FFN, then one for all.
         sets: other set -> its channels per FFN.
         outliers: metric that defined the activation outliers; None when none was scored.
+        refused: metric -> why it is not compared.
     """
 
     overlaps: Sequence[Overlap]
     sets: Mapping[str, Core]
     outliers: str | None
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def rows(self) -> list[dict[str, Any]]:
         """Flat rows for CSV and JSON."""
@@ -105,7 +108,8 @@ def core_overlap(core: Core, scores: Mapping[str, Scores], *, defined_by: str | 
     """Compare the core with the top set of every other metric, of the core's size, and with the activation outliers.
 
     Activation outliers are the top channels by the mean square of h (scar_activation_power or activation_l2_norm, which
-    rank alike), or where neither was scored by activation_outlier_index.
+    rank alike), or where neither was scored by activation_outlier_index. Metrics that lift the core (SCAR-Prot) have
+    a set, but no row.
 
     Args:
         core: site -> channels (see `top_core`).
@@ -124,9 +128,15 @@ def core_overlap(core: Core, scores: Mapping[str, Scores], *, defined_by: str | 
     tops = {name: _tops(one, core) for name, one in scores.items()}
     if outliers is not None:
         tops = {OUTLIERS: tops[outliers], **tops}
-    compared = {name: other for name, other in tops.items() if name != defined_by}
+    refused = {name: "its scores lift the core above all other channels" for name in scores if lifts_core(name)}
+    compared = {name: other for name, other in tops.items() if name != defined_by and name not in refused}
     found = [row for name, other in compared.items() for row in _overlaps(name, core, other)]
-    return CoreOverlap(found, tops, outliers)
+    return CoreOverlap(found, tops, outliers, refused)
+
+
+def lifts_core(metric: str) -> bool:
+    """Whether a metric puts the core above all other channels, so that its top set is the core by construction."""
+    return metric in METRICS.names() and "core" in METRICS.get(metric).inputs
 
 
 def _tops(scores: Scores, core: Core) -> dict[FFNSite, Tensor]:

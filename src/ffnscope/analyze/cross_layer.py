@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnscope.analyze.neighbours import ALL, Neighbours, find_neighbours, no_neighbour
+from ffnscope.analyze.neighbours import ALL, Neighbours, find_neighbours, no_neighbour, places_of_core
 from ffnscope.analyze.nulls import Comparison, Tail, check_draws, compare, holm, random_sets
 from ffnscope.display import html_table
-from ffnscope.errors import UsageError
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
 from ffnscope.metrics.concentration import effective_number
@@ -104,7 +103,7 @@ def cross_layer(
         model: gives the weights; run once on a few tokens to find the norms.
         stats: act_sum, act_sq, taylor_sum and taylor_sq of all channels; act_next and taylor_next for ``measured``.
         core: site -> channels.
-        measured: site -> sorted channels, the core's among them; random cores are drawn from the others.
+        measured: site -> sorted channels, from which random cores are drawn, the core's among them.
         draws: random cores per FFN, at least 200.
         seed: of the draws.
         on_site: called with (FFNs done, FFNs in all).
@@ -125,11 +124,8 @@ def cross_layer(
         if stats[site].n_tokens < 2:
             refused[site.name] = "no token reached it"
         else:
-            if not bool(torch.isin(core[site], measured[site]).all()):
-                raise UsageError(f"{site.name}: correlations were not measured for all channels of the core.")
-            is_core = torch.isin(measured[site], core[site])
-            at, pool = is_core.nonzero().flatten(), (~is_core).nonzero().flatten()
-            cores = torch.cat([at[None], pool[random_sets(at.numel(), pool.numel(), draws, random)]])
+            at = places_of_core(site, core[site], measured[site])
+            cores = torch.cat([at[None], random_sets(at.numel(), measured[site].numel(), draws, random)])
             for name, following, of_cores in _statistics(model, stats, (site, measured[site]), around, refused):
                 values = of_cores(cores)
                 found.setdefault(name, {})[site] = _Numbers(float(values[0]), values[1:], following)

@@ -7,7 +7,8 @@ is larger than they are).
 
 Four nulls, each of many draws: another core of the same size at random, or matched to the core in degree (Conn) or in
 the norm of its down columns, each with its own halo; and the same core with other followers, matched to the halo in
-loss proxy. A core matched in loss proxy does not exist, because the core is the top by it.
+loss proxy. A core matched in loss proxy does not exist, because the core is the top by it. Every null set is drawn
+from channels that the set itself is among, so each p-value is that of a permutation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ffnscope.analyze.halo_draws import (
     matched_values,
     null_cores,
 )
-from ffnscope.analyze.neighbours import ALL, Neighbours, find_neighbours, no_neighbour
+from ffnscope.analyze.neighbours import ALL, Neighbours, find_neighbours, no_neighbour, places_of_core
 from ffnscope.analyze.nulls import Comparison, check_draws, compare, holm
 from ffnscope.display import html_table
 from ffnscope.errors import UsageError
@@ -92,6 +93,8 @@ class HaloRow:
         comparison: value and null.
         p_adjusted: after Holm, over the FFNs of the same halo, null and statistic; for "all" it is p.
         tokens: predicted tokens behind the correlations, the fewest for "all".
+        overlap: share of a null set that is the core's (for lp_matched the halo's) own, mean over draws. The larger it
+            is, the less can the value stand out.
     """
 
     halo: str
@@ -103,12 +106,19 @@ class HaloRow:
     comparison: Comparison
     p_adjusted: float
     tokens: int
+    overlap: float
 
     def row(self) -> dict[str, Any]:
         """Flat row for CSV and JSON."""
         head = {"halo": self.halo, "null": self.null, "statistic": self.statistic}
         head |= {"site": self.site, "layer": self.layer, "n_halo": self.n_halo}
-        return {**head, **self.comparison.row(), "p_adjusted": self.p_adjusted, "tokens": self.tokens}
+        return {
+            **head,
+            **self.comparison.row(),
+            "p_adjusted": self.p_adjusted,
+            "tokens": self.tokens,
+            "null_overlap": self.overlap,
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,8 +168,7 @@ def halo_analysis(
         stats: taylor_sum and taylor_sq of all channels; taylor_core, and for the read halo taylor_next, for the
             channels ``measured``.
         core: site -> channels.
-        measured: site -> sorted channels, the core's among them; null cores are drawn from the others
-            (`null_channels`).
+        measured: site -> sorted channels, from which null cores are drawn, the core's among them (`null_channels`).
         options: sizes and draws.
         on_site: called with (FFNs done, FFNs in all).
 
@@ -193,11 +202,12 @@ def halo_analysis(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """One halo of one FFN: its channels, the two numbers [2], and those of each null [draws, 2]."""
+    """One halo of one FFN: its channels, the two numbers [2], those of each null [draws, 2], and what they share."""
 
     halo: Tensor
     values: Tensor
     nulls: Mapping[str, Tensor]
+    overlaps: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,12 +223,11 @@ class _Given:
 
     def parts(self, site: FFNSite, around: Neighbours, refused: dict[str, str]) -> Iterator[tuple[str, _Part]]:
         """The write halo, and the read halo where there is one."""
-        if not bool(torch.isin(self.core, self.measured).all()):
-            raise UsageError(f"{site.name}: correlations were not measured for all channels of the core.")
+        at = places_of_core(site, self.core, self.measured)
         with materialised(self.model, site):
             weights = weights_of(self.model, site)
             written = weights.down.detach().to(torch.promote_types(weights.down.dtype, torch.float32)).abs().cpu().T
-            cores, at = self._cores(weights)
+            cores = self._cores(weights)
         own = Followers(core_correlations(self.stats[site], self.measured), written, self._power(site), self.measured)
         yield "write", self._part(own, at, cores, written[self.measured])
         following = around.following.get(site)
@@ -236,21 +245,24 @@ class _Given:
     def _power(self, site: FFNSite) -> Tensor:
         return self.stats[site].mean("taylor_sq")
 
-    def _cores(self, weights: FFNWeights) -> tuple[dict[str, Tensor], Tensor]:
-        """Null cores and the core, as places among the measured channels."""
-        is_core = torch.isin(self.measured, self.core)
-        pool = (~is_core).nonzero().flatten()
+    def _cores(self, weights: FFNWeights) -> dict[str, Tensor]:
+        """Null cores, as places among the measured channels."""
         conn = connectivity(weights, self.core, self.options.support).detach()
-        cores = null_cores(weights, self.core, self.measured[pool], conn, self.options.draws, self.random)
-        return {name: pool[places] for name, places in cores.items()}, is_core.nonzero().flatten()
+        return null_cores(weights, self.core, self.measured, conn, self.options.draws, self.random)
 
     def _part(self, followers: Followers, at: Tensor, cores: Mapping[str, Tensor], written: Tensor) -> _Part:
         size = HaloSize(self.options.fraction, self.options.support, self.options.top)
         values, halo, redundancy = halo_values(followers, at[None], written, size)
         nulls = {name: halo_values(followers, places, written, size)[0] for name, places in cores.items()}
         sets = lp_matched_sets(followers, at, halo, self.options.draws, self.random)
-        nulls[LP_NULL] = matched_values(followers, at, halo, redundancy, sets)
-        return _Part(halo, values[0], nulls)
+        nulls[LP_NULL] = matched_values(followers, at, redundancy, sets)
+        overlaps = {name: _shared(places, at) for name, places in cores.items()} | {LP_NULL: _shared(sets, halo)}
+        return _Part(halo, values[0], nulls, overlaps)
+
+
+def _shared(sets: Tensor, own: Tensor) -> float:
+    """Share of the entries of ``sets`` that are in ``own``."""
+    return float(torch.isin(sets, own).double().mean())
 
 
 def _rows(halo: str, parts: Mapping[tuple[str, FFNSite], _Part], tokens: Mapping[FFNSite, int]) -> list[HaloRow]:
@@ -265,12 +277,13 @@ def _rows(halo: str, parts: Mapping[tuple[str, FFNSite], _Part], tokens: Mapping
             adjusted = holm([one.p for one in compared.values()])
             for (site, one), p in zip(compared.items(), adjusted, strict=True):
                 head = halo, null, statistic, site.name, site.layer, counts[site]
-                found.append(HaloRow(*head, one, p, tokens[site]))
+                found.append(HaloRow(*head, one, p, tokens[site], here[site].overlaps[null]))
             mean = sum(one.value for one in compared.values()) / len(here)
             draws = torch.stack([p.nulls[null][:, i] for p in here.values()]).mean(0)
             pooled = compare(mean, draws)
             head = halo, null, statistic, ALL, None, sum(counts.values())
-            found.append(HaloRow(*head, pooled, pooled.p, min(tokens[s] for s in here)))
+            shared = sum(p.overlaps[null] for p in here.values()) / len(here)
+            found.append(HaloRow(*head, pooled, pooled.p, min(tokens[s] for s in here), shared))
     return found
 
 

@@ -70,9 +70,7 @@ def halo_values(followers: Followers, cores: Tensor, written: Tensor, size: Halo
         main = main_dimensions(torch.stack([written[core].sum(0) for core in part]), size.support)
         shares = share_of(followers.sizes, main.to(followers.sizes))
         for core, share in zip(part, shares, strict=True):
-            outside = torch.ones_like(share, dtype=torch.bool)
-            if followers.own is not None:
-                outside[followers.own[core]] = False
+            outside = outside_core(followers, core)
             order = torch.sort(share.masked_fill(~outside, -1), descending=True, stable=True).indices
             halo = order[:count]
             redundancy = top_information(followers.correlation[core], size.top)
@@ -80,45 +78,47 @@ def halo_values(followers: Followers, cores: Tensor, written: Tensor, size: Halo
     return torch.stack(found), halo.sort().values, redundancy
 
 
-def matched_values(followers: Followers, core: Tensor, halo: Tensor, redundancy: Tensor, sets: Tensor) -> Tensor:
+def matched_values(followers: Followers, core: Tensor, redundancy: Tensor, sets: Tensor) -> Tensor:
     """The same two numbers for other sets of followers of one core; [draws, 2].
 
-    ``sets`` [draws, n_halo] are places among the followers outside core and halo, as `outside_halo` lists them.
+    ``sets`` [draws, n_halo] are followers outside the core.
     """
-    outside = torch.ones_like(redundancy, dtype=torch.bool)
-    if followers.own is not None:
-        outside[followers.own[core]] = False
-    return _values(redundancy, outside_halo(followers, core, halo)[sets], outside)
+    return _values(redundancy, sets, outside_core(followers, core))
 
 
-def outside_halo(followers: Followers, core: Tensor, halo: Tensor) -> Tensor:
-    """Channels that are neither in the core nor in its halo, in order."""
-    outside = torch.ones(followers.power.numel(), dtype=torch.bool, device=halo.device)
+def outside_core(followers: Followers, core: Tensor) -> Tensor:
+    """Mask [n] of the followers that are not in the core."""
+    outside = torch.ones(followers.power.numel(), dtype=torch.bool, device=followers.power.device)
     if followers.own is not None:
         outside[followers.own[core]] = False
-    outside[halo] = False
-    return outside.nonzero().flatten()
+    return outside
 
 
 def lp_matched_sets(followers: Followers, core: Tensor, halo: Tensor, draws: int, random: torch.Generator) -> Tensor:
-    """Places among `outside_halo` whose loss proxies are spread as those of the halo, [draws, n_halo]."""
-    others = outside_halo(followers, core, halo)
+    """Followers outside the core whose loss proxies are spread as those of the halo, [draws, n_halo].
+
+    The halo is among those that are drawn from: a null set is then any other choice of as many channels of each bin,
+    the halo's own one among them, and the p-value is that of a permutation within bins.
+    """
+    others = outside_core(followers, core).nonzero().flatten().cpu()
     power = followers.power.cpu()
-    return matched_sets(power[halo.cpu()], power[others.cpu()], draws, random).to(halo.device)
+    return others[matched_sets(power[halo.cpu()], power[others], draws, random)].to(halo.device)
 
 
 def null_cores(
-    weights: FFNWeights, core: Tensor, pool: Tensor, conn: Tensor, draws: int, random: torch.Generator
+    weights: FFNWeights, core: Tensor, measured: Tensor, conn: Tensor, draws: int, random: torch.Generator
 ) -> dict[str, Tensor]:
-    """Null cores: places among ``pool``, [draws, k], drawn at random, or matched to the core.
+    """Null cores: places among ``measured``, [draws, k], drawn at random, or matched to the core.
+
+    The core is among those that are drawn from, for the reason that `lp_matched_sets` tells.
 
     degree_matched: in Conn, the share of its write norm that a channel has in the core's main dimensions [d_ff];
     norm_matched: in the norm of its down column.
     """
     norms = row_norms(weights.down.T).cpu()
-    conn, core, pool = conn.cpu(), core.cpu(), pool.cpu()
-    matched = [matched_sets(v[core], v[pool], draws, random) for v in (conn, norms)]
-    sets: Sequence[Tensor] = (random_sets(core.numel(), pool.numel(), draws, random), *matched)
+    conn, core, measured = conn.cpu(), core.cpu(), measured.cpu()
+    matched = [matched_sets(v[core], v[measured], draws, random) for v in (conn, norms)]
+    sets: Sequence[Tensor] = (random_sets(core.numel(), measured.numel(), draws, random), *matched)
     return dict(zip(CORE_NULLS, sets, strict=True))
 
 

@@ -82,6 +82,28 @@ def null_channels(core: Mapping[FFNSite, Tensor], pool: int | None = None, seed:
     return found
 
 
+def places_of_core(site: FFNSite, core: Tensor, measured: Tensor) -> Tensor:
+    """Places of the core among the measured channels of a site.
+
+    Raises:
+        UsageError: a core channel was not measured, or fewer others were than the core has channels.
+    """
+    here = torch.isin(measured, core)
+    if int(here.sum()) < core.numel():
+        raise UsageError(f"{site.name}: correlations were not measured for all channels of the core.")
+    check_others(site, core.numel(), measured.numel() - core.numel())
+    return here.nonzero().flatten()
+
+
+def check_others(site: FFNSite, n_core: int, others: int) -> None:
+    """Raise UsageError where a core leaves too few measured channels to draw null cores from."""
+    if others < n_core:
+        raise UsageError(
+            f"{site.name}: null cores of {n_core} channels need as many others that are measured; got {others}. Make "
+            "the core smaller, or the pool larger."
+        )
+
+
 def default_pool(n_core: int) -> int:
     """How many channels null cores of this size are drawn from."""
     return max(LEAST_POOL, POOL * n_core)

@@ -190,6 +190,8 @@ def dose_probes(
         raise UsageError(f"shares of the core must be in [0, 1], and draws at least 1; got {list(shares)}, {draws}.")
     random = torch.Generator().manual_seed(seed)
     found: list[Probe] = []
+    for site in sites:
+        check_doses(site, core[site].numel(), sparsity, shares)
     for share in shares:
         for draw in range(draws):
             channels = {site: _dose(site, core[site], sparsity, share, random) for site in sites}
@@ -197,14 +199,20 @@ def dose_probes(
     return found
 
 
+def check_doses(site: FFNSite, n_core: int, sparsity: float, shares: Sequence[float]) -> None:
+    """Raise UsageError where a mask of a site cannot hold one of the shares of a core of ``n_core`` channels."""
+    size, others = round(sparsity * site.d_ff), site.d_ff - n_core
+    for inside in (round(share * n_core) for share in shares):
+        if not inside <= size <= inside + others:
+            raise UsageError(
+                f"{site.name}: a mask of {size} channels cannot hold {inside} of {n_core} core channels, with "
+                f"{others} others. Choose another sparsity, or a smaller core."
+            )
+
+
 def _dose(site: FFNSite, core: Tensor, sparsity: float, share: float, random: torch.Generator) -> Tensor:
     size, inside = round(sparsity * site.d_ff), round(share * core.numel())
     outside = _outside(site, core)
-    if not inside <= size <= inside + outside.numel():
-        raise UsageError(
-            f"{site.name}: a mask of {size} channels cannot hold {inside} of {core.numel()} core channels, with "
-            f"{outside.numel()} others. Choose another sparsity, or a smaller core."
-        )
     return torch.cat([_some(core.cpu(), inside, random), _some(outside, size - inside, random)]).sort().values
 
 
@@ -293,8 +301,11 @@ def _matched(members: Tensor, free: Tensor, scores: Tensor, random: torch.Genera
     """As many free channels of each quantile bin of the score as the members have there, nearest bins first."""
     edges = scores.double().quantile(torch.linspace(0, 1, BINS + 1, dtype=torch.float64))[1:-1]
     of = torch.bucketize(scores.double(), edges)
-    picked = [_nearest(free, of, int(b), int(n), random) for b, n in _counts(of[members.cpu()])]
-    return torch.cat(picked).unique()
+    picked: list[Tensor] = []
+    for wanted, n in _counts(of[members.cpu()]):
+        picked.append(_nearest(free, of, wanted, n, random))
+        free = free[~torch.isin(free, picked[-1])]
+    return torch.cat(picked).sort().values
 
 
 def _counts(bins: Tensor) -> Iterator[tuple[int, int]]:

@@ -32,7 +32,7 @@ def task_config(path: Path) -> dict[str, Any]:
     rows = list(_rows(path))
     if not rows:
         raise TextError(f"{path} holds no row; expected rows with {FORMS}.")
-    forms = {_form(f"{path}, row {i}", row) for i, row in enumerate(rows)}
+    forms = {_form(place, row) for place, row in rows}
     if len(forms) > 1:
         raise TextError(f"{path} mixes rows of {len(forms)} forms; expected one of them: {FORMS}.")
     return {
@@ -80,7 +80,8 @@ _READ: Mapping[str, dict[str, Any]] = {
 }
 
 
-def _rows(path: Path) -> Iterator[Any]:
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row is, and the row."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -89,11 +90,12 @@ def _rows(path: Path) -> Iterator[Any]:
         found = _parsed(str(path), text)
         if not isinstance(found, list):
             raise TextError(f"{path}: expected a list of rows; got {type(found).__name__}.")
-        yield from cast("list[Any]", found)
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(cast("list[Any]", found), start=1))
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut texts at U+2028 and the like
         if line.strip():
-            yield _parsed(f"{path}, line {number}", line)
+            place = f"{path}, line {number}"
+            yield place, _parsed(place, line)
 
 
 def _parsed(place: str, text: str) -> Any:

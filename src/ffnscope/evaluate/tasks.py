@@ -126,7 +126,7 @@ def load_tasks(options: TaskOptions) -> TaskSet:
     Raises:
         NotAvailableError: lm-eval is not installed.
         TextError: a task is unknown, its file has another form, or its data cannot be loaded; the message names it.
-        UsageError: examples are asked for from a task that is defined without.
+        UsageError: examples are asked for from a task that is defined without, or two tasks have the same name.
     """
     try:
         import lm_eval
@@ -140,6 +140,7 @@ def load_tasks(options: TaskOptions) -> TaskSet:
     with _quiet():
         manager = TaskManager(include_defaults=len(own) < len(options.names))  # reading all of lm-eval's takes seconds
         loaded = {name: _load(manager, name, options) for name in options.names}
+    _check_names(own, loaded)
     files = {name: hash_file(Path(name)) for name in options.names if Path(name).is_file()}
     key = hash_json({**asdict(options), "files": files, "lm_eval": version, "schema": SCHEMA})
     return TaskSet(options, loaded, key, version)
@@ -247,6 +248,15 @@ def _load(manager: Any, name: str, options: TaskOptions) -> dict[str, Any]:
             )
         task.set_config(key="num_fewshot", value=options.num_fewshot if options.num_fewshot is not None else own or 0)
     return found
+
+
+def _check_names(own: Sequence[str], loaded: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a user's file that is called like another task: one would hide the other."""
+    for path in own:
+        name = Path(path).stem
+        other = next((n for n, items in loaded.items() if n != path and (name == n or name in items["tasks"])), None)
+        if other is not None:
+            raise UsageError(f"the tasks {path!r} and {other!r} are both called {name!r}; rename the file.")
 
 
 def _not_loaded(name: str, error: Exception) -> TextError:

@@ -92,6 +92,10 @@ def tail_exponents(values: Tensor, count: int) -> Tensor:
 
 
 def effective_number(weights: Tensor) -> Tensor:
-    """exp(entropy) of each row scaled to sum 1, the effective number of entries; [..., n] -> [...]."""
-    share = weights.double() / weights.double().sum(-1, keepdim=True)
-    return torch.exp(-torch.xlogy(share, share).sum(-1))
+    """exp(entropy) of each row scaled to sum 1, the effective number of entries; [..., n] -> [...].
+
+    A row of zeros has 0 of them.
+    """
+    total = weights.double().sum(-1, keepdim=True)
+    share = weights.double() / total.clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(total[..., 0] > 0, torch.exp(-torch.xlogy(share, share).sum(-1)), 0.0)

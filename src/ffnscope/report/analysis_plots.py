@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 POOLED = "all"
+UNITS = {"bus_dimensions": "effective dimensions", "redundancy": "redundancy, nats"}
+WIDE = 50.0  # values that spread further than this get a logarithmic axis
 MOST_BARS = 40
 
 
@@ -35,7 +37,7 @@ def draw_lorenz(lorenz: Mapping[str, Any], metric: str, layers: Mapping[str, int
 
     curves: Mapping[str, Sequence[float]] = lorenz["curves"].get(metric, {})
     need(curves, f"curves of {metric!r}")
-    figure = new_figure(6.8, 4.2, f"{metric}: mass held by the top channels", title)
+    figure = new_figure(5.2, 4.0, f"{metric}: mass held by the top channels", title)
     axes = figure.add_subplot()
     shares = [100 * f for f in lorenz["fractions"]]
     deepest = max([layers.get(name, 0) for name in curves], default=0) or 1
@@ -108,7 +110,12 @@ def draw_halo(rows: Rows, halo: str, statistic: str = "redundancy", title: str =
     nulls = list(dict.fromkeys(r["null"] for r in chosen))
     names = list(dict.fromkeys(r["site"] for r in chosen))
     sites = [next(r for r in chosen if r["site"] == name) for name in names]
-    figure = new_figure(_wide(len(sites), 7.0, 0.2), 4.0, f"{halo} halo: {statistic} with the core", title)
+    figure = new_figure(
+        _wide(len(sites), 5.2, 0.2),
+        4.0,
+        f"{halo} halo: redundancy with the core" + ", less that of other channels" * (statistic == "excess"),
+        title,
+    )
     axes = figure.add_subplot()
     shown: dict[str, Any] = {}
     for index, null in enumerate(nulls):
@@ -153,7 +160,10 @@ def draw_cross_layer(rows: Rows, statistic: str, title: str = "") -> Figure:
     dots = axes.plot(range(len(chosen)), [r["value"] for r in chosen], "D", color=COLOURS[1], markersize=4)[0]
     shown["the core"] = dots
     axes.grid(axis="y", color=PALE, linewidth=0.5)
-    axes.set_ylabel(statistic.replace("_", " "), color=INK, size=9)
+    axes.set_ylabel(UNITS.get(statistic, statistic), color=INK, size=9)
+    ends = [v for r in chosen for v in (r["value"], r["null_low"], r["null_high"]) if v is not None]
+    if min(ends) > 0 and max(ends) > WIDE * min(ends):
+        axes.set_yscale("log")
     _site_ticks(axes, chosen)
     legend(figure, shown)
     return figure
@@ -162,7 +172,7 @@ def draw_cross_layer(rows: Rows, statistic: str, title: str = "") -> Figure:
 def draw_dose(rows: Rows, title: str = "") -> Figure:
     """Draw the loss change of random masks against the share of the core that they hold: a dot per draw, their mean."""
     need(rows, "rows of the dose-response")
-    figure = new_figure(6.4, 3.8, "Dose-response: random masks that hold a share of the core", title)
+    figure = new_figure(5.0, 3.8, "Dose-response: random masks that hold a share of the core", title)
     axes = figure.add_subplot()
     shown: dict[str, Any] = {}
     for index, sparsity in enumerate(sorted({r["sparsity"] for r in rows})):
@@ -195,7 +205,7 @@ def draw_ablation(rows: Rows, title: str = "") -> Figure:
     need(rows, "rows of the ablation")
     chosen = [r for r in rows if r["site"] == POOLED] or list(rows)[:MOST_BARS]
     names = list(dict.fromkeys(f"{r['set'].replace('_', ' ')}, {r['n_channels']:,} channels" for r in chosen))
-    figure = new_figure(7.6, 1.5 + 0.34 * len(names), "Ablation of sets of channels", title)
+    figure = new_figure(6.2, 1.5 + 0.34 * len(names), "Ablation of sets of channels", title)
     axes = figure.add_subplot()
     shown: dict[str, Any] = {}
     for index, how in enumerate(dict.fromkeys(r["how"] for r in chosen)):
@@ -220,12 +230,14 @@ def draw_ablation(rows: Rows, title: str = "") -> Figure:
 def draw_stages(stages: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure:
     """Draw how long each stage of a run took; the tip tells the peak memory."""
     need(stages, "stages")
-    figure = new_figure(7.0, 1.3 + 0.26 * len(stages), "Time of the stages", title)
+    figure = new_figure(6.2, 1.3 + 0.26 * len(stages), "Time of the stages", title)
     axes = figure.add_subplot()
     for at, (name, one) in enumerate(stages.items()):
         axes.barh(at, one["seconds"], color=COLOURS[0], height=0.66)
         place: Any = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "size": 8, "color": INK}
-        axes.annotate(f"{one['seconds']:,.1f} s", (one["seconds"], at), **place)
+        most = max(one.get("peak_memory_bytes", {}).values(), default=0)
+        told = f"{one['seconds']:,.1f} s" + f", {most / 2**30:.1f} GiB" * bool(most)
+        axes.annotate(told, (one["seconds"], at), **place)
         memory = ", ".join(f"{v / 2**30:.1f} GiB {k}" for k, v in one.get("peak_memory_bytes", {}).items())
         tip(
             axes,
@@ -237,7 +249,7 @@ def draw_stages(stages: Mapping[str, Mapping[str, Any]], title: str = "") -> Fig
         )
     axes.set_yticks(range(len(stages)), list(stages), parse_math=False)
     axes.set_ylim(len(stages) - 0.5, -0.5)
-    axes.set_xlim(0, 1.16 * max(one["seconds"] for one in stages.values()) or 1)
+    axes.set_xlim(0, 1.35 * max(one["seconds"] for one in stages.values()) or 1)
     axes.set_xlabel("seconds", color=INK, size=9)
     tidy(axes)
     return figure
@@ -247,8 +259,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _wide(n_sites: int, least: float = 6.0, each: float = 0.09) -> float:
-    return min(max(4.5 + each * n_sites, least), 11.0)
+def _wide(n_sites: int, least: float = 4.8, each: float = 0.09) -> float:
+    return min(max(3.0 + each * n_sites, least), 11.0)
 
 
 def _site_ticks(axes: Axes, rows: Rows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -21,6 +22,7 @@ from ffnscope.report.tables import BLANK, Cell, Grid, number, results_grids, res
 from ffnscope.report.task_table import task_grid
 
 MOST_SETTINGS = 60
+WIDEST = 36  # characters of a line of a setting
 
 
 def labelled(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
@@ -86,9 +88,16 @@ def _settings(runs: Mapping[str, RunFolder]) -> Iterator[Grid]:
     keys = [k for k in dict.fromkeys(k for one in asked.values() for k in one) if k != "output.dir"]
     unlike = [k for k in keys if len({one.get(k) for one in asked.values()}) > 1]
     if unlike:
-        lines = [[Cell(k), *(Cell(one.get(k, BLANK)) for one in asked.values())] for k in unlike[:MOST_SETTINGS]]
+        lines = [
+            [Cell(k), *(Cell(_wrapped(one.get(k, BLANK))) for one in asked.values())] for k in unlike[:MOST_SETTINGS]
+        ]
         notes = [f"and {len(unlike) - MOST_SETTINGS} more"] if len(unlike) > MOST_SETTINGS else []
         yield Grid("What was asked otherwise", ["setting", *asked], lines, notes)
+
+
+def _wrapped(text: str) -> str:
+    """Long lists in several lines, so that those of all runs are in sight."""
+    return "\n".join(textwrap.wrap(text, WIDEST, break_long_words=False)) or text
 
 
 def _agreement(runs: Mapping[str, RunFolder]) -> Iterator[Grid]:

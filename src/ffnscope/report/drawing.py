@@ -6,6 +6,7 @@ inside functions only.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def new_figure(width: float, height: float, heading: str, title: str) -> Figure:
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    room = int(13 * (width - 1.8))  # leaves the corner to the legend
+    room = int(13 * (width - 0.3))
     text = "\n".join([*textwrap.wrap(heading, room), *textwrap.wrap(title, room)])
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, color=INK, parse_math=False)
     return figure
@@ -68,8 +69,11 @@ def tidy(axes: Axes) -> None:
 
 
 def legend(figure: Figure, shown: Mapping[str, Any]) -> None:
-    """Put a legend beside the axes: name -> handle."""
-    place = "outside right upper"
-    drawn = figure.legend(list(shown.values()), list(shown), loc=place, fontsize=8, frameon=False, labelcolor=INK)
+    """Put a legend under the axes, in as many columns as fit, and make the figure higher by it: name -> handle."""
+    width, height = figure.get_size_inches()
+    columns = max(1, min(len(shown), int((width - 0.2) / (0.55 + 0.065 * max(map(len, shown), default=0)))))
+    figure.set_size_inches(width, height + 0.1 + 0.18 * math.ceil(len(shown) / columns))
+    look: Any = {"loc": "outside lower left", "ncols": columns, "columnspacing": 1.2}
+    drawn = figure.legend(list(shown.values()), list(shown), **look, fontsize=8, frameon=False, labelcolor=INK)
     for text in drawn.get_texts():
         text.set_parse_math(False)

@@ -21,6 +21,12 @@ HALO_STATISTICS: dict[str, str] = {
     "redundancy": "Redundancy of the {} halo with the core",
     "excess": "How much more redundant the {} halo is with the core than the other channels",
 }
+ACROSS = {
+    "bus_dimensions": "Effective number of residual dimensions that the core of each layer writes to: few are a bus",
+    "drive": "How strongly what the core writes lies along what the next layer's FFN reads (root mean square)",
+    "correlation": "Correlation of the core's activations with those of the next layer's channels (root mean square)",
+    "redundancy": "Information in q = h g that the next layer's channels share with the core",
+}
 MOST_METRICS = 40  # in one page; the rest is in the folder's plots
 
 
@@ -58,7 +64,11 @@ def _figures(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
     yield from _ablation(run)
     stages = run.summary.get("stages", {})
     if stages:
-        yield "cost", "Seconds per stage of the run that made these files.", analysis_plots.draw_stages(stages)
+        yield (
+            "cost",
+            "Seconds per stage of the run that made these files, and the peak memory up to its end.",
+            analysis_plots.draw_stages(stages),
+        )
 
 
 def _quality(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
@@ -100,8 +110,8 @@ def _supernodes(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
         yield "halo", caption, analysis_plots.draw_halo(rows, halo, statistic)
     across = run.tables.get("cross_layer", ())
     for statistic in dict.fromkeys(r["statistic"] for r in across):
-        caption = f"{statistic.replace('_', ' ')} of the core of each layer, beside random cores of the same size."
-        yield "cross_layer", caption[0].upper() + caption[1:], analysis_plots.draw_cross_layer(across, statistic)
+        caption = f"{ACROSS[statistic]}; bars hold 95 % of random cores of the same size."
+        yield "cross_layer", caption, analysis_plots.draw_cross_layer(across, statistic)
 
 
 def _ablation(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:

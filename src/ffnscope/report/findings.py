@@ -7,23 +7,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ffnscope.analyze.concentration import LOSS_PROXY
+from ffnscope.analyze.halo import ENOUGH
 from ffnscope.analyze.nulls import SIGNIFICANT
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.report.run_folder import RunFolder
 from ffnscope.report.tables import FLOOR, number, percent, result
 
+MUCH = 0.25  # share of its own channels beyond which a null has little power
+MOST_NAMED = 3  # of what an analysis leaves out
+ACROSS = {
+    "bus_dimensions": "The core writes to {} effective residual dimensions",
+    "drive": "The core drives what the next FFN reads by {}",
+}
 FEW_TOKENS = 4  # tokens per channel under which second moments of the channels are under-determined
 
 
 def findings(run: RunFolder) -> list[str]:
     """Sentences about what was found; one that has no numbers behind it is left out."""
-    made = (_quality, _concentration, _core, _halo, _protection, _dose, _ranking, _tasks)
+    made = (
+        *(_quality, _concentration, _core, _stability, _halo, _across, _protection, _ablation, _dose, _ranking),
+        _tasks,
+    )
     return [sentence for make in made for sentence in make(run)]
 
 
 def caveats(run: RunFolder) -> list[str]:
     """Sentences about what limits these numbers."""
-    return [sentence for make in (_calibration, _evaluation, _intervals) for sentence in make(run)]
+    return [
+        sentence
+        for make in (_calibration, _few_tokens, _overlap, _left_out, _evaluation, _intervals)
+        for sentence in make(run)
+    ]
 
 
 def _quality(run: RunFolder) -> Iterator[str]:
@@ -82,6 +96,42 @@ def _halo(run: RunFolder) -> Iterator[str]:
             f"The {halo} halo shares {number(whole[0]['value'])} nats with the core per channel, mean over FFNs; its "
             f"nulls share: {nulls}. {_single(of)}"
         )
+
+
+def _stability(run: RunFolder) -> Iterator[str]:
+    for row in run.tables.get("core_stability", ()):
+        if row["site"] == "all":
+            halves = row["compared"] == "halves"
+            which = "cores of two halves of the documents" if halves else f"core and that of {row['compared']}"
+            yield f"The {which} have a Jaccard overlap of {row['jaccard']:.2f} (median over FFNs)."
+
+
+def _across(run: RunFolder) -> Iterator[str]:
+    for row in run.tables.get("cross_layer", ()):
+        if row["site"] == "all" and row["statistic"] in ACROSS:
+            yield (
+                f"{ACROSS[row['statistic']].format(number(row['value']))}, mean over FFNs; random cores of its size: "
+                f"{number(row['null_mean'])} (p {number(row['p'])})."
+            )
+
+
+def _ablation(run: RunFolder) -> Iterator[str]:
+    rows = [r for r in run.tables.get("ablation", ()) if r["how"] == "zero"]
+    core = next((r for r in rows if r["set"] == "core"), None)
+    if core is None:
+        return
+    others: list[str] = []
+    for name in ("write_halo", "lp_matched", "random"):
+        of = [r for r in rows if r["set"] == name]
+        if of:
+            mean = statistics.mean(r["loss_change"] for r in of)
+            others.append(f"{name.replace('_', ' ')} ({of[0]['n_channels']:,} channels) {number(mean)}")
+    yield (
+        f"Without the {core['n_channels']:,} channels of the core the loss rises by "
+        f"{number(core['loss_change'], core['stderr'])} nats/token"
+        + (f"; without {', '.join(others)}" if others else "")
+        + "."
+    )
 
 
 def _single(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -153,6 +203,38 @@ def _calibration(run: RunFolder) -> Iterator[str]:
             f"{text['tokens']:,} tokens are fewer than {FEW_TOKENS} per channel of the widest FFN ({widest:,}): what "
             "needs second moments between channels is under-determined."
         )
+
+
+def _few_tokens(run: RunFolder) -> Iterator[str]:
+    few: Mapping[str, int] = run.facts.get("halo", {}).get("few_tokens", {})
+    if few:
+        yield (
+            f"Correlations with the core of {len(few)} FFNs rest on fewer than {ENOUGH} tokens per core channel (the "
+            f"fewest: {min(few.values()):,}), which do not determine them: do not rely on their halos."
+        )
+
+
+def _overlap(run: RunFolder) -> Iterator[str]:
+    """Nulls whose sets are largely what they are compared with."""
+    rows = [r for r in run.tables.get("halo", ()) if r["site"] == "all" and r["statistic"] == "redundancy"]
+    for row in rows:
+        shared = row.get("null_overlap") or 0.0
+        if shared > MUCH:
+            own, null = "halo" if row["null"] == "lp_matched" else "core", row["null"].replace("_", " ").capitalize()
+            yield (
+                f"{null} sets for the {row['halo']} halo hold {100 * shared:.0f} % of the {own}'s own channels, "
+                "because few others are like them: a large p says little there."
+            )
+
+
+def _left_out(run: RunFolder) -> Iterator[str]:
+    """What has no number, with the reason: one sentence per analysis and reason."""
+    for name in ("concentration", "core_overlap", "halo", "cross_layer"):
+        refused: Mapping[str, str] = run.facts.get(name, {}).get("refused", {})
+        for reason in dict.fromkeys(refused.values()):
+            of = [what for what, why in refused.items() if why == reason]
+            shown = ", ".join(of[:MOST_NAMED]) + (f" and {len(of) - MOST_NAMED} more" if len(of) > MOST_NAMED else "")
+            yield f"{name.replace('_', ' ').capitalize()} leaves out {shown}: {reason}."
 
 
 def _evaluation(run: RunFolder) -> Iterator[str]:

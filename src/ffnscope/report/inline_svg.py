@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LEAST_SCALE = 0.85  # pixels per point: on a narrow screen a figure shrinks that far, then scrolls
 POINTS = 72  # per inch: the unit of an SVG by matplotlib
 THEME = {INK: "var(--ink)", "#000000": "var(--ink)", PALE: "var(--line)", "#ffffff": "var(--paper)"}
 """Colours of a figure -> the page's own, which follow a light or a dark screen."""
@@ -71,8 +72,9 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     width = round(float(box[1].split()[2]))
     label = escape(description, quote=True)
     tips = "".join(_drawn(one, float(box[1].split()[3])) for one in _TIPS.get(figure, ()))
+    sizes = f"max-width:{width * 4 // 3}px; min-width:{width * LEAST_SCALE:.0f}px"
     return (
-        f'<svg viewBox="{box[1]}" role="img" aria-label="{label}" style="max-width:{width * 4 // 3}px" '
+        f'<svg viewBox="{box[1]}" role="img" aria-label="{label}" style="{sizes}" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">{inside}<g class="tips">{tips}</g></svg>'
     )
 

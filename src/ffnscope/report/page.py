@@ -117,7 +117,10 @@ def _pooled(run: RunFolder) -> Iterator[Grid]:
             "All FFNs pooled",
             ["metric", *columns.values(), "tail exponent"],
             lines,
-            ["Share of the mass in the top channels; in brackets: 95 % interval over documents."],
+            [
+                "Share of the mass in the top channels; in brackets: 95 % interval over documents. Tail: exponent of a "
+                "power law, in brackets the channels that it is fitted to."
+            ],
         )
 
 
@@ -125,13 +128,13 @@ def _with_bounds(row: Mapping[str, Any], key: str) -> str:
     if row[key] is None:
         return "–"
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    return number(row[key]) + ("" if low is None or high is None else f" ({number(low)} – {number(high)})")
+    return number(row[key]) + ("" if low is None or high is None else f"\n({number(low)} – {number(high)})")
 
 
 def _tail(row: Mapping[str, Any]) -> str:
     if row.get("tail_exponent") is None:
         return "–"
-    return f"{number(row['tail_exponent'])} (top {row['tail_n']:,}, from {number(row['tail_from'])})"
+    return f"{number(row['tail_exponent'])}\n(top {row['tail_n']:,}, from {number(row['tail_from'])})"
 
 
 def _of_core(run: RunFolder) -> Iterator[Grid]:

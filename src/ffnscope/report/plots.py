@@ -145,12 +145,14 @@ def draw_heatmap(scores: Mapping[str, Scores], title: str = "") -> Figure:
 def draw_perplexity(rows: Sequence[EvalRow], title: str = "") -> Figure:
     """Draw perplexity against achieved sparsity: a panel per dataset, a line per metric, error bars of one stderr.
 
+    The bars are those of the mean NLL, so on a logarithmic axis both ends are defined.
+
     The dense model is a dashed black line, ``random`` (the floor) dashed grey. The axis is logarithmic where the
     largest perplexity is more than 5 times the smallest. The legend is in the order of the right ends of the lines.
     """
     need(rows, "evaluation rows")
     found = panels(rows)
-    figure = new_figure(2.2 + (4.4 if len(found) < 3 else 3.6) * len(found), 4.2, "Perplexity after pruning", title)
+    figure = new_figure(0.6 + (4.6 if len(found) < 3 else 3.6) * len(found), 4.2, "Perplexity after pruning", title)
     names = list(dict.fromkeys(name for panel in found for name in panel.lines))
     looks = _looks(names, found)
     shown: dict[str, tuple[float, Any]] = {}
@@ -307,9 +309,19 @@ def _curve(axes: Axes, rows: list[EvalRow], look: dict[str, Any]) -> tuple[Any, 
     at, values, errors = zip(*sorted(points), strict=True)
     if rows[0].metric is None:
         across = axes.get_yaxis_transform()
-        axes.text(0.995, values[0], number(values[0]), transform=across, ha="right", va="bottom", size=7, color=INK)
+        axes.text(1.01, values[0], number(values[0]), transform=across, ha="left", va="center", size=7, color=INK)
         return axes.axhline(values[0], linewidth=1.2, zorder=2, **look), values[0]
-    axes.errorbar(at, values, errors, fmt="none", ecolor=look["color"], elinewidth=1.2, capsize=2.5, zorder=3)
+    around = [[v * -math.expm1(-e / v), v * math.expm1(min(e / v, 20))] for v, e in zip(values, errors, strict=True)]
+    axes.errorbar(
+        at,
+        values,
+        list(zip(*around, strict=True)),
+        fmt="none",
+        ecolor=look["color"],
+        elinewidth=1.2,
+        capsize=2.5,
+        zorder=3,
+    )
     for x, value, error in zip(at, values, errors, strict=True):
         tip(axes, x, value, f"{rows[0].metric}, {percent(x / 100)} removed: perplexity {number(value, error)}")
     return axes.plot(at, values, linewidth=1.4, markersize=4.5, zorder=3, **look)[0], values[-1]

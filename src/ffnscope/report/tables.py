@@ -25,6 +25,7 @@ _COLUMNS = (
 )
 FLOOR = "random"
 BLANK = "–"
+LEAST_COLUMN = 12  # characters of a heading that is folded in a narrow terminal
 FLOOR_NOTE = f"{FLOOR} is the floor: a metric that does no better has found nothing."
 
 
@@ -105,7 +106,20 @@ def print_results(rows: Sequence[EvalRow], console: Console) -> None:
 
 
 def print_grid(grid: Grid, console: Console) -> None:
-    """Print one table and its notes; on a narrow terminal, spreads go to a line of their own."""
+    """Print one table and its notes.
+
+    On a narrow terminal, spreads go to a line of their own, and columns that do not fit to a table of their own below,
+    with the first column again.
+    """
+    from rich.text import Text
+
+    for part in _side_by_side(grid, console.width):
+        _print_table(part, console)
+    for note in grid.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _print_table(grid: Grid, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -118,8 +132,28 @@ def print_grid(grid: Grid, console: Console) -> None:
         styles = ["bold green" if cell.best else "" for cell in line]
         table.add_row(*(Text(text, style=style) for text, style in zip(texts, styles, strict=True)))
     console.print(table)
-    for note in grid.notes:
-        console.print(Text(note, style="dim"))
+
+
+def _side_by_side(grid: Grid, width: int) -> list[Grid]:
+    """The grid as tables of as many columns as fit, at least one beside the first."""
+    if _terminal_width(grid) <= width or not grid.lines:
+        return [grid]
+    broken = [[max(map(len, _broken(cell.text).split("\n"))) for cell in line] for line in grid.lines]
+    needs = [max(column) for column in zip(*broken, strict=True)]
+    needs = [max(need, min(len(name), LEAST_COLUMN)) + 3 for need, name in zip(needs, grid.columns, strict=True)]
+    first = max(len(text) for text in (grid.columns[0], *(line[0].text for line in grid.lines))) + 4
+    parts: list[list[int]] = [[]]
+    for index in range(1, len(grid.columns)):
+        if parts[-1] and first + sum(needs[i] for i in (*parts[-1], index)) > width:
+            parts.append([])
+        parts[-1].append(index)
+    return [_columns(grid, (0, *part)) for part in parts]
+
+
+def _columns(grid: Grid, chosen: Sequence[int]) -> Grid:
+    """Some columns of a grid, without its notes."""
+    lines = [[line[i] for i in chosen] for line in grid.lines]
+    return Grid(grid.title, [grid.columns[i] for i in chosen], lines, [])
 
 
 def _broken(text: str) -> str:

@@ -151,7 +151,7 @@ def draw_percolation(found: Validation, title: str = "") -> Figure:
         curves.setdefault(allocator, {}).setdefault(metric, []).append((100 * row.sparsity, _nll(row) - dense))
     shown = _lowest(curves)
     looks = _looks(shown)
-    figure = new_figure(2.6 + 3.9 * len(curves), 4.4, "Rise of the loss when channels are removed, by ranking", title)
+    figure = new_figure(1.0 + 3.9 * len(curves), 4.4, "Rise of the loss when channels are removed, by ranking", title)
     handles: dict[str, Any] = {}
     for index, (allocator, by_metric) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), index + 1)

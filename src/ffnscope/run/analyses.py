@@ -108,7 +108,7 @@ def _overlap_stage(job: Job, core: Core, scores: Mapping[str, Scores]) -> dict[s
     """Compare the core with other top sets, and return the sets of all."""
     metric = job.config.supernode.score_metric
     found = core_overlap(core, scores, defined_by=metric)
-    facts = {"core": metric, "activation_outliers": found.outliers}
+    facts = {"core": metric, "activation_outliers": found.outliers, "refused": found.refused}
     files = tables(job, "core_overlap")
     depends = [job.keys["score"], job.config.supernode.model_dump(exclude={"stability"})]
     job.stage("core overlap", depends, files, lambda: write_tables(files, found.rows(), facts))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ffnscope.analyze import cross_layer, halo
 from ffnscope.analyze.bootstrap import bootstrap_statistics
 from ffnscope.analyze.levels import CoreRule, Extra
-from ffnscope.analyze.neighbours import bounded_pool, null_channels
+from ffnscope.analyze.neighbours import bounded_pool, check_others, null_channels
+from ffnscope.analyze.probes import check_doses
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import ModelSource, load_model, read_token
@@ -52,8 +53,11 @@ def calibration_extra(config: RunConfig, sites: Sequence[FFNSite], windows: Wind
     """What the analyses need beyond the statistics of the metrics.
 
     Raises:
-        UsageError: the sums of null cores would not fit (see `bounded_pool`).
+        UsageError: the sums of null cores would not fit (see `bounded_pool`); or the core is too large for what it is
+            compared with.
     """
+    if config.supernode.enabled:
+        _check_core(config, sites)
     names: dict[str, None] = {}
     if config.concentration.enabled:
         names |= dict.fromkeys(bootstrap_statistics({m: metric_params(config, m) for m in config.metric_names}))
@@ -71,6 +75,17 @@ def calibration_extra(config: RunConfig, sites: Sequence[FFNSite], windows: Wind
         names |= dict.fromkeys(of_core)
         pool = bounded_pool(sites, of_core, rule.size(sites), config.supernode.null_pool)
     return Extra(tuple(names), pool, groups)
+
+
+def _check_core(config: RunConfig, sites: Sequence[FFNSite]) -> None:
+    """Raise UsageError before a pass where an analysis would find the core too large."""
+    rule, asked = core_rule(config), config.ablation
+    for site in sites:
+        size, pool = min(rule.size([site]), site.d_ff), config.supernode.null_pool
+        if compares_cores(config):
+            check_others(site, size, min(site.d_ff - size, site.d_ff if pool is None else pool))
+        if asked.enabled:
+            check_doses(site, size, asked.dose_sparsity, asked.dose_shares)
 
 
 def measured_channels(config: RunConfig, core: Mapping[FFNSite, Tensor], extra: Extra) -> dict[FFNSite, Tensor]:

@@ -49,7 +49,7 @@ class Reporter:
                 show(done, total)
 
             yield update
-        self.say(f"{name}: {time.perf_counter() - start:.1f} s" + (f", {meter.rate:,.0f} {unit}/s" * (meter.rate > 0)))
+        self.say(f"{name}: {time.perf_counter() - start:.1f} s" + (f", {meter.told} {unit}/s" * (meter.rate > 0)))
 
     @contextlib.contextmanager
     def _bar(self, name: str, unit: str, meter: _Meter) -> Generator[Update]:
@@ -69,7 +69,7 @@ class Reporter:
             bar = progress.add_task(name, total=None, rate="")
 
             def show(done: int, total: int) -> None:
-                rate = f"{meter.rate:,.0f} {unit}/s" if meter.rate else ""
+                rate = f"{meter.told} {unit}/s" if meter.rate else ""
                 progress.update(bar, completed=done, total=total, rate=rate)
 
             yield show
@@ -101,6 +101,11 @@ class _Meter:
             self.begun = (now, done)
         elif now > self.begun[0]:
             self.rate = (done - self.begun[1]) / (now - self.begun[0])
+
+    @property
+    def told(self) -> str:
+        """The rate in words; a slow one is not rounded to 0."""
+        return f"{self.rate:,.0f}" if self.rate >= 9.5 else f"{self.rate:.2g}"
 
 
 class _LogFile(logging.FileHandler):

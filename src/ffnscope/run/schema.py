@@ -168,7 +168,7 @@ class Supernode(Block):
     halo_fraction: Fraction | None = None
     """Share of the non-core channels that is the halo, for the supernode_* metrics and the halo block; null: 0.1."""
     null_pool: Count | None = None
-    """Channels per FFN, beside the core, that null cores of halo and cross_layer are drawn from; null: 10 per core
+    """Channels per FFN that null cores of halo and cross_layer are drawn from, beside the core's own; null: 10 per core
     channel and at least 100, as far as their sums stay below 4 GiB."""
     protect_core: StrictBool = True
     """Keep the core in every pruning plan, whatever the metric."""

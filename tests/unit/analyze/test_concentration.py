@@ -96,7 +96,7 @@ def test_the_headline(measured: Any):
     assert one.interval is not None and one.interval[0] <= one.value <= one.interval[1]
     sentence = found.headline()
     assert sentence.startswith(
-        f"The top 1 % of the channels of each FFN hold a median {one.value:.1%} of its scar_loss"
+        f"The top 1 % of the channels of each FFN hold a median {100 * one.value:.1f} % of its scar_loss"
     )
     assert "95 % interval of the median by document" in sentence
     with pytest.raises(UsageError, match="there is no concentration of 'wanda': it was not among the scores"):

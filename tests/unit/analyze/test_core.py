@@ -76,6 +76,13 @@ def test_the_core_is_not_compared_with_what_defines_it(sites: list[FFNSite]):
     assert set(found.sets) == {OUTLIERS, "scar_activation_power", "other"}
 
 
+def test_metrics_that_lift_the_core_are_not_compared_with_it(sites: list[FFNSite]):
+    name = "supernode_protection_score"
+    found = core_overlap({s: torch.tensor([0, 1]) for s in sites}, {name: table(name, sites, [0, 1], [0, 1])})
+    assert found.rows() == [] and set(found.sets) == {name}
+    assert found.refused == {name: "its scores lift the core above all other channels"}
+
+
 def test_p_is_one_for_nothing_shared_and_small_for_all(sites: list[FFNSite]):
     core = {s: torch.tensor([0, 1, 2]) for s in sites}
     rows = core_overlap(core, {"x": table("x", sites, [7, 8, 9], [0, 1, 2])}).rows()

@@ -120,6 +120,19 @@ def test_a_next_layer_that_is_not_analysed_is_named():
     assert {r["statistic"] for r in found.rows()} == {"bus_dimensions"}
 
 
+def test_random_cores_that_are_dead_write_nowhere():
+    """A random core of dead channels has 0 dimensions, and is not lost from the p-value as NaN would be."""
+    model = tiny("opt")
+    for layer in model.model.decoder.layers:
+        torch.nn.init.constant_(layer.fc1.bias[:30], -100.0)
+    core = {s: torch.tensor([40]) for s in find_sites(model)}
+    measured = null_channels(core)
+    stats = collect(model, TEXT, [*NEEDS, *CORE_NEEDS], sites=list(core), core=measured, options=PassOptions(8))
+    rows = [r for r in cross_layer(model, stats, core, measured).rows() if r["statistic"] == "bus_dimensions"]
+    assert all(math.isfinite(r["null_mean"]) and r["null_low"] == 0 for r in rows)
+    assert all(r["p"] > 0.4 for r in rows if r["site"] != "all")  # 30 of 48 channels are dead
+
+
 def test_too_few_draws(llama: Any):
     with pytest.raises(UsageError, match="draws must be at least 200"):
         analysed(llama, draws=10)

@@ -9,15 +9,24 @@ import torch
 from torch import Tensor
 
 from ffnscope.analyze.halo import CORE_NEEDS, NEEDS, HaloAnalysis, HaloOptions, halo_analysis
-from ffnscope.analyze.halo_draws import Followers, HaloSize, halo_values
+from ffnscope.analyze.halo_draws import (
+    CORE_NULLS,
+    Followers,
+    HaloSize,
+    halo_values,
+    lp_matched_sets,
+    matched_values,
+    null_cores,
+)
 from ffnscope.analyze.neighbours import bounded_pool, null_channels
+from ffnscope.analyze.nulls import compare
 from ffnscope.calibrate.collect import PassOptions, collect
 from ffnscope.calibrate.windows import Windows, contiguous_windows
 from ffnscope.errors import UsageError
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites
 from ffnscope.metrics.supernode import connectivity, redundancy_to_core, write_halo
-from ffnscope.types import ChannelStats, FFNSite
+from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 from reference import exact, slow_signals_of_all
 from tiny import D_FF, LAYERS, tiny, tokens
 from tiny_moe import tiny_moe
@@ -57,6 +66,8 @@ def test_rows_of_every_halo_and_null(found: Any):
                 assert all(0 < r["p"] <= r["p_adjusted"] <= 1 and r["draws"] == 200 for r in here)
                 assert all(r["null_low"] <= r["null_mean"] <= r["null_high"] and r["null_sd"] > 0 for r in here)
     assert {r["tokens"] for r in rows} == {text().n_targets}
+    shared = {r["null_overlap"] for r in rows if r["null"] == "random_core"}
+    assert all(share == pytest.approx(len(CORE) / D_FF, abs=0.03) for share in shared)  # all channels are measured
     assert analysis.refused == {f"{sites[-1]} read": "the next layer has no single dense FFN, or there is none"}
     assert "<table>" in analysis._repr_html_()
 
@@ -143,6 +154,39 @@ def test_p_values_are_uniform_when_the_core_is_any_set():
     assert float((values <= 0.05).double().mean()) < 0.15
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.5])
+def test_p_values_against_lp_matched_followers_hold_their_level(fraction: float):
+    """A halo that is any set of followers: 5 % of its p-values are below 0.05, also of a halo of one half."""
+    p: list[float] = []
+    for seed in range(300):
+        random = torch.Generator().manual_seed(seed)
+        correlation, sizes = torch.rand(4, 100, generator=random), torch.rand(100, 6, generator=random)
+        power, at = torch.rand(100, generator=random).exp(), torch.arange(4)
+        followers = Followers(0.8 * correlation, sizes, power, at)
+        values, halo, redundancy = halo_values(followers, at[None], sizes[:4], HaloSize(fraction, 2, 5))
+        sets = lp_matched_sets(followers, at, halo, 200, random)
+        assert not bool(torch.isin(sets, at).any())
+        p.append(compare(float(values[0, 1]), matched_values(followers, at, redundancy, sets)[:, 1]).p)
+    below = (torch.tensor(p) <= 0.05).double().mean()
+    assert 0.015 <= float(below) <= 0.085  # 2.8 standard errors around 0.05
+
+
+@pytest.mark.parametrize("null", CORE_NULLS)
+def test_p_values_against_null_cores_hold_their_level_with_a_small_pool(null: str):
+    """Two measured channels per core channel: null cores drawn from these alone would differ too little."""
+    p: list[float] = []
+    for seed in range(300):
+        random = torch.Generator().manual_seed(seed)
+        down, number = torch.randn(16, 60, generator=random), torch.rand(60, generator=random)
+        measured, core = torch.arange(60), torch.randperm(60, generator=random)[:20].sort().values
+        conn = torch.rand(60, generator=random)
+        weights = FFNWeights(None, down.T.contiguous(), down)
+        places = null_cores(weights, core, measured, conn, 200, random)[null]
+        p.append(compare(float(number[core].mean()), number[places].mean(1)).p)
+    below = (torch.tensor(p) <= 0.05).double().mean()
+    assert 0.015 <= float(below) <= 0.085
+
+
 def test_a_planted_halo_is_found():
     """Followers that write with the core and repeat its q stand out against every null."""
     random = torch.Generator().manual_seed(0)
@@ -209,7 +253,7 @@ def test_what_was_not_measured_is_refused(llama: Any):
     with pytest.raises(UsageError, match="correlations were not measured for all channels of the core"):
         halo_analysis(llama, stats, other, narrow, HaloOptions(support=8))
     few_stats, few = measured_stats(llama, text(), core, pool=2)
-    with pytest.raises(UsageError, match="cannot draw 3 channels of 2"):
+    with pytest.raises(UsageError, match="null cores of 3 channels need as many others that are measured; got 2"):
         halo_analysis(llama, few_stats, core, few, HaloOptions(support=8))
 
 
@@ -221,7 +265,7 @@ def test_the_pool_holds_the_core_and_others(site: FFNSite, monkeypatch: pytest.M
             assert index.numel() == size and torch.equal(index, index.unique())
             assert bool(torch.isin(core[wide[0]], index).all())
     assert bounded_pool(wide, ["taylor_core"], 20) == 200
-    assert bounded_pool(wide, ["taylor_core"], 20, 7) == 7
+    assert bounded_pool(wide, ["taylor_core"], 20, 27) == 27
     row = 2 * 2000 * 8
     monkeypatch.setattr("ffnscope.analyze.neighbours.POOL_BYTES", 70 * row)
     assert bounded_pool(wide, ["taylor_core"], 20) == 50

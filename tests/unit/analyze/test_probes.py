@@ -106,6 +106,15 @@ def test_controls_are_of_the_halos_size_and_outside(sites: list[FFNSite]) -> Non
     assert all(torch.equal(a.channels[s], b.channels[s]) for a, b in zip(probes, again, strict=True) for s in sites)
 
 
+def test_matched_controls_are_as_many_where_bins_borrow_from_each_other(sites: list[FFNSite]) -> None:
+    halo = torch.arange(30, 44)  # of the top bins, which have no other channels left
+    scores = {site: torch.linspace(0, 1, site.d_ff) for site in sites}
+    probes = control_probes(of(sites, torch.arange(44, 48)), {"write_halo": of(sites, halo)}, scores, draws=8)
+    matched = [p for p in probes if p.name == "lp_matched"]
+    assert all(index.numel() == 14 == index.unique().numel() for p in matched for index in p.channels.values())
+    assert all(bool((index >= 15).all()) for p in matched for index in p.channels.values())  # the nearest ones
+
+
 def test_doses_hold_their_share_of_the_core(sites: list[FFNSite]) -> None:
     probes = dose_probes(of(sites, CORE), sites, 0.5, shares=(0, 0.5, 1), draws=2, seed=3)
     assert [(p.facts["core_share"], p.draw) for p in probes] == [(s, d) for s in (0, 0.5, 1) for d in (0, 1)]

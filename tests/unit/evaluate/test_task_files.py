@@ -37,11 +37,27 @@ def test_blank_lines_are_no_rows(tmp_path):
     assert task_config(path)["task"] == "mine"
 
 
+def test_only_line_feeds_end_lines(tmp_path):
+    """JSON texts may hold the line and paragraph separators of Unicode as they are."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "one\u2028two\u2029three\x85"}\r\n{"text": "four"}\r\n', encoding="utf-8", newline="")
+    assert task_config(path)["task"] == "mine"
+
+
+def test_the_place_of_a_wrong_row_is_told(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "a b"}\n\n{"answer": 1}\n')
+    with pytest.raises(TextError, match=r"mine\.jsonl, line 3: expected"):
+        task_config(path)
+    with pytest.raises(TextError, match=r"mine\.json, row 2: expected"):
+        task_config(written(tmp_path, {"text": "a b"}, {"answer": 1}, name="mine.json"))
+
+
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ({}, "row 0: expected .*; found dict"),
-        ("a text", "row 0: expected .*; found str"),
+        ({}, "line 1: expected .*; found dict"),
+        ("a text", "line 1: expected .*; found str"),
         ({"query": "a"}, "found 'query'"),
         ({"query": "a", "choices": ["b"], "answer": 0}, "found 'query', 'choices', 'answer'"),
         ({"text": "  "}, "found 'text'"),

@@ -156,6 +156,14 @@ def test_an_unknown_task_is_told_with_its_name():
         load_tasks(TaskOptions(("hellaswagg",)))
 
 
+def test_two_files_of_one_name_do_not_hide_each_other(questions, tmp_path):
+    other = tmp_path / "more" / questions.name
+    other.parent.mkdir()
+    other.write_text(questions.read_text())
+    with pytest.raises(UsageError, match=r"are both called 'questions'; rename the file"):
+        load_tasks(TaskOptions((str(questions), str(other))))
+
+
 def test_a_task_whose_data_are_missing_is_told_with_its_name(tmp_path):
     missing = tmp_path / "broken.yaml"
     missing.write_text(

@@ -106,3 +106,4 @@ def test_no_tail(values: Tensor):
 def test_effective_number():
     rows = torch.stack([torch.ones(6), torch.tensor([1.0, 1, 0, 0, 0, 0])])
     assert effective_number(rows).tolist() == pytest.approx([6, 2])
+    assert effective_number(torch.zeros(2, 6)).tolist() == [0, 0]

@@ -56,7 +56,7 @@ def test_the_page_opens_without_an_error(page: Path) -> None:
     assert found.stdout.count("<section") == page.read_text().count("<section")
 
 
-@pytest.mark.parametrize(("width", "least"), [(1280, 540), (500, 540)])
+@pytest.mark.parametrize(("width", "least"), [(1280, 440), (500, 310)])
 def test_every_figure_shows_something_and_the_page_is_not_wider_than_the_window(
     page: Path, width: int, least: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 import shutil
@@ -113,7 +114,8 @@ def analysed(folder: Path, tmp_path: Path) -> Path:
         "halo": [
             {"halo": h, "null": n, "statistic": t, "site": s, "layer": i, "n_halo": 5,
              "value": 0.2, "null_mean": 0.1, "null_sd": 0.01, "null_low": 0.05, "null_high": 0.15, "draws": 200,
-             "effect": 3.0, "p": 0.005, "p_adjusted": 0.01, "tokens": 100}
+             "effect": 3.0, "p": 0.005, "p_adjusted": 0.01, "tokens": 100,
+             "null_overlap": 0.4 if n == "lp_matched" else 0.1}
             for h in ("write", "read")
             for t in ("redundancy", "excess")
             for n in ("random_core", "lp_matched")
@@ -146,7 +148,7 @@ def analysed(folder: Path, tmp_path: Path) -> Path:
             for m, v in (("wanda", 0.5), ("random", 0.0))
         ],
     }  # fmt: skip
-    sentence = "The top 1 % of the channels of each FFN hold a median 30.0% of its scar_loss_proxy mass."
+    sentence = "The top 1 % of the channels of each FFN hold a median 30.0 % of its scar_loss_proxy mass."
     facts = {"concentration": {"medians": {"scar_loss_proxy": {"sentence": sentence}}}}
     for name, rows in tables.items():
         write_json(found / "analysis" / f"{name}.json", {"rows": rows, "facts": facts.get(name, {})})
@@ -191,7 +193,7 @@ def test_the_report_of_the_files_alone_is_the_same(folder: Path, tmp_path: Path)
 def test_every_analysis_has_its_figure_and_its_sentence(analysed: Path) -> None:
     run = read_run(analysed)
     said = " ".join(findings(run))
-    assert "hold a median 30.0% of its scar_loss_proxy mass." in said
+    assert "hold a median 30.0 % of its scar_loss_proxy mass." in said
     assert "25 % of the core are activation outliers too (median over FFNs; 7.5 % would be by chance)" in said
     assert (
         "The write halo shares 0.200 nats with the core per channel, mean over FFNs; its nulls share: random core"
@@ -204,13 +206,54 @@ def test_every_analysis_has_its_figure_and_its_sentence(analysed: Path) -> None:
     text = write_report(run, analysed / "again.html").read_text()
     for caption in (
         "Share of the scar_loss_proxy mass", "Lorenz curves of scar_loss_proxy", "Redundancy of the write halo",
-        "Redundancy of the read halo", "Bus dimensions of the core", "when sets of channels are set to zero",
+        "Redundancy of the read halo", "residual dimensions that the core of each layer writes to",
+        "when sets of channels are set to zero",
         "against the share of the core in them",
     ):  # fmt: skip
         assert f"{caption}" in html.unescape(text), caption
     assert text.count("<svg ") == 4 + len(METRICS) + 9
     assert "Overlap of the core" in text and "All FFNs pooled" in text
     outline(analysed / "again.html")
+
+
+def test_stability_cross_layer_and_ablation_are_told(analysed: Path) -> None:
+    run = read_run(analysed)
+    shift = {"site": "all", "layer": None, "shared": 2.0, "n_core": 4}
+    across = {"site": "all", "layer": None, "null_mean": 5.0, "p": 0.01}
+    tables = {
+        **run.tables,
+        "core_stability": [{**shift, "compared": c, "jaccard": j} for c, j in (("halves", 0.25), ("seed 7", 0.5))],
+        "cross_layer": [{**across, "statistic": n, "value": v} for n, v in (("bus_dimensions", 3.0), ("drive", 9.0))],
+    }
+    said = findings(dataclasses.replace(run, tables=tables))
+    for sentence in (
+        "The cores of two halves of the documents have a Jaccard overlap of 0.25 (median over FFNs).",
+        "The core and that of seed 7 have a Jaccard overlap of 0.50 (median over FFNs).",
+        "The core writes to 3.000 effective residual dimensions, mean over FFNs; random cores of its size: 5.000",
+        "The core drives what the next FFN reads by 9.000, mean over FFNs; random cores of its size: 5.000",
+        "Without the 8 channels of the core the loss rises by 0.300 ± 0.100 nats/token; without lp matched (8",
+    ):
+        assert any(one.startswith(sentence) for one in said), sentence
+
+
+def test_caveats_name_what_is_left_out_and_what_rests_on_little(analysed: Path) -> None:
+    run = read_run(analysed)
+    facts = {"halo": {"few_tokens": {"a": 30, "b": 20}, "refused": dict.fromkeys("abcd", "no token reached it")}}
+    said = caveats(dataclasses.replace(run, facts=facts))
+    assert "Halo leaves out a, b, c and 1 more: no token reached it." in said
+    few = next(s for s in said if s.startswith("Correlations with the core of 2 FFNs rest on fewer than 10 tokens"))
+    assert "(the fewest: 20)" in few
+    own = "sets for the {} halo hold 40 % of the halo's own channels"
+    assert [s.split(",")[0] for s in said if "own channels" in s] == [
+        f"Lp matched {own.format(halo)}" for halo in ("write", "read")
+    ]
+
+
+def test_a_sample_of_blanks_is_told_as_nothing(analysed: Path) -> None:
+    run = read_run(analysed)
+    samples = {"prompts": ["Once"], "texts": {"dense": ["upon a time"], "random-0.5": [" \n"]}}
+    text = write_report(dataclasses.replace(run, samples=samples), analysed / "again.html").read_text()
+    assert "<b>random-0.5</b>(nothing)" in text and "<b>dense</b>upon a time" in text
 
 
 def test_caveats_name_what_is_little(folder: Path) -> None:

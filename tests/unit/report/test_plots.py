@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,15 @@ def test_perplexity_lines(rows, tmp_path):
     assert low < 10.0 and high > 1.25e7
     assert len(axes.containers) == 2  # error bars
     check_png(plots.plot_perplexity(rows, tmp_path / "perplexity.png"))
+
+
+def test_an_error_as_large_as_the_perplexity_stays_on_a_logarithmic_axis(row):
+    """Bars are one standard error of the mean NLL: their lower end is above 0."""
+    figure = plots.draw_perplexity([row(None, 0, 20.0), row("wanda", 0.5, 4000.0, stderr=4100.0)])
+    axes = figure.axes[0]
+    (segment,) = axes.containers[0].lines[2][0].get_segments()
+    assert axes.get_yscale() == "log"
+    assert segment[:, 1].tolist() == pytest.approx([4000 * math.exp(-4100 / 4000), 4000 * math.exp(4100 / 4000)])
 
 
 def test_perplexity_has_a_panel_per_dataset_and_one_look_per_metric(row, tmp_path):

@@ -8,7 +8,17 @@ from rich.console import Console
 
 from ffnscope.errors import UsageError
 from ffnscope.io import read_json, write_csv, write_json
-from ffnscope.report.tables import number, panels, percent, print_results, results_markdown, results_rows
+from ffnscope.report.tables import (
+    Cell,
+    Grid,
+    number,
+    panels,
+    percent,
+    print_grid,
+    print_results,
+    results_markdown,
+    results_rows,
+)
 
 
 def printed(rows, width: int) -> str:
@@ -108,6 +118,18 @@ def test_terminal_table_holds_every_number(rows, width):
         assert expected in text
     assert ("12.34 ± 0.05" in text) == (width == 120)
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_columns_that_do_not_fit_the_terminal_go_below():
+    names = [f"model {i}" for i in range(9)]
+    line = [Cell("a task of some length: acc"), *(Cell(f"0.{i}50 ± 0.250") for i in range(9))]
+    for width, tables in ((60, 3), (80, 2), (400, 1)):
+        console = Console(width=width, file=io.StringIO(), color_system=None)
+        print_grid(Grid("Tasks", ["task", *names], [line], ["a note"]), console)
+        text = console.file.getvalue()
+        assert all(name in text for name in names) and all(f"0.{i}50" in text for i in range(9))
+        assert text.count("Tasks") == text.count("a task of some length: acc") == tables
+        assert text.count("a note") == 1 and max(map(len, text.splitlines())) <= width
 
 
 def test_terminal_table_does_not_read_names_as_markup(row):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ffnscope.calibrate import collect
-from ffnscope.errors import ConfigError
+from ffnscope.errors import ConfigError, UsageError
 from ffnscope.io import read_scores, read_stats, read_tensors
 from ffnscope.run import RunConfig, RunResult, analyses, config_from_dict
 from ffnscope.run.estimate import estimate
@@ -93,7 +93,11 @@ def test_channel_sets(unbroken: RunResult):
 
 def test_core_tables(unbroken: RunResult):
     overlap = strict_json(unbroken.folder / "analysis" / "core_overlap.json")
-    assert overlap["facts"] == {"core": "scar_loss_proxy", "activation_outliers": "scar_activation_power"}
+    assert overlap["facts"] == {
+        "core": "scar_loss_proxy",
+        "activation_outliers": "scar_activation_power",
+        "refused": {"supernode_protection_score": "its scores lift the core above all other channels"},
+    }
     assert "scar_loss_proxy" not in {r["other"] for r in overlap["rows"]}
     stability = strict_json(unbroken.folder / "analysis" / "core_stability.json")
     assert [r["compared"] for r in stability["rows"]] == 3 * ["seed 1"] + 3 * ["halves"]
@@ -178,6 +182,32 @@ def test_the_estimate_tells_of_the_analyses(asked: Callable[..., RunConfig]):
     assert stages["stability"].startswith("the core of 1 other calibrations: ")
     (names,) = found.statistics
     assert {"taylor_next", "act_next", "taylor_core", "taylor_sq_by_document", "targets_by_document"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"supernode": {"enabled": True, "top_k": 30}}, "null cores of 30 channels need as many others .* got 18"),
+        (
+            {"supernode": {"enabled": True, "top_k": 4, "null_pool": 3}},
+            "null cores of 4 channels need .* got 3",
+        ),
+        (
+            {
+                "supernode": {"enabled": True, "top_k": 4},
+                "ablation": {"enabled": True, "dose_sparsity": 0.05, "num_samples": 2},
+            },
+            "a mask of 2 channels cannot hold 3 of 4 core channels, with 44 others",
+        ),
+    ],
+)
+def test_a_core_that_is_too_large_stops_before_the_calibration(
+    asked: Callable[..., RunConfig], tmp_path: Path, changes: dict[str, Any], message: str
+):
+    config = asked(**changes)
+    with pytest.raises(UsageError, match=message):
+        quiet_run(config)
+    assert not list(tmp_path.rglob("statistics*.safetensors"))
 
 
 @pytest.mark.parametrize(
