@@ -25,7 +25,8 @@ from ffnscope.evaluate.costs import Work, count_costs
 from ffnscope.evaluate.perplexity import token_losses
 from ffnscope.ffn.projection import uses_of
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import STATISTICS, Statistic
+from ffnscope.registry import STATISTICS
+from ffnscope.rules import Statistic
 from ffnscope.types import Budget, PruningPlan
 from reference import text
 from tiny_all import D_FF, logits_of, tiny_causal_lm
