@@ -116,7 +116,8 @@ FAULTS = [
     # names
     ("pruning: {algorithms: [wandas]}", "unknown metric 'wandas'. Did you mean 'wanda'? Known: activation_l2_norm"),
     ("pruning: {algorithms: [random, random]}", "pruning.algorithms: 'random' is listed twice; list each value once."),
-    ("pruning: {allocator: globl}", "unknown allocator 'globl'. Did you mean 'global'? Known: global, local."),
+    ("pruning: {allocator: globl}", "unknown allocator 'globl'. Did you mean 'global'? Known: global, halfway,"),
+    ("pruning: {allocator: measured}", "needs measured loss curves, which are given in Python only"),
     # not in this version, or never
     (
         "model: {model_id: m, reference_id: r}",
