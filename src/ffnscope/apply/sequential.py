@@ -57,12 +57,12 @@ class SequentialOptions:
     checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.target not in ("own", "dense") and not (
-            isinstance(self.target, int | float) and 0 <= self.target <= 1
-        ):
+        if self.target not in ("own", "dense") and not (isinstance(self.target, int | float) and 0 <= self.target <= 1):
             raise UsageError(f"target must be 'own', 'dense' or a share between 0 and 1; got {self.target!r}.")
         if self.damping is not None and not 0 < self.damping < float("inf"):
-            raise UsageError(f"damping must be positive, a share of the mean power of the channels; got {self.damping}.")
+            raise UsageError(
+                f"damping must be positive, a share of the mean power of the channels; got {self.damping}."
+            )
         if self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1; got {self.batch_size}.")
 
@@ -85,16 +85,17 @@ def reconstruct_sequential(
     With W the dense columns, h the channels on the pruned stream and a the target, the columns of an FFN minimise the
     ridge problem of `refit_down` for t = W h + a (O_dense - O_own): O are the outputs of the block in the dense model
     and of the dense block in the pruned model. Where the block does not add the FFN's output as it is (a norm behind
-    it), or adds several, the outputs of the FFN stand for those of the block. Experts are fitted to their own outputs on the tokens that
-    the router of the pruned model gives them; one without tokens keeps all its channels, in the plan of the result too.
+    it), the outputs of the FFN stand for those of the block; of several FFNs that it adds, the first takes the
+    difference of the block. Experts are fitted to their own outputs, on the tokens that the router of the pruned model
+    gives them; one without tokens keeps all its channels, in the plan of the result too.
 
     Every block runs once over the windows for each stream, so the cost is that of two forwards (one with the own
     target) and the least squares. Blocks with experts, with norms behind their FFN, or with more than 1 GiB of channel
     activations run a third time, with the new columns.
 
     Memory beside the model: hidden states of all windows, n_tokens * d_model once per stream in the model's dtype; the
-    activations of one block (at most 1 GiB); per FFN of a block d_ff^2 + d_model * d_ff numbers of 8 bytes, twice where the
-    damping is chosen.
+    activations of one block (at most 1 GiB); per FFN of a block d_ff^2 + d_model * d_ff numbers of 8 bytes, twice where
+    the damping is chosen.
 
     Args:
         model: the dense model; bit-identical afterwards, also after an exception or Ctrl-C.
@@ -117,7 +118,9 @@ def reconstruct_sequential(
     if len(windows) == 0 or not plan.kept:
         raise UsageError("a sequential reconstruction needs at least one window of text and one FFN in the plan.")
     files = BlockFiles(options.checkpoint, "" if options.checkpoint is None else _key(model, windows, plan, options))
-    message = f"out of memory in the sequential reconstruction ({options.batch_size} windows at a time). Lower batch_size."
+    message = (
+        f"out of memory in the sequential reconstruction ({options.batch_size} windows at a time). Lower batch_size."
+    )
     with frozen(model), torch.no_grad(), memory_errors(message):
         streams = open_streams(model, list(plan.kept), *_batches(windows, options), options.mix)
         found: dict[FFNSite, Columns] = {}
@@ -221,8 +224,8 @@ def _warn(found: Mapping[FFNSite, Columns]) -> None:
         )
     if none:
         warnings.warn(
-            f"{len(none)} of {len(found)} FFNs were reached by no token of the pruned model ({none[0].name}); they keep "
-            "all their channels.",
+            f"{len(none)} of {len(found)} FFNs were reached by no token of the pruned model ({none[0].name}); they "
+            "keep all their channels.",
             stacklevel=3,
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.probe import layer_path
 from ffnscope.types import FFNSite
 
@@ -68,7 +68,7 @@ class Blocks:
             output = self.modules[block](hidden, *call.args, **call.kwargs)
         else:
             output = self.modules[block](*call.args, **{call.keyword: hidden}, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return _first(output)
 
     def sites_of(self, sites: Sequence[FFNSite]) -> list[list[FFNSite]]:
         """The sites in each block."""
@@ -86,6 +86,7 @@ def open_blocks(model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Wi
         UsageError: no batch or no site.
         NotAvailableError: the blocks are no chain: the FFNs are in several lists or in none, a block runs several
             times, blocks hand on more than hidden states, or something between them changes these.
+        NonFiniteError: hidden states are NaN or infinite on the first text; the block is named.
     """
     if not batches or not sites:
         raise UsageError("running blocks one at a time needs at least one window of text and one FFN.")
@@ -153,10 +154,17 @@ def _check(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module],
     try:
         hidden, calls = _passed_on(model, modules, lengths, piece)
     except (TypeError, AttributeError) as error:  # of code between the blocks
-        raise _no_chain(model, f"what a block returns beside the hidden states is needed by the next ({error})") from error
+        raise _no_chain(
+            model, f"what a block returns beside the hidden states is needed by the next ({error})"
+        ) from error
     blocks = Blocks(tuple(names), tuple(modules), (piece,), (calls,))
     valid = piece.valid.to(hidden.device)
     for block, one in enumerate(seen):
+        if not bool(torch.isfinite(one.after[valid.to(one.after.device)]).all()):
+            raise NonFiniteError(
+                f"what {names[block]} puts out is NaN or infinite. In float16 this is usually an overflow: load the model "
+                "in bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."
+            )
         twice = [blocks.run(block, 0, hidden) for _ in range(2)]
         if not all(_same(one.after, found, valid) for found in twice):
             raise _no_chain(
@@ -187,7 +195,7 @@ def _true_forward(model: nn.Module, modules: Sequence[nn.Module], piece: Windows
         block = next(i for i, one in enumerate(modules) if one is module)
         first = _first(output)
         after = first.clone() if isinstance(first, Tensor) else first
-        seen.append(_Seen(block, begun.pop(), after, len(output) if isinstance(output, tuple) else 0))
+        seen.append(_Seen(block, begun.pop(), after, len(output) if isinstance(output, tuple | list) else 0))
 
     handles: list[Any] = []
     try:
@@ -254,7 +262,7 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | N
 
 
 def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) and output else cast("Any", output)
+    return output[0] if isinstance(output, tuple | list) and output else cast("Any", output)
 
 
 class _Shared:
