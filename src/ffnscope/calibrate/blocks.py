@@ -162,8 +162,8 @@ def _check(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module],
     for block, one in enumerate(seen):
         if not bool(torch.isfinite(one.after[valid.to(one.after.device)]).all()):
             raise NonFiniteError(
-                f"what {names[block]} puts out is NaN or infinite. In float16 this is usually an overflow: load the model "
-                "in bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."
+                f"what {names[block]} puts out is NaN or infinite. In float16 this is usually an overflow: load the "
+                "model in bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."
             )
         twice = [blocks.run(block, 0, hidden) for _ in range(2)]
         if not all(_same(one.after, found, valid) for found in twice):

@@ -18,8 +18,10 @@ from ffnscope.apply.mask import masked
 from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.apply.refit import Moments, output_error, refit_down
 from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
+from ffnscope.calibrate.collect import collect
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, NonFiniteError, NotAvailableError, UsageError
+from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.probe import layer_path
 from ffnscope.ffn.projection import down_projection, weights_of
 from ffnscope.ffn.sites import find_sites
@@ -266,9 +268,6 @@ class TestExperts:
     @pytest.mark.filterwarnings("ignore:.*fewer tokens than 4 d_ff")
     @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "aria_text", "gpt_oss", "dbrx", "jetmoe"])
     def test_each_on_its_own_tokens_of_the_pruned_stream(self, name: str) -> None:
-        from ffnscope.calibrate.collect import collect
-        from ffnscope.ffn.frozen import frozen
-
         model = tiny_moe(name, dtype=torch.float64)
         plan, windows = plan_of(model), text(16)
         before = state(model)
