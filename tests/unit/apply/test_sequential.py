@@ -133,6 +133,14 @@ class TestAgainstWholeForwards:
             assert found.facts["sites"][site.name]["target"] == "ffn"
             torch.testing.assert_close(found.down[site], value, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.parametrize(("arch", "of_block"), [("llama", True), ("gemma2", False)])
+    def test_both_streams_go_on(self, arch: str, of_block: bool) -> None:
+        model = tiny(arch, dtype=torch.float64, num_hidden_layers=4)
+        plan, windows = plan_of(model), text(8)
+        found = reconstruct_sequential(model, windows, plan, options=fixed(target=0.5))
+        for site, value in naive(model, windows, plan, 0.5, of_block=of_block).items():
+            torch.testing.assert_close(found.down[site], value, rtol=1e-6, atol=1e-6)
+
     def test_an_output_that_is_multiplied_by_a_number(self) -> None:
         model = tiny_causal_lm("granite").double()
         model.config.residual_multiplier = 0.25
@@ -378,10 +386,10 @@ class TestResume:
 
         with pytest.raises(KeyboardInterrupt):
             reconstruct_sequential(
-                llama, windows, plan, options=fixed(target=1, checkpoint=tmp_path), on_block=stopping
+                llama, windows, plan, options=fixed(damping=0.1, checkpoint=tmp_path), on_block=stopping
             )
-        found = reconstruct_sequential(llama, windows, plan, options=fixed(target=0, checkpoint=tmp_path))
-        plain = reconstruct_sequential(llama, windows, plan, options=fixed(target=0))
+        found = reconstruct_sequential(llama, windows, plan, options=fixed(checkpoint=tmp_path))
+        plain = reconstruct_sequential(llama, windows, plan, options=fixed())
         assert all(torch.equal(found.down[s], plain.down[s]) for s in plan.kept)
 
     def test_a_damaged_file_is_told(self, llama: Any, tmp_path: Path) -> None:
