@@ -27,7 +27,9 @@ from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
+from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.apply.selfcheck import check_cut
+from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
@@ -123,9 +125,11 @@ __all__ = [
     "PruningPlan",
     "Question",
     "RandomScorer",
+    "Reconstruction",
     "Repeat",
     "RunFolder",
     "Scores",
+    "SequentialOptions",
     "TaskOptions",
     "TaskRow",
     "TextSource",
@@ -182,6 +186,7 @@ __all__ = [
     "read_plan",
     "read_scores",
     "read_stats",
+    "reconstruct_sequential",
     "repeat_scores",
     "save_decilm",
     "save_gguf",

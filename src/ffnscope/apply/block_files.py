@@ -1,0 +1,71 @@
+"""The columns of finished blocks on disk, a file per block, so that an interrupted reconstruction goes on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ffnscope.apply.block_fit import Columns
+from ffnscope.errors import ArtifactError
+from ffnscope.io import disposable, expect_kind, read_tensors, write_tensors
+from ffnscope.types import FFNSite
+
+KIND = "reconstructed block"
+
+
+class BlockFiles:
+    """Files of finished blocks in a folder, or nothing without one.
+
+    Args:
+        folder: where they are; removed when all is done, unless something else is in it.
+        key: hash of everything that the columns depend on. A file with another key is ignored and overwritten.
+    """
+
+    def __init__(self, folder: Path | None, key: str):
+        self.folder = folder
+        self.key = key
+
+    def read(self, block: int, sites: Sequence[FFNSite]) -> dict[FFNSite, Columns] | None:
+        """Columns of a finished block, or None.
+
+        Raises:
+            ArtifactError: the file is damaged, or of another kind.
+        """
+        if self.folder is None or not self._file(self.folder, block).exists():
+            return None
+        path = self._file(self.folder, block)
+        with disposable("the block is reconstructed again"):
+            tensors, facts = read_tensors(path)
+            expect_kind(path, facts, KIND)
+            if facts.get("key") != self.key:
+                return None
+            try:
+                return {
+                    s: Columns(tensors[f"{s.name}/kept"], tensors[f"{s.name}/down"], facts["sites"][s.name])
+                    for s in sites
+                }
+            except KeyError as error:
+                raise ArtifactError(f"{path} is not complete: {error} is missing.") from error
+
+    def write(self, block: int, found: Mapping[FFNSite, Columns]) -> None:
+        """Keep the columns of a finished block."""
+        if self.folder is None:
+            return
+        tensors = {f"{s.name}/kept": one.kept for s, one in found.items()}
+        tensors |= {f"{s.name}/down": one.down for s, one in found.items()}
+        rows = {s.name: dict(one.facts) for s, one in found.items()}
+        write_tensors(self._file(self.folder, block), tensors, {"kind": KIND, "key": self.key, "sites": rows})
+
+    def remove(self, blocks: Sequence[int]) -> None:
+        """Remove the files of these blocks, and the folder when it is empty."""
+        if self.folder is None:
+            return
+        for block in blocks:
+            self._file(self.folder, block).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            self.folder.rmdir()
+
+    @staticmethod
+    def _file(folder: Path, block: int) -> Path:
+        return folder / f"block_{block:04d}.safetensors"
