@@ -248,6 +248,7 @@ METRICS: Registry[Metric] = Registry(
             "alignment",
             "information",
             "reconstruction",
+            "obs",
             "supernode",
             "combine",
             "pagerank",
