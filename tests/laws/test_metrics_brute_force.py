@@ -155,7 +155,7 @@ def test_sparsegpt_is_the_error_of_an_optimal_refit(arch, damping):
 @every_layout
 @pytest.mark.parametrize("name", ["obs", "obs_loss"])
 def test_obs_is_the_order_of_greedy_refits(arch, name):
-    """Remove the channel whose loss, after least squares of all others on the same tokens, is least; again and again."""
+    """Again and again, remove the channel that costs least after least squares of all others on the same tokens."""
     c = case(arch)
     metric = c.dy.T @ c.dy / TARGETS if name == "obs_loss" else np.eye(32)
     ridge = 0.01 * (c.h**2).mean()

@@ -65,7 +65,7 @@ def obs(stats: ChannelStats, weights: FFNWeights, *, damping: float = 0.01) -> T
     check=_check_damping,
 )
 def obs_loss(stats: ChannelStats, weights: FFNWeights, *, damping: float = 0.01) -> Tensor:
-    """Greedy structured OBS in units of the loss, (y - y')^T G (y - y') / 2 with G = E[dy dy^T]; [d_ff], a removal order.
+    """Greedy structured OBS in units of the loss, E[(y - y')^T G (y - y')] / 2, G = E[dy dy^T]; [d_ff], a removal order.
 
     Like ``obs``, but the error of the output is weighed by the second moment of the gradient dy of the summed token
     NLL with respect to the FFN's output: nats per token, comparable across FFNs, so that the allocator ``global`` may
@@ -100,7 +100,9 @@ def _scores(stats: ChannelStats, gram: Tensor, damping: float) -> Tensor:
         found, added = removal_order(torch.cholesky_inverse(factor), gram)
         order, increases = order + live[found.to(live.device)].tolist(), increases + added
     scores = torch.empty_like(power)
-    scores[torch.tensor(order, device=scores.device)] = torch.tensor([*_rising(increases)], dtype=torch.float64).to(scores)
+    scores[torch.tensor(order, device=scores.device)] = torch.tensor([*_rising(increases)], dtype=torch.float64).to(
+        scores
+    )
     return scores
 
 

@@ -29,7 +29,8 @@ covariances (15 - 105) / 9 = -10 and (-150 + 60) / 9 = -10
 rho^2 = 100 / (150 * 38/9) = 3/19 and 100 / (150 * 104/9) = 3/52
 rho^2 of h0 and h1 = (50/9)^2 / (38/9 * 104/9) = 2500 / 3952
 
-dy (1, 0), (1, 2), (0, 0): E[dy dy^T] = [[1, 1], [1, 2]]; products of the columns of down by it 433, 65, 17; plain 169, 33, 25
+dy (1, 0), (1, 2), (0, 0): E[dy dy^T] = G = [[1, 1], [1, 2]]
+products of the columns of down 169, 33, 25; by G 433, 65, 17
 
 E[x^2] = 7, 18; p = (sqrt 7, sqrt 18) over their sum; W_up x = (4, 1, -2), (72, -18, 12), of mean square 7, 1884
 what a channel writes  w = 13 sqrt(14/3), 5 sqrt(40/3)

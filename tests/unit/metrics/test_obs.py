@@ -136,5 +136,5 @@ def test_what_cannot_be_inverted_or_is_not_finite():
     with pytest.raises(UsageError, match=r"layers.0.mlp: the second moment.*raise damping above 1e-30"):
         score(h, down, damping=1e-30)
     down[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="layers.0.mlp: the second moment or the weights of down"):
+    with pytest.raises(NonFiniteError, match=r"layers.0.mlp: the second moment or the weights of down"):
         score(h, down)
