@@ -27,6 +27,14 @@ from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
+from ffnscope.apply.one_shot import compensate_bias, reconstruct
+from ffnscope.apply.reconstruction import (
+    Reconstruction,
+    read_reconstruction,
+    reconstruct_,
+    reconstructed,
+    write_reconstruction,
+)
 from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
@@ -123,6 +131,7 @@ __all__ = [
     "PruningPlan",
     "Question",
     "RandomScorer",
+    "Reconstruction",
     "Repeat",
     "RunFolder",
     "Scores",
@@ -149,6 +158,7 @@ __all__ = [
     "collect",
     "compare_plans",
     "compare_tasks",
+    "compensate_bias",
     "control_probes",
     "dose_probes",
     "load_tasks",
@@ -180,8 +190,12 @@ __all__ = [
     "ranking",
     "read_capture",
     "read_plan",
+    "read_reconstruction",
     "read_scores",
     "read_stats",
+    "reconstruct",
+    "reconstruct_",
+    "reconstructed",
     "repeat_scores",
     "save_decilm",
     "save_gguf",
@@ -198,6 +212,7 @@ __all__ = [
     "weights_hash",
     "weights_of",
     "write_plan",
+    "write_reconstruction",
     "write_scores",
     "write_stats",
 ]

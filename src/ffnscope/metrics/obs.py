@@ -65,15 +65,15 @@ def obs(stats: ChannelStats, weights: FFNWeights, *, damping: float = 0.01) -> T
     check=_check_damping,
 )
 def obs_loss(stats: ChannelStats, weights: FFNWeights, *, damping: float = 0.01) -> Tensor:
-    """Greedy structured OBS in units of the loss, E[(y - y')^T G (y - y')] / 2, G = E[dy dy^T]; [d_ff], a removal order.
+    """Greedy structured OBS in units of the loss, E[(y - y')^T G (y - y')] / 2; [d_ff], a removal order.
 
-    Like ``obs``, but the error of the output is weighed by the second moment of the gradient dy of the summed token
-    NLL with respect to the FFN's output: nats per token, comparable across FFNs, so that the allocator ``global`` may
+    Like ``obs``, but the error of the output is weighed by G = E[dy dy^T], with dy the gradient of the summed token NLL
+    with respect to the FFN's output: nats per token, comparable across FFNs, so that the allocator ``global`` may
     rank them together. As in LLM Surgeon, errors and gradients are taken to be independent, and the Hessian of the loss
     is replaced by the second moment of its gradients. Of an expert the mean is over its own tokens.
     """
     down, curvature = weights.down.double(), stats.mean("dy_outer")
-    return 0.5 * _scores(stats, down.T @ curvature @ down, damping)
+    return _scores(stats, (0.5 * down.T) @ curvature @ down, damping)
 
 
 def _scores(stats: ChannelStats, gram: Tensor, damping: float) -> Tensor:
@@ -83,8 +83,7 @@ def _scores(stats: ChannelStats, gram: Tensor, damping: float) -> Tensor:
     power = second.diagonal().clone()
     if not bool(torch.isfinite(power).all() and torch.isfinite(gram.diagonal()).all()):
         raise NonFiniteError(f"{stats.site.name}: the second moment or the weights of down are not finite.")
-    live = (power > 0).nonzero().flatten()
-    dead = (power <= 0).nonzero().flatten()
+    live, dead = (power > 0).nonzero().flatten(), (power <= 0).nonzero().flatten()
     order, increases = dead.tolist(), [0.0] * dead.numel()
     if live.numel():
         second.diagonal().add_(damping * power.mean())
@@ -99,11 +98,9 @@ def _scores(stats: ChannelStats, gram: Tensor, damping: float) -> Tensor:
             )
         found, added = removal_order(torch.cholesky_inverse(factor), gram)
         order, increases = order + live[found.to(live.device)].tolist(), increases + added
-    scores = torch.empty_like(power)
-    scores[torch.tensor(order, device=scores.device)] = torch.tensor([*_rising(increases)], dtype=torch.float64).to(
-        scores
-    )
-    return scores
+    scores = torch.empty(power.shape, dtype=torch.float64)
+    scores[torch.tensor(order)] = torch.tensor([*_rising(increases)], dtype=torch.float64)
+    return scores.to(power.device)
 
 
 def removal_order(inverse: Tensor, gram: Tensor) -> tuple[Tensor, list[float]]:
