@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ffnscope.apply.export import save_model
 from ffnscope.apply.mask import masked
 from ffnscope.apply.one_shot import compensate_bias, reconstruct
 from ffnscope.apply.reconstruction import (
-    Reconstruction,
     read_reconstruction,
     reconstruct_,
     reconstructed,
     write_reconstruction,
 )
-from ffnscope.apply.refit import DAMPINGS
-from ffnscope.calibrate.collect import collect
-from ffnscope.calibrate.taps import SignalTap, channel_taps
-from ffnscope.errors import ArtifactError, ModelError, NonFiniteError, NotAvailableError, UsageError
+from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites
-from ffnscope.plan.build import build_plan
-from ffnscope.scoring import score
-from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan
+from ffnscope.types import Budget, PruningPlan
 from offload import KINDS
-from reference import text
+from reconstructions import (
+    EXACT,
+    VISIBLE,
+    MakePlan,
+    distance,
+    make,
+    outputs,
+    refit,
+    reloaded,
+    state,
+    stats_of,
+    unchanged,
+)
 from tiny import logits, tiny
-from tiny_all import tiny_causal_lm
 from tiny_listed import tiny_listed
-from tiny_moe import tiny_moe, up_first
+from tiny_moe import tiny_moe
 
-MakePlan = Callable[..., PruningPlan]
-WINDOWS = text(32)
-EXACT, VISIBLE = 1e-4, 1e-2
 # gated, with biases, fused, plain with biases, Conv1D; experts fused in each storage, split, with biases
 DENSE = ["llama", "llama_bias", "phi3", "glm", "opt", "gpt2"]
 EXPERTS = ["mixtral", "gpt_oss", "dbrx", "deepseek_v3", "aria_text", "nemotron_h"]
@@ -50,50 +48,6 @@ layouts = pytest.mark.parametrize("name", [*DENSE, *EXPERTS, "listed", "up_first
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fewer than 4 tokens per channel", "ignore:experts of one layer lie in"
 )
-
-
-def make(name: str, **changes: Any) -> Any:
-    if name == "listed":
-        return tiny_listed()
-    if name == "up_first":
-        return up_first(tiny_moe("mixtral"))
-    return (tiny if name in [*DENSE, *BIASED, *OFF] and name != "gpt_oss" else tiny_moe)(name, **changes)
-
-
-def stats_of(model: Any, *names: str) -> dict[FFNSite, ChannelStats]:
-    return collect(model, WINDOWS, names or ("h_outer",))
-
-
-def refit(model: Any, random_plan: MakePlan, sparsity: float = 0.5, **options: Any) -> Reconstruction:
-    return reconstruct(model, random_plan(model, sparsity), stats_of(model), **options)
-
-
-def state(model: Any) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def unchanged(model: Any, before: dict[str, Tensor]) -> bool:
-    after = model.state_dict()
-    return after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
-
-
-def distance(first: Tensor, second: Tensor) -> float:
-    return float((first.double() - second.double()).abs().max())
-
-
-def outputs(model: Any) -> dict[FFNSite, Tensor]:
-    """y of every FFN on the calibration tokens, [n, d_model]; of an expert on its own tokens."""
-    found: dict[FFNSite, list[Tensor]] = {}
-    tap = SignalTap(lambda site, _, value: found.setdefault(site, []).append(value.flatten(0, -2).clone()), ("y",))
-    with torch.no_grad(), channel_taps(model, find_sites(model), None, signal_tap=tap):
-        logits(model, WINDOWS.input_ids)
-    return {site: torch.cat(parts) for site, parts in found.items()}
-
-
-def reloaded(path: Path, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
 @layouts
@@ -266,83 +220,6 @@ class TestBiases:
             compensate_bias(model, random_plan(model), stats_of(model, "act_sum"))
 
 
-class TestNumbers:
-    def test_held_out_tokens_choose_the_damping(self, llama: Any, random_plan: MakePlan) -> None:
-        plan, stats = random_plan(llama, 0.5), collect(llama, WINDOWS[:4], ["h_outer"])
-        other = collect(llama, WINDOWS[4:], ["h_outer"])
-        found = reconstruct(llama, plan, stats, held_out=other)
-        facts = list(found.facts["sites"].values())
-        assert {f["damping"] for f in facts} <= set(DAMPINGS)
-        for chosen, site in zip(facts, found.down, strict=True):
-            errors = {}
-            for damping in DAMPINGS:
-                new = reconstruct(llama, plan, stats, damping=damping).down[site].double()
-                change = weights_of(llama, site).down.double().clone()
-                change[:, plan.kept[site]] -= new
-                errors[damping] = float(((change @ other[site].total("h_outer")) * change).sum())
-            assert chosen["damping"] == min(errors, key=lambda d: errors[d])
-        # fitted on both
-        both = {s: part.merge(other[s]) for s, part in stats.items()}
-        for site, one in zip(found.down, facts, strict=True):
-            joint = reconstruct(llama, plan, both, damping=one["damping"])
-            torch.testing.assert_close(found.down[site], joint.down[site], rtol=1e-5, atol=1e-6)
-        with pytest.raises(UsageError, match="give a damping, or held_out statistics that choose it; not both"):
-            reconstruct(llama, plan, stats, damping=0.1, held_out=other)
-        with pytest.raises(UsageError, match=r"no held-out statistics of model.layers.0.mlp"):
-            reconstruct(llama, plan, stats, held_out={})
-        with pytest.raises(UsageError, match="damping must be positive"):
-            reconstruct(llama, plan, stats, damping=0.0)
-
-    def test_the_default_damping(self, llama: Any, random_plan: MakePlan) -> None:
-        found, same = refit(llama, random_plan), refit(llama, random_plan, damping=0.01)
-        assert all(torch.equal(v, same.down[s]) for s, v in found.down.items())
-
-    def test_bfloat16(self, random_plan: MakePlan) -> None:
-        model = tiny("llama", dtype=torch.bfloat16)
-        before, found = state(model), refit(model, random_plan)
-        assert {v.dtype for v in found.down.values()} == {torch.bfloat16}
-        with reconstructed(model, found):
-            in_memory = logits(model)
-        assert unchanged(model, before)
-        by_slice = logits(reconstruct_(model, found))
-        assert by_slice.dtype == torch.bfloat16
-        assert distance(in_memory, by_slice) < 0.03 * float(in_memory.float().abs().max())
-
-    def test_an_order_of_obs_is_refitted_best(self, llama: Any, random_plan: MakePlan) -> None:
-        """Both read h_outer only; the greedy order leaves less error than a random one."""
-        stats = stats_of(llama)
-        greedy = reconstruct(llama, build_plan(score(llama, stats, "obs"), 0.5), stats)
-        random = reconstruct(llama, random_plan(llama, 0.5), stats)
-        for site in greedy.down:
-            assert greedy.facts["sites"][site.name]["error"] < 0.9 * random.facts["sites"][site.name]["error"]
-
-    def test_nested_in_a_mask(self, llama: Any, random_plan: MakePlan) -> None:
-        before, found = state(llama), refit(llama, random_plan)
-        with masked(llama, random_plan(llama, seed=1)):
-            inside = state(llama)
-            with reconstructed(llama, found):
-                pass
-            assert unchanged(llama, inside)
-        assert unchanged(llama, before)
-
-    def test_padded_to_the_widest(self, llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:
-        plan = random_plan(llama, 0.5, allocator="global")
-        found = reconstruct(llama, plan, stats_of(llama))
-        with reconstructed(llama, found):
-            in_memory = logits(llama)
-        reconstruct_(llama, found, pad_to_widest=True)
-        assert {s.d_ff for s in find_sites(llama)} == {max(plan.widths.values())}
-        save_model(llama, None, tmp_path / "out", plan=plan)
-        assert distance(logits(reloaded(tmp_path / "out")), in_memory) < EXACT
-
-    def test_different_widths(self, llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:
-        found = reconstruct(llama, random_plan(llama, 0.5, allocator="global"), stats_of(llama))
-        with reconstructed(llama, found):
-            in_memory = logits(llama)
-        save_model(reconstruct_(llama, found), None, tmp_path / "out")
-        assert distance(logits(reloaded(tmp_path / "out", trust_remote_code=True)), in_memory) < EXACT
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", ["llama_bias", "gpt2", "phi3"])
 class TestOffloaded:
@@ -375,112 +252,3 @@ class TestOffloaded:
         with reconstructed(model, found), reconstructed(resident, found):
             assert torch.equal(logits(model), logits(resident))
         assert torch.equal(logits(reconstruct_(model, found)), logits(reconstruct_(resident, found)))
-
-
-class TestRefusals:
-    def test_a_norm_before_down(self, random_plan: MakePlan) -> None:
-        model = tiny_causal_lm("bitnet")
-        text = r"cannot be reconstructed: a norm \(.*\) stands before its down projection.*Prune it without"
-        self.refused(model, random_plan(model), text)
-
-    @pytest.mark.parametrize("name", ["zamba", "zamba2"])
-    def test_shared_ffns(self, name: str, random_plan: MakePlan) -> None:
-        model = tiny_causal_lm(name)
-        self.refused(model, random_plan(model), r"cannot be reconstructed: \d layers share its parameters \(also ")
-
-    def refused(self, model: Any, plan: PruningPlan, text: str) -> None:
-        sites = find_sites(model)
-        eye = {s: torch.eye(s.d_ff, dtype=torch.float64) for s in sites}
-        stats = {
-            s: ChannelStats(
-                s,
-                {"h_outer": eye[s], "act_sum": eye[s][0]},
-                {"h_outer": 999, "act_sum": 999},
-                {"h_outer": "sum", "act_sum": "sum"},
-            )
-            for s in sites
-        }
-        given = Reconstruction(plan, {s: torch.zeros(s.d_model, k.numel()) for s, k in plan.kept.items()})
-        before = state(model)
-        for attempt in (
-            lambda: reconstruct(model, plan, stats),
-            lambda: compensate_bias(model, plan, stats),
-            lambda: reconstruct_(model, given),
-            lambda: reconstructed(model, given).__enter__(),
-        ):
-            with pytest.raises(NotAvailableError, match=text):
-                attempt()
-        assert unchanged(model, before)
-        whole = PruningPlan({s: torch.arange(s.d_ff) for s in sites}, "all", "local", Budget(0.0))
-        assert not reconstruct(model, whole, stats).down  # nothing to reconstruct
-
-    def test_weights_without_values(self, llama: Any, random_plan: MakePlan) -> None:
-        found = refit(llama, random_plan)
-        empty = copy.deepcopy(llama).to("meta")
-        for attempt in (lambda: reconstruct_(empty, found), lambda: reconstructed(empty, found).__enter__()):
-            with pytest.raises(ModelError, match="is on the meta device and has no value"):
-                attempt()
-
-    def test_statistics_that_are_missing(self, llama: Any, random_plan: MakePlan) -> None:
-        plan, stats = random_plan(llama), stats_of(llama)
-        first, *_ = stats
-        with pytest.raises(UsageError, match=r"there are no statistics of model.layers.1.mlp; calibrate the model"):
-            reconstruct(llama, plan, {first: stats[first]})
-        with pytest.raises(UsageError, match=r"statistic 'act_sum' was not collected for model.layers.0.mlp"):
-            compensate_bias(llama, plan, stats)
-        with pytest.raises(UsageError, match="statistic 'h_outer' was not collected"):
-            reconstruct(llama, plan, stats_of(llama, "act_sum"))
-
-    def test_reconstructions_that_cannot_be(self, llama: Any, random_plan: MakePlan) -> None:
-        plan = random_plan(llama, 0.5)
-        site = next(iter(plan.kept))
-        with pytest.raises(UsageError, match=r"model.layers.0.mlp: expected down \(32, 24\), got \(32, 48\)"):
-            Reconstruction(plan, {site: torch.zeros(32, 48)})
-        with pytest.raises(UsageError, match=r"expected bias \(32,\), got \(24,\)"):
-            Reconstruction(plan, {}, {site: torch.zeros(24)})
-        with pytest.raises(NonFiniteError, match=r"model.layers.0.mlp: down holds NaN or infinity"):
-            Reconstruction(plan, {site: torch.full((32, 24), torch.nan)})
-        with pytest.raises(UsageError, match="down is given for elsewhere, which is not in the plan"):
-            Reconstruction(plan, {replace(site, path="elsewhere"): torch.zeros(32, 24)})
-
-    def test_files(self, llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:
-        found = refit(llama, random_plan)
-        write_reconstruction(tmp_path / "r", found)
-        with pytest.raises(ArtifactError, match="already exists"):
-            write_reconstruction(tmp_path / "r", found)
-        write_reconstruction(tmp_path / "r", replace(found, facts={"again": True}), overwrite=True)
-        assert read_reconstruction(tmp_path / "r").facts == {"again": True}
-        with pytest.raises(ArtifactError, match="does not exist"):
-            read_reconstruction(tmp_path / "other")
-
-    @pytest.mark.filterwarnings("default")
-    def test_few_tokens(self, llama: Any, random_plan: MakePlan) -> None:
-        few = collect(llama, text(11), ["h_outer"])
-        message = (
-            r"2 of 2 FFNs were calibrated on fewer than 4 tokens per channel \(model.layers.0.mlp: 176 tokens for 48 "
-            r"channels\), so that least squares fits noise. Calibrate on more text."
-        )
-        with pytest.warns(UserWarning, match=message):
-            reconstruct(llama, random_plan(llama), few)
-
-
-class TestUnreachedExperts:
-    def test_left_as_they_are(self, random_plan: MakePlan) -> None:
-        model = tiny_moe("deepseek_v3")
-        model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -1e4
-        found = refit(model, random_plan)
-        missing = {s.name for s in found.plan.kept} - {s.name for s in found.down}
-        assert missing == {"model.layers.1.mlp.experts.2"}
-        with reconstructed(model, found):
-            in_memory = logits(model)
-        assert distance(logits(reconstruct_(model, found)), in_memory) < EXACT
-
-    def test_whole_in_a_plan_of_obs(self) -> None:
-        model = tiny_moe("deepseek_v3")
-        model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -1e4
-        stats = stats_of(model)
-        with pytest.warns(UserWarning, match=r"experts.2\), so obs cannot rank"):
-            plan = build_plan(score(model, stats, "obs"), 0.5)
-        found = reconstruct(model, plan, stats)
-        whole = next(s for s in plan.kept if s.name == "model.layers.1.mlp.experts.2")
-        assert plan.kept[whole].numel() == whole.d_ff and whole not in found.down
