@@ -13,6 +13,7 @@ from ffnscope.types import ChannelStats, FFNSite, FFNWeights
 X = torch.tensor([[4.0, 6.0], [1.0, -3.0], [-2.0, 3.0]])
 H = torch.tensor([[1.0, -2.0], [3.0, 0.0], [-2.0, 6.0]])
 G = torch.tensor([[0.5, 1.0], [-1.0, 2.0], [0.0, 0.0]])
+DY = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0]])
 GATE = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
 UP = torch.tensor([[1.0, 0.0], [6.0, 8.0]])
 DOWN = torch.tensor([[5.0, -3.0], [12.0, 4.0]])
@@ -29,6 +30,7 @@ def stats_of(rule: Metric, h: torch.Tensor = H, g: torch.Tensor = G, x: torch.Te
     sums.begin(torch.ones(1, 3, dtype=torch.bool), 2)
     sums.observe_signal(SITE, "x", x[None])
     sums.observe(SITE, h[None])
+    sums.observe_signal(SITE, "dy", DY[None].to(x.dtype))
     sums.observe_gradient(SITE, h[None], g[None])
     return sums.result()[SITE]
 

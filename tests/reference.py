@@ -91,7 +91,7 @@ def slow_means(
     n, n_targets = windows.n_tokens, windows.n_targets
     found: dict[FFNSite, dict[str, Tensor]] = {}
     for site, signals in slow_signals_of_all(model, sites, windows).items():
-        x, h, g = (signals[name] for name in "xhg")
+        x, h, g, dy = (signals[name] for name in ("x", "h", "g", "dy"))
         q = h * g
         found[site] = {
             "act_sum": h.sum(0) / n,
@@ -111,6 +111,7 @@ def slow_means(
             "x_outer": sum(torch.outer(row, row) for row in x) / n,
             "xh_outer": sum(torch.outer(*rows) for rows in zip(x, h, strict=True)) / n,
             "h_outer": sum(torch.outer(row, row) for row in h) / n,
+            "dy_outer": sum(torch.outer(row, row) for row in dy) / n_targets,
         }
     return found
 

@@ -19,11 +19,12 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """One token in one expert: where it is in its window, the input [d_model] and the channels [d_ff]."""
+    """One token in one expert: where it is in its window, input [d_model], channels [d_ff] and output [d_model]."""
 
     position: int
     x: Tensor
     h: Tensor
+    y: Tensor
 
 
 def expert_paths(name: str, model: Any) -> list[str]:
@@ -80,7 +81,7 @@ def routing(name: str, module: Any, args: tuple[Any, ...]) -> Iterator[tuple[int
 
 
 def slow_forward(name: str, path: str, module: Any, seen: dict[Key, list[Seen]]) -> Any:
-    """A forward that does what the module does, token by token, and keeps x and h in ``seen``."""
+    """A forward that does what the module does, token by token, and keeps x, h and y in ``seen``."""
 
     def forward(*args: Any) -> Tensor:
         flat = args[0].reshape(-1, args[0].shape[-1])
@@ -91,9 +92,10 @@ def slow_forward(name: str, path: str, module: Any, seen: dict[Key, list[Seen]])
                 out[t] = out[t] + x * weight
                 continue
             h = channels(name, module, e, x)
-            seen.setdefault((path, e), []).append(Seen(t, x.detach(), h))
+            y = output(name, module, e, h)
+            seen.setdefault((path, e), []).append(Seen(t, x.detach(), h, y))
             place = e * n + t if name == "llama4_text" else t
-            out[place] = out[place] + output(name, module, e, h) * weight
+            out[place] = out[place] + y * weight
         total = torch.stack(out).view(args[0].shape)
         return total + module.bias if name == "jetmoe" else total
 
@@ -101,7 +103,7 @@ def slow_forward(name: str, path: str, module: Any, seen: dict[Key, list[Seen]])
 
 
 def slow_rows(name: str, model: Any, windows: Windows) -> dict[Key, dict[str, Tensor]]:
-    """x, h, g [n, ..] of every token in every expert, with its window, position, and whether it predicts one.
+    """x, h, g, dy [n, ..] of every token in every expert, with its window, position, and whether it predicts one.
 
     The model is changed for good: its experts run slowly from now on.
     """
@@ -117,11 +119,11 @@ def slow_rows(name: str, model: Any, windows: Windows) -> dict[Key, dict[str, Te
         for t in torch.nonzero(row.targets[0]).flatten().tolist():
             nll = nll - logits[0, t - 1].log_softmax(-1)[row.input_ids[0, t]]
         flat = [(key, one) for key, tokens in seen.items() for one in tokens]
-        grads = torch.autograd.grad(nll, [one.h for _, one in flat], allow_unused=True)
-        for (key, one), g in zip(flat, grads, strict=True):
+        of = [*(one.h for _, one in flat), *(one.y for _, one in flat)]
+        grads = torch.autograd.grad(nll, of, allow_unused=True, materialize_grads=True)
+        for (key, one), g, dy in zip(flat, grads[: len(flat)], grads[len(flat) :], strict=True):
             t = one.position
             predicts = t + 1 < row.length and bool(row.targets[0, t + 1])
-            g = torch.zeros_like(one.h) if g is None else g
-            fields = {"x": one.x, "h": one.h.detach(), "g": g, "window": window, "position": t, "predicts": predicts}
-            found.setdefault(key, []).append(fields)
+            values = {"x": one.x, "h": one.h.detach(), "g": g, "dy": dy}
+            found.setdefault(key, []).append({**values, "window": window, "position": t, "predicts": predicts})
     return {k: {f: torch.stack([torch.as_tensor(r[f]) for r in rows]) for f in rows[0]} for k, rows in found.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tiny import HEADS, HIDDEN, VOCAB, redraw
 
@@ -129,3 +129,22 @@ def _draw_experts(model: nn.Module, seed: int) -> nn.Module:
         elif name.endswith(("_proj_bias", "sinks")):
             parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
     return model
+
+
+def up_first(model: Any) -> Any:
+    """Let the experts of a Mixtral take the first half of their fused projection as up and the second as gate."""
+    experts = type("Turned", (type(model.model.layers[0].mlp.experts),), {"forward": up_first_forward})
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = experts
+    return model
+
+
+def up_first_forward(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The forward of such experts."""
+    out = torch.zeros_like(hidden)
+    for e in index.unique().tolist():
+        chosen, place = (index == e).nonzero(as_tuple=True)
+        up, gate = nn.functional.linear(hidden.index_select(0, chosen), self.gate_up_proj[e]).chunk(2, -1)
+        part = nn.functional.linear(nn.functional.silu(gate) * up, self.down_proj[e])
+        out = out.index_add(0, chosen, part * weights[chosen, place, None])
+    return out

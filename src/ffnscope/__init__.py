@@ -27,7 +27,14 @@ from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
-from ffnscope.apply.reconstruction import Reconstruction
+from ffnscope.apply.one_shot import compensate_bias, reconstruct
+from ffnscope.apply.reconstruction import (
+    Reconstruction,
+    read_reconstruction,
+    reconstruct_,
+    reconstructed,
+    write_reconstruction,
+)
 from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
 from ffnscope.apply.slice import slice_
@@ -153,6 +160,7 @@ __all__ = [
     "collect",
     "compare_plans",
     "compare_tasks",
+    "compensate_bias",
     "control_probes",
     "dose_probes",
     "load_tasks",
@@ -184,9 +192,13 @@ __all__ = [
     "ranking",
     "read_capture",
     "read_plan",
+    "read_reconstruction",
     "read_scores",
     "read_stats",
+    "reconstruct",
+    "reconstruct_",
     "reconstruct_sequential",
+    "reconstructed",
     "repeat_scores",
     "save_decilm",
     "save_gguf",
@@ -203,6 +215,7 @@ __all__ = [
     "weights_hash",
     "weights_of",
     "write_plan",
+    "write_reconstruction",
     "write_scores",
     "write_stats",
 ]

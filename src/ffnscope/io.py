@@ -144,7 +144,7 @@ def read_stats(path: Path) -> tuple[dict[FFNSite, ChannelStats], dict[str, Any]]
     tensors, facts = read_tensors(path)
     expect_kind(path, facts, "statistics")
     found: dict[FFNSite, ChannelStats] = {}
-    with _complete(path, "statistics"):
+    with complete(path, "statistics"):
         for row in facts.pop("sites"):
             site = _site(row["site"])
             values = {k: tensors[f"{site.name}/{k}"] for k in row["counts"]}
@@ -169,7 +169,7 @@ def read_scores(path: Path) -> tuple[dict[str, Scores], dict[str, Any]]:
     tensors, facts = read_tensors(path)
     expect_kind(path, facts, "scores")
     found: dict[str, Scores] = {}
-    with _complete(path, "scores"):
+    with complete(path, "scores"):
         sites = {name: FFNSite(**row) for name, row in facts.pop("sites").items()}
         for name, row in facts.pop("metrics").items():
             found[name] = Scores(name, {sites[s]: tensors[f"{name}/{s}"] for s in row["sites"]}, row["facts"])
@@ -209,11 +209,15 @@ def write_plan(path: Path, plan: PruningPlan) -> None:
 
 def read_plan(path: Path) -> PruningPlan:
     """Load a plan, perhaps edited by hand; raises ArtifactError or UsageError for what is not a possible plan."""
-    value = read_json(path)
+    return plan_from_dict(path, read_json(path))
+
+
+def plan_from_dict(path: Path, value: Any) -> PruningPlan:
+    """The plan of which `plan_to_dict` gave this form; errors name the file that it was in."""
     expect_kind(path, value, "plan")
     kept: dict[FFNSite, Tensor] = {}
     protected: dict[FFNSite, Tensor] = {}
-    with _complete(path, "plan"):
+    with complete(path, "plan"):
         for row in value["sites"]:
             site = FFNSite(**row["site"])
             kept[site] = _indices(row["kept"])
@@ -256,7 +260,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 @contextlib.contextmanager
-def _complete(path: Path, kind: str) -> Generator[None]:
+def complete(path: Path, kind: str) -> Generator[None]:
     """Name the file when something in it is missing, of a wrong type, or impossible."""
     try:
         yield

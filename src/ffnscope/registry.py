@@ -82,6 +82,7 @@ METRICS: Registry[Metric] = Registry(
             "alignment",
             "information",
             "reconstruction",
+            "obs",
             "supernode",
             "combine",
             "pagerank",

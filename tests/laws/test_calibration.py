@@ -25,8 +25,8 @@ def close(found, expected, tolerance):
 
 def size_of(part, name):
     """The sum of a statistic if its terms did not cancel; by Cauchy-Schwarz where they are products."""
-    power = {"x": "x_outer", "h": "h_outer"}
-    pairs = {"x_outer": "xx", "xh_outer": "xh", "h_outer": "hh"}
+    power = {"x": "x_outer", "h": "h_outer", "d": "dy_outer"}
+    pairs = {"x_outer": "xx", "xh_outer": "xh", "h_outer": "hh", "dy_outer": "dd"}
     if name in pairs:
         return torch.outer(*(part.total(power[signal]).diagonal() for signal in pairs[name])).sqrt()
     if name == "x_sum":

@@ -16,7 +16,7 @@ from ffnscope.calibrate.collect import PassOptions, calibrate, join_statistics
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import METRICS
+from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan
 from reference import of_ffns, padded, text
 from slow_moe import expert_paths, slow_forward, slow_rows
@@ -41,7 +41,7 @@ def all_statistics(model: Any, sites: list[FFNSite], windows: Windows, **options
 
 
 def slow_sums(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    x, h, g = (rows[name] for name in "xhg")
+    x, h, g, dy = (rows[name] for name in ("x", "h", "g", "dy"))
     q = h * g
     return {
         "act_sum": h.sum(0),
@@ -61,6 +61,7 @@ def slow_sums(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         "x_outer": sum((torch.outer(row, row) for row in x), torch.zeros(())),
         "xh_outer": sum((torch.outer(a, b) for a, b in zip(x, h, strict=True)), torch.zeros(())),
         "h_outer": sum((torch.outer(row, row) for row in h), torch.zeros(())),
+        "dy_outer": sum((torch.outer(row, row) for row in dy), torch.zeros(())),
     }
 
 
@@ -92,7 +93,7 @@ class TestStatistics:
                 if key == "act_hist":
                     assert int(total.sum()) == EXPERT * (0 if rows is None else len(rows["window"].unique()))
                     continue
-                assert stats.counts[key] == (n_targets if "grad" in key or "taylor" in key else n)
+                assert stats.counts[key] == (n_targets if STATISTICS.get(key).needs_gradient else n)
                 if rows is None:
                     wanted = torch.zeros_like(total)
                 elif key == "ffn_out_sq":

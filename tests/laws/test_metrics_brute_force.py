@@ -163,6 +163,35 @@ def test_sparsegpt_is_the_error_of_an_optimal_refit(arch, damping):
 
 
 @every_layout
+@pytest.mark.parametrize("name", ["obs", "obs_loss"])
+def test_obs_is_the_order_of_greedy_refits(arch, name):
+    """Again and again, remove the channel that costs least after least squares of all others on the same tokens."""
+    c = case(arch)
+    metric = c.dy.T @ c.dy / TARGETS if name == "obs_loss" else np.eye(32)
+    ridge = 0.01 * (c.h**2).mean()
+    root = np.vstack([c.h / np.sqrt(N), np.sqrt(ridge) * np.eye(48)])
+    target = root @ c.down.T
+    dead = [int(j) for j in np.flatnonzero((c.h**2).sum(0) == 0)]
+    found = c.score(name)
+    order = np.argsort(found)
+    assert set(order[: len(dead)]) == set(dead) and len(set(found)) == 48
+
+    def error(channels):
+        missing = target - root[:, channels] @ np.linalg.lstsq(root[:, channels], target, rcond=None)[0]
+        return np.einsum("ni,ij,nj->", missing, metric, missing) / (2 if name == "obs_loss" else 1)
+
+    left, top = [j for j in range(48) if j not in dead], 0.0
+    before = error(left)
+    for j in order[len(dead) :]:
+        errors = {k: error([i for i in left if i != k]) for k in left}
+        assert errors[j] <= min(errors.values()) * (1 + 1e-9) + 1e-15
+        top = max(top, errors[j] - before)
+        np.testing.assert_allclose(found[j], top, rtol=1e-6)
+        left.remove(int(j))
+        before = errors[j]
+
+
+@every_layout
 def test_flap_is_what_the_mean_in_place_of_the_channel_costs(arch):
     """Mean square change of the output of the real down projection, bias included."""
     c = case(arch)

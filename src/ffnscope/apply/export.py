@@ -48,21 +48,27 @@ def prune_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool = False) 
         NonFiniteError: a weight holds NaN or infinity; the model is then unchanged.
         LayoutError: cutting would compute something else than masking; the model is then unchanged.
     """
-    check_plan(model, plan)
-    _check_weights(model)
-    check_cut(model, list(plan.kept))
+    check_prunable(model, plan)
+    return cut_(model, plan, pad_to_widest=pad_to_widest)
+
+
+def cut_(model: nn.Module, plan: PruningPlan, *, pad_to_widest: bool) -> nn.Module:
+    """What `prune_` does after its checks."""
     if pad_to_widest:
         plan = pad_(model, plan, widest_widths(model, plan))
     return slice_(model, pad_(model, plan, field_widths(model, plan, any_surplus=pad_to_widest)))
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_prunable(model: nn.Module, plan: PruningPlan) -> None:
+    """Raise what `prune_` raises; the model is not changed."""
+    check_plan(model, plan)
     name = not_finite_weight(model)
     if name is not None:
         raise NonFiniteError(
             f"the weight {name} holds NaN or infinity, so the pruned model would be broken too. Load the model "
             "again from an intact checkpoint."
         )
+    check_cut(model, list(plan.kept))
 
 
 def save_model(

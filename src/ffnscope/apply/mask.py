@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
-from functools import partial
+from collections.abc import Generator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ffnscope.apply.edits import Edit, applied
 from ffnscope.errors import UsageError
-from ffnscope.ffn.offload import check_values, edited, is_offloaded
-from ffnscope.ffn.projection import Coupled, coupled, producer_widths, shape_of
+from ffnscope.ffn.offload import check_values
+from ffnscope.ffn.projection import coupled, producer_widths, shape_of
 from ffnscope.types import FFNSite, PruningPlan
 
 
@@ -27,19 +26,8 @@ def masked(model: nn.Module, plan: PruningPlan) -> Generator[nn.Module]:
         ModelError: a weight is on the meta device without a value.
     """
     check_plan(model, plan)
-    saved: list[tuple[Coupled, Tensor]] = []
-    with contextlib.ExitStack() as edits:
-        try:
-            # of one parameter together: experts share it, and each edit copies it
-            for (module, name), entries in _removed(model, plan).items():
-                if is_offloaded(getattr(module, name)):
-                    edits.enter_context(edited(model, module, name, partial(_zeroed, entries)))
-                else:
-                    for entry in entries:
-                        _zero(entry, saved)
-            yield model
-        finally:
-            _restore(saved)
+    with applied(model, removals(model, plan)):
+        yield model
 
 
 def check_plan(model: nn.Module, plan: PruningPlan) -> None:
@@ -65,43 +53,7 @@ def _check_producers(model: nn.Module, site: FFNSite) -> None:
             )
 
 
-def _removed(model: nn.Module, plan: PruningPlan) -> dict[tuple[nn.Module, str], list[Coupled]]:
-    """Entries of the removed channels, by the parameter that they are in."""
-    found: dict[tuple[nn.Module, str], list[Coupled]] = {}
-    for site in plan.kept:
-        removed = plan.removed(site)
-        if removed.numel():
-            for entry in coupled(model, site, removed):
-                found.setdefault((entry.module, entry.name), []).append(entry)
-    return found
-
-
-@torch.no_grad()
-def _zero(entry: Coupled, saved: list[tuple[Coupled, Tensor]]) -> None:
-    parameter = entry.parameter
-    index = entry.index.to(parameter.device)
-    saved.append((entry, parameter.index_select(entry.axis, index)))
-    parameter.index_fill_(entry.axis, index, 0)
-
-
-def _zeroed(entries: Sequence[Coupled], value: Tensor) -> Tensor:
-    new = value.clone()
-    for entry in entries:
-        entry.part(new).index_fill_(entry.axis, entry.index.to(new.device), 0)
-    return new
-
-
-@torch.no_grad()
-def _restore(saved: list[tuple[Coupled, Tensor]]) -> None:
-    """Copy everything back, last first; an interrupt in the middle is raised only when all is back."""
-    interrupt: KeyboardInterrupt | None = None
-    while saved:
-        try:
-            while saved:
-                entry, values = saved[-1]
-                entry.parameter.index_copy_(entry.axis, entry.index.to(values.device), values)
-                saved.pop()
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+def removals(model: nn.Module, plan: PruningPlan) -> list[Edit]:
+    """Zero for every entry of the removed channels."""
+    removed = {site: plan.removed(site) for site in plan.kept}
+    return [Edit(entry) for site, index in removed.items() if index.numel() for entry in coupled(model, site, index)]

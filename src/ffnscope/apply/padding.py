@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ffnscope.apply.expert_slice import width_step
 from ffnscope.apply.widths import Shape, changed_config, shapes_of, stock_model, width_fields
-from ffnscope.ffn.expert_calls import group_experts
+from ffnscope.ffn.expert_calls import group_experts, stored_together
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import coupled
 from ffnscope.ffn.survey import survey
@@ -28,9 +28,8 @@ def pad_(model: nn.Module, plan: PruningPlan, widths: Widths) -> PruningPlan:
     kept: dict[FFNSite, Tensor] = dict(plan.kept)
     surplus = {s: plan.removed(s)[: widths[s] - index.numel()] for s, index in plan.kept.items() if s in widths}
     surplus = {s: index for s, index in surplus.items() if index.numel()}
-    together = [list(sites.values()) for sites in group_experts(surplus).values()]
-    for sites in [*together, *([s] for s in surplus if not s.stacked)]:
-        with torch.no_grad(), materialised(model, sites[0], write=True):  # experts of a layer lie in the same tensors
+    for sites in stored_together(surplus):
+        with torch.no_grad(), materialised(model, sites[0], write=True):
             for site in sites:
                 for entry in coupled(model, site, surplus[site]):
                     entry.parameter.index_fill_(entry.axis, entry.index.to(entry.parameter.device), 0)

@@ -1,27 +1,41 @@
-"""What a reconstruction is: a plan, and new down columns for the channels that it keeps."""
+"""A plan with new down columns, or a bias, for what stays: data that is made once, saved, and applied later."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ffnscope.errors import UsageError
+from ffnscope.apply.edits import Edit, applied
+from ffnscope.apply.export import check_prunable, cut_
+from ffnscope.apply.folder import refuse_existing
+from ffnscope.apply.mask import check_plan, removals
+from ffnscope.apply.new_bias import add_bias_, bias_switch, remove_bias_, switch_on_, without_bias
+from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
+from ffnscope.ffn.expert_calls import stored_together
+from ffnscope.ffn.offload import materialised
+from ffnscope.ffn.projection import down_bias, down_columns, down_projection
+from ffnscope.io import complete, expect_kind, plan_from_dict, plan_to_dict, read_tensors, write_tensors
 from ffnscope.types import FFNSite, PruningPlan
+
+KIND = "reconstruction"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reconstruction:
-    """A plan with what replaces the kept down columns. Data, not action: save it, apply it later.
+    """What is removed, and how the rest makes up for it.
 
     Attributes:
         plan: which channels stay.
-        down: site -> new columns of the kept channels, [d_model, k].
-        bias: site -> what is added to the output of the down projection, [d_model]; empty without a compensation by
-            biases.
-        facts: how it was made: targets, damping, tokens and errors per site.
+        down: site -> new columns of its kept channels [d_model, k], in the order of the plan; other sites keep theirs.
+        bias: site -> what is added to the output of the FFN [d_model], beside a bias that it has.
+        facts: how it was made.
     """
 
     plan: PruningPlan
@@ -30,14 +44,128 @@ class Reconstruction:
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        for what, given in (("down columns", self.down), ("bias", self.bias)):
-            for site, value in given.items():
+        for what, values in (("down", self.down), ("bias", self.bias)):
+            for site, value in values.items():
                 if site not in self.plan.kept:
-                    raise UsageError(f"the reconstruction has a {what} for {site.name}, which is not in its plan.")
-                k = self.plan.kept[site].numel()
-                expected = (site.d_model, k) if given is self.down else (site.d_model,)
-                if value.shape != expected:
+                    raise UsageError(f"reconstruction: {what} is given for {site.name}, which is not in the plan.")
+                shape = (site.d_model, self.plan.kept[site].numel()) if what == "down" else (site.d_model,)
+                if tuple(value.shape) != shape:
                     raise UsageError(
-                        f"the {what} of {site.name} have shape {tuple(value.shape)}; expected {expected}, for the {k} "
-                        "channels that the plan keeps there."
+                        f"reconstruction of {site.name}: expected {what} {shape}, got {tuple(value.shape)}."
                     )
+                if not bool(torch.isfinite(value).all()):
+                    raise NonFiniteError(f"reconstruction of {site.name}: {what} holds NaN or infinity.")
+
+    @property
+    def sites(self) -> tuple[FFNSite, ...]:
+        """Sites that get new columns or a bias."""
+        return tuple(site for site in self.plan.kept if site in self.down or site in self.bias)
+
+
+def check_linear(sites: Sequence[FFNSite]) -> None:
+    """Raise NotAvailableError unless the output of each of these FFNs is linear in its channels, and used once."""
+    for site in sites:
+        if site.norm is not None:
+            why = f"a norm ({site.norm}) stands before its down projection, so its output is not linear"
+        elif site.twins:
+            why = f"{1 + len(site.twins)} layers share its parameters (also {site.twins[0]}), each with its own outputs"
+        else:
+            continue
+        raise NotAvailableError(
+            f"{site.name} cannot be reconstructed: {why}. Prune it without (prune_), or leave it out of the plan."
+        )
+
+
+@contextlib.contextmanager
+def reconstructed(model: nn.Module, reconstruction: Reconstruction) -> Generator[nn.Module]:
+    """Within the block, removed channels are masked and the others have their new columns and biases.
+
+    The logits are those of the model after `reconstruct_`. On exit the model is bit-identical, also after an exception
+    or Ctrl-C. Offloaded weights are changed whenever they are read. A down projection without a bias has one within
+    the block. Contexts nest with `masked`.
+
+    Raises:
+        UsageError: the plan was made for a model of other shapes.
+        ModelError: a weight is on the meta device without a value.
+        NotAvailableError: see `check_linear`; or a bias for experts in shared parameters or an offloaded weight that
+            have none.
+    """
+    check_plan(model, reconstruction.plan)
+    check_linear(reconstruction.sites)
+    added = [down_projection(model, site) for site in without_bias(model, list(reconstruction.bias))]
+    try:
+        for module in added:
+            add_bias_(module)
+        changes = chain.from_iterable(_edits(model, reconstruction, reconstruction.sites))
+        with applied(model, [*removals(model, reconstruction.plan), *changes]):
+            yield model
+    finally:
+        for module in added:
+            remove_bias_(module)
+
+
+def reconstruct_(model: nn.Module, reconstruction: Reconstruction, *, pad_to_widest: bool = False) -> nn.Module:
+    """Write new columns and biases, remove the other channels for good as `prune_` does, in place; return the model.
+
+    A down projection without a bias is given one where a field of the config can say so (``mlp_bias`` of the Llama
+    family; biases of gate and up, which come with it, are zero), so that plain `transformers` loads what is saved.
+
+    Raises:
+        UsageError: the plan was made for a model of other shapes.
+        ModelError: a weight is on the meta device without a value.
+        NonFiniteError: a weight holds NaN or infinity.
+        LayoutError: cutting would compute something else than masking.
+        NotAvailableError: see `reconstructed`; or a bias that no field of the config gives. In all these cases the
+            model is unchanged.
+    """
+    check_linear(reconstruction.sites)
+    check_plan(model, reconstruction.plan)
+    new = without_bias(model, list(reconstruction.bias))
+    switch = bias_switch(model, new) if new else None
+    check_prunable(model, reconstruction.plan)
+    if switch is not None:
+        switch_on_(model, switch)
+    for sites in stored_together(reconstruction.sites):
+        with materialised(model, sites[0], write=True):
+            for edit in chain.from_iterable(_edits(model, reconstruction, sites)):
+                edit.write(edit.entry.parameter)
+    return cut_(model, reconstruction.plan, pad_to_widest=pad_to_widest)
+
+
+def _edits(model: nn.Module, reconstruction: Reconstruction, sites: Sequence[FFNSite]) -> Iterator[list[Edit]]:
+    """New columns and biases of some sites, each of which has a bias where it is given one."""
+    for site in sites:
+        edits: list[Edit] = []
+        if site in reconstruction.down:
+            columns, new = down_columns(model, site, reconstruction.plan.kept[site]), reconstruction.down[site]
+            edits.append(Edit(columns, new if columns.axis == 1 else new.T))
+        bias = down_bias(model, site) if site in reconstruction.bias else None
+        if bias is not None:
+            edits.append(Edit(bias, reconstruction.bias[site], adds=True))
+        yield edits
+
+
+def write_reconstruction(path: Path, reconstruction: Reconstruction, overwrite: bool = False) -> None:
+    """Save a reconstruction as safetensors, with its plan and facts in the header.
+
+    Raises:
+        ArtifactError: ``path`` exists and ``overwrite`` is not set, or it cannot be written.
+    """
+    refuse_existing(path, overwrite)
+    parts = {"down": reconstruction.down, "bias": reconstruction.bias}
+    tensors = {f"{what}/{site.name}": value for what, values in parts.items() for site, value in values.items()}
+    facts = {"plan": plan_to_dict(reconstruction.plan), "facts": dict(reconstruction.facts)}
+    write_tensors(path, tensors, {"kind": KIND, **facts})
+
+
+def read_reconstruction(path: Path) -> Reconstruction:
+    """Load what `write_reconstruction` wrote; raises ArtifactError for any other file."""
+    tensors, facts = read_tensors(path)
+    expect_kind(path, facts, KIND)
+    with complete(path, KIND):
+        plan = plan_from_dict(path, facts["plan"])
+        down, bias = (
+            {site: tensors[f"{what}/{site.name}"] for site in plan.kept if f"{what}/{site.name}" in tensors}
+            for what in ("down", "bias")
+        )
+        return Reconstruction(plan, down, bias, facts["facts"])

@@ -45,7 +45,7 @@ def fit_config(model: nn.Module) -> bool:
         else:
             return False
     for change in changes:
-        _set(model.config, change)
+        set_fields(model.config, change)
     return wrong is not None
 
 
@@ -191,13 +191,14 @@ def changed_config(config: Any, change: Change) -> Any:
 
     trial = copy.deepcopy(config)
     try:
-        _set(trial, change)
+        set_fields(trial, change)
     except (ValueError, TypeError, AttributeError, StrictDataclassError):
         return None
     return trial
 
 
-def _set(config: Any, change: Change) -> None:
+def set_fields(config: Any, change: Change) -> None:
+    """Write the values of a change into a config."""
     for path, value in change.items():
         *parents, name = path.split(".")
         node = config

@@ -3,9 +3,9 @@
 Signals: ``x`` [n, d_model] FFN input, ``h`` [n, d_ff] channel activations (the input of the down projection), ``g``
 [n, d_ff] the gradient of the summed token NLL with respect to ``h``; ``y`` [n, d_model] the FFN's output; ``core`` [k]
 the indices of the supernode core; ``next_h`` and ``next_q`` h and h g of the next layer's FFN; ``document``,
-``target`` and ``window`` marks of tokens (see `Statistic`). A user's own statistic may also read ``dy`` [n, d_model],
-the gradient of the output; no built-in metric needs it. Parts of a batch are reduced in the model's dtype (at least
-float32) and accumulated in float64 (counts in int32), so results do not depend on how text is split into batches.
+``target`` and ``window`` marks of tokens; ``dy`` [n, d_model] the gradient with respect to ``y`` (see `Statistic`).
+Parts of a batch are reduced in the model's dtype (at least float32) and accumulated in float64 (counts in int32), so
+results do not depend on how text is split into batches.
 """
 
 from __future__ import annotations
@@ -165,6 +165,12 @@ def xh_outer(total: Tensor, x: Tensor, h: Tensor) -> None:
 def h_outer(total: Tensor, h: Tensor) -> None:
     """Sum of h h^T, the second moment of the channels."""
     _add_second_moment(total, h)
+
+
+@statistic("dy_outer", reads=("dy",), reduce="sum", shape=("d_model", "d_model"), in_place=True)
+def dy_outer(total: Tensor, dy: Tensor) -> None:
+    """Sum of dy dy^T, the second moment of the gradient of the FFN output (of an expert: before its router weight)."""
+    _add_second_moment(total, dy)
 
 
 @stream_statistic("x_sq", reads=("x",), shape=("d_model",), at=("ffn", "attention"))

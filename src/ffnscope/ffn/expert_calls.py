@@ -89,6 +89,13 @@ def group_experts(sites: Iterable[FFNSite]) -> dict[Experts, dict[int, FFNSite]]
     return groups
 
 
+def stored_together(sites: Iterable[FFNSite]) -> list[list[FFNSite]]:
+    """Sites in groups that share parameters: the experts of a layer in one tensor, any other site alone."""
+    every = list(sites)
+    together = [list(group.values()) for group in group_experts(every).values()]
+    return [*together, *([site] for site in every if not site.stacked)]
+
+
 @contextlib.contextmanager
 def expert_calls(model: nn.Module, experts: Sequence[Experts], observe: Observe) -> Generator[set[Experts]]:
     """Within the block, every product of these experts goes through ``observe``.

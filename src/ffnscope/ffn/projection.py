@@ -179,6 +179,25 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
         yield from _coupled_dense(model, use, channels, rows)
 
 
+def down_columns(model: nn.Module, site: FFNSite, channels: Tensor) -> Coupled:
+    """The columns of down that belong to ``channels``: along axis 1 as [d_model, k], along axis 0 transposed."""
+    if site.stacked:
+        owner, leaf = owner_of(model, site, site.down), site.down.rpartition(".")[2]
+        rows = site.d_ff if site.storage == "flat" else None
+        return Coupled(owner, leaf, _channel_axis(site, site.down), channels, site.expert, rows)
+    down = down_projection(model, site)
+    return Coupled(down, "weight", 1 - out_axis(down), channels)
+
+
+def down_bias(model: nn.Module, site: FFNSite) -> Coupled | None:
+    """The whole bias [d_model] of down, or None where it has none."""
+    owner = owner_of(model, site, site.down)
+    name = f"{site.down.rpartition('.')[2]}_bias" if site.stacked else "bias"
+    if getattr(owner, name, None) is None:
+        return None
+    return Coupled(owner, name, 0, torch.arange(site.d_model), site.expert if site.stacked else None)
+
+
 def _coupled_dense(model: nn.Module, site: FFNSite, channels: Tensor, rows: Tensor) -> Iterator[Coupled]:
     for name in (*_producers(site), *site.adapters):
         module = projection(model, site, name)
@@ -187,8 +206,7 @@ def _coupled_dense(model: nn.Module, site: FFNSite, channels: Tensor, rows: Tens
             yield Coupled(module, "bias", 0, rows)
     if site.norm is not None:
         yield Coupled(projection(model, site, site.norm), "weight", 0, channels)
-    down = down_projection(model, site)
-    yield Coupled(down, "weight", 1 - out_axis(down), channels)
+    yield down_columns(model, site, channels)
 
 
 def owner_of(model: nn.Module, site: FFNSite, name: str) -> nn.Module:
@@ -240,12 +258,12 @@ def _halves(site: FFNSite, both: Tensor) -> tuple[Tensor, Tensor]:
 
 def _coupled_expert(model: nn.Module, site: FFNSite, channels: Tensor, rows: Tensor) -> Iterator[Coupled]:
     per_expert = site.d_ff if site.storage == "flat" else None
-    for name in (*_producers(site), site.down):
+    for name in _producers(site):
         owner, leaf = owner_of(model, site, name), name.rpartition(".")[2]
-        index = channels if name == site.down else rows
-        yield Coupled(owner, leaf, _channel_axis(site, name), index, site.expert, per_expert)
-        if name != site.down and getattr(owner, f"{leaf}_bias", None) is not None:
-            yield Coupled(owner, f"{leaf}_bias", 0, index, site.expert)
+        yield Coupled(owner, leaf, _channel_axis(site, name), rows, site.expert, per_expert)
+        if getattr(owner, f"{leaf}_bias", None) is not None:
+            yield Coupled(owner, f"{leaf}_bias", 0, rows, site.expert)
+    yield down_columns(model, site, channels)
 
 
 def _channel_axis(site: FFNSite, name: str) -> int:

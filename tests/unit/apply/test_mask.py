@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ffnscope.apply import mask
+from ffnscope.apply import edits
 from ffnscope.apply.mask import check_plan, masked
 from ffnscope.apply.slice import slice_
 from ffnscope.errors import LayoutError, ModelError, UsageError
@@ -72,15 +72,15 @@ class TestInterrupts:
     @pytest.mark.parametrize("at", [0, 1, 4])
     def test_while_entering(self, llama: Any, random_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         before, plan, calls = state(llama), random_plan(llama), []
-        zero = mask._zero
+        write = edits._write
 
         def interrupted(entry: Any, saved: Any) -> None:
             calls.append(entry)
-            zero(entry, saved)
+            write(entry, saved)
             if len(calls) > at:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(mask, "_zero", interrupted)
+        monkeypatch.setattr(edits, "_write", interrupted)
         with pytest.raises(KeyboardInterrupt), masked(llama, plan):
             raise AssertionError("never entered")
         assert len(calls) == at + 1

@@ -169,8 +169,9 @@ def test_sums_take_exactly_the_announced_memory(arch):
     found = calibrate_in_two(model, text(3), core)
     used = sum(v.untyped_storage().nbytes() for p in found.values() for v in p.values.values())
     assert used == statistics_bytes(list(found), required_statistics(ALL), core_size=3)
-    # sums of x, its squares (two) and those of y (two), x_outer; xh; 8 vectors of channels; histogram; h_outer; core
-    ffns = 2 * (8 * (5 * 32 + 32 * 32 + 32 * 48 + 8 * 48 + 48 * 48 + 3 * 48) + 4 * 128 * 48)
+    # sums of x, its squares (two) and those of y (two), x_outer, dy_outer; xh; 8 vectors of channels; h_outer; core;
+    # histogram
+    ffns = 2 * (8 * (5 * 32 + 2 * 32 * 32 + 32 * 48 + 8 * 48 + 48 * 48 + 3 * 48) + 4 * 128 * 48)
     # two attentions with x_sq, y_sq and stream_sq; stream_sq of five cuts and of what the LM head reads
     assert used == ffns + 8 * 32 * (2 * 3 + 5 + 1)
 

@@ -26,7 +26,7 @@ def test_sums_without_memory_name_the_statistic_and_who_needs_it():
     text = (
         r"out of memory for the sums of the calibration pass, [\d,]+ MiB for 1 FFNs: statistic 'h_outer' alone takes "
         r"536,870,912 MiB. Leave out the metrics that need it \(average_redundancy, pairwise_redundancy_gaussian, "
-        r"sparsegpt\), or calibrate fewer FFNs \(model.tracked_layers, --tracked\)\."
+        r"sparsegpt, obs, obs_loss\), or calibrate fewer FFNs \(model.tracked_layers, --tracked\)\."
     )
     with pytest.raises(DeviceError, match=text):
         observed(HUGE, ["act_sq", "h_outer"], torch.zeros(1, 2, 2**23))
@@ -77,7 +77,7 @@ def test_products_that_overflow_show_when_matrices_are_looked_at():
     assert sums.first_not_finite() == SITE
 
 
-@pytest.mark.parametrize("name", ["h_outer", "x_outer", "xh_outer", "taylor_core"])
+@pytest.mark.parametrize("name", ["h_outer", "x_outer", "dy_outer", "xh_outer", "taylor_core"])
 @pytest.mark.parametrize("width", [1, 3, 255, 256, 257, 600])
 def test_blocks_of_every_width(name, width):
     """Second moments are added block by block; the last block is narrower."""
@@ -87,6 +87,7 @@ def test_blocks_of_every_width(name, width):
     signals, expected = {
         "h_outer": ((h,), h.T @ h),
         "x_outer": ((x,), x.T @ x),
+        "dy_outer": ((x,), x.T @ x),
         "xh_outer": ((x, h), x.T @ h),
         "taylor_core": ((h, g, torch.arange(width)), q.T @ q),
     }[name]

@@ -10,7 +10,7 @@ from ffnscope.ffn.expert_calls import Call, expert_calls, group_experts
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.sites import find_sites
 from tiny import HIDDEN, logits, tiny, tokens
-from tiny_moe import DENSE, EXPERT, MIXTURES, N_EXPERTS, SHARED, tiny_moe
+from tiny_moe import DENSE, EXPERT, MIXTURES, N_EXPERTS, SHARED, tiny_moe, up_first, up_first_forward
 
 GATE_UP = ("gate_up_proj", "gate_up_proj", "down_proj")
 # name -> (gate, up, down, order in a fused projection, storage) of routed experts
@@ -151,28 +151,14 @@ def test_nothing_but_refused_experts() -> None:
 
 
 def test_up_before_gate_is_measured():
-    model = tiny_moe("mixtral")
-    experts = type("Turned", (type(model.model.layers[0].mlp.experts),), {"forward": _up_first})
-    for layer in model.model.layers:
-        layer.mlp.experts.__class__ = experts
-    assert {s.fused for s in find_sites(model)} == {"up_gate"}
-
-
-def _up_first(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros_like(hidden)
-    for e in index.unique().tolist():
-        chosen, place = (index == e).nonzero(as_tuple=True)
-        up, gate = nn.functional.linear(hidden.index_select(0, chosen), self.gate_up_proj[e]).chunk(2, -1)
-        part = nn.functional.linear(nn.functional.silu(gate) * up, self.down_proj[e])
-        out = out.index_add(0, chosen, part * weights[chosen, place, None])
-    return out
+    assert {s.fused for s in find_sites(up_first(tiny_moe("mixtral")))} == {"up_gate"}
 
 
 def test_tokens_that_cannot_be_followed_are_refused():
     model = tiny_moe("mixtral")
 
     def doubled(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return _up_first(self, torch.cat([hidden, hidden]), index, weights)[: len(hidden)]
+        return up_first_forward(self, torch.cat([hidden, hidden]), index, weights)[: len(hidden)]
 
     for layer in model.model.layers:
         layer.mlp.experts.__class__ = type("Doubled", (type(layer.mlp.experts),), {"forward": doubled})

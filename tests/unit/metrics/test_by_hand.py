@@ -29,6 +29,9 @@ covariances (15 - 105) / 9 = -10 and (-150 + 60) / 9 = -10
 rho^2 = 100 / (150 * 38/9) = 3/19 and 100 / (150 * 104/9) = 3/52
 rho^2 of h0 and h1 = (50/9)^2 / (38/9 * 104/9) = 2500 / 3952
 
+dy (1, 0), (1, 2), (0, 0): E[dy dy^T] = G = [[1, 1], [1, 2]]
+products of the columns of down 169, 33, 25; by G 433, 65, 17
+
 E[x^2] = 7, 18; p = (sqrt 7, sqrt 18) over their sum; W_up x = (4, 1, -2), (72, -18, 12), of mean square 7, 1884
 what a channel writes  w = 13 sqrt(14/3), 5 sqrt(40/3)
 shares  gate (3, 4) / 7, (0, 1); up (1, 0), (3, 4) / 7; their means (5, 2) / 7, (3, 11) / 14
@@ -74,6 +77,9 @@ def edges(*shares):
 MIXED = ((5 / 7, 2 / 7), (3 / 14, 11 / 14))
 UP_ONLY = ((1, 0), (3 / 7, 4 / 7))
 
+FIRST = 40 / 3 + 0.09 - 196 / 9 / (14 / 3 + 0.09)
+DAMPED = 169 * (14 / 3 + 0.09) + 25 * (40 / 3 + 0.09)
+LOSS = 433 * (14 / 3 + 0.09) + 17 * (40 / 3 + 0.09)
 EXPECTED = {
     "activation_l2_norm": (sqrt(14 / 3), sqrt(40 / 3)),
     "activation_mean": (2.0, 8 / 3),
@@ -98,6 +104,9 @@ EXPECTED = {
         169 * (14 / 3 + 0.09 - 196 / 9 / (40 / 3 + 0.09)),
         25 * (40 / 3 + 0.09 - 196 / 9 / (14 / 3 + 0.09)),
     ),
+    # channel 1 goes first; then all of the output is lost, less what was lost before
+    "obs": (DAMPED - 25 * FIRST + 66 * -14 / 3, 25 * FIRST),
+    "obs_loss": ((LOSS - 17 * FIRST + 130 * -14 / 3) / 2, 17 * FIRST / 2),
     "flap": (38 / 9 * 169, 104 / 9 * 25),
     "composite": (1.0, 0.0),  # channel 0 is first by scar_loss_proxy and by wanda
     "weight_magnitude": (19.0, 16.0),

@@ -1,0 +1,144 @@
+"""Reconstructions from the statistics of one calibration of the dense model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnscope.apply.mask import check_plan
+from ffnscope.apply.new_bias import without_bias
+from ffnscope.apply.reconstruction import Reconstruction, check_linear
+from ffnscope.apply.refit import Moments, choose_damping, mean_bias, output_error, refit_down
+from ffnscope.errors import UsageError
+from ffnscope.ffn.offload import materialised
+from ffnscope.ffn.projection import weights_of
+from ffnscope.types import ChannelStats, FFNSite, PruningPlan
+
+DAMPING = 1e-2
+TOKENS_PER_CHANNEL = 4
+Statistics = Mapping[FFNSite, ChannelStats]
+
+
+def reconstruct(
+    model: nn.Module,
+    plan: PruningPlan,
+    stats: Statistics,
+    *,
+    damping: float | None = None,
+    held_out: Statistics | None = None,
+) -> Reconstruction:
+    """Refit the down columns of kept channels to the dense output of their FFN, by least squares (see `refit_down`).
+
+    The model is read, not changed. New columns are in its dtype; sums and solutions in float64. FFNs of which nothing
+    is removed, and experts that no token reached, keep their columns. ``facts["sites"]`` tells for each FFN the tokens,
+    the damping, and the squared error of the output without and with the refit, as shares of the output's power, on
+    the held-out tokens where there are any, else on those of the fit.
+
+    Args:
+        model: dense, or as the plan's scores found it.
+        plan: what stays.
+        stats: with ``h_outer`` (that metrics such as ``obs`` need, or ``collect(model, windows, ["h_outer"])``).
+        damping: pull towards the original weights, as a share of the mean power of the kept channels; None for 0.01,
+            or the choice of the held-out tokens.
+        held_out: ``h_outer`` of other tokens. Each FFN takes the damping of `DAMPINGS` with the least error there,
+            and is then fitted on both together.
+
+    Raises:
+        UsageError: statistics that are missing, a damping that cannot be or beside ``held_out``, or a plan for a model
+            of other shapes.
+        NotAvailableError: see `check_linear`.
+        NonFiniteError: sums or weights are not finite.
+
+    Warns:
+        UserWarning: FFNs that saw fewer than 4 tokens per channel; least squares then fits noise.
+    """
+    if damping is not None and held_out is not None:
+        raise UsageError("give a damping, or held_out statistics that choose it; not both.")
+    sites = _sites(model, plan, stats, "h_outer")
+    _warn_of_few(sites, stats, held_out)
+    down: dict[FFNSite, Tensor] = {}
+    facts: dict[str, dict[str, float]] = {}
+    for site in sites:
+        with materialised(model, site):
+            weight = weights_of(model, site).down
+            # float64 does not exist on mps
+            dense = weight.to(torch.float64) if weight.device.type != "mps" else weight.cpu().double()
+            fit = _moments(site, stats, dense)
+            other = None if held_out is None else _moments(site, held_out, dense)
+            new, facts[site.name] = _refitted(dense, plan.kept[site], fit, other, damping)
+            down[site] = new.to(weight)
+    return Reconstruction(plan, down, facts={"method": "least squares, one shot", "sites": facts})
+
+
+def compensate_bias(model: nn.Module, plan: PruningPlan, stats: Statistics) -> Reconstruction:
+    """Replace the removed channels by their means, as a bias of the FFN; columns stay (FLAP, arXiv:2312.11983).
+
+    Args:
+        model: dense, or as the plan's scores found it.
+        plan: what stays.
+        stats: with ``act_sum`` (that the metric ``flap`` needs).
+
+    Raises:
+        UsageError: statistics that are missing, or a plan for a model of other shapes.
+        NotAvailableError: see `reconstructed`.
+    """
+    sites = _sites(model, plan, stats, "act_sum")
+    without_bias(model, sites)
+    bias: dict[FFNSite, Tensor] = {}
+    for site in sites:
+        with materialised(model, site):
+            down = weights_of(model, site).down
+            bias[site] = mean_bias(down, plan.kept[site], stats[site].mean("act_sum").to(down.device)).to(down)
+    return Reconstruction(plan, {}, bias, {"method": "means of removed channels as a bias"})
+
+
+def _sites(model: nn.Module, plan: PruningPlan, stats: Statistics, name: str) -> list[FFNSite]:
+    """Sites of which something is removed, and that have statistics; unreached experts are left out."""
+    check_plan(model, plan)
+    cut = [site for site, kept in plan.kept.items() if kept.numel() < site.d_ff]
+    check_linear(cut)
+    for site in cut:
+        if site not in stats:
+            raise UsageError(f"there are no statistics of {site.name}; calibrate the model that the plan is for.")
+        stats[site].total(name)
+    return [site for site in cut if site.expert is None or stats[site].counts[name]]
+
+
+def _moments(site: FFNSite, stats: Statistics, like: Tensor) -> Moments:
+    if site not in stats:
+        raise UsageError(f"there are no held-out statistics of {site.name}; collect h_outer of the same FFNs.")
+    return Moments(stats[site].total("h_outer").to(like), stats[site].counts["h_outer"])
+
+
+def _refitted(
+    dense: Tensor, kept: Tensor, fit: Moments, held_out: Moments | None, damping: float | None
+) -> tuple[Tensor, dict[str, float]]:
+    """New columns, and what is told of them."""
+    chosen, judge = DAMPING if damping is None else damping, fit
+    if held_out is not None and held_out.n_tokens:
+        chosen, judge = choose_damping(dense, kept, fit, held_out)[0], held_out
+    new = refit_down(dense, kept, fit, chosen)
+    power = output_error(dense, dense[:, :0], kept[:0], judge)
+    without, error = (output_error(dense, w, kept, judge) / power if power else 0.0 for w in (dense[:, kept], new))
+    facts = {"tokens": fit.n_tokens, "damping": chosen, "error_without": without, "error": error}
+    return (new if judge is fit else refit_down(dense, kept, fit + judge, chosen)), facts
+
+
+def _warn_of_few(sites: list[FFNSite], stats: Statistics, held_out: Statistics | None) -> None:
+    def tokens(site: FFNSite) -> int:
+        parts: list[Any] = [stats[site], *([] if held_out is None or site not in held_out else [held_out[site]])]
+        return sum(part.counts.get("h_outer", 0) for part in parts)
+
+    few = [site for site in sites if tokens(site) < TOKENS_PER_CHANNEL * site.d_ff]
+    if few:
+        worst = min(few, key=lambda site: tokens(site) / site.d_ff)
+        warnings.warn(
+            f"{len(few)} of {len(sites)} FFNs were calibrated on fewer than {TOKENS_PER_CHANNEL} tokens per channel "
+            f"({worst.name}: {tokens(worst)} tokens for {worst.d_ff} channels), so that least squares fits noise. "
+            "Calibrate on more text.",
+            stacklevel=3,
+        )

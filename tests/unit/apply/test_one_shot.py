@@ -1,0 +1,140 @@
+"""One-shot reconstructions: damping, dtypes, widths, tokens that are few or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ffnscope.apply.export import save_model
+from ffnscope.apply.mask import masked
+from ffnscope.apply.one_shot import reconstruct
+from ffnscope.apply.reconstruction import (
+    reconstruct_,
+    reconstructed,
+)
+from ffnscope.apply.refit import DAMPINGS
+from ffnscope.calibrate.collect import collect
+from ffnscope.errors import UsageError
+from ffnscope.ffn.projection import weights_of
+from ffnscope.ffn.sites import find_sites
+from ffnscope.plan.build import build_plan
+from ffnscope.scoring import score
+from reconstructions import (
+    EXACT,
+    WINDOWS,
+    MakePlan,
+    distance,
+    refit,
+    reloaded,
+    state,
+    stats_of,
+    unchanged,
+)
+from tiny import logits, tiny
+from tiny_moe import tiny_moe
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*fewer than 4 tokens per channel", "ignore:experts of one layer lie in"
+)
+
+
+class TestNumbers:
+    def test_held_out_tokens_choose_the_damping(self, llama: Any, random_plan: MakePlan) -> None:
+        plan, stats = random_plan(llama, 0.5), collect(llama, WINDOWS[:4], ["h_outer"])
+        other = collect(llama, WINDOWS[4:], ["h_outer"])
+        found = reconstruct(llama, plan, stats, held_out=other)
+        facts = list(found.facts["sites"].values())
+        assert {f["damping"] for f in facts} <= set(DAMPINGS)
+        for chosen, site in zip(facts, found.down, strict=True):
+            errors = {}
+            for damping in DAMPINGS:
+                new = reconstruct(llama, plan, stats, damping=damping).down[site].double()
+                change = weights_of(llama, site).down.double().clone()
+                change[:, plan.kept[site]] -= new
+                errors[damping] = float(((change @ other[site].total("h_outer")) * change).sum())
+            assert chosen["damping"] == min(errors, key=lambda d: errors[d])
+        # fitted on both
+        both = {s: part.merge(other[s]) for s, part in stats.items()}
+        for site, one in zip(found.down, facts, strict=True):
+            joint = reconstruct(llama, plan, both, damping=one["damping"])
+            torch.testing.assert_close(found.down[site], joint.down[site], rtol=1e-5, atol=1e-6)
+        with pytest.raises(UsageError, match="give a damping, or held_out statistics that choose it; not both"):
+            reconstruct(llama, plan, stats, damping=0.1, held_out=other)
+        with pytest.raises(UsageError, match=r"no held-out statistics of model.layers.0.mlp"):
+            reconstruct(llama, plan, stats, held_out={})
+        with pytest.raises(UsageError, match="damping must be positive"):
+            reconstruct(llama, plan, stats, damping=0.0)
+
+    def test_the_default_damping(self, llama: Any, random_plan: MakePlan) -> None:
+        found, same = refit(llama, random_plan), refit(llama, random_plan, damping=0.01)
+        assert all(torch.equal(v, same.down[s]) for s, v in found.down.items())
+
+    def test_bfloat16(self, random_plan: MakePlan) -> None:
+        model = tiny("llama", dtype=torch.bfloat16)
+        before, found = state(model), refit(model, random_plan)
+        assert {v.dtype for v in found.down.values()} == {torch.bfloat16}
+        with reconstructed(model, found):
+            in_memory = logits(model)
+        assert unchanged(model, before)
+        by_slice = logits(reconstruct_(model, found))
+        assert by_slice.dtype == torch.bfloat16
+        assert distance(in_memory, by_slice) < 0.03 * float(in_memory.float().abs().max())
+
+    def test_an_order_of_obs_is_refitted_best(self, llama: Any, random_plan: MakePlan) -> None:
+        """Both read h_outer only; the greedy order leaves less error than a random one."""
+        stats = stats_of(llama)
+        greedy = reconstruct(llama, build_plan(score(llama, stats, "obs"), 0.5), stats)
+        random = reconstruct(llama, random_plan(llama, 0.5), stats)
+        for site in greedy.down:
+            assert greedy.facts["sites"][site.name]["error"] < 0.9 * random.facts["sites"][site.name]["error"]
+
+    def test_nested_in_a_mask(self, llama: Any, random_plan: MakePlan) -> None:
+        before, found = state(llama), refit(llama, random_plan)
+        with masked(llama, random_plan(llama, seed=1)):
+            inside = state(llama)
+            with reconstructed(llama, found):
+                pass
+            assert unchanged(llama, inside)
+        assert unchanged(llama, before)
+
+    def test_padded_to_the_widest(self, llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:
+        plan = random_plan(llama, 0.5, allocator="global")
+        found = reconstruct(llama, plan, stats_of(llama))
+        with reconstructed(llama, found):
+            in_memory = logits(llama)
+        reconstruct_(llama, found, pad_to_widest=True)
+        assert {s.d_ff for s in find_sites(llama)} == {max(plan.widths.values())}
+        save_model(llama, None, tmp_path / "out", plan=plan)
+        assert distance(logits(reloaded(tmp_path / "out")), in_memory) < EXACT
+
+    def test_different_widths(self, llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:
+        found = reconstruct(llama, random_plan(llama, 0.5, allocator="global"), stats_of(llama))
+        with reconstructed(llama, found):
+            in_memory = logits(llama)
+        save_model(reconstruct_(llama, found), None, tmp_path / "out")
+        assert distance(logits(reloaded(tmp_path / "out", trust_remote_code=True)), in_memory) < EXACT
+
+
+class TestUnreachedExperts:
+    def test_left_as_they_are(self, random_plan: MakePlan) -> None:
+        model = tiny_moe("deepseek_v3")
+        model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -1e4
+        found = refit(model, random_plan)
+        missing = {s.name for s in found.plan.kept} - {s.name for s in found.down}
+        assert missing == {"model.layers.1.mlp.experts.2"}
+        with reconstructed(model, found):
+            in_memory = logits(model)
+        assert distance(logits(reconstruct_(model, found)), in_memory) < EXACT
+
+    def test_whole_in_a_plan_of_obs(self) -> None:
+        model = tiny_moe("deepseek_v3")
+        model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -1e4
+        stats = stats_of(model)
+        with pytest.warns(UserWarning, match=r"experts.2\), so obs cannot rank"):
+            plan = build_plan(score(model, stats, "obs"), 0.5)
+        found = reconstruct(model, plan, stats)
+        whole = next(s for s in plan.kept if s.name == "model.layers.1.mlp.experts.2")
+        assert plan.kept[whole].numel() == whole.d_ff and whole not in found.down
