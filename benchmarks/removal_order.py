@@ -14,7 +14,7 @@ SHAPES = ("1536:576", "4096:1024")
 
 
 def seconds(d_ff: int, d_model: int) -> tuple[float, float]:
-    """Wall and processor seconds that the metric ``obs`` takes for one FFN of random weights and as many random tokens as channels."""
+    """Wall and processor seconds of the metric ``obs`` for random weights, with as many random tokens as channels."""
     h = torch.randn(d_ff, d_ff, generator=torch.Generator().manual_seed(0))
     site = FFNSite(0, "layers.0.mlp", None, "up", "down", d_model, d_ff)
     stats = ChannelStats(site, {"h_outer": (h.T @ h).double()}, {"h_outer": d_ff}, {"h_outer": "sum"})
