@@ -12,7 +12,7 @@ from ffnscope.calibrate.sums import Sums, Surroundings, finite
 from ffnscope.errors import UsageError
 from ffnscope.ffn.projection import reuse
 from ffnscope.registry import STATISTICS
-from ffnscope.rules import MARKS, NEXT, ORDER, Statistic
+from ffnscope.rules import GRADIENTS, MARKS, NEXT, ORDER, Statistic
 from ffnscope.types import ChannelStats, FFNSite, check_core
 
 
@@ -47,7 +47,7 @@ class Accumulator:
         for statistic in statistics:
             self._check(statistic)
         self._before = {b: a for a, b in self.sums.around.following.items() if a in self.sites}
-        self._finite: dict[FFNSite, Tensor] = {}
+        self._finite: dict[tuple[FFNSite, bool], Tensor] = {}  # of a site's activations and of its gradients
         self._held: dict[FFNSite, dict[str, Tensor]] = {}
         self._active: list[Statistic] = statistics
         self._rows: TokenRows | None = None
@@ -119,10 +119,10 @@ class Accumulator:
         if not all(len(part) for part in rows.values()):
             due = []  # an expert without counted tokens
         shown = {(r, s.every) for s in due if _shows_nan(self._add(site, s, rows)) for r in s.reads}
-        hidden = [part for (r, every), part in rows.items() if not {(r, every), (r, 1)} & shown]
-        if hidden:
-            before = [self._finite[site]] if site in self._finite else []
-            self._finite[site] = torch.stack([*before, *(finite(part) for part in hidden)]).all()
+        for (read, every), part in rows.items():
+            if not {(read, every), (read, 1)} & shown:  # no sum of vectors would show NaN in it
+                kind = site, read in GRADIENTS
+                self._finite[kind] = finite(part) & self._finite[kind] if kind in self._finite else finite(part)
         for done in [k for k in held if k not in later]:
             del held[done]
 
@@ -137,8 +137,8 @@ class Accumulator:
         if _all_true([finite(v) for v in sums] + list(self._finite.values())):
             return None
         forward, backward = [s.name for s in self.forward], [s.name for s in self.backward]
-        bad = [s for s in self.sites if not self._is_finite(s, forward)]
-        return bad[0] if bad else next(s for s in reversed(self.sites) if not self._is_finite(s, backward))
+        bad = [s for s in self.sites if not self._is_finite(s, forward, False)]
+        return bad[0] if bad else next(s for s in reversed(self.sites) if not self._is_finite(s, backward, True))
 
     def result(self, *, copy: bool = True) -> dict[FFNSite, ChannelStats]:
         """Statistics of every site on the CPU.
@@ -194,8 +194,8 @@ class Accumulator:
                 "Calibrate for scar_loss_proxy first, and pass core=top_core(scores) to a second pass."
             )
 
-    def _is_finite(self, site: FFNSite, names: Sequence[str]) -> bool:
-        seen = self._finite.get(site)
+    def _is_finite(self, site: FFNSite, names: Sequence[str], gradients: bool) -> bool:
+        seen = self._finite.get((site, gradients))
         return self.sums.is_finite(site, names) and (seen is None or bool(seen))
 
 

@@ -71,6 +71,7 @@ def obs_loss(stats: ChannelStats, weights: FFNWeights, *, damping: float = 0.01)
     with respect to the FFN's output: nats per token, comparable across FFNs, so that the allocator ``global`` may
     rank them together. As in LLM Surgeon, errors and gradients are taken to be independent, and the Hessian of the loss
     is replaced by the second moment of its gradients. Of an expert the mean is over its own tokens.
+    Changes under up * c, down / c, because of the damping.
     """
     down, curvature = weights.down.double(), stats.mean("dy_outer")
     return _scores(stats, (0.5 * down.T) @ curvature @ down, damping)

@@ -492,9 +492,3 @@ class TestRefusals:
             llama.model.embed_tokens.weight[7] = float("nan")
         with pytest.raises(NonFiniteError, match=r"model.layers.0.mlp: least squares"):
             reconstruct_sequential(llama, windows, plan)
-
-    def test_shapes_of_a_reconstruction(self, llama: Any) -> None:
-        plan = plan_of(llama)
-        site = next(iter(plan.kept))
-        with pytest.raises(UsageError, match=r"have shape \(32, 5\); expected \(32, 24\)"):
-            Reconstruction(plan, {site: torch.zeros(32, 5)})

@@ -35,6 +35,8 @@ TABLE = {
     "pairwise_redundancy_gaussian": 0,
     "sparsegpt": None,
     "flap": 0,
+    "obs": None,
+    "obs_loss": None,
     "supernode_protection_score": 0,
     "supernode_connectivity_score": 0,
     "composite": 0,
