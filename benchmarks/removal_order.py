@@ -14,11 +14,7 @@ SHAPES = ("1536:576", "4096:1024")
 
 
 def seconds(d_ff: int, d_model: int) -> tuple[float, float]:
-<<<<<<< HEAD
-    """Wall and processor seconds of the metric ``obs`` for an FFN of random weights and d_ff random tokens."""
-=======
     """Wall and processor seconds of the metric ``obs`` for random weights, with as many random tokens as channels."""
->>>>>>> s6a
     h = torch.randn(d_ff, d_ff, generator=torch.Generator().manual_seed(0))
     site = FFNSite(0, "layers.0.mlp", None, "up", "down", d_model, d_ff)
     stats = ChannelStats(site, {"h_outer": (h.T @ h).double()}, {"h_outer": d_ff}, {"h_outer": "sum"})
