@@ -12,6 +12,7 @@ from ffnscope.analyze.bootstrap import Bootstrap, bootstrap_statistics
 from ffnscope.analyze.concentration import Concentration, concentration
 from ffnscope.analyze.core import CoreOverlap, CoreStability, core_overlap, core_stability
 from ffnscope.analyze.cross_layer import CrossLayer, cross_layer
+from ffnscope.analyze.curves import CurveOptions, measure_curves
 from ffnscope.analyze.halo import HaloAnalysis, HaloOptions, halo_analysis
 from ffnscope.analyze.levels import CoreRule, calibrate_all
 from ffnscope.analyze.neighbours import null_channels
@@ -69,6 +70,7 @@ from ffnscope.metrics.scorers import (
     WeightedPageRankScorer,
 )
 from ffnscope.plan.build import build_plan, diff_plans, top_core
+from ffnscope.plan.curves import Curves
 from ffnscope.plan.pruners import BasePruner, GlobalPruner, LocalPruner
 from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
 from ffnscope.report.page import write_report
@@ -110,6 +112,8 @@ __all__ = [
     "CoreRule",
     "CoreStability",
     "CrossLayer",
+    "CurveOptions",
+    "Curves",
     "EvalResult",
     "EvalRow",
     "FFNScopeError",
@@ -185,6 +189,7 @@ __all__ = [
     "masked",
     "materialised",
     "metric",
+    "measure_curves",
     "null_channels",
     "paired_losses",
     "perplexity",

@@ -146,7 +146,7 @@ def joint_change(model: nn.Module, plan: PruningPlan, windows: Windows, *, batch
     prefix = prefix_of(model, sites) if sites else Prefix([])
     parts: list[Tensor] = []
     with evaluating(model):
-        if not _is_skipped_exactly(model, prefix, sites, windows):
+        if not is_skipped_exactly(model, prefix, sites, windows):
             prefix = Prefix([])
         for batch in windows.batches(batch_size):
             with memory_errors(len(batch), batch.length):
@@ -188,7 +188,7 @@ class _Run:
     def measure(self, site: FFNSite, channels: list[int]) -> bool:
         """Fill what is missing of a site; returns whether its first blocks could be skipped."""
         prefix = prefix_of(self.model, [site])
-        cut = _is_skipped_exactly(self.model, prefix, [site], self.windows)
+        cut = is_skipped_exactly(self.model, prefix, [site], self.windows)
         copies = min(len(channels), self.batch_size) if cut else 1
         size = max(1, self.batch_size // copies)
         for number, batch in enumerate(self.windows.batches(size)):
@@ -242,8 +242,8 @@ def _losses_without(
         return token_losses(batch_logits(model, copies), copies).view(len(channels), *batch.input_ids.shape)
 
 
-def _is_skipped_exactly(model: nn.Module, prefix: Prefix, sites: Sequence[FFNSite], windows: Windows) -> bool:
-    """Whether skipping the first blocks gives the logits of the whole model: with all channels, and without one.
+def is_skipped_exactly(model: nn.Module, prefix: Prefix, sites: Sequence[FFNSite], windows: Windows) -> bool:
+    """Whether skipping the blocks before ``sites`` gives the whole model's logits: with all channels, and without one.
 
     Tried on two copies of the first window, cut to a few tokens.
     """

@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffnscope.analyze.ablation import is_skipped_exactly
 from ffnscope.analyze.suffix import Prefix, prefix_of
 from ffnscope.apply.one_shot import reconstruct
 from ffnscope.apply.reconstruction import Reconstruction, reconstructed
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.fidelity import fidelity
-from ffnscope.evaluate.forward import batch_logits, check_targets, evaluating, memory_errors
+from ffnscope.evaluate.forward import batch_logits, evaluating, memory_errors
+from ffnscope.evaluate.perplexity import check_targets
 from ffnscope.plan.curves import Curves
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
 OnCut = Callable[[int, int], None]
-SHARES = (0.75, 0.5, 0.25)
-"""Kept shares of the channels that are measured by default."""
 SPAN = 0.2
 """Around a solution: widths that are this share of d_ff wider and narrower."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurveOptions:
+    """What is measured, and how.
+
+    Attributes:
+        shares: kept shares of the channels, in (0, 1); not used around a solution.
+        batch_size: windows per forward. The blocks before an FFN run once per batch for all of its widths.
+    """
+
+    shares: tuple[float, ...] = (0.75, 0.5, 0.25)
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.shares or not all(0 < share < 1 for share in self.shares):
+            raise UsageError(f"shares must be kept shares in (0, 1); got {list(self.shares)}.")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1; got {self.batch_size}.")
 
 
 def measure_curves(
@@ -33,9 +52,8 @@ def measure_curves(
     stats: Mapping[FFNSite, ChannelStats] | None,
     windows: Windows,
     *,
-    shares: Sequence[float] = SHARES,
     around: Reconstruction | None = None,
-    batch_size: int = 8,
+    options: CurveOptions | None = None,
     on_cut: OnCut | None = None,
 ) -> Curves:
     """Measure the rise of the KL to the dense model when a single FFN is cut, for each FFN at several widths.
@@ -53,29 +71,28 @@ def measure_curves(
         scores: the order of removal in each FFN.
         stats: with ``h_outer``: the columns that stay are refitted; None leaves them.
         windows: text; other than what the final result is judged on.
-        shares: kept shares to measure, in (0, 1).
-        around: measure around this solution, for the FFNs in its plan.
-        batch_size: windows per forward; those before the first difference are shared by all widths of a batch.
+        around: measure around this solution, which must have all FFNs of the scores.
+        options: widths and batches.
         on_cut: called with (cuts measured, cuts in all).
 
     Raises:
-        UsageError: a share outside (0, 1), no target, or an FFN that is not in ``around``.
+        UsageError: no target, or an FFN that is not in ``around``.
         NonFiniteError: a KL is NaN or infinite.
         DeviceError: out of memory.
     """
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise UsageError(f"shares must be kept shares in (0, 1); got {list(shares)}.")
+    options = options or CurveOptions()
     missing = [s.name for s in scores.values if around is not None and s not in around.plan.kept]
     if missing:
         raise UsageError(f"the solution to measure around has no {missing[0]}; use one for the same FFNs.")
     check_targets(windows)
-    widths = {site: _widths(site, shares, around) for site in scores.values}
+    widths = {site: _widths(site, options.shares, around) for site in scores.values}
     cuts = {site: [_cut(model, scores, stats, site, w) for w in chosen] for site, chosen in widths.items()}
     total = {site: torch.zeros(len(chosen), dtype=torch.float64) for site, chosen in widths.items()}
-    n_cuts, done = sum(map(len, widths.values())) * -(-len(windows) // batch_size), 0
+    n_cuts, done = sum(map(len, widths.values())) * -(-len(windows) // options.batch_size), 0
     with evaluating(model):
-        for batch in windows.batches(batch_size):
-            run = _Run(model, batch, around, scores.sites)
+        prefixes = {site: _prefix(model, site, windows) for site in scores.values}
+        for batch in windows.batches(options.batch_size):
+            run = _Run(model, batch, around, prefixes)
             for site in scores.values:
                 with memory_errors(len(batch), batch.length):
                     total[site] += run.measure(site, cuts[site])
@@ -85,6 +102,12 @@ def measure_curves(
     facts = {"metric": scores.metric, "text": windows.hash, "tokens": windows.n_targets, "refitted": stats is not None}
     points = {site: (torch.tensor(widths[site]), total[site] / windows.n_targets) for site in widths}
     return Curves(points, "KL to the dense model, nats per token", facts)
+
+
+def _prefix(model: nn.Module, site: FFNSite, windows: Windows) -> Prefix:
+    """The blocks before an FFN, where they can be skipped."""
+    prefix = prefix_of(model, [site])
+    return prefix if is_skipped_exactly(model, prefix, [site], windows) else Prefix([])
 
 
 def _widths(site: FFNSite, shares: Sequence[float], around: Reconstruction | None) -> list[int]:
@@ -110,12 +133,14 @@ def _cut(
 class _Run:
     """One batch: what the dense model predicts, and what each FFN's block is given."""
 
-    def __init__(self, model: nn.Module, batch: Windows, around: Reconstruction | None, sites: Sequence[FFNSite]):
+    def __init__(
+        self, model: nn.Module, batch: Windows, around: Reconstruction | None, prefixes: Mapping[FFNSite, Prefix]
+    ):
         self.model = model
         self.batch = batch
         self.around = around
         self.dense = batch_logits(model, batch)
-        self.prefixes = {site: prefix_of(model, [site]) for site in sites}
+        self.prefixes = prefixes
         with contextlib.ExitStack() as stack:
             stack.enter_context(_applied(model, around))
             for prefix in self.prefixes.values():
@@ -124,8 +149,7 @@ class _Run:
 
     def measure(self, site: FFNSite, cuts: Sequence[Reconstruction]) -> Tensor:
         """Rise of the summed KL for each cut of an FFN, [n] float64."""
-        prefix = self.prefixes.pop(site)
-        prefix = prefix if prefix.is_known else Prefix([])
+        prefix = self.prefixes[site]
         with _applied(self.model, None if self.around is None else _without(self.around, site)):
             whole = 0.0 if self.around is None else self._divergence(prefix)
             rises: list[float] = []
