@@ -46,6 +46,7 @@ class BlockRun:
         self.masks: dict[Matrix, Tensor] = {}
         self.weights: dict[Matrix, Tensor] = {}
         self.whole: list[str] = []
+        self.few: dict[str, tuple[int, int]] = {}
 
     def result(
         self, method: str, pattern: Pattern, decide: Decide, *, outer: bool, facts: Mapping[str, Any]
@@ -61,7 +62,7 @@ class BlockRun:
                     with summed(self.model, targets, self.targets.scope, windows.valid, sums):
                         blocks.run(block, batch, hidden[batch])
                 sums.check()
-                self._decide(targets, decide, sums.sums)
+                self._decide(targets, decide, sums)
                 del sums
                 if block < len(blocks.names) - 1:
                     here = {t.matrix: self.masks[t.matrix] for t in targets}
@@ -74,16 +75,18 @@ class BlockRun:
         more = {**facts, **text, "whole": self.whole}
         return labelled(self.model, method, pattern, self.targets, self.masks, more, self.weights)
 
-    def _decide(self, targets: list[Target], decide: Decide, sums: Mapping[str, Tensor]) -> None:
+    def _decide(self, targets: list[Target], decide: Decide, sums: InputSums) -> None:
         for target in targets:
             matrix = target.matrix
             weight = finite(matrix, matrix.weight(self.model))
-            if target.signal not in sums:  # an expert without tokens, or a module that does not run
+            if target.signal not in sums.sums:  # an expert without tokens, or a module that does not run
                 self.masks[matrix] = torch.ones(weight.shape, dtype=torch.bool)
                 self.whole.append(matrix.name)
                 continue
+            if sums.outer and sums.tokens[target.signal] < 4 * weight.shape[1]:
+                self.few[matrix.name] = sums.tokens[target.signal], weight.shape[1]
             try:
-                mask, new = decide(target, weight, sums)
+                mask, new = decide(target, weight, sums.sums)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{matrix.name}: {error}") from error
             self.masks[matrix] = mask.cpu()
@@ -91,6 +94,13 @@ class BlockRun:
                 self.weights[matrix] = new.to(weight.dtype).cpu()
 
     def _warn(self) -> None:
+        if self.few:
+            name, (tokens, width) = min(self.few.items(), key=lambda row: row[1][0] / row[1][1])
+            warnings.warn(
+                f"the second moments of {len(self.few)} of {len(self.masks)} matrices are of fewer than 4 tokens per "
+                f"input ({name}: {tokens} tokens for {width} inputs), so new weights fit noise. Use more text.",
+                stacklevel=4,
+            )
         if self.whole:
             warnings.warn(
                 f"{len(self.whole)} of {len(self.masks)} matrices were reached by no token ({self.whole[0]}); they "

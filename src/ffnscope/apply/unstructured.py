@@ -43,7 +43,7 @@ def magnitude_weights(model: nn.Module, sparsity: float | str, *, scope: Scope) 
     masks: dict[Matrix, Tensor] = {}
     for target in targets.all:
         weight = finite(target.matrix, target.matrix.weight(model))
-        size = weight.float().abs()
+        size = weight.abs()
         together = size if pattern.group is not None else size.reshape(1, -1)
         masks[target.matrix] = highest(together, pattern).view(weight.shape).cpu()
     return labelled(model, "magnitude", pattern, targets, masks, {})
