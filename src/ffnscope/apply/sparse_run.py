@@ -67,7 +67,8 @@ class BlockRun:
                 if block < len(blocks.names) - 1:
                     here = {t.matrix: self.masks[t.matrix] for t in targets}
                     with applied(self.model, edits(self.model, here, self.weights)):
-                        hidden = [blocks.run(block, batch, one) for batch, one in enumerate(hidden)]
+                        for batch, one in enumerate(hidden):  # in the list, so that states are held once
+                            hidden[batch] = blocks.run(block, batch, one)
                 if self.on_block is not None:
                     self.on_block(block + 1, len(blocks.names))
         self._warn()
