@@ -39,6 +39,14 @@ from ffnscope.apply.reconstruction import (
 from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
 from ffnscope.apply.slice import slice_
+from ffnscope.apply.sparse_weights import (
+    SparseWeights,
+    read_sparse_weights,
+    sparsified,
+    sparsify_,
+    write_sparse_weights,
+)
+from ffnscope.apply.unstructured import dass_weights, magnitude_weights, sparsegpt_weights, wanda_weights
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
 from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, weights_hash
@@ -141,6 +149,7 @@ __all__ = [
     "RunFolder",
     "Scores",
     "SequentialOptions",
+    "SparseWeights",
     "TaskOptions",
     "TaskRow",
     "TextSource",
@@ -175,6 +184,7 @@ __all__ = [
     "core_overlap",
     "core_stability",
     "cross_layer",
+    "dass_weights",
     "diff_plans",
     "find_sites",
     "generate_samples",
@@ -185,6 +195,7 @@ __all__ = [
     "load_model",
     "load_windows",
     "joint_change",
+    "magnitude_weights",
     "make_windows",
     "masked",
     "materialised",
@@ -199,6 +210,7 @@ __all__ = [
     "read_plan",
     "read_reconstruction",
     "read_scores",
+    "read_sparse_weights",
     "read_stats",
     "reconstruct",
     "reconstruct_",
@@ -212,15 +224,20 @@ __all__ = [
     "scorer",
     "select_sites",
     "slice_",
+    "sparsegpt_weights",
+    "sparsified",
+    "sparsify_",
     "stability",
     "statistic",
     "survey",
     "top_core",
     "validate",
+    "wanda_weights",
     "weights_hash",
     "weights_of",
     "write_plan",
     "write_reconstruction",
     "write_scores",
+    "write_sparse_weights",
     "write_stats",
 ]

@@ -90,7 +90,7 @@ def open_blocks(model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Wi
     """
     if not batches or not sites:
         raise UsageError("running blocks one at a time needs at least one window of text and one FFN.")
-    names, modules = _list_of_blocks(model, sites)
+    names, modules = list_of_blocks(model, sites)
     with torch.no_grad():
         piece = batches[0][: _PIECE[0]].cut(_PIECE[1])
         lengths = _check(model, names, modules, piece)
@@ -105,7 +105,12 @@ def open_blocks(model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Wi
     return Blocks(names, modules, tuple(batches), tuple(calls)), starts
 
 
-def _list_of_blocks(model: nn.Module, sites: Sequence[FFNSite]) -> tuple[tuple[str, ...], tuple[nn.Module, ...]]:
+def list_of_blocks(model: nn.Module, sites: Sequence[FFNSite]) -> tuple[tuple[str, ...], tuple[nn.Module, ...]]:
+    """Paths and modules of the list of decoder blocks that holds ``sites``.
+
+    Raises:
+        NotAvailableError: they are in several lists, or in none.
+    """
     paths = [layer_path(site.path) for site in sites]
     alone = next((s.name for s, path in zip(sites, paths, strict=True) if path is None), None)
     if alone is not None:

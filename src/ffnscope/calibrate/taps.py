@@ -71,6 +71,25 @@ def channel_taps(
             handle.remove()
 
 
+@contextlib.contextmanager
+def input_taps(model: nn.Module, paths: Sequence[str], call: Callable[[str, Tensor], None]) -> Generator[None]:
+    """Call back with the path and the input of these projections, whatever they belong to, whenever one runs.
+
+    The input is a view: do not change it. All hooks are removed on exit, also after an exception.
+    """
+    handles: list[Any] = []
+
+    def hook(path: str) -> Any:
+        return lambda module, args: call(path, args[0].detach())
+
+    try:
+        handles += [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _hook_dense(model: nn.Module, site: FFNSite, handles: list[Any], hook: Any, signal_tap: SignalTap | None) -> None:
     handles += [reader.register_forward_pre_hook(hook) for reader in channel_readers(model, site)]
     if signal_tap is None or site.role not in ("ffn", "attention"):

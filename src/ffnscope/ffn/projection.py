@@ -189,6 +189,14 @@ def down_columns(model: nn.Module, site: FFNSite, channels: Tensor) -> Coupled:
     return Coupled(down, "weight", 1 - out_axis(down), channels)
 
 
+def whole_expert(model: nn.Module, site: FFNSite, name: str) -> tuple[Coupled, bool]:
+    """All entries of one matrix of an expert in shared parameters, along axis 0; and whether it is stored [out, in]."""
+    owner, leaf = owner_of(model, site, name), name.rpartition(".")[2]
+    rows = site.d_ff if site.storage == "flat" else None
+    every = torch.arange(_expert_part(model, site, name).shape[0])
+    return Coupled(owner, leaf, 0, every, site.expert, rows), _has_outputs_first(site, name)
+
+
 def down_bias(model: nn.Module, site: FFNSite) -> Coupled | None:
     """The whole bias [d_model] of down, or None where it has none."""
     owner = owner_of(model, site, site.down)
@@ -310,5 +318,9 @@ def _outputs_first(model: nn.Module, site: FFNSite, name: str, stored: Tensor) -
     assert site.expert is not None
     _expert_part(model, site, name)  # the expert is in this model
     part = _part_of(stored, site.expert, site.d_ff if site.storage == "flat" else None)
-    outputs_first = _channel_axis(site, name) == (1 if name == site.down else 0)
-    return part if outputs_first else part.T
+    return part if _has_outputs_first(site, name) else part.T
+
+
+def _has_outputs_first(site: FFNSite, name: str) -> bool:
+    """Whether one expert's matrix is stored as [out, in]."""
+    return _channel_axis(site, name) == (1 if name == site.down else 0)
