@@ -209,6 +209,16 @@ def peak_bytes(model: Any, sites: Sequence[FFNSite], steps: Sequence[Step], held
     return int(weights + max([0, *calibrate, *evaluate]))
 
 
+def sequential_bytes(model: Any, sites: Sequence[FFNSite], windows: Windows) -> int:
+    """What a sequential reconstruction takes beside the model; see `reconstruct_sequential`."""
+    size = next(iter(model.parameters())).element_size()
+    d_model = max(s.d_model for s in sites)
+    streams = 2 * windows.n_tokens * d_model * size
+    channels = max(windows.n_tokens * s.d_ff * size for s in sites)
+    sums = max(2 * 8 * (s.d_ff**2 + s.d_model * s.d_ff) for s in sites)
+    return streams + min(channels, 2**30) + 2 * sums  # the least squares hold as much again
+
+
 def _duration(seconds: float) -> str:
     if math.isnan(seconds):
         return "unknown"
