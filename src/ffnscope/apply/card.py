@@ -76,9 +76,9 @@ def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
     errors = error_profile(plan, facts)
     if errors:
         means = (sum(row[key] for row in errors) / len(errors) for key in ("error_without", "error"))
-        before, after = (f"{mean:.4g} of its power" for mean in means)
+        before, after = (f"{mean:.4g}" for mean in means)
         held_out = "held-out tokens" if all(row["held_out"] for row in errors) else "the tokens of the fit"
-        rows.append((f"mean squared error of an FFN's output on {held_out}", f"{before} without it, {after} with it"))
+        rows.append((f"mean squared error of an FFN's output on {held_out}", f"{before} of its power without the refit, {after} with it"))
     text = (
         "The down columns of the channels that stay, or a bias, make up for those that are gone. Nothing was trained."
     )
