@@ -78,7 +78,8 @@ def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
         means = (sum(row[key] for row in errors) / len(errors) for key in ("error_without", "error"))
         before, after = (f"{mean:.4g}" for mean in means)
         held_out = "held-out tokens" if all(row["held_out"] for row in errors) else "the tokens of the fit"
-        rows.append((f"mean squared error of an FFN's output on {held_out}", f"{before} of its power without the refit, {after} with it"))
+        left = f"{before} of its power without the refit, {after} with it"
+        rows.append((f"mean squared error of an FFN's output on {held_out}", left))
     text = (
         "The down columns of the channels that stay, or a bias, make up for those that are gone. Nothing was trained."
     )

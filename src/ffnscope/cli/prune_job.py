@@ -22,7 +22,7 @@ from ffnscope.cli.channels import OUT, scoring_facts
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import hash_json, plan_to_dict, read_json
+from ffnscope.io import hash_json, plan_to_dict, read_json, read_tensors
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
@@ -103,6 +103,8 @@ class PruneJob:
             return read_reconstruction(path)
         stats = self._calibrate(part)[0] if self.method.statistics else None
         blocks = part / "blocks"
+        for one in blocks.glob("*.safetensors"):
+            discard_damaged(self.reporter, one, read_tensors)
         given: Any = {"windows": self.windows, "stats": stats}
         given["options"] = SequentialOptions(batch_size=self.text.batch_size, checkpoint=blocks)
         name = f"reconstruct ({self.method.reconstruct.replace('_', '-')})"
