@@ -28,6 +28,7 @@ from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
+from ffnscope.apply.method import METHODS, Method, plan_and_reconstruct, reconstruct_plan
 from ffnscope.apply.one_shot import compensate_bias, reconstruct
 from ffnscope.apply.reconstruction import (
     Reconstruction,
@@ -99,6 +100,7 @@ load = load_model
 
 __all__ = [
     "ALLOCATORS",
+    "METHODS",
     "METRICS",
     "STATISTICS",
     "ActivationScorer",
@@ -133,6 +135,7 @@ __all__ = [
     "IsolatedFFNPipeline",
     "LoadedModel",
     "LocalPruner",
+    "Method",
     "ModelSource",
     "ModifiedPageRankScorer",
     "NormScorer",
@@ -204,6 +207,7 @@ __all__ = [
     "null_channels",
     "paired_losses",
     "perplexity",
+    "plan_and_reconstruct",
     "prune_",
     "ranking",
     "read_capture",
@@ -214,6 +218,7 @@ __all__ = [
     "read_stats",
     "reconstruct",
     "reconstruct_",
+    "reconstruct_plan",
     "reconstruct_sequential",
     "reconstructed",
     "repeat_scores",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ffnscope.apply.padding import zeroed_channels
+from ffnscope.apply.profile import error_profile, reconstruction_name
 from ffnscope.types import EvalResult, PruningPlan
 
 
@@ -20,6 +21,8 @@ def model_card(
     parts = [_front(plan), f"# {name}\n", loading]
     if plan is not None:
         parts += [_plan(model, plan), _widths(plan)]
+        told = plan.provenance.get("reconstruction")
+        parts += [_reconstruction(plan, told)] if told else []
     if results:
         parts.append(_results(results))
     return "\n".join(parts)
@@ -64,6 +67,23 @@ def _plan(model: nn.Module, plan: PruningPlan) -> str:
     for key in ("text", "windows", "length", "tokens", "hash"):
         rows[f"calibration {key}"] = text.get(key)
     return "## Plan\n\n" + _table(("what", "value"), [(k, v) for k, v in rows.items() if v is not None])
+
+
+def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
+    """What was refitted, on how much text, and what it left of the error of the FFNs' outputs."""
+    rows: list[tuple[Any, ...]] = [("kind", reconstruction_name(facts))]
+    rows += [(key, facts[key]) for key in ("target", "text", "tokens") if key in facts]
+    errors = error_profile(plan, facts)
+    if errors:
+        means = (sum(row[key] for row in errors) / len(errors) for key in ("error_without", "error"))
+        before, after = (f"{mean:.4g}" for mean in means)
+        held_out = "held-out tokens" if all(row["held_out"] for row in errors) else "the tokens of the fit"
+        left = f"{before} of its power without the refit, {after} with it"
+        rows.append((f"mean squared error of an FFN's output on {held_out}", left))
+    text = (
+        "The down columns of the channels that stay, or a bias, make up for those that are gone. Nothing was trained."
+    )
+    return f"## Reconstruction\n\n{text}\n\n" + _table(("what", "value"), rows)
 
 
 def _widths(plan: PruningPlan) -> str:

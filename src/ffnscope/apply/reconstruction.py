@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ffnscope.apply.export import check_prunable, cut_
 from ffnscope.apply.folder import refuse_existing
 from ffnscope.apply.mask import check_plan, removals
 from ffnscope.apply.new_bias import add_bias_, bias_switch, remove_bias_, switch_on_, without_bias
+from ffnscope.apply.profile import error_profile, reconstruction_name
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.expert_calls import stored_together
 from ffnscope.ffn.offload import materialised
@@ -60,6 +61,20 @@ class Reconstruction:
     def sites(self) -> tuple[FFNSite, ...]:
         """Sites that get new columns or a bias."""
         return tuple(site for site in self.plan.kept if site in self.down or site in self.bias)
+
+    @property
+    def name(self) -> str:
+        """The kind of reconstruction in a few words, for tables."""
+        return reconstruction_name(self.facts)
+
+    @property
+    def told_plan(self) -> PruningPlan:
+        """The plan, with the facts of the reconstruction in its provenance: what a checkpoint tells."""
+        return replace(self.plan, provenance={**self.plan.provenance, "reconstruction": dict(self.facts)})
+
+    def error_profile(self) -> list[dict[str, Any]]:
+        """Where the damage is; see `ffnscope.apply.profile.error_profile`."""
+        return error_profile(self.plan, self.facts)
 
 
 def check_linear(sites: Sequence[FFNSite]) -> None:

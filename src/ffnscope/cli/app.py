@@ -67,7 +67,7 @@ def _call() -> int | str | None:
         return 2 if isinstance(error, UsageError) else 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _say("interrupted. Called again, `run`, `score` and `rank --validate` go on where they stopped.")
+            _say("interrupted. Called again, `run`, `score`, `prune` and `rank --validate` go on where they stopped.")
         return end.code
     return 0
 

@@ -107,13 +107,7 @@ def score_all(
     windows = choice.calibration(loaded) if windows is None else windows
     part = folder / UNFINISHED / "calibrate.safetensors" if folder else None
     options = PassOptions(batch_size=choice.batch_size, checkpoint=part, keep_checkpoint=True)
-    facts: dict[str, Any] = {"model": weights_hash(loaded.model), **loaded.facts}
-    facts |= {"calibration": describe_windows(windows)}
-    facts["batch_size"] = choice.batch_size
-    if needs_core(asked.params):
-        facts["core"] = asdict(asked.rule)
-    if asked.reference is not None:
-        facts["reference"] = weights_hash(asked.reference)
+    facts = scoring_facts(loaded, asked, windows, choice)
     given: Any = {"sites": asked.sites, "rule": asked.rule, "options": options}
     announce(reporter, calibration_bytes(asked.model, windows, asked.params, **given))
     for path in part.parent.glob(f"*{part.name}") if part else ():
@@ -124,3 +118,15 @@ def score_all(
         write_stats(folder / "statistics.safetensors", stats.values(), facts)
         write_scores(folder / "scores.safetensors", found.values(), facts)
     return found
+
+
+def scoring_facts(loaded: LoadedModel, asked: Question, windows: Windows, choice: opt.TextChoice) -> dict[str, Any]:
+    """What scores and statistics were made from."""
+    facts: dict[str, Any] = {"model": weights_hash(loaded.model), **loaded.facts}
+    facts |= {"calibration": describe_windows(windows)}
+    facts["batch_size"] = choice.batch_size
+    if needs_core(asked.params):
+        facts["core"] = asdict(asked.rule)
+    if asked.reference is not None:
+        facts["reference"] = weights_hash(asked.reference)
+    return facts

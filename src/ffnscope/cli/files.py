@@ -36,8 +36,8 @@ def check_folder_output(out: Path, overwrite: bool, unfinished_name: str) -> Non
 
 
 @contextlib.contextmanager
-def unfinished(part: Path) -> Generator[Path]:
-    """Yield a folder that marks the output around it as not finished, for what has been found; remove it at the end.
+def working_folder(part: Path) -> Generator[Path]:
+    """Yield a folder for what has been found, from which the same call goes on; remove it at the end.
 
     After an interrupt or error it stays, unless nothing was found yet.
     """
@@ -48,10 +48,21 @@ def unfinished(part: Path) -> Generator[Path]:
     except BaseException:
         with contextlib.suppress(OSError):  # not empty
             part.rmdir()
-            part.parent.rmdir()
         raise
     with writing(part):
         shutil.rmtree(part)
+
+
+@contextlib.contextmanager
+def unfinished(part: Path) -> Generator[Path]:
+    """A `working_folder` in an output, which marks it as not finished; a new output in which nothing is goes too."""
+    try:
+        with working_folder(part):
+            yield part
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            part.parent.rmdir()
+        raise
 
 
 def check_table(path: Path | None, overwrite: bool) -> None:

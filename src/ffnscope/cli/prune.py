@@ -1,35 +1,39 @@
-"""The command prune: score -> plan -> slice -> save."""
+"""The command prune: score -> plan -> reconstruct -> slice -> save."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from ffnscope.apply.export import SHARD
+from ffnscope.apply.method import Method, named_method
+from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
-from ffnscope.cli.channels import OUT, score_all
-from ffnscope.cli.files import Out, Overwrite, check_output, read_metric
+from ffnscope.cli.channels import OUT
+from ffnscope.cli.files import Out, Overwrite, check_output, read_metric, working_folder
 from ffnscope.cli.groups import grouped, option_names
+from ffnscope.cli.prune_estimate import print_prune_estimate
+from ffnscope.cli.prune_job import PruneJob
 from ffnscope.errors import UsageError
-from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_plan
 from ffnscope.plan.build import build_plan, check_allocator_name, top_core
-from ffnscope.report.tables import print_results
+from ffnscope.report.error_table import print_profile
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
-from ffnscope.run.steps import compare_with_dense
 from ffnscope.run.texts import held_out_split
 from ffnscope.types import Budget, PruningPlan, Scores
 
+WINDOWS, LENGTH = 128, 256
+"""Of the calibration of a reconstruction: as many tokens as without, in more places of the text."""
 _TEXT = option_names(opt.TextChoice)
 _OF_SCORES = (*(name for name in option_names(opt.MetricOptions) if name != "module"), "split")
-_OF_PLAN = ("metric", "module", "scores", "allocator", "multiple_of", "protect_fraction", *_OF_SCORES)
+_OF_PLAN = ("method", "metric", "module", "scores", "allocator", "multiple_of", "protect_fraction", *_OF_SCORES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,72 +54,186 @@ class SaveOptions:
         return saving
 
 
+@dataclass(frozen=True, slots=True)
+class MethodChoice:
+    """Which parts prune: those of a named method, or others in their place."""
+
+    method: Annotated[
+        str, typer.Option(help="scores (ranking alone), or best: obs_loss, halfway, sequential reconstruction.")
+    ] = "scores"
+    metric: Annotated[
+        str | None, typer.Option("--metric", "-m", help="Metric that ranks the channels; default: that of --method.")
+    ] = None
+    allocator: Annotated[
+        str | None,
+        typer.Option(
+            help="local (same sparsity everywhere; a checkpoint that plain transformers loads), or with different "
+            "widths global, halfway, standardised, outliers; default: that of --method."
+        ),
+    ] = None
+    reconstruct: Annotated[
+        str | None,
+        typer.Option(help="Refit what stays: none, one-shot or sequential (block by block); default: as --method."),
+    ] = None
+    target: Annotated[
+        float | None, typer.Option(help="Of --reconstruct sequential: 0 = the FFN's own output, 1 = the dense model's.")
+    ] = None
+    damping: Annotated[
+        float | None,
+        typer.Option(help="Pull of the refit towards the old weights; default: chosen on held-out windows."),
+    ] = None
+
+    def chosen(self, context: typer.Context) -> Method:
+        """Check these options and join them; raises UsageError for what is unknown or would do nothing."""
+        changes: dict[str, Any] = {"metric": self.metric, "allocator": self.allocator}
+        changes["reconstruct"] = None if self.reconstruct is None else self.reconstruct.replace("-", "_")
+        found = named_method(self.method, **changes)
+        refit = found.reconstruct.replace("_", "-")
+        if found.reconstruct != "sequential":
+            opt.refuse_useless(context, f"--reconstruct {refit}", ("target",))
+        if found.reconstruct == "none":
+            opt.refuse_useless(context, f"--reconstruct {refit}", ("damping",))
+        return replace(found, target=self.target, damping=self.damping)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanChoice:
+    """What to remove: a plan, or how much by which scores.
+
+    Raises:
+        UsageError: not one of the two, or an impossible budget or protection.
+    """
+
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of channels to remove, in [0, 1).")] = None
+    plan: Annotated[Path | None, typer.Option(help="Apply this plan instead of making one.")] = None
+    scores: Annotated[Path | None, typer.Option(help="Use these scores instead of calibrating.")] = None
+    multiple_of: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1
+    protect_fraction: Annotated[
+        float | None, typer.Option(help="Keep this share of each FFN, its best by --metric, whatever the allocator.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.plan is None):
+            raise UsageError("give either --sparsity (make a plan) or --plan FILE (apply one).")
+
+    @property
+    def budget(self) -> Budget:
+        """How much to remove."""
+        return Budget(self.sparsity or 0.0, self.multiple_of)
+
+    def check(self, method: Method, saving: Saving) -> None:
+        """Raise for what cannot be planned, or not be saved."""
+        if self.plan is None:
+            _check_protection(self.protect_fraction, self.sparsity or 0.0)
+            check_allocator_name(method.allocator)
+            saving.check_allocator(method.allocator)
+            method.check_budget(self.budget)
+
+    def make(self, one: Scores, allocator: str, reporter: Reporter) -> PruningPlan:
+        """Build the plan; say so when the protection changes nothing."""
+        bare = build_plan(one, self.budget, allocator)
+        protect = self.protect_fraction
+        if protect is None:
+            return bare
+        made = build_plan(one, self.budget, allocator, protected=top_core(one, protect))
+        if all(torch.equal(kept, bare.kept[site]) for site, kept in made.kept.items()):
+            reporter.say(
+                f"note: --protect-fraction {protect:g} changes nothing here; the plan keeps these channels anyway."
+            )
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What files of earlier commands decide already: a plan, or scores with the hash of their weights; or nothing."""
+
+    plan: PruningPlan | None = None
+    scores: tuple[Scores, str] | None = None
+
+    def of_this_model(self, path: Path | None, loaded: LoadedModel) -> Scores | None:
+        """The scores, if any; raises UsageError when they are of other weights."""
+        return None if self.scores is None else _of_this_model(*self.scores, path, loaded)
+
+
 @grouped
 def prune_command(
     *,
     context: typer.Context,
     model: opt.Model,
     out: Out,
-    metric: Annotated[str, typer.Option("--metric", "-m", help="Metric that ranks the channels.")] = "scar_loss_proxy",
-    sparsity: Annotated[float | None, typer.Option(help="Fraction of channels to remove, in [0, 1).")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Apply this plan instead of making one.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="Use these scores instead of calibrating.")] = None,
-    allocator: Annotated[
-        str, typer.Option(help="local (same sparsity everywhere), global, halfway, standardised or outliers.")
-    ] = "local",
-    multiple_of: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
-    protect_fraction: Annotated[
-        float | None, typer.Option(help="Keep this share of each FFN, its best by --metric, whatever the allocator.")
-    ] = None,
+    wanted: PlanChoice,
+    choice: MethodChoice,
     form: SaveOptions,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after on held-out text.")] = True,
     text: opt.TextChoice,
     needs: opt.MetricOptions,
     loading: opt.Loading,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long it would take.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Prune and save: score -> plan -> slice -> OUT, a checkpoint for transformers, or a DeciLM or GGUF export."""
-    if (sparsity is None) == (plan is None):
-        raise UsageError("give either --sparsity (make a plan) or --plan FILE (apply one).")
-    _refuse_useless(context, plan, scores, evaluate)
-    _check_protection(protect_fraction, sparsity or 0.0)
+    """Prune and save: score -> plan -> reconstruct -> slice -> OUT, a checkpoint, or a DeciLM or GGUF export.
+
+    With a reconstruction the calibration has 128 windows of 256 tokens unless --num-samples and --max-length say
+    otherwise, and 32 of them run backward where the metric needs it. An interrupted call goes on where it stopped.
+    """
+    method = choice.chosen(context)
+    refits = method.reconstruct != "none"
+    _refuse_useless(context, wanted, not evaluate and not refits, refits)
     check_output(out, overwrite)
     saving = form.saving(context, out, overwrite)
-    held_out = replace(text, split=None)
-    if evaluate:
+    wanted.check(method, saving)
+    held_out = replace(text, split=None) if evaluate else None
+    if held_out:
         _check_held_out(text.text, text.split)
         held_out.check_held_out()
-    inputs = None if plan or scores else needs.inputs(context, [metric], text.seed)
-    if inputs:
+    inputs = None if wanted.plan or wanted.scores else needs.inputs(context, [method.metric], text.seed)
+    if inputs or refits:
         text.check_calibration()
-    budget = Budget(sparsity or 0.0, multiple_of)
-    check_allocator_name(allocator)
-    given = read_plan(plan) if plan else None
-    found = read_metric(scores, metric) if scores else None
+    plan = read_plan(wanted.plan) if wanted.plan else None
+    known = Known(plan, read_metric(wanted.scores, method.metric) if wanted.scores else None)
     reporter = Reporter()
     loaded = loading.open(reporter, model)
     saving.check_model(loaded)
-    if given is None:
-        one = _of_this_model(*found, scores, loaded) if found else _score(loaded, inputs, text, reporter)
-        one = replace(one, facts={**one.facts, "model_id": model})
-        given = _plan(one, budget, allocator, protect_fraction, reporter)
-    saving.check_plan(loaded, given, reporter)
-    rows: list[EvalRow] = []
-    if evaluate:
-        windows = held_out.held_out(loaded)
-        rows = compare_with_dense(reporter, loaded.model, {"pruned": given}, windows, text.batch_size)
-        print_results(rows, OUT)
-    saving.prune_and_save(loaded, given, {row.label: row.results for row in rows}, reporter)
+    scores = known.of_this_model(wanted.scores, loaded)
+    job = PruneJob(loaded, method, _calibration(context, text, method), inputs, reporter)
+    job.check_sites(None if plan is None else list(plan.kept))
+    if dry_run:
+        print_prune_estimate(job, wanted.budget, held_out.held_out(loaded) if held_out else None, OUT)
+        return
+    with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
+        if plan is None:
+            one = job.score(part) if scores is None else scores
+            plan = wanted.make(replace(one, facts={**one.facts, "model_id": model}), method.allocator, reporter)
+        _finish(job, plan, saving, held_out, part)
 
 
-def _refuse_useless(context: typer.Context, plan: Path | None, scores: Path | None, evaluate: bool) -> None:
+def _finish(job: PruneJob, plan: PruningPlan, saving: Saving, held_out: opt.TextChoice | None, part: Path) -> None:
+    """Reconstruct, measure and save."""
+    saving.check_plan(job.loaded, plan, job.reporter)
+    pruned = job.reconstruct(plan, part)
+    rows = job.compare(pruned, held_out, part) if held_out else []
+    if isinstance(pruned, Reconstruction):
+        print_profile(pruned, OUT)
+    saving.prune_and_save(job.loaded, pruned, {row.label: row.results for row in rows}, job.reporter)
+
+
+def _calibration(context: typer.Context, text: opt.TextChoice, method: Method) -> opt.TextChoice:
+    """The text to calibrate on: more and shorter windows for a reconstruction, unless the user gave other numbers."""
+    if method.reconstruct == "none":
+        return text
+    wanted = {"num_samples": WINDOWS, "max_length": LENGTH}
+    return replace(text, **{name: n for name, n in wanted.items() if not opt.given(context, name)})
+
+
+def _refuse_useless(context: typer.Context, wanted: PlanChoice, reads_no_text: bool, refits: bool) -> None:
     """Refuse options that would silently do nothing."""
-    for option, value, useless in (("plan", plan, _OF_PLAN), ("scores", scores, _OF_SCORES)):
+    for option, value, useless in (("plan", wanted.plan, _OF_PLAN), ("scores", wanted.scores, _OF_SCORES)):
         if value is None:
             continue
-        if not evaluate:
+        if reads_no_text:
             opt.refuse_useless(context, f"--{option} {value} and --no-evaluate, which read no text", _TEXT)
-        opt.refuse_useless(context, f"--{option} {value}, which already decides that", useless)
+        unused = [name for name in useless if name != "split" or not refits]
+        opt.refuse_useless(context, f"--{option} {value}, which already decides that", unused)
 
 
 def _check_protection(fraction: float | None, sparsity: float) -> None:
@@ -127,19 +245,6 @@ def _check_protection(fraction: float | None, sparsity: float) -> None:
         raise UsageError(
             f"cannot remove {sparsity:g} of the channels while --protect-fraction keeps {fraction:g}. Lower one."
         )
-
-
-def _plan(one: Scores, budget: Budget, allocator: str, protect: float | None, reporter: Reporter) -> PruningPlan:
-    """Build the plan; say so when the protection changes nothing."""
-    bare = build_plan(one, budget, allocator)
-    if protect is None:
-        return bare
-    made = build_plan(one, budget, allocator, protected=top_core(one, protect))
-    if all(torch.equal(kept, bare.kept[site]) for site, kept in made.kept.items()):
-        reporter.say(
-            f"note: --protect-fraction {protect:g} changes nothing here; the plan keeps these channels anyway."
-        )
-    return made
 
 
 def _check_held_out(text: str, split: str | None) -> None:
@@ -154,12 +259,6 @@ def _check_held_out(text: str, split: str | None) -> None:
             f"--split {split} is the held-out split of {text}, on which the result is measured. Calibrate on another, "
             "or pass --no-evaluate."
         )
-
-
-def _score(loaded: LoadedModel, inputs: opt.Inputs | None, choice: opt.TextChoice, reporter: Reporter) -> Scores:
-    assert inputs is not None, "made when neither a plan nor scores are given"
-    (found,) = score_all(loaded, inputs.question(loaded), choice, reporter).values()
-    return found
 
 
 def _of_this_model(scores: Scores, model_hash: str, path: Path | None, loaded: LoadedModel) -> Scores:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ffnscope.apply.mask import masked
+from ffnscope.apply.pruned import Pruned, as_pruned, plan_of, row_name
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, UsageError
 from ffnscope.evaluate.fidelity import fidelity
 from ffnscope.evaluate.forward import batch_logits, check_finite, evaluating, memory_errors
 from ffnscope.evaluate.perplexity import check_targets, nll_sums, perplexity_result, protocol, window_ratio
 from ffnscope.evaluate.progress import DENSE, Progress, check_labels, open_progress, plan_key
-from ffnscope.types import EvalResult, PruningPlan
+from ffnscope.types import EvalResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class EvalRow:
 
     Attributes:
         label: name of the plan, or "dense".
-        metric: metric that ranked the channels, None for the dense model.
+        metric: metric that ranked the channels, with the name of a reconstruction where there is one ("obs_loss +
+            sequential refit"); None for the dense model.
         sparsity_asked: fraction of channels that the budget asked to remove.
         sparsity: fraction that the plan removes.
         dataset: text that it was measured on.
@@ -43,21 +44,21 @@ class EvalRow:
 
 def compare_plans(
     model: nn.Module,
-    plans: Mapping[str, PruningPlan],
+    plans: Mapping[str, Pruned],
     windows: Windows,
     *,
     batch_size: int = 1,
     state: Path | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[EvalRow]:
-    """Evaluate the dense model and every plan (by masking) on the same windows.
+    """Evaluate the dense model and every plan (by masking) or reconstruction on the same windows.
 
     Windows are the outer loop, so dense logits exist for one batch at a time. The numbers are sums per window: they do
     not depend on the batch size, nor on where a comparison was cut off and continued.
 
     Args:
         model: the dense model; bit-identical afterwards.
-        plans: label -> plan. "dense" is taken.
+        plans: label -> plan or reconstruction. "dense" is taken.
         windows: the text.
         batch_size: windows per forward pass.
         state: file with what was measured; written after each batch, continued from if it belongs to the same text and
@@ -90,7 +91,7 @@ def compare_plans(
 
 
 def _measure(
-    model: nn.Module, plans: Mapping[str, tuple[str, PruningPlan]], batch: Windows, first: int, progress: Progress
+    model: nn.Module, plans: Mapping[str, tuple[str, Pruned]], batch: Windows, first: int, progress: Progress
 ) -> bool:
     """Fill what is missing of one batch; False when nothing was."""
     part = slice(first, first + len(batch))
@@ -112,14 +113,14 @@ def _dense_sums(logits: Tensor, batch: Windows) -> dict[str, Tensor]:
     return {"nll": nll_sums(logits, batch)}
 
 
-def _plan_sums(model: nn.Module, plan: PruningPlan, batch: Windows, dense: Tensor) -> dict[str, Tensor]:
-    with masked(model, plan):
+def _plan_sums(model: nn.Module, plan: Pruned, batch: Windows, dense: Tensor) -> dict[str, Tensor]:
+    with as_pruned(model, plan):
         logits = batch_logits(model, batch)
     kl, agree = fidelity(dense, logits, batch.targets)
     return {"nll": nll_sums(logits, batch), "kl": kl, "agree": agree}
 
 
-def _row(label: str, plan: PruningPlan, key: str, progress: Progress, windows: Windows) -> EvalRow:
+def _row(label: str, plan: Pruned, key: str, progress: Progress, windows: Windows) -> EvalRow:
     counts = windows.targets.sum(1)
     how = protocol(windows)
     with _naming(label):
@@ -127,7 +128,8 @@ def _row(label: str, plan: PruningPlan, key: str, progress: Progress, windows: W
     for name, quantity, unit in (("kl_to_dense", "kl", "nats/token"), ("top1_agreement", "agree", "fraction")):
         value, stderr = window_ratio(progress.total(key, quantity), counts)
         results.append(EvalResult(name, value, unit, stderr, windows.n_targets, windows.source, how))
-    return EvalRow(label, plan.metric, plan.budget.sparsity, plan.sparsity, windows.source, tuple(results))
+    found = plan_of(plan)
+    return EvalRow(label, row_name(plan), found.budget.sparsity, found.sparsity, windows.source, tuple(results))
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffnscope.apply.pruned import Pruned, plan_of
+from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.offload import named_values
 from ffnscope.io import SCHEMA, disposable, expect_kind, hash_json, hash_tensors, plan_to_dict, read_json, write_json
-from ffnscope.types import PruningPlan
 
 DENSE = "dense"
 KIND = "comparison"
@@ -87,10 +88,14 @@ def check_labels(plans: Iterable[str]) -> None:
         raise UsageError(f"a plan cannot be called {DENSE!r}: that is the label of the unpruned model. Rename it.")
 
 
-def plan_key(plan: PruningPlan) -> str:
-    """Hash of what a plan asks and keeps; where it came from does not matter."""
-    value = plan_to_dict(plan)
+def plan_key(pruned: Pruned) -> str:
+    """Hash of what a plan asks and keeps, and of its new weights; where it came from does not matter."""
+    value = plan_to_dict(plan_of(pruned))
     value.pop("provenance")
+    if isinstance(pruned, Reconstruction):
+        parts = (("down", pruned.down), ("bias", pruned.bias))
+        new = ((f"{what}/{site.name}", tensor) for what, values in parts for site, tensor in values.items())
+        value["weights"] = hash_tensors(new)
     return hash_json(value)
 
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffnscope.apply.mask import masked
+from ffnscope.apply.pruned import Pruned, as_pruned
 from ffnscope.errors import NonFiniteError, NotAvailableError, TextError, UsageError
 from ffnscope.evaluate.progress import DENSE, check_labels, fingerprint, plan_key
 from ffnscope.evaluate.task_files import SUFFIXES, task_config
 from ffnscope.evaluate.task_model import reporting_model
 from ffnscope.io import SCHEMA, disposable, expect_kind, hash_file, hash_json, read_json, write_json
-from ffnscope.types import EvalResult, PruningPlan
+from ffnscope.types import EvalResult
 
 KIND = "tasks"
 OnRequests = Callable[[int, int], None]
@@ -149,7 +149,7 @@ def load_tasks(options: TaskOptions) -> TaskSet:
 def compare_tasks(
     model: nn.Module,
     tokenizer: Any,
-    plans: Mapping[str, PruningPlan],
+    plans: Mapping[str, Pruned],
     tasks: TaskSet,
     *,
     state: Path | None = None,
@@ -160,7 +160,7 @@ def compare_tasks(
     Args:
         model: the dense model, a `transformers` causal LM; bit-identical afterwards.
         tokenizer: its tokenizer.
-        plans: label -> plan. "dense" is taken.
+        plans: label -> plan or reconstruction. "dense" is taken.
         tasks: what `load_tasks` gave.
         state: file with what was measured; written after each task of each model, continued from if it belongs to the
             same model and the same tasks.
@@ -177,7 +177,7 @@ def compare_tasks(
     for label, plan in ((DENSE, None), *plans.items()):
         key = DENSE if plan is None else plan_key(plan)
         missing = [name for name in tasks.loaded if not done.has(key, name)]
-        with contextlib.nullcontext() if plan is None or not missing else masked(model, plan):
+        with contextlib.nullcontext() if plan is None or not missing else as_pruned(model, plan):
             for name in missing:
                 done.put(key, name, _run(model, tokenizer, tasks, name, label, on_requests))
         rows += [_row(label, tasks, value) for name in tasks.loaded for value in done.rows[key][name]]

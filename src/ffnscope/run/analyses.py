@@ -19,6 +19,7 @@ from ffnscope.analyze.nulls import enough_draws
 from ffnscope.analyze.paired import paired_losses
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
+from ffnscope.apply.pruned import Pruned, plan_of
 from ffnscope.calibrate.collect import PassOptions, calibrate
 from ffnscope.evaluate.progress import open_progress, plan_key
 from ffnscope.io import read_tensors, write_csv, write_json, write_tensors
@@ -34,7 +35,7 @@ from ffnscope.run.choices import (
 )
 from ffnscope.run.stages import Job
 from ffnscope.run.windows import calibration_windows
-from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
+from ffnscope.types import ChannelStats, FFNSite, Scores
 
 FOLDER = "analysis"
 Stats = Mapping[FFNSite, ChannelStats]
@@ -204,7 +205,7 @@ def _sets_stage(job: Job, sets: Mapping[str, Tensor]) -> None:
     job.stage("channel sets", depends, [path], lambda: write_tensors(path, sets, facts))
 
 
-def protection_stage(job: Job, plans: Mapping[str, PruningPlan]) -> None:
+def protection_stage(job: Job, plans: Mapping[str, Pruned]) -> None:
     """Whether SCAR-Prot and SCAR-Conn prune better than the plain loss proxy: ``analysis/protection.csv``/``.json``."""
     pairs = _pairs(plans)
     if not pairs or not job.held_out:
@@ -217,7 +218,7 @@ def protection_stage(job: Job, plans: Mapping[str, PruningPlan]) -> None:
 
 def _protection(
     job: Job,
-    plans: Mapping[str, PruningPlan],
+    plans: Mapping[str, Pruned],
     pairs: Sequence[tuple[str, str]],
     states: Sequence[Path],
     files: Sequence[Path],
@@ -227,13 +228,13 @@ def _protection(
         measured = open_progress(state, job.loaded.model, windows)
         nll = {label: measured.total(plan_key(plans[label]), "nll") for pair in pairs for label in pair}
         for one in paired_losses(nll, windows, pairs):
-            rows.append({"dataset": windows.source, "sparsity": plans[one.first].budget.sparsity, **one.row()})
+            rows.append({"dataset": windows.source, "sparsity": plan_of(plans[one.first]).budget.sparsity, **one.row()})
     write_tables(files, rows, {"protected_core": job.config.supernode.enabled and job.config.supernode.protect_core})
 
 
-def _pairs(plans: Mapping[str, PruningPlan]) -> list[tuple[str, str]]:
+def _pairs(plans: Mapping[str, Pruned]) -> list[tuple[str, str]]:
     """Labels of plans by each protecting metric with that of the loss proxy at the same sparsity."""
-    known = {(plan.metric, plan.budget.sparsity): label for label, plan in plans.items()}
+    known = {(p.metric, p.budget.sparsity): label for label, p in zip(plans, map(plan_of, plans.values()), strict=True)}
     keys = [(metric, sparsity) for metric, sparsity in known if metric in PROTECTED]
     return [(known[key], known[PLAIN, key[1]]) for key in keys if (PLAIN, key[1]) in known]
 

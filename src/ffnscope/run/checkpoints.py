@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ffnscope.apply.pruned import Pruned, plan_of
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel, load_model
 from ffnscope.report.tables import results_rows
@@ -14,7 +15,7 @@ from ffnscope.run.choices import model_source
 from ffnscope.run.saving import Saving
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import Job
-from ffnscope.types import EvalResult, PruningPlan
+from ffnscope.types import EvalResult
 
 FOLDER = "checkpoints"
 
@@ -25,7 +26,7 @@ def check_format(config: RunConfig, loaded: LoadedModel) -> None:
         _saving(config, Path(FOLDER)).check_model(loaded)
 
 
-def checkpoints_stage(job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow]) -> None:
+def checkpoints_stage(job: Job, plans: Mapping[str, Pruned], rows: Sequence[EvalRow]) -> None:
     """Save ``checkpoints/METRIC-SPARSITY`` for every plan.
 
     Slicing changes a model for good, so each is loaded again, on the CPU.
@@ -42,15 +43,13 @@ def checkpoints_stage(job: Job, plans: Mapping[str, PruningPlan], rows: Sequence
         make = partial(_save, job, saving, plan, measured, files)
         flat = results_rows([row for row in rows if row.label in measured])
         output = config.output.model_dump(exclude={"dir", "plots"})
-        job.stage(f"checkpoint {label}", [job.model_hash, job.keys["plan"], label, output, flat], files, make)
+        job.stage(f"checkpoint {label}", [job.model_hash, job.pruned_key, label, output, flat], files, make)
 
 
-def _save(
-    job: Job, saving: Saving, plan: PruningPlan, measured: Mapping[str, list[EvalResult]], files: list[Path]
-) -> None:
+def _save(job: Job, saving: Saving, plan: Pruned, measured: Mapping[str, list[EvalResult]], files: list[Path]) -> None:
     """Load, prune and save one model, and add what was written to ``files``."""
     loaded = load_model(replace(model_source(job.config), device="cpu", device_map=None))
-    saving.check_plan(loaded, plan, job.reporter)
+    saving.check_plan(loaded, plan_of(plan), job.reporter)
     saving.prune_and_save(loaded, plan, {label: found for label, found in measured.items() if found}, job.reporter)
     files += sorted(p for p in saving.out.rglob("*") if p.is_file()) if saving.out.is_dir() else [saving.out]
 

@@ -16,6 +16,7 @@ from ffnscope.run.document import KeyPath, Problem, show
 from ffnscope.run.explain import explain, unknown_key
 from ffnscope.run.metric_arguments import parse_arguments
 from ffnscope.run.planned import PLANNED_KEYS, not_available
+from ffnscope.run.saving import UNEVEN
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.texts import SHIPPED_TEXTS, TextSource
 
@@ -58,6 +59,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _held_out,
         _tasks,
         _checkpoints,
+        _reconstruction,
     ):
         yield from rule(config)
     yield from _metric_blocks(config)
@@ -319,6 +321,23 @@ def _checkpoints(config: RunConfig) -> Iterator[Finding]:
     if output.checkpoints and output.format == "gguf" and output.max_shard_size != SHARD:
         message = "would do nothing: 'format: gguf' writes one file. Leave it out"
         yield _finding(("output", "max_shard_size"), message, ("output", "format"))
+
+
+def _reconstruction(config: RunConfig) -> Iterator[Finding]:
+    """Keys of a reconstruction have a meaning with one only, and it needs something that is gone."""
+    asked, path = config.pruning, ("pruning",)
+    useful = {"target": asked.reconstruct == "sequential", "damping": asked.reconstruct != "none"}
+    for key in (key for key, reads in useful.items() if not reads and getattr(asked, key) is not None):
+        message = f"would do nothing with 'reconstruct: {asked.reconstruct}'. Leave it out"
+        yield _finding((*path, key), message, (*path, "reconstruct"))
+    if asked.reconstructs:
+        for i in (i for i, ratio in enumerate(asked.ratios) if ratio == 0):
+            message = f"0 leaves nothing for 'reconstruct: {asked.reconstruct}' to make up for. Leave it out"
+            yield _finding((*path, "ratios", i), message, (*path, "reconstruct"))
+    output = config.output
+    if output.checkpoints and output.format == "gguf" and not output.pad_to_widest and asked.allocator in UNEVEN:
+        message = f"{asked.allocator!r} gives FFNs different widths, and 'format: gguf' has one for all. Choose local"
+        yield _finding((*path, "allocator"), f"{message}, or set output.pad_to_widest", ("output",))
 
 
 def _metric_blocks(config: RunConfig) -> Iterator[Finding]:

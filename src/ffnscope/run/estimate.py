@@ -27,6 +27,7 @@ from ffnscope.run.choices import calibration_extra, core_rule, metric_params, mo
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.progress import peak_memory
+from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.windows import calibration_windows, evaluation_windows
 from ffnscope.types import FFNSite
@@ -65,6 +66,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     loaded = load_model(model_source(config))
     check_format(config, loaded)
     sites = find_sites(loaded.model, config.model.tracked_layers)
+    check_sites(config, sites)
     calibration = calibration_windows(config, loaded.tokenizer)
     held_out = evaluation_windows(config, loaded.tokenizer)
     metrics = {name: metric_params(config, name) for name in config.metric_names}
@@ -79,12 +81,16 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     lines = [
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_decision_lines(config, sites),
+        *_reconstruction_lines(config, len(sites), calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, speed),
         *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
     ]
     batches = [w[: config.dataset.batch_size] for w in held_out]
-    peak = peak_bytes(loaded.model, sites, steps, batches) + found.beside_batches
+    held = found.beside_batches
+    if config.pruning.enabled and config.pruning.reconstruct == "sequential":
+        held = max(held, sequential_bytes(loaded.model, sites, calibration))
+    peak = peak_bytes(loaded.model, sites, steps, batches) + held
     on_cpu = all(p.device.type in ("cpu", "meta") for p in loaded.model.parameters())
     return Estimate(lines, peak + libraries if on_cpu else peak, passes, found)
 
@@ -124,6 +130,17 @@ def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
     channels = sum(s.d_ff for s in sites)
     scores = Line("score", f"{len(config.metric_names)} metrics x {channels:,} channels of {len(sites)} FFNs")
     return [scores, Line("plan", f"{_n_plans(config)} plans")]
+
+
+def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows, speed: float) -> list[Line]:
+    asked = config.pruning
+    if not asked.reconstructs:
+        return []
+    if asked.reconstruct == "one_shot":
+        return [Line("reconstruct", f"{_n_plans(config)} plans x least squares of {n_sites} FFNs")]
+    tokens = 2 * calibration.n_tokens
+    seconds = _n_plans(config) * tokens * speed
+    return [Line("reconstruct", f"{_n_plans(config)} plans x {tokens:,} tokens forward, block by block", seconds)]
 
 
 def _analysis_lines(config: RunConfig, n_sites: int, calibration: Windows, speed: float) -> list[Line]:
@@ -207,6 +224,16 @@ def peak_bytes(model: Any, sites: Sequence[FFNSite], steps: Sequence[Step], held
     calibrate = [s.batch.input_ids.numel() * ((saved if s.backward else 0) + logits) for s in steps]
     evaluate = [w.input_ids.numel() * 2 * size * vocab for w in held_out]  # dense and pruned logits
     return int(weights + max([0, *calibrate, *evaluate]))
+
+
+def sequential_bytes(model: Any, sites: Sequence[FFNSite], windows: Windows) -> int:
+    """What a sequential reconstruction takes beside the model; see `reconstruct_sequential`."""
+    size = next(iter(model.parameters())).element_size()
+    d_model = max(s.d_model for s in sites)
+    streams = 2 * windows.n_tokens * d_model * size
+    channels = max(windows.n_tokens * s.d_ff * size for s in sites)
+    sums = max(2 * 8 * (s.d_ff**2 + s.d_model * s.d_ff) for s in sites)
+    return streams + min(channels, 2**30) + 2 * sums  # the least squares hold as much again
 
 
 def _duration(seconds: float) -> str:

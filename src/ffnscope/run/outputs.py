@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 import ffnscope
+from ffnscope.apply.pruned import Pruned, plan_of
+from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.evaluate.costs import channel_parameters
@@ -28,7 +30,7 @@ from ffnscope.run.folder import write_if_changed
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import Job
 from ffnscope.run.windows import describe_windows
-from ffnscope.types import FFNSite, PruningPlan, Scores
+from ffnscope.types import FFNSite, Scores
 
 PAGE = "report.html"
 PAGE_STAGE = "page"
@@ -87,7 +89,7 @@ def page_stage(job: Job, made: Mapping[str, Any]) -> None:
 
 
 def summary(
-    job: Job, plans: Mapping[str, PruningPlan], rows: Sequence[EvalRow], tasks: Sequence[TaskRow] = ()
+    job: Job, pruned: Mapping[str, Pruned], rows: Sequence[EvalRow], tasks: Sequence[TaskRow] = ()
 ) -> dict[str, Any]:
     """Collect what a reader of the results must know: versions, model, texts, seeds, timings, memory, results."""
     held_out = {f"evaluation_{i}": describe_windows(windows) for i, windows in enumerate(job.held_out)}
@@ -102,10 +104,16 @@ def summary(
             name: {k: v for k, v in job.ledger.stages[name].items() if k in ("seconds", "peak_memory_bytes")}
             for name in job.keys
         },
-        "plans": {label: {"sparsity": plan.sparsity, "metric": plan.metric} for label, plan in plans.items()},
+        "plans": {label: _plan(one) for label, one in pruned.items()},
         "results": results_rows(rows),
         "tasks": [row.as_dict() for row in tasks],
     }
+
+
+def _plan(pruned: Pruned) -> dict[str, Any]:
+    plan = plan_of(pruned)
+    told: dict[str, Any] = {"sparsity": plan.sparsity, "metric": plan.metric}
+    return {**told, "reconstruction": pruned.name} if isinstance(pruned, Reconstruction) else told
 
 
 def versions() -> dict[str, str]:

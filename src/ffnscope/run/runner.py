@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import ffnscope
+from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.display import html_table
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.evaluate.tasks import TaskRow
 from ffnscope.ffn.load import load_model
+from ffnscope.ffn.sites import find_sites
 from ffnscope.report.tables import results_columns, results_frame
 from ffnscope.run import stages
 from ffnscope.run.ablations import ablation_stage
@@ -21,6 +23,7 @@ from ffnscope.run.choices import model_source
 from ffnscope.run.folder import LOG_FILE, open_folder
 from ffnscope.run.outputs import check_plots, page_stage, report_stage, summary
 from ffnscope.run.progress import Reporter, logging_to
+from ffnscope.run.reconstructions import check_sites, reconstruct_stage
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.windows import check_texts
 from ffnscope.types import PruningPlan, Scores
@@ -28,7 +31,10 @@ from ffnscope.types import PruningPlan, Scores
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunResult:
-    """What a run made: its folder, scores per metric, plans per label, rows of evaluation and tasks, samples."""
+    """What a run made: its folder, scores per metric, plans per label, rows of evaluation and tasks, samples.
+
+    ``reconstructions`` are those of the plans, by label, where the configuration asks for them.
+    """
 
     folder: Path
     scores: dict[str, Scores]
@@ -36,6 +42,7 @@ class RunResult:
     rows: list[EvalRow]
     samples: dict[str, list[str]]
     tasks: list[TaskRow] = field(default_factory=list[TaskRow])
+    reconstructions: dict[str, Reconstruction] = field(default_factory=dict[str, Reconstruction])
 
     def to_pandas(self) -> Any:
         """One row per model and text of the evaluation, with the columns of ``pruning_results.csv``."""
@@ -70,18 +77,21 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         with reporter.task(f"load {config.model.model_id}", "models"):
             loaded = load_model(model_source(config))
         check_format(config, loaded)
+        check_sites(config, find_sites(loaded.model, config.model.tracked_layers))
         job = stages.open_job(config, folder, reporter, loaded)
         stats = stages.calibrate_stage(job)
         scores = stages.score_stage(job, stats)
         analyses_stage(job, stats, scores)
         plans = stages.plan_stage(job, scores)
-        rows = stages.evaluate_stage(job, plans)
-        protection_stage(job, plans)
+        pruned = reconstruct_stage(job, plans, stats)
+        rows = stages.evaluate_stage(job, pruned)
+        protection_stage(job, pruned)
         ablation_stage(job, stats, scores)
-        tasks = stages.tasks_stage(job, plans)
-        samples = stages.samples_stage(job, plans)
+        tasks = stages.tasks_stage(job, pruned)
+        samples = stages.samples_stage(job, pruned)
         report_stage(job, scores, rows, tasks)
-        checkpoints_stage(job, plans, rows)
-        page_stage(job, summary(job, plans, rows, tasks))
+        checkpoints_stage(job, pruned, rows)
+        page_stage(job, summary(job, pruned, rows, tasks))
         reporter.say(f"results in {folder}")
-    return RunResult(folder, scores, plans, rows, samples, tasks)
+    refits = {label: one for label, one in pruned.items() if isinstance(one, Reconstruction)}
+    return RunResult(folder, scores, plans, rows, samples, tasks, refits)

@@ -11,7 +11,9 @@ from ffnscope.apply.decilm import check_llama_like, save_decilm
 from ffnscope.apply.export import SHARD, check_shard_size, prune_, save_model
 from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
 from ffnscope.apply.padding import zeroed_channels
-from ffnscope.errors import unknown_name
+from ffnscope.apply.pruned import Pruned
+from ffnscope.apply.reconstruction import Reconstruction, reconstruct_
+from ffnscope.errors import NotAvailableError, unknown_name
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.narrowed import MODELING
 from ffnscope.ffn.sites import find_sites
@@ -19,6 +21,7 @@ from ffnscope.run.progress import Reporter
 from ffnscope.types import EvalResult, PruningPlan
 
 Form = Literal["transformers", "decilm", "gguf"]
+UNEVEN = ("halfway", "global", "standardised", "outliers")
 FORMATS: tuple[Form, ...] = get_args(Form)
 
 
@@ -58,13 +61,25 @@ class Saving:
         if self.form == "gguf" and not self.pad_to_widest:
             check_one_width(widths)
 
+    def check_allocator(self, allocator: str) -> None:
+        """Raise NotAvailableError when an allocator gives widths that the format cannot hold, before any work."""
+        if self.form == "gguf" and not self.pad_to_widest and allocator in UNEVEN:
+            raise NotAvailableError(
+                f"the format 'gguf' has one width for all FFNs, and the allocator {allocator!r} gives them different "
+                "ones. Choose the allocator 'local', or pad to the widest (--pad-to-widest)."
+            )
+
     def prune_and_save(
-        self, loaded: LoadedModel, plan: PruningPlan, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter
+        self, loaded: LoadedModel, pruned: Pruned, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter
     ) -> None:
-        """Slice the model, save it, and say what is gone and how the result loads."""
+        """Slice the model, reconstructed or not, save it, and say what is gone and how the result loads."""
         model, tokenizer = loaded.model, loaded.tokenizer
         before = sum(p.numel() for p in model.parameters())
-        prune_(model, plan, pad_to_widest=self.pad_to_widest)
+        plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
+        if isinstance(pruned, Reconstruction):
+            reconstruct_(model, pruned, pad_to_widest=self.pad_to_widest)
+        else:
+            prune_(model, plan, pad_to_widest=self.pad_to_widest)
         after = sum(p.numel() for p in model.parameters())
         if self.form == "gguf":
             save_gguf(model, tokenizer, self.out, overwrite=self.overwrite)
@@ -75,7 +90,10 @@ class Saving:
         reporter.say(f"{before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer), saved in {self.out}")
         reporter.say(_achieved(plan, zeroed_channels(model, plan)))
         if (self.out / MODELING.name).exists():
-            reporter.say("widths differ: load it with ffnscope, or in transformers with trust_remote_code=True")
+            reporter.say(
+                "widths differ: load it with ffnscope, or in transformers with trust_remote_code=True; the allocator "
+                "local gives a checkpoint that plain transformers loads"
+            )
 
 
 def _achieved(plan: PruningPlan, zeroed: int) -> str:

@@ -15,7 +15,6 @@ from ffnscope.evaluate.tasks import TaskOptions
 from ffnscope.registry import METRICS
 from ffnscope.run.analysis_blocks import Ablation, Concentration, CrossLayer, Halo, Stability
 from ffnscope.run.fields import (
-    AllocatorName,
     Block,
     Count,
     Device,
@@ -30,10 +29,10 @@ from ffnscope.run.fields import (
     NotEmpty,
     OwnModule,
     Seed,
-    Sparsity,
     Text,
 )
 from ffnscope.run.metric_arguments import parse_arguments
+from ffnscope.run.pruning_block import Pruning
 from ffnscope.run.saving import Form
 from ffnscope.run.texts import TextSource, held_out_split
 
@@ -174,27 +173,6 @@ class Supernode(Block):
     """Keep the core in every pruning plan, whatever the metric."""
     stability: Stability = Field(default_factory=Stability)
     """Would other text give the same core?"""
-
-
-class Pruning(Block):
-    """Which metrics prune, and how much."""
-
-    enabled: StrictBool = False
-    """Prune and evaluate each algorithm at each sparsity."""
-    ratios: Annotated[tuple[Sparsity, ...], NotEmpty, Distinct] = (0.1, 0.3, 0.5)
-    """Sparsities: fractions of channels to remove, in [0, 1)."""
-    algorithms: Annotated[tuple[MetricName, ...], NotEmpty, Distinct] = ("scar_loss_proxy",)
-    """Metrics that rank the channels; the lowest are removed."""
-    structured: StrictBool = True
-    """Remove whole channels (false: not available in this version)."""
-    dependency_aware: StrictBool = True
-    """Remove a channel from all coupled projections; nothing else is a channel."""
-    allocator: AllocatorName = "local"
-    """How the sparsity is spread over the FFNs: local (equal everywhere), global (one ranking), ..."""
-    multiple_of: Count = 1
-    """Kept widths are multiples of this (kernels like 64 or 128)."""
-    min_width: Count = 1
-    """No FFN keeps fewer channels than this."""
 
 
 class Samples(Block):

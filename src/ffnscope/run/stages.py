@@ -15,7 +15,7 @@ import ffnscope
 from ffnscope.analyze.group_sums import Stats, only, with_core
 from ffnscope.analyze.levels import level_statistics, needs_core, takes_one_pass
 from ffnscope.analyze.memory import calibration_bytes
-from ffnscope.apply.mask import masked
+from ffnscope.apply.pruned import Pruned, as_pruned
 from ffnscope.calibrate.collect import (
     OnBatch,
     PassOptions,
@@ -62,6 +62,9 @@ from ffnscope.run.windows import calibration_windows, describe_windows, evaluati
 from ffnscope.scoring import naming_weights, score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
+RECONSTRUCT = "reconstruct "
+"""Beginning of the names of stages that reconstruct a plan."""
+
 
 @dataclass(slots=True)
 class Job:
@@ -80,6 +83,13 @@ class Job:
     reference_hash: str | None = None
     background_hash: str | None = None
     keys: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def pruned_key(self) -> str:
+        """What the pruned models are made of: the plans, and their reconstructions where there are any."""
+        refits = [key for name, key in self.keys.items() if name.startswith(RECONSTRUCT)]
+        plan = self.keys.get("plan", "")
+        return hash_json([plan, *refits]) if refits else plan
 
     def stage(self, name: str, depends: Any, files: Sequence[Path], make: Callable[[], None]) -> None:
         """Run ``make`` unless the files of this stage are current; record files, seconds and peak memory."""
@@ -231,12 +241,12 @@ def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]
     return {label: read_plan(path) for label, path in paths.items()}
 
 
-def evaluate_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[EvalRow]:
+def evaluate_stage(job: Job, plans: Mapping[str, Pruned]) -> list[EvalRow]:
     """Evaluate the dense model and every plan on every held-out text, window by window."""
     rows: list[EvalRow] = []
     for i, windows in enumerate(job.held_out):
         state = job.folder / "evaluation" / f"windows_{i}.json"
-        depends = [job.model_hash, job.keys.get("plan", ""), windows.hash]
+        depends = [job.model_hash, job.pruned_key, windows.hash]
         job.stage(f"evaluate {i + 1}", depends, [state], partial(_compare, job, plans, windows, state))
         rows += compare_plans(
             job.loaded.model, plans, windows, batch_size=job.config.dataset.batch_size, state=state
@@ -244,12 +254,12 @@ def evaluate_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[EvalRow]:
     return rows
 
 
-def _compare(job: Job, plans: Mapping[str, PruningPlan], windows: Windows, state: Path) -> None:
+def _compare(job: Job, plans: Mapping[str, Pruned], windows: Windows, state: Path) -> None:
     discard_damaged(job.reporter, state, read_json)
     compare_with_dense(job.reporter, job.loaded.model, plans, windows, job.config.dataset.batch_size, state)
 
 
-def tasks_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[TaskRow]:
+def tasks_stage(job: Job, plans: Mapping[str, Pruned]) -> list[TaskRow]:
     """Run the downstream tasks with the dense model and every plan: ``evaluation/tasks.json``."""
     if job.tasks is None:
         return []
@@ -261,11 +271,11 @@ def tasks_stage(job: Job, plans: Mapping[str, PruningPlan]) -> list[TaskRow]:
         with job.reporter.task("downstream tasks", "requests") as update:
             compare_tasks(*given, state=state, on_requests=update)
 
-    job.stage("tasks", [job.model_hash, job.keys.get("plan", ""), job.tasks.key], [state], make)
+    job.stage("tasks", [job.model_hash, job.pruned_key, job.tasks.key], [state], make)
     return compare_tasks(*given, state=state)  # reads the state: every number is there
 
 
-def samples_stage(job: Job, plans: Mapping[str, PruningPlan]) -> dict[str, list[str]]:
+def samples_stage(job: Job, plans: Mapping[str, Pruned]) -> dict[str, list[str]]:
     """Let the dense model and every plan continue the prompts: ``samples.json``."""
     asked = job.config.evaluation.samples
     if not (job.config.evaluation.enabled and asked.enabled):
@@ -282,9 +292,9 @@ def samples_stage(job: Job, plans: Mapping[str, PruningPlan]) -> dict[str, list[
             found = {"dense": write()}
             for label, plan in plans.items():
                 update(len(found) * len(prompts), (1 + len(plans)) * len(prompts))
-                with masked(model, plan):
+                with as_pruned(model, plan):
                     found[label] = write()
         write_json(path, {"prompts": prompts, "max_new_tokens": asked.max_new_tokens, "texts": found})
 
-    job.stage("samples", [job.model_hash, job.keys.get("plan", ""), asked.model_dump()], [path], make)
+    job.stage("samples", [job.model_hash, job.pruned_key, asked.model_dump()], [path], make)
     return read_json(path)["texts"]

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from ffnscope.analyze.memory import CalibrationBytes
+from ffnscope.apply.pruned import Pruned
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.tasks import TaskOptions, TaskSet, load_tasks
 from ffnscope.io import read_stats, writing
 from ffnscope.run.progress import Reporter
-from ffnscope.types import PruningPlan
 
 ANNOUNCED_BYTES = 2**28
 
@@ -29,7 +29,7 @@ def announce(reporter: Reporter, found: CalibrationBytes) -> None:
 def compare_with_dense(
     reporter: Reporter,
     model: nn.Module,
-    plans: Mapping[str, PruningPlan],
+    plans: Mapping[str, Pruned],
     windows: Windows,
     batch_size: int,
     state: Path | None = None,

@@ -1,0 +1,169 @@
+"""Named ways to prune: a metric, an allocator, and how what stays is reconstructed; and all of it in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from ffnscope.apply.one_shot import reconstruct
+from ffnscope.apply.pruned import Pruned
+from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
+from ffnscope.calibrate.collect import PassOptions, collect, required_statistics, weights_hash
+from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import UsageError, unknown_name
+from ffnscope.plan.build import build_plan
+from ffnscope.scoring import score
+from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan
+
+Refit = Literal["none", "one_shot", "sequential"]
+REFITS: tuple[Refit, ...] = get_args(Refit)
+TARGET = 0.35
+GRADIENT_WINDOWS = 32
+"""Windows that also run backward beside a reconstruction: G needs far fewer tokens than the least squares."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Which parts prune.
+
+    Attributes:
+        metric: ranks the channels.
+        allocator: chooses the widths.
+        reconstruct: "none"; "one_shot" (`reconstruct`: least squares on the dense model's activations); "sequential"
+            (`reconstruct_sequential`: block by block on those of the pruned model).
+        target: of the sequential one, see `SequentialOptions`; None for 0.35.
+        damping: see `refit_down`; None for 0.01 (one shot), or the choice of held-out windows (sequential).
+
+    Raises:
+        UsageError: an unknown reconstruction, or a value that is impossible or would do nothing.
+    """
+
+    metric: str = "obs_loss"
+    allocator: str = "halfway"
+    reconstruct: Refit = "sequential"
+    target: float | None = None
+    damping: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.reconstruct not in REFITS:
+            raise unknown_name("reconstruction", self.reconstruct, REFITS)
+        if self.target is not None and self.reconstruct != "sequential":
+            raise UsageError(
+                f"target would do nothing with reconstruct {self.reconstruct!r}; only 'sequential' has one."
+            )
+        if self.damping is not None and self.reconstruct == "none":
+            raise UsageError("damping would do nothing with reconstruct 'none'. Leave it out, or reconstruct.")
+        _ = self.sequential(SequentialOptions())  # refuses impossible values
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Statistics that the reconstruction reads, beside those of the metric."""
+        return ("h_outer",) if self.reconstruct == "one_shot" else ()
+
+    def sequential(self, options: SequentialOptions) -> SequentialOptions:
+        """Options with the target and the damping of this method."""
+        return replace(options, target=TARGET if self.target is None else self.target, damping=self.damping)
+
+    def check_budget(self, budget: Budget) -> None:
+        """Raise UsageError when nothing is removed that could be made up for."""
+        if self.reconstruct != "none" and budget.sparsity == 0:
+            raise UsageError(f"sparsity 0 leaves nothing for reconstruct {self.reconstruct!r} to make up for.")
+
+
+METHODS: dict[str, Method] = {"scores": Method("scar_loss_proxy", "local", "none"), "best": Method()}
+"""scores: ranking alone; best: the defaults that win the measurements of docs/decisions/0038."""
+
+
+def named_method(name: str, **changes: Any) -> Method:
+    """The method of a name with some parts changed; a change of None keeps the part.
+
+    Raises:
+        UsageError: no such name; or see `Method`.
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    return Method(**{**asdict(METHODS[name]), **given})
+
+
+def reconstruct_plan(
+    model: nn.Module,
+    plan: PruningPlan,
+    method: Method,
+    *,
+    windows: Windows | None = None,
+    stats: Mapping[FFNSite, ChannelStats] | None = None,
+    options: SequentialOptions | None = None,
+    on_block: Callable[[int, int], None] | None = None,
+) -> Pruned:
+    """Reconstruct a plan as a method says; with "none", return the plan.
+
+    Args:
+        model: the dense model; left as it was.
+        plan: what stays.
+        method: its metric and allocator are not read.
+        windows: text of a sequential reconstruction.
+        stats: with ``h_outer``, for one shot.
+        options: batches and checkpoint of a sequential one; target and damping are the method's.
+        on_block: called with (blocks done, blocks in all) of a sequential one.
+
+    Raises:
+        UsageError: the windows or the statistics that it needs are not given.
+        NotAvailableError, NonFiniteError, DeviceError, ArtifactError: see `reconstruct`, `reconstruct_sequential`.
+    """
+    if method.reconstruct == "one_shot":
+        if stats is None:
+            raise UsageError("a one-shot reconstruction needs statistics with h_outer: pass stats=.")
+        return reconstruct(model, plan, stats, damping=method.damping)
+    if method.reconstruct == "sequential":
+        if windows is None:
+            raise UsageError("a sequential reconstruction needs the calibration text: pass windows=.")
+        chosen = method.sequential(options or SequentialOptions())
+        return reconstruct_sequential(model, windows, plan, options=chosen, on_block=on_block)
+    return plan
+
+
+def plan_and_reconstruct(
+    model: nn.Module,
+    windows: Windows,
+    budget: Budget | float,
+    *,
+    method: Method | str = "best",
+    options: PassOptions | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+    on_block: Callable[[int, int], None] | None = None,
+) -> Pruned:
+    """Calibrate, score, plan and reconstruct: everything but the cut, for which see `reconstruct_` and `prune_`.
+
+    Args:
+        model: the dense model; left as it was.
+        windows: calibration text, also of the reconstruction; 128 windows of 256 tokens suit models of 1,536 channels
+            per FFN, larger ones want at least 4 tokens per channel.
+        budget: how much to remove; a number is a sparsity.
+        method: a name of `METHODS` or your own. Its metric can need neither a core nor a reference model.
+        options: sizes of the pass; default: 32 windows run backward. With a checkpoint, blocks of an unfinished
+            reconstruction are in a folder beside it.
+        on_batch: called with (tokens done, tokens in all) of the pass.
+        on_block: called with (blocks done, blocks in all) of the reconstruction.
+
+    Returns:
+        A `Reconstruction`, or with reconstruct "none" a `PruningPlan`.
+
+    Raises:
+        UsageError: an impossible budget, or a metric that needs more.
+        NotAvailableError, NonFiniteError, DeviceError, ArtifactError: see `collect` and `reconstruct_plan`.
+    """
+    method = named_method(method) if isinstance(method, str) else method
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    method.check_budget(budget)
+    options = options or PassOptions(gradient_windows=GRADIENT_WINDOWS)
+    names = dict.fromkeys((*required_statistics([method.metric]), *method.statistics))
+    stats = collect(model, windows, list(names), options=options, on_batch=on_batch)
+    facts = {"model": weights_hash(model)}
+    plan = build_plan(score(model, stats, method.metric, facts=facts), budget, method.allocator)
+    folder = None if options.checkpoint is None else options.checkpoint.with_suffix(".blocks")
+    sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=folder)
+    return reconstruct_plan(model, plan, method, windows=windows, stats=stats, options=sequential, on_block=on_block)

@@ -1,0 +1,53 @@
+"""``ffnscope prune --dry-run``: passes, tokens, memory and time; nothing is computed."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from ffnscope.analyze.levels import calibration_passes
+from ffnscope.calibrate.collect import plan_steps
+from ffnscope.calibrate.windows import Windows
+from ffnscope.cli.prune_job import PruneJob
+from ffnscope.run.estimate import Line, calibrate_line, peak_bytes, print_lines, seconds_per_token, sequential_bytes
+from ffnscope.run.progress import peak_memory
+from ffnscope.run.saving import UNEVEN
+from ffnscope.types import Budget
+
+
+def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None, console: Console) -> None:
+    """Print what `ffnscope prune` would do."""
+    libraries = peak_memory()["resident"]
+    model, asked, method = job.loaded.model, job.asked, job.method
+    speed = seconds_per_token(model, asked.sites)
+    passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
+    each = [plan_steps(job.windows, names, job.options()) for names in passes if names]
+    lines = [calibrate_line("calibrate", steps, speed) for steps in each]
+    channels = sum(site.d_ff for site in asked.sites)
+    if asked.params:
+        lines.append(Line("score", f"{method.metric} x {channels:,} channels of {len(asked.sites)} FFNs"))
+        what = f"{budget.sparsity:g} of the channels by {method.allocator}"
+        uneven = method.allocator in UNEVEN
+        lines.append(Line("plan", what + (": widths differ, so not stock transformers" if uneven else "")))
+    if method.reconstruct == "sequential":
+        tokens = 2 * job.windows.n_tokens
+        lines.append(Line("reconstruct", f"block by block: {tokens:,} tokens forward", tokens * speed))
+    elif method.reconstruct == "one_shot":
+        lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs"))
+    if held_out is not None:
+        tokens = held_out.n_tokens
+        lines.append(Line("evaluate", f"2 models x {tokens:,} tokens of {held_out.source}", 2 * tokens * speed))
+    print_lines(lines, "prune", console)
+    held = 0
+    if each:
+        memory = job.memory()
+        held = memory.beside_batches
+        console.print(Text(f"{memory.told}, until it is finished"))
+    if method.reconstruct == "sequential":
+        taken = sequential_bytes(model, asked.sites, job.windows)
+        held = max(held, taken)
+        console.print(Text(f"the reconstruction needs up to {taken / 2**20:,.0f} MiB beside the model"))
+    batches = [] if held_out is None else [held_out[: job.text.batch_size]]
+    peak = peak_bytes(model, asked.sites, [step for steps in each for step in steps], batches) + held
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    console.print(Text(f"peak memory about {(peak + libraries * on_cpu) / 2**30:.1f} GiB"))

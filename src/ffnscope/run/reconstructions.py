@@ -1,0 +1,61 @@
+"""The stage of a run that reconstructs its plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ffnscope.apply.method import Method, reconstruct_plan
+from ffnscope.apply.pruned import Pruned
+from ffnscope.apply.reconstruction import Reconstruction, check_linear, read_reconstruction, write_reconstruction
+from ffnscope.apply.sequential import SequentialOptions
+from ffnscope.io import read_tensors, write_json
+from ffnscope.run.schema import RunConfig
+from ffnscope.run.stages import RECONSTRUCT, Job
+from ffnscope.run.steps import discard_damaged
+from ffnscope.types import ChannelStats, FFNSite, PruningPlan
+
+FOLDER = "reconstructions"
+Stats = Mapping[FFNSite, ChannelStats]
+
+
+def check_sites(config: RunConfig, sites: Sequence[FFNSite]) -> None:
+    """Raise NotAvailableError when an FFN cannot be reconstructed as the configuration asks, before any work."""
+    if config.pruning.reconstructs:
+        check_linear(sites)
+
+
+def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) -> dict[str, Pruned]:
+    """Reconstruct every plan on the calibration text: ``reconstructions/LABEL.safetensors``, errors in ``LABEL.json``.
+
+    Without a reconstruction, the plans. An interrupted sequential one goes on after its last finished block.
+    """
+    asked = job.config.pruning
+    if not asked.reconstructs:
+        return dict(plans)
+    found: dict[str, Pruned] = {}
+    for label, plan in plans.items():
+        method = asked.chosen(plan.metric)
+        path = job.folder / FOLDER / f"{label}.safetensors"
+        files = [path, path.with_suffix(".json")]
+        depends = [job.model_hash, job.keys["plan"], label, job.calibration.hash, asdict(method)]
+        depends += [job.keys["calibrate"]] if method.statistics else []
+        job.stage(f"{RECONSTRUCT}{label}", depends, files, partial(_make, job, plan, method, stats, files))
+        found[label] = read_reconstruction(path)
+    return found
+
+
+def _make(job: Job, plan: PruningPlan, method: Method, stats: Stats, files: Sequence[Path]) -> None:
+    part = files[0].with_suffix(".part")
+    for path in part.glob("*.safetensors"):
+        discard_damaged(job.reporter, path, read_tensors)
+    options = SequentialOptions(batch_size=job.config.calibration.batch_size, checkpoint=part)
+    given: Any = {"windows": job.calibration, "stats": stats, "options": options}
+    with job.reporter.task(f"{RECONSTRUCT}{files[0].stem}", "blocks") as update:
+        made = reconstruct_plan(job.loaded.model, plan, method, **given, on_block=update)
+    assert isinstance(made, Reconstruction), "checked by the caller"
+    write_reconstruction(files[0], made, overwrite=True)
+    write_json(files[1], {"name": made.name, "rows": made.error_profile()})

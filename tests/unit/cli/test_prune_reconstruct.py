@@ -1,0 +1,223 @@
+"""The command prune with a reconstruction: whole methods, single parts, what is refused, resuming, and the dry run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import ffnscope
+from checkpoints import small_tokenizer
+from ffnscope.apply import sequential
+from ffnscope.calibrate import collect
+from ffnscope.cli import app, files
+from ffnscope.io import read_plan
+from tiny import D_FF, LAYERS, tokens
+from tiny_all import tiny_causal_lm
+
+Ok = Callable[..., Result]
+Fails = Callable[..., str]
+SMALL = ("--num-samples", 16, "--max-length", 32, "--batch-size", 4, "--device", "cpu")
+
+
+@pytest.fixture
+def base(checkpoint: Path, texts: Path, tmp_path: Path) -> tuple[Any, ...]:
+    """Arguments of a small pruning by the best method into ``out``, without the evaluation."""
+    text = ("--text", texts / "train.txt", *SMALL)
+    return ("prune", checkpoint, "--out", tmp_path / "out", "--sparsity", 0.5, "--no-evaluate", *text)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return ffnscope.load_model(ffnscope.ModelSource(str(folder), device="cpu")).model(input_ids=tokens()).logits
+
+
+def part(tmp_path: Path) -> Path:
+    return tmp_path / ".out.prune.part"
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> list[int]:
+    """Raise KeyboardInterrupt at one call of a function; returns a list that grows by every call."""
+    real, calls = getattr(module, name), []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrapper)
+    return calls
+
+
+def test_best(ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    result = ok(*base, "--method", "best")
+    assert not part(tmp_path).exists()
+    for told in ("calibrate: ", "score: ", "reconstruct (sequential): ", "blocks/s", "parameters ("):
+        assert told in result.stderr, told
+    assert "Layer error profile: sequential refit" in result.stdout
+    assert result.stdout.count("mlp") == LAYERS
+    assert "tokens that the refit did not see" in result.stdout
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
+    assert (plan.metric, plan.allocator, plan.sparsity) == ("obs_loss", "halfway", 0.5)
+    told = plan.provenance["reconstruction"]
+    assert (told["method"], told["target"], set(told["sites"])) == ("sequential", 0.35, {s.name for s in plan.kept})
+    loaded = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu"))
+    text = ffnscope.TextSource(str(texts / "train.txt"))
+    windows = ffnscope.load_windows(text, loaded.tokenizer, n=16, length=32, seed=42)
+    python = ffnscope.plan_and_reconstruct(loaded.model, windows, 0.5)
+    assert isinstance(python, ffnscope.Reconstruction)
+    with torch.no_grad(), ffnscope.reconstructed(loaded.model, python):
+        expected = loaded.model(input_ids=tokens()).logits
+    assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-5)
+
+
+def test_local_gives_a_stock_checkpoint_and_the_widths_of_halfway_are_told(
+    ok: Ok, base: tuple[Any, ...], tmp_path: Path
+) -> None:
+    ok(*base, "--method", "best", "--allocator", "local")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == D_FF // 2
+    result = ok(*base, "--method", "best", "--overwrite")
+    assert len(set(read_plan(tmp_path / "out" / "ffnscope_plan.json").widths.values())) > 1
+    assert "the allocator local gives a checkpoint that plain transformers loads" in result.stderr
+
+
+def test_the_perplexity_after_reload_is_that_before_saving(ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--sparsity", 0.5, "--out", tmp_path / "out", "--text", "pydoc_topics", *SMALL)
+    result = ok("prune", checkpoint, "--method", "best", *options, "--max-length", 64)
+    assert "obs_loss + sequential refit" in result.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    before = re.search(r"\| pruned \| perplexity \| ([\d.]+) ±", card)
+    assert before
+    loaded = ffnscope.load_model(ffnscope.ModelSource(str(tmp_path / "out"), device="cpu"))
+    text = ffnscope.TextSource("pydoc_topics", split="test")
+    windows = ffnscope.load_windows(text, loaded.tokenizer, n=16, length=64, seed=42)
+    after = ffnscope.perplexity(loaded.model, windows)
+    assert f"{after.value:.6g}" == before[1]
+    assert "## Reconstruction" in card and "| kind | sequential refit |" in card and "| target | 0.35 |" in card
+    assert re.search(r"on held-out tokens \| [\d.e-]+ of its power without the refit, [\d.e-]+ with it \|", card)
+
+
+def test_more_and_shorter_windows_unless_the_user_says_otherwise(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
+    arguments = [a for i, a in enumerate(base) if "--num-samples" not in (a, base[i - 1])]
+    ok(*arguments, "--method", "best", "--device", "cpu", "--max-length", 16)
+    calibration = read_plan(tmp_path / "out" / "ffnscope_plan.json").provenance["calibration"]
+    assert (calibration["windows"], calibration["length"]) == (128, 16)
+
+
+def test_one_shot_on_any_metric(ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    result = ok(*base, "-m", "wanda", "--reconstruct", "one-shot", "--damping", 0.1)
+    assert "Layer error profile: one-shot refit" in result.stdout
+    plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
+    assert (plan.metric, plan.allocator) == ("wanda", "local")
+    assert {one["damping"] for one in plan.provenance["reconstruction"]["sites"].values()} == {0.1}
+    loaded = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu"))
+    text = ffnscope.TextSource(str(texts / "train.txt"))
+    stats = ffnscope.collect(
+        loaded.model, ffnscope.load_windows(text, loaded.tokenizer, n=16, length=32, seed=42), ["h_outer", "act_sq"]
+    )
+    given = ffnscope.build_plan(ffnscope.score(loaded.model, stats, "wanda"), 0.5)
+    with (
+        torch.no_grad(),
+        ffnscope.reconstructed(loaded.model, ffnscope.reconstruct(loaded.model, given, stats, damping=0.1)),
+    ):
+        expected = loaded.model(input_ids=tokens()).logits
+    assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("reconstruct", ["one-shot", "sequential"])
+def test_a_plan_that_is_there_already(ok: Ok, base: tuple[Any, ...], reconstruct: str, tmp_path: Path) -> None:
+    ok(*base, "-m", "magnitude")
+    plan = tmp_path / "out" / "ffnscope_plan.json"
+    rest = [a for i, a in enumerate(base) if a != "--sparsity" and base[i - 1] != "--sparsity"]
+    result = ok(*rest, "--plan", plan, "--reconstruct", reconstruct, "--out", tmp_path / "refit")
+    assert f"{reconstruct} refit" in result.stdout
+    assert ("calibrate: " in result.stderr) == (reconstruct == "one-shot")
+    kept = read_plan(tmp_path / "refit" / "ffnscope_plan.json").kept
+    assert all(torch.equal(index, kept[site]) for site, index in read_plan(plan).kept.items())
+    assert not torch.equal(logits(tmp_path / "refit"), logits(tmp_path / "out"))
+
+
+def test_an_interrupted_call_goes_on(
+    ok: Ok, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok(*base, "--method", "best", "--out", tmp_path / "unbroken")
+    arguments = [str(a) for a in (*base, "--method", "best")]
+    with monkeypatch.context() as patch:
+        stop_at(patch, sequential, "fit_columns", 2)
+        assert CliRunner().invoke(app, arguments).exit_code == 130
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in part(tmp_path).iterdir()} >= {"calibrate.safetensors", "blocks"}
+    with monkeypatch.context() as patch:
+        passes, fits = stop_at(patch, collect, "_run", 0), stop_at(patch, sequential, "fit_columns", 0)
+        ok(*arguments)
+    assert (len(passes), len(fits)) == (0, LAYERS - 1)
+    assert not part(tmp_path).exists()
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "unbroken"))
+
+
+def test_the_dry_run_computes_nothing(
+    ok: Ok, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(collect, "_run", refuse)
+    monkeypatch.setattr(files, "working_folder", refuse)
+    told = ok(*base, "--method", "best", "--dry-run").stdout
+    for text in (
+        "1 pass: 512 tokens forward, 512 of them backward",
+        "obs_loss x 96 channels of 2 FFNs",
+        "widths differ",
+        "block by block: 1,024 tokens forward",
+        "calibration needs",
+        "the reconstruction needs up to",
+        "peak memory about",
+    ):
+        assert text in told, text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--method", "bset"], "Did you mean 'best'?"),
+        (["--reconstruct", "sequentially"], "Unknown reconstruction 'sequentially'. Did you mean 'sequential'?"),
+        (["--target", "0.5"], "--target would do nothing with --reconstruct none"),
+        (["--reconstruct", "one-shot", "--target", "0.5"], "--target would do nothing with --reconstruct one-shot"),
+        (["--damping", "0.1"], "--damping would do nothing with --reconstruct none"),
+        (["--method", "best", "--damping", "0"], "damping must be positive"),
+        (["--method", "best", "--target", "1.5"], "target must be 'own', 'dense' or a share between 0 and 1; got 1.5"),
+        (["--method", "best", "--sparsity", "0"], "sparsity 0 leaves nothing for reconstruct 'sequential'"),
+        (["--method", "best", "--format", "gguf"], "the allocator 'halfway' gives them different ones"),
+        (["--method", "best", "--allocator", "measured"], "needs measured loss curves"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(
+    fails: Fails, base: tuple[Any, ...], tmp_path: Path, options: list[str], text: str
+) -> None:
+    arguments = ["/no/model" if i == 1 else a for i, a in enumerate(base)]
+    assert text in fails(2, *arguments, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_beside_a_plan(fails: Fails, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--plan", "p.json", "--method", "best", "--out", tmp_path / "out", "--no-evaluate")
+    assert "--method would do nothing with --plan p.json" in fails(2, "prune", checkpoint, *options)
+
+
+def test_ffns_that_cannot_be_reconstructed_are_refused_before_the_pass(
+    fails: Fails, base: tuple[Any, ...], tmp_path: Path
+) -> None:
+    model = tmp_path / "bitnet"
+    tiny_causal_lm("bitnet").save_pretrained(model)
+    small_tokenizer().save_pretrained(model)
+    written = fails(2, "prune", model, *base[2:], "--method", "best")
+    assert "cannot be reconstructed: a norm" in written and "calibrate" not in written

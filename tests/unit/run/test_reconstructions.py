@@ -1,0 +1,134 @@
+"""Runs that reconstruct what they prune: stages, labels, files, resuming, and what a configuration is refused for."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import ffnscope
+from ffnscope.apply import sequential
+from ffnscope.errors import UsageError
+from ffnscope.io import read_plan
+from ffnscope.run import config_from_dict
+from ffnscope.run.dry_run import dry_run
+from runs import quiet_run, results, small_run, strict_json
+from tiny import LAYERS
+
+LABEL = "obs_loss-0.5"
+
+
+def config(checkpoint: Path, texts: Path, out: Path, pruning: dict[str, Any] | None = None, **changes: Any) -> Any:
+    asked = small_run(checkpoint, texts, out, calibration={"num_samples": 16}, **changes)
+    asked["pruning"] = {"enabled": True, "ratios": [0.5], **(pruning or {"method": "best"})}
+    asked["metrics"] = {"scar": {"enabled": False}}
+    return config_from_dict(asked)
+
+
+def test_best(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    output = {"checkpoints": True, "report": True}
+    found = quiet_run(config(checkpoint, texts, tmp_path / "out", output=output))
+    assert [row.metric for row in found.rows] == [None, "obs_loss + sequential refit"]
+    assert "obs_loss + sequential refit" in (found.folder / "results.md").read_text()
+    assert "obs_loss + sequential refit" in (found.folder / "report.html").read_text()
+    plan, refit = found.plans[LABEL], found.reconstructions[LABEL]
+    assert (plan.metric, plan.allocator, refit.facts["target"]) == ("obs_loss", "halfway", 0.35)
+    told = strict_json(found.folder / "summary.json")["plans"][LABEL]
+    assert told == {"sparsity": 0.5, "metric": "obs_loss", "reconstruction": "sequential refit"}
+    errors = strict_json(found.folder / "reconstructions" / f"{LABEL}.json")["rows"]
+    assert [row["width"] for row in errors] == list(plan.widths.values())
+    assert not (found.folder / "reconstructions" / f"{LABEL}.part").exists()
+    folder = found.folder / "checkpoints" / LABEL
+    assert read_plan(folder / "ffnscope_plan.json").provenance["reconstruction"]["method"] == "sequential"
+    model = ffnscope.load_model(ffnscope.ModelSource(str(folder), device="cpu"))
+    text = ffnscope.TextSource(str(texts / "test.txt"))
+    after = ffnscope.perplexity(model.model, ffnscope.load_windows(text, model.tokenizer, n=4, length=32, seed=42))
+    assert after.value == pytest.approx(found.rows[1].results[0].value, rel=1e-5)
+
+
+def test_one_shot_reads_the_one_pass(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    asked = {"algorithms": ["wanda", "random"], "reconstruct": "one_shot", "damping": 0.1}
+    found = quiet_run(config(checkpoint, texts, tmp_path / "out", asked))
+    assert [row.metric for row in found.rows[1:]] == ["wanda + one-shot refit", "random + one-shot refit"]
+    stats, _ = ffnscope.read_stats(found.folder / "statistics.safetensors")
+    assert set(next(iter(stats.values())).values) == {"act_sq", "h_outer"}
+    model = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu")).model
+    expected = ffnscope.reconstruct(model, found.plans["wanda-0.5"], stats, damping=0.1)
+    for site, down in found.reconstructions["wanda-0.5"].down.items():
+        assert torch.equal(down, expected.down[site])
+
+
+def test_only_what_changed_is_done_again(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ledger() -> dict[str, Any]:
+        return strict_json(tmp_path / "out" / "ledger.json")["stages"]
+
+    quiet_run(config(checkpoint, texts, tmp_path / "out"))
+    first = ledger()
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential, "fit_columns", None)
+        quiet_run(config(checkpoint, texts, tmp_path / "out"))
+    assert ledger() == first
+    quiet_run(config(checkpoint, texts, tmp_path / "out", {"method": "best", "target": 1.0}), overwrite=True)
+    second = ledger()
+    same = {name for name in first if first[name]["key"] == second[name]["key"]}
+    assert {"calibrate", "score"} <= same
+    assert not {f"reconstruct {LABEL}", "evaluate 1", "samples"} & same
+    quiet_run(config(checkpoint, texts, tmp_path / "out", {"method": "best", "reconstruct": "none"}), overwrite=True)
+    assert f"reconstruct {LABEL}" not in ledger()
+    assert not (tmp_path / "out" / "reconstructions" / f"{LABEL}.safetensors").exists()
+
+
+def test_an_interrupted_run_ends_as_if_it_never_was(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = results(quiet_run(config(checkpoint, texts, tmp_path / "unbroken")).folder)
+    real, calls = sequential.fit_columns, []
+
+    def stops(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(sequential, "fit_columns", stops)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_run(config(checkpoint, texts, tmp_path / "out"))
+    assert (tmp_path / "out" / "reconstructions" / f"{LABEL}.part").is_dir()
+    assert results(quiet_run(config(checkpoint, texts, tmp_path / "out")).folder) == unbroken
+    assert len(calls) == 1 + LAYERS
+
+
+def test_the_dry_run(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    dry_run(config(checkpoint, texts, tmp_path / "out"), console)
+    assert "1 plans x 1,024 tokens forward, block by block" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("pruning", "text"),
+    [
+        ({"method": "bset"}, "pruning.method"),
+        ({"reconstruct": "one-shot"}, "pruning.reconstruct"),
+        ({"target": 0.5}, "pruning.target: would do nothing with 'reconstruct: none'"),
+        ({"reconstruct": "one_shot", "target": 0.5}, "would do nothing with 'reconstruct: one_shot'"),
+        ({"damping": 0.1}, "pruning.damping: would do nothing"),
+        ({"method": "best", "damping": 0.0}, "pruning.damping"),
+        ({"method": "best", "target": 1.5}, "pruning.target"),
+        ({"method": "best", "ratios": [0.0, 0.5]}, "pruning.ratios[0]: 0 leaves nothing for 'reconstruct: sequential'"),
+    ],
+)
+def test_refused(checkpoint: Path, texts: Path, tmp_path: Path, pruning: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError) as error:
+        config(checkpoint, texts, tmp_path / "out", pruning)
+    assert text in str(error.value)
+
+
+def test_widths_that_the_format_cannot_hold(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'halfway' gives FFNs different widths"):
+        config(checkpoint, texts, tmp_path / "out", output={"checkpoints": True, "format": "gguf"})
