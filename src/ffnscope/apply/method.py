@@ -74,7 +74,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {"scores": Method("scar_loss_proxy", "local", "none"), "best": Method()}
-"""scores: ranking alone; best: the defaults that win the measurements of docs/decisions/0038."""
+"""scores: ranking alone; best: the parts that did best in the first trials of docs/log.md."""
 
 
 def named_method(name: str, **changes: Any) -> Method:

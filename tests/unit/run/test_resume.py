@@ -97,7 +97,7 @@ def test_a_new_plan_computes_only_its_own_windows(
     small: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet_run(small(pruning={"ratios": [0.25]}))
-    masks = stop_at(monkeypatch, compare, "masked", -1)
+    masks = stop_at(monkeypatch, compare, "as_pruned", -1)
     quiet_run(small(pruning={"ratios": [0.25, 0.5]}), overwrite=True)
     assert len(masks) == 2 * 2  # two new plans, two batches
 
@@ -198,10 +198,10 @@ def test_interrupted_evaluation_goes_on(
 ) -> None:
     config = small()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, compare, "masked", 6)  # the second plan of the second batch
+        stop_at(patch, compare, "as_pruned", 6)  # the second plan of the second batch
         quiet_run(config)
     assert list(stages(config.output_dir)) == ["calibrate", "score", "plan"]
-    masks = stop_at(monkeypatch, compare, "masked", -1)
+    masks = stop_at(monkeypatch, compare, "as_pruned", -1)
     assert results(quiet_run(config).folder) == unbroken
     assert len(masks) == 4
 
