@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections.abc import Iterator
+from typing import Any
+
+import pytest
 
 
 @contextlib.contextmanager
@@ -16,3 +19,17 @@ def small_files(limit: int = 512) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> list[int]:
+    """Raise KeyboardInterrupt at one call of a function; returns a list that grows by every call."""
+    real, calls = getattr(module, name), []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrapper)
+    return calls

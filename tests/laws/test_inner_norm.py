@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cuts import distance, logits, masked_logits
 from ffnscope.apply.copies import ablated_copies
 from ffnscope.apply.export import prune_, save_model
-from ffnscope.apply.mask import masked
 from ffnscope.apply.replace import replaced
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.collect import calibrate
@@ -27,7 +27,7 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.scoring import score
 from ffnscope.types import Budget, PruningPlan
 from reference import text
-from tiny_all import D_FF, HIDDEN, inputs_of, logits_of, tiny_causal_lm
+from tiny_all import D_FF, HIDDEN, inputs_of, tiny_causal_lm
 
 MakePlan = Callable[..., PruningPlan]
 METRICS = ("wanda", "weight_magnitude", "write_norm", "scar_loss_proxy", "flap")
@@ -36,20 +36,6 @@ METRICS = ("wanda", "weight_magnitude", "write_norm", "scar_loss_proxy", "flap")
 @pytest.fixture
 def bitnet() -> Any:
     return tiny_causal_lm("bitnet")
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return logits_of(model)
-
-
-def masked_logits(model: Any, plan: PruningPlan) -> Tensor:
-    with masked(model, plan):
-        return logits(model)
 
 
 def without(model: Any, layer: int, *channels: int) -> PruningPlan:

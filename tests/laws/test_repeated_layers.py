@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cuts import distance, logits
 from ffnscope.analyze.ablation import ablate_channels
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.mask import masked
@@ -29,7 +30,7 @@ from ffnscope.registry import STATISTICS
 from ffnscope.rules import Statistic
 from ffnscope.types import Budget, PruningPlan
 from reference import text
-from tiny_all import D_FF, logits_of, tiny_causal_lm
+from tiny_all import D_FF, tiny_causal_lm
 
 MakePlan = Callable[..., PruningPlan]
 LOW, HIGH = "model.L_module.layers.0.mlp", "model.H_module.layers.0.mlp"
@@ -38,15 +39,6 @@ LOW, HIGH = "model.L_module.layers.0.mlp", "model.H_module.layers.0.mlp"
 @pytest.fixture
 def model() -> Any:
     return tiny_causal_lm("hrm_text, two cycles")
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return logits_of(model)
 
 
 def test_how_often_each_runs(model: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cuts import distance, logits, masked_logits
 from ffnscope.analyze.ablation import ablate_channels
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.mask import masked
@@ -32,7 +33,7 @@ from ffnscope.rules import Statistic
 from ffnscope.scoring import score
 from ffnscope.types import Budget, PruningPlan
 from reference import text
-from tiny_all import D_FF, HIDDEN, logits_of, tiny_causal_lm
+from tiny_all import D_FF, HIDDEN, tiny_causal_lm
 
 MakePlan = Callable[..., PruningPlan]
 NAMES = ("zamba", "zamba2", "zamba2, two blocks")
@@ -44,20 +45,6 @@ each = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture
 def model(name: str) -> Any:
     return tiny_causal_lm(name)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return logits_of(model)
-
-
-def masked_logits(model: Any, plan: PruningPlan) -> Tensor:
-    with masked(model, plan):
-        return logits(model)
 
 
 def are_tied(model: Any) -> bool:

@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffnscope.apply.refit import Moments, choose_damping, output_error, refit_down
+from ffnscope.apply.refit import DAMPING, Moments, choose_damping, output_error, refit_down
 from ffnscope.calibrate.statistics import h_outer, xh_outer
-
-DAMPING = 1e-2
-"""Where no token is held out to choose it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ffnscope.apply.one_shot import reconstruct
 from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
+from ffnscope.apply.sequential import TARGET, SequentialOptions, reconstruct_sequential
 from ffnscope.calibrate.collect import PassOptions, collect, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
@@ -20,7 +20,6 @@ from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan
 
 Refit = Literal["none", "one_shot", "sequential"]
 REFITS: tuple[Refit, ...] = get_args(Refit)
-TARGET = 0.35
 GRADIENT_WINDOWS = 32
 """Windows that also run backward beside a reconstruction: G needs far fewer tokens than the least squares."""
 

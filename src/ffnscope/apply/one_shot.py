@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.new_bias import without_bias
 from ffnscope.apply.reconstruction import Reconstruction, check_linear
-from ffnscope.apply.refit import Moments, choose_damping, mean_bias, output_error, refit_down
+from ffnscope.apply.refit import DAMPING, Moments, choose_damping, mean_bias, output_error, refit_down
 from ffnscope.errors import UsageError
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan
 
-DAMPING = 1e-2
 TOKENS_PER_CHANNEL = 4
 Statistics = Mapping[FFNSite, ChannelStats]
 

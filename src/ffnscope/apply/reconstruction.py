@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffnscope.apply.columns import column_edit
 from ffnscope.apply.edits import Edit, applied
 from ffnscope.apply.export import check_prunable, cut_
 from ffnscope.apply.folder import refuse_existing
@@ -21,7 +22,7 @@ from ffnscope.apply.profile import error_profile, reconstruction_name
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.expert_calls import stored_together
 from ffnscope.ffn.offload import materialised
-from ffnscope.ffn.projection import down_bias, down_columns, down_projection
+from ffnscope.ffn.projection import down_bias, down_projection
 from ffnscope.io import complete, expect_kind, plan_from_dict, plan_to_dict, read_tensors, write_tensors
 from ffnscope.types import FFNSite, PruningPlan
 
@@ -152,8 +153,7 @@ def _edits(model: nn.Module, reconstruction: Reconstruction, sites: Sequence[FFN
     for site in sites:
         edits: list[Edit] = []
         if site in reconstruction.down:
-            columns, new = down_columns(model, site, reconstruction.plan.kept[site]), reconstruction.down[site]
-            edits.append(Edit(columns, new if columns.axis == 1 else new.T))
+            edits.append(column_edit(model, site, reconstruction.plan.kept[site], reconstruction.down[site]))
         bias = down_bias(model, site) if site in reconstruction.bias else None
         if bias is not None:
             edits.append(Edit(bias, reconstruction.bias[site], adds=True))

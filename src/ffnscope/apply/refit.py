@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ffnscope.errors import NonFiniteError, UsageError
 
+DAMPING = 1e-2
+"""Where no tokens are held out to choose it."""
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
 _BLOCK = 1024
 _ATTEMPTS = 6
@@ -59,7 +61,7 @@ class Moments:
         return Moments(self.second + other.second, self.n_tokens + other.n_tokens, shift, square)
 
 
-def refit_down(down: Tensor, kept: Tensor, moments: Moments, damping: float = 1e-2) -> Tensor:
+def refit_down(down: Tensor, kept: Tensor, moments: Moments, damping: float = DAMPING) -> Tensor:
     """Return new columns of the kept channels, [d_model, k], in the dtype of the moments.
 
     Memory beside the arguments: 2 k^2 + 3 d_model k numbers, and a block of 1,024 rows of ``second``.
@@ -75,28 +77,7 @@ def refit_down(down: Tensor, kept: Tensor, moments: Moments, damping: float = 1e
         UsageError: a damping that is not positive and finite.
         NonFiniteError: the sums are not finite, or no damping helps.
     """
-    if not 0 < damping < float("inf"):
-        raise UsageError(f"damping must be positive, a share of the mean power of the channels; got {damping:g}.")
-    second, down = moments.second, down.to(moments.second)
-    kept = kept.to(second.device)
-    gram = _rows(second, kept, kept)
-    scale = float(gram.diagonal().mean())
-    if scale == 0:
-        return down[:, kept].clone()
-    missing = _residual(down, kept, moments)
-    for attempt in range(_ATTEMPTS):
-        pulled = gram.clone()
-        pulled.diagonal().add_(damping * 10.0**attempt * scale)
-        factor, failed = torch.linalg.cholesky_ex(pulled)
-        del pulled
-        if not int(failed):
-            change = torch.cholesky_solve(missing.T, factor).T
-            if bool(torch.isfinite(change).all()):
-                return change.add_(down[:, kept])
-    raise NonFiniteError(
-        f"least squares on {kept.numel()} channels failed with every damping from {damping:g} on: the sums over the "
-        "calibration are not finite, or the weights are not."
-    )
+    return _Normal.of(down, kept, moments).solved(damping)
 
 
 def output_error(down: Tensor, new: Tensor, kept: Tensor, moments: Moments) -> float:
@@ -123,7 +104,8 @@ def choose_damping(
 
     Ties, such as in an FFN that is never active, go to the largest damping.
     """
-    errors = {d: output_error(down, refit_down(down, kept, fit, d), kept, held_out) for d in sorted(choices)}
+    normal = _Normal.of(down, kept, fit)
+    errors = {d: output_error(down, normal.solved(d), kept, held_out) for d in sorted(choices)}
     return min(reversed(errors), key=lambda d: errors[d]), errors
 
 
@@ -135,6 +117,47 @@ def mean_bias(down: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
     removed = torch.ones(down.shape[1], dtype=torch.bool, device=down.device)
     removed[kept.to(down.device)] = False
     return down.to(mean)[:, removed.to(mean.device)] @ mean[removed.to(mean.device)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Normal:
+    """The normal equations of one fit, which are the same for every damping.
+
+    Attributes:
+        old: dense columns of the kept channels, [d_model, k].
+        gram: sum of h_S h_S^T, [k, k].
+        missing: C_S - W_S H_SS, [d_model, k].
+    """
+
+    old: Tensor
+    gram: Tensor
+    missing: Tensor
+
+    @classmethod
+    def of(cls, down: Tensor, kept: Tensor, moments: Moments) -> _Normal:
+        down, kept = down.to(moments.second), kept.to(moments.second.device)
+        return cls(down[:, kept], _rows(moments.second, kept, kept), _residual(down, kept, moments))
+
+    def solved(self, damping: float) -> Tensor:
+        """New columns [d_model, k]; see `refit_down`."""
+        if not 0 < damping < float("inf"):
+            raise UsageError(f"damping must be positive, a share of the mean power of the channels; got {damping:g}.")
+        scale = float(self.gram.diagonal().mean())
+        if scale == 0:
+            return self.old.clone()
+        for attempt in range(_ATTEMPTS):
+            pulled = self.gram.clone()
+            pulled.diagonal().add_(damping * 10.0**attempt * scale)
+            factor, failed = torch.linalg.cholesky_ex(pulled)
+            del pulled
+            if not int(failed):
+                change = torch.cholesky_solve(self.missing.T, factor).T
+                if bool(torch.isfinite(change).all()):
+                    return change.add_(self.old)
+        raise NonFiniteError(
+            f"least squares on {len(self.gram)} channels failed with every damping from {damping:g} on: the sums over "
+            "the calibration are not finite, or the weights are not."
+        )
 
 
 def _residual(down: Tensor, kept: Tensor, moments: Moments) -> Tensor:

@@ -34,6 +34,7 @@ from ffnscope.io import hash_json, plan_to_dict
 from ffnscope.types import FFNSite, PruningPlan
 
 OnBlock = Callable[[int, int], None]
+TARGET = 0.35
 HELD_OUT_EVERY = 8
 
 
@@ -51,7 +52,7 @@ class SequentialOptions:
             them. None = it starts again.
     """
 
-    target: Literal["own", "dense"] | float = 0.35
+    target: Literal["own", "dense"] | float = TARGET
     damping: float | None = None
     batch_size: int = 4
     checkpoint: Path | None = None

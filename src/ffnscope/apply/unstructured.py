@@ -37,9 +37,7 @@ def magnitude_weights(model: nn.Module, sparsity: float | str, *, scope: Scope) 
         NotAvailableError: see `find_targets`.
         NonFiniteError: a weight is not finite.
     """
-    pattern = pattern_of(sparsity)
-    targets = find_targets(model, scope)
-    check_group(model, targets, pattern)
+    pattern, targets = _asked(model, sparsity, scope)
     masks: dict[Matrix, Tensor] = {}
     for target in targets.all:
         weight = finite(target.matrix, target.matrix.weight(model))
@@ -79,12 +77,10 @@ def wanda_weights(
         NonFiniteError: weights or activations are not finite.
         DeviceError: out of memory.
     """
-    pattern = pattern_of(sparsity)
-    targets = find_targets(model, scope)
-    check_group(model, targets, pattern)
+    pattern, targets = _asked(model, sparsity, scope)
 
     def decide(target: Target, weight: Tensor, sums: Mapping[str, Tensor]) -> Masked:
-        return highest(weight.double().abs() * sums[target.signal].sqrt(), pattern), None
+        return _by_input_norms(target, weight, sums, pattern), None
 
     run = BlockRun(model, windows, targets, batch_size, on_block)
     return run.result("wanda", pattern, decide, outer=False, facts={})
@@ -107,9 +103,7 @@ def sparsegpt_weights(
 
     For arguments and errors see `wanda_weights`.
     """
-    pattern = pattern_of(sparsity)
-    targets = find_targets(model, scope)
-    check_group(model, targets, pattern)
+    pattern, targets = _asked(model, sparsity, scope)
     if pattern.group is not None and BLOCK_SIZE % pattern.group[1]:
         raise UsageError(f"SparseGPT works on {BLOCK_SIZE} columns at a time; {pattern.label} does not divide that.")
 
@@ -158,7 +152,7 @@ def dass_weights(
     def decide(target: Target, weight: Tensor, sums: Mapping[str, Tensor]) -> Masked:
         site = target.site
         if site is None or not target.makes_channels:
-            return highest(weight.double().abs() * sums[target.signal].sqrt(), pattern), None
+            return _by_input_norms(target, weight, sums, pattern), None
         strength = sums[f"{site.name}/h"].sqrt() ** alpha
         mask = torch.empty_like(weight, dtype=torch.bool)
         for rows in _halves(site):
@@ -170,6 +164,18 @@ def dass_weights(
     return BlockRun(model, windows, targets, batch_size, on_block).result(
         "dass", pattern, decide, outer=False, facts=facts
     )
+
+
+def _asked(model: nn.Module, sparsity: float | str, scope: Scope) -> tuple[Pattern, Targets]:
+    """What to remove, and from which matrices."""
+    pattern, targets = pattern_of(sparsity), find_targets(model, scope)
+    check_group(model, targets, pattern)
+    return pattern, targets
+
+
+def _by_input_norms(target: Target, weight: Tensor, sums: Mapping[str, Tensor], pattern: Pattern) -> Tensor:
+    """Wanda's mask."""
+    return highest(weight.double().abs() * sums[target.signal].sqrt(), pattern)
 
 
 def _check_gated(targets: Targets, pattern: Pattern) -> None:

@@ -9,7 +9,15 @@ from ffnscope.analyze.levels import calibration_passes
 from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli.prune_job import PruneJob
-from ffnscope.run.estimate import Line, calibrate_line, peak_bytes, print_lines, seconds_per_token, sequential_bytes
+from ffnscope.run.estimate import (
+    Line,
+    calibrate_line,
+    peak_bytes,
+    print_lines,
+    print_peak,
+    seconds_per_token,
+    sequential_bytes,
+)
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.saving import UNEVEN
 from ffnscope.types import Budget
@@ -49,5 +57,4 @@ def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None
         console.print(Text(f"the reconstruction needs up to {taken / 2**20:,.0f} MiB beside the model"))
     batches = [] if held_out is None else [held_out[: job.text.batch_size]]
     peak = peak_bytes(model, asked.sites, [step for steps in each for step in steps], batches) + held
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    console.print(Text(f"peak memory about {(peak + libraries * on_cpu) / 2**30:.1f} GiB"))
+    print_peak(model, peak, libraries, console)

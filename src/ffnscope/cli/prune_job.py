@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.question import Question
 from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.reconstruction import Reconstruction, check_linear, read_reconstruction, write_reconstruction
+from ffnscope.apply.reconstruction import check_linear, read_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
@@ -22,10 +22,10 @@ from ffnscope.cli.channels import OUT, scoring_facts
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import hash_json, plan_to_dict, read_json, read_tensors
+from ffnscope.io import hash_json, plan_to_dict, read_json
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
-from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
+from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, keep_reconstruction
 from ffnscope.scoring import naming_weights
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
 
@@ -102,17 +102,10 @@ class PruneJob:
         if path.exists():
             return read_reconstruction(path)
         stats = self._calibrate(part)[0] if self.method.statistics else None
-        blocks = part / "blocks"
-        for one in blocks.glob("*.safetensors"):
-            discard_damaged(self.reporter, one, read_tensors)
-        given: Any = {"windows": self.windows, "stats": stats}
-        given["options"] = SequentialOptions(batch_size=self.text.batch_size, checkpoint=blocks)
+        options = SequentialOptions(batch_size=self.text.batch_size, checkpoint=part / "blocks")
         name = f"reconstruct ({self.method.reconstruct.replace('_', '-')})"
-        with self.reporter.task(name, "blocks") as update:
-            found = reconstruct_plan(self.loaded.model, plan, self.method, **given, on_block=update)
-        assert isinstance(found, Reconstruction)
-        write_reconstruction(path, found)
-        return found
+        make = partial(reconstruct_plan, self.loaded.model, plan, self.method, windows=self.windows, stats=stats)
+        return keep_reconstruction(self.reporter, name, path, options, make)
 
     def compare(self, pruned: Pruned, held_out: opt.TextChoice, part: Path) -> list[EvalRow]:
         """Measure the dense and the pruned model on held-out text, and print it."""

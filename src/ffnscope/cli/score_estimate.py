@@ -15,7 +15,7 @@ from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeat_passes import repeat_bytes, repeat_passes
 from ffnscope.calibrate.collect import PassOptions, Step, plan_steps
 from ffnscope.calibrate.windows import Windows
-from ffnscope.run.estimate import Line, calibrate_line, peak_bytes, print_lines, seconds_per_token
+from ffnscope.run.estimate import Line, calibrate_line, peak_bytes, print_lines, print_peak, seconds_per_token
 from ffnscope.run.progress import peak_memory
 
 Texts = Mapping[str, tuple[Question, Windows]]
@@ -51,8 +51,7 @@ def print_score_estimate(
     disk = f"up to {3 if texts else 2} times that until it is finished"
     console.print(Text(f"{alone.told}, {disk}; sums take up to {held / 2**20:,.0f} MiB of memory in all"))
     peak = peak_bytes(asked.model, asked.sites, steps, []) + held + _reference_bytes(asked)
-    on_cpu = all(p.device.type == "cpu" for p in asked.model.parameters())
-    console.print(Text(f"peak memory about {(peak + libraries * on_cpu) / 2**30:.1f} GiB"))
+    print_peak(asked.model, peak, libraries, console)
 
 
 def _stages(

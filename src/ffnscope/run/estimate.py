@@ -116,6 +116,12 @@ def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
     console.print(table)
 
 
+def print_peak(model: Any, peak: int, libraries: int, console: Console) -> None:
+    """Print the peak memory in bytes; what the libraries take counts where the model is on the CPU."""
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    console.print(Text(f"peak memory about {(peak + libraries * on_cpu) / 2**30:.1f} GiB"))
+
+
 def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     """Tell one pass over the text; ``speed`` in seconds per token of a forward."""
     forward = sum(s.batch.n_tokens for s in steps)

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ffnscope.apply.method import Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.reconstruction import Reconstruction, check_linear, read_reconstruction, write_reconstruction
+from ffnscope.apply.reconstruction import check_linear, read_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
-from ffnscope.io import read_tensors, write_json
+from ffnscope.io import write_json
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import RECONSTRUCT, Job
-from ffnscope.run.steps import discard_damaged
+from ffnscope.run.steps import keep_reconstruction
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan
 
 FOLDER = "reconstructions"
@@ -49,13 +48,8 @@ def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) 
 
 
 def _make(job: Job, plan: PruningPlan, method: Method, stats: Stats, files: Sequence[Path]) -> None:
-    part = files[0].with_suffix(".part")
-    for path in part.glob("*.safetensors"):
-        discard_damaged(job.reporter, path, read_tensors)
-    options = SequentialOptions(batch_size=job.config.calibration.batch_size, checkpoint=part)
-    given: Any = {"windows": job.calibration, "stats": stats, "options": options}
-    with job.reporter.task(f"{RECONSTRUCT}{files[0].stem}", "blocks") as update:
-        made = reconstruct_plan(job.loaded.model, plan, method, **given, on_block=update)
-    assert isinstance(made, Reconstruction), "checked by the caller"
-    write_reconstruction(files[0], made, overwrite=True)
+    blocks = files[0].with_suffix(".part")
+    options = SequentialOptions(batch_size=job.config.calibration.batch_size, checkpoint=blocks)
+    make = partial(reconstruct_plan, job.loaded.model, plan, method, windows=job.calibration, stats=stats)
+    made = keep_reconstruction(job.reporter, f"{RECONSTRUCT}{files[0].stem}", files[0], options, make)
     write_json(files[1], {"name": made.name, "rows": made.error_profile()})

@@ -10,11 +10,13 @@ from torch import nn
 
 from ffnscope.analyze.memory import CalibrationBytes
 from ffnscope.apply.pruned import Pruned
+from ffnscope.apply.reconstruction import Reconstruction, write_reconstruction
+from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.tasks import TaskOptions, TaskSet, load_tasks
-from ffnscope.io import read_stats, writing
+from ffnscope.io import read_stats, read_tensors, writing
 from ffnscope.run.progress import Reporter
 
 ANNOUNCED_BYTES = 2**28
@@ -53,6 +55,27 @@ def open_tasks(options: TaskOptions | None, reporter: Reporter) -> TaskSet | Non
         return None
     with reporter.task("load tasks", "tasks"):
         return load_tasks(options)
+
+
+def keep_reconstruction(
+    reporter: Reporter, name: str, path: Path, options: SequentialOptions, make: Callable[..., Pruned]
+) -> Reconstruction:
+    """Reconstruct and write it to ``path``, with progress in blocks; an interrupted one goes on after its last block.
+
+    Args:
+        reporter: told what is done.
+        name: of the step.
+        path: file of the reconstruction; replaced.
+        options: with the folder of finished blocks, those of which that are damaged are deleted.
+        make: `reconstruct_plan` but for ``options`` and ``on_block``.
+    """
+    for block in options.checkpoint.glob("*.safetensors") if options.checkpoint else ():
+        discard_damaged(reporter, block, read_tensors)
+    with reporter.task(name, "blocks") as update:
+        made = make(options=options, on_block=update)
+    assert isinstance(made, Reconstruction), "checked by the caller"
+    write_reconstruction(path, made, overwrite=True)
+    return made
 
 
 def discard_damaged(reporter: Reporter, path: Path, read: Callable[[Path], Any] | None = None) -> None:

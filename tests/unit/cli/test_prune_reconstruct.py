@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import ffnscope
 from checkpoints import small_tokenizer
+from faults import stop_at
 from ffnscope.apply import sequential
 from ffnscope.calibrate import collect
 from ffnscope.cli import app, files
@@ -41,20 +42,6 @@ def logits(folder: Path) -> torch.Tensor:
 
 def part(tmp_path: Path) -> Path:
     return tmp_path / ".out.prune.part"
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> list[int]:
-    """Raise KeyboardInterrupt at one call of a function; returns a list that grows by every call."""
-    real, calls = getattr(module, name), []
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(calls))
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, wrapper)
-    return calls
 
 
 def test_best(ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_path: Path) -> None:

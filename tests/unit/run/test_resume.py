@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from faults import stop_at
 from ffnscope.calibrate import collect
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate import compare
@@ -39,20 +40,6 @@ def stamps(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Time and bytes of every file but the log, which grows."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.log"]
     return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> list[int]:
-    """Raise KeyboardInterrupt at one call of a function; returns a list that grows by every call."""
-    real, calls = getattr(module, name), []
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(calls))
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, wrapper)
-    return calls
 
 
 # --- nothing twice ---
