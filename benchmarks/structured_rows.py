@@ -1,0 +1,127 @@
+"""Rows of benchmarks/structured.py: how each of them turns the dense model and one calibration into a pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import ffnscope
+from ffnscope.analyze.levels import calibrate_all
+from ffnscope.apply.method import GRADIENT_WINDOWS
+from ffnscope.apply.pruned import Pruned
+from ffnscope.types import Budget
+
+SCORES = {
+    "random": "random",
+    "magnitude (product of norms)": "magnitude",
+    "OptiPFair PPM": "peak_to_peak",
+    "LLM-Rank WPR": "layerwise_weighted_pagerank",
+    "LLM-Rank MPR": "layerwise_modified_pagerank",
+    "activation norm": "activation_l2_norm",
+    "Minitron": "minitron",
+    "Wanda, channels": "wanda",
+    "FLAP score": "flap",
+    "LLM-Pruner": "llm_pruner",
+    "SCAR-LP": "scar_loss_proxy",
+    "SCAR-Prot": "supernode_protection_score",
+    "SCAR-Conn": "supernode_connectivity_score",
+}
+"""Label -> metric of the published scores; each is run alone, and with a one-shot refit of the down columns."""
+SEQUENTIAL = ("activation norm", "Wanda, channels", "SCAR-LP")
+"""Published scores that also get the sequential reconstruction."""
+WEIGHTS_ONLY = {"magnitude (product of norms)", "OptiPFair PPM", "LLM-Rank WPR", "LLM-Rank MPR"}
+"""Labels whose plan reads no text: alone, one seed is all there is."""
+
+
+@dataclass(eq=False)
+class Calibration:
+    """One calibration text of the model; what rows need of it is made once and kept in a folder."""
+
+    model: object
+    windows: ffnscope.Windows
+    seed: int
+    folder: Path
+
+    @cached_property
+    def scores(self) -> dict[str, ffnscope.Scores]:
+        """All scores: published ones from all windows, forward and backward; those of the default from their own pass."""
+        path = self.folder / "scores.safetensors"
+        if not path.exists():
+            self._calibrate(path)
+        found, _ = ffnscope.read_scores(path)
+        return found
+
+    @cached_property
+    def stats(self):
+        """Sums that refits and FLAP's bias read."""
+        _ = self.scores
+        found, _ = ffnscope.read_stats(self.folder / "stats.safetensors")
+        return found
+
+    def _calibrate(self, path: Path) -> None:
+        sums = ["h_outer", "dy_outer", "act_sum"]
+        options = ffnscope.PassOptions(gradient_windows=GRADIENT_WINDOWS)
+        ours = ffnscope.collect(self.model, self.windows, sums, options=options)
+        found = [ffnscope.score(self.model, ours, "obs_loss"), ffnscope.score(self.model, ours, "obs")]
+        found.append(ffnscope.score(self.model, ours, "random", seed=self.seed))
+        names = [name for name in SCORES.values() if name != "random"]
+        stats, core = calibrate_all(self.model, self.windows, {name: {} for name in names}, sites=list(ours))
+        found += [ffnscope.score(self.model, stats, name, core=core) for name in names]
+        ffnscope.write_stats(self.folder / "stats.safetensors", keep(ours, ("h_outer", "act_sum")), {})
+        ffnscope.write_scores(path, found, {})
+
+    def plan(self, metric: str, sparsity: float, allocator: str = "local"):
+        return ffnscope.build_plan(self.scores[metric], Budget(sparsity), allocator)
+
+
+def keep(stats, names):
+    """Only the named sums of every site."""
+    return [
+        ffnscope.ChannelStats(site, *({name: part[name] for name in names} for part in parts(one)))
+        for site, one in stats.items()
+    ]
+
+
+def parts(one):
+    return one.values, one.counts, one.reductions
+
+
+Make = Callable[[Calibration, float], Pruned]
+
+
+def alone(metric: str, allocator: str = "local") -> Make:
+    return lambda c, sparsity: c.plan(metric, sparsity, allocator)
+
+
+def one_shot(metric: str, allocator: str = "local") -> Make:
+    return lambda c, sparsity: ffnscope.reconstruct(c.model, c.plan(metric, sparsity, allocator), c.stats)
+
+
+def sequential(metric: str, allocator: str = "local", **options) -> Make:
+    chosen = ffnscope.SequentialOptions(**options)
+    return lambda c, sparsity: ffnscope.reconstruct_sequential(
+        c.model, c.windows, c.plan(metric, sparsity, allocator), options=chosen
+    )
+
+
+def flap(c: Calibration, sparsity: float) -> Pruned:
+    """FLAP as published: standardised over layers, means of what is removed become a bias."""
+    return ffnscope.compensate_bias(c.model, c.plan("flap", sparsity, "standardised"), c.stats)
+
+
+DEFAULT = "ffnscope default"
+OURS: dict[str, Make] = {
+    DEFAULT: sequential("obs_loss", "halfway"),
+    "obs_loss, local + sequential": sequential("obs_loss"),
+    "obs_loss, halfway + one-shot": one_shot("obs_loss", "halfway"),
+    "obs_loss, local + one-shot": one_shot("obs_loss"),
+    "obs, local + one-shot": one_shot("obs"),
+}
+BASELINES: dict[str, Make] = {label: alone(metric) for label, metric in SCORES.items()}
+PUBLISHED: dict[str, Make] = {"FLAP (bias, z-scores)": flap}
+REFITTED: dict[str, Make] = {f"{label} + one-shot": one_shot(metric) for label, metric in SCORES.items()}
+STRONG: dict[str, Make] = {f"{label} + sequential": sequential(SCORES[label]) for label in SEQUENTIAL}
+ROWS: dict[str, Make] = {**BASELINES, **PUBLISHED, **OURS, **STRONG, **REFITTED}
+SCORE_ONLY = tuple(BASELINES)
