@@ -73,6 +73,7 @@ def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
     """What was refitted, on how much text, and what it left of the error of the FFNs' outputs."""
     rows: list[tuple[Any, ...]] = [("kind", reconstruction_name(facts))]
     rows += [(key, facts[key]) for key in ("target", "text", "tokens") if key in facts]
+    rows += [(f"distillation: {key}", value) for key, value in facts.get("distillation", {}).items()]
     errors = error_profile(plan, facts)
     if errors:
         means = (sum(row[key] for row in errors) / len(errors) for key in ("error_without", "error"))
@@ -80,10 +81,21 @@ def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
         held_out = "held-out tokens" if all(row["held_out"] for row in errors) else "the tokens of the fit"
         left = f"{before} of its power without the refit, {after} with it"
         rows.append((f"mean squared error of an FFN's output on {held_out}", left))
-    text = (
-        "The down columns of the channels that stay, or a bias, make up for those that are gone. Nothing was trained."
+    return f"## Reconstruction\n\n{_told(facts)}\n\n" + _table(("what", "value"), rows)
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    text = "The down columns of the channels that stay, or a bias, make up for those that are gone."
+    if not facts.get("trained"):
+        why = ": no epoch of the distillation lowered the held-out error" if "distillation" in facts else ""
+        return f"{text} Nothing was trained{why}."
+    sites: Mapping[str, Any] = facts.get("sites", {})
+    n_trained = sum(bool(one.get("trained")) for one in sites.values())
+    return (
+        f"{text} **Trained**: in {n_trained} of {len(sites)} FFNs gate, up and down of these channels were trained, "
+        f"FFN by FFN and without labels, towards the target of the refit on {facts['tokens']:,} tokens of the "
+        "calibration text. This is no training-free result."
     )
-    return f"## Reconstruction\n\n{text}\n\n" + _table(("what", "value"), rows)
 
 
 def _widths(plan: PruningPlan) -> str:
