@@ -91,10 +91,11 @@ def _told(facts: Mapping[str, Any]) -> str:
         return f"{text} Nothing was trained{why}."
     sites: Mapping[str, Any] = facts.get("sites", {})
     n_trained = sum(bool(one.get("trained")) for one in sites.values())
+    where = f"in {n_trained} of {len(sites)} FFNs " if sites else ""
+    tokens = f"{facts['tokens']:,} tokens of " if "tokens" in facts else ""
     return (
-        f"{text} **Trained**: in {n_trained} of {len(sites)} FFNs gate, up and down of these channels were trained, "
-        f"FFN by FFN and without labels, towards the target of the refit on {facts['tokens']:,} tokens of the "
-        "calibration text. This is no training-free result."
+        f"{text} **Trained**: {where}gate, up and down of these channels were trained, FFN by FFN and without labels, "
+        f"towards the target of the refit on {tokens}the calibration text. This is no training-free result."
     )
 
 

@@ -23,6 +23,8 @@ from ffnscope.errors import UsageError
 from ffnscope.types import FFNWeights
 
 BETAS = (0.9, 0.98)
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Of the last refit: the strong ones hardly move columns that are trained already."""
 OnEpoch = Callable[[int, int], None]
 
 
@@ -219,7 +221,7 @@ def _refitted(
     fit, held = sums.fit.moments, sums.held_out.moments
     assert fit is not None and held is not None, "there are both"
     if damping is None:
-        damping, _ = choose_damping(weights.down, every, fit, held)
+        damping, _ = choose_damping(weights.down, every, fit, held, DAMPINGS)
     return refit_down(weights.down, every, fit + held if whole else fit, damping).to(weights.down)
 
 
