@@ -109,31 +109,35 @@ def distill(
     """
     if not 0 < tokens.n_fit < tokens.n:
         raise UsageError(f"distillation needs tokens to fit and held-out ones; got {tokens.n_fit} of {tokens.n}.")
-    dtype = weights.up.dtype
     given = widened(weights)
     metric = None if error_weights is None else error_weights.to(given.up)
-
-    def error(candidate: FFNWeights) -> float:
-        return held_out_error(tokens, candidate, activation, metric)
-
     with torch.inference_mode(False), torch.no_grad():
         fitted = replace(given, down=_refitted(tokens, given, activation, damping))
-        start_error, start = min(((error(one), one) for one in (fitted, given)), key=lambda pair: pair[0])
+        errors = [held_out_error(tokens, one, activation, metric) for one in (fitted, given)]
+        start = fitted if errors[0] <= errors[1] else given
         best, epoch, run = _trained(tokens, start, activation, options, metric, on_epoch)
-        best = mapped(mapped(best, lambda v: v.to(dtype)), lambda v: v.to(given.up))  # as it will be stored
-        facts: dict[str, Any] = {"epochs": epoch, "epochs_run": run, "error_start": start_error}
-        if not epoch:
-            return None, facts
-        again = replace(best, down=_refitted(tokens, best, activation, None).to(dtype).to(given.up))
-        facts |= {"error_trained": error(best), "error_refit": error(again)}
-        facts["refit"] = facts["error_refit"] < facts["error_trained"]
-        chosen = again if facts["refit"] else best
-        if not min(facts["error_refit"], facts["error_trained"]) < start_error:  # lost in rounding
-            return None, facts
-        facts["error"] = held_out_error(tokens, chosen, activation, None)
-        if facts["refit"]:
-            chosen = replace(best, down=_refitted(tokens, best, activation, None, whole=True))
-    return mapped(chosen, lambda v: v.to(dtype)), facts
+        facts: dict[str, Any] = {"epochs": epoch, "epochs_run": run, "error_start": min(errors)}
+        found = _finished(tokens, _stored(best, weights), activation, metric, facts) if epoch else None
+        return (None if found is None else _stored(found, weights, wide=False)), facts
+
+
+def _finished(
+    tokens: FFNTokens, best: FFNWeights, activation: Activation, metric: Tensor | None, facts: dict[str, Any]
+) -> FFNWeights | None:
+    """The last refit where it helps; None where all was lost in rounding. Adds to the facts."""
+    again = replace(best, down=_refitted(tokens, best, activation, None))
+    trained, refit = (held_out_error(tokens, one, activation, metric) for one in (best, again))
+    facts |= {"error_trained": trained, "error_refit": refit, "refit": refit < trained}
+    if not min(trained, refit) < facts["error_start"]:
+        return None
+    facts["error"] = held_out_error(tokens, again if refit < trained else best, activation, None)
+    return replace(best, down=_refitted(tokens, best, activation, None, whole=True)) if refit < trained else best
+
+
+def _stored(weights: FFNWeights, like: FFNWeights, *, wide: bool = True) -> FFNWeights:
+    """Rounded to the dtype of other weights; ``wide``: and back in that of the computation."""
+    rounded = mapped(weights, lambda value: value.to(like.up.dtype))
+    return widened(rounded) if wide else rounded
 
 
 def held_out_error(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ffnscope.types import FFNWeights
+from ffnscope.types import FFNSite, FFNWeights
 
 Activation = Callable[[Tensor], Tensor]
 PIECE = 2048
@@ -70,6 +70,11 @@ class FFNTokens:
         assert self.x is not None and self.wanted is not None, "there are tokens"
         index = index.to(self.x.device)
         return _wide(self.x[index]), _wide(self.wanted[index])
+
+
+def token_bytes(model: nn.Module, sites: Sequence[FFNSite], n_tokens: int) -> int:
+    """Bytes of the tokens of one of some FFNs, at most."""
+    return 2 * n_tokens * max(site.d_model for site in sites) * next(iter(model.parameters())).element_size()
 
 
 def channels(x: Tensor, weights: FFNWeights, activation: Activation) -> Tensor:

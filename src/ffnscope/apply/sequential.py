@@ -41,6 +41,7 @@ from ffnscope.types import FFNSite, FFNWeights, PruningPlan
 OnBlock = Callable[[int, int], None]
 TARGET = 0.35
 HELD_OUT_EVERY = 8
+OUT_OF_MEMORY = "out of memory in the sequential reconstruction ({} windows at a time). Lower batch_size."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,10 @@ class SequentialOptions:
         batch_size: windows per forward; changes speed and memory, not results beyond rounding.
         checkpoint: folder for the columns of finished blocks; an interrupted call with the same arguments goes on after
             them. None = it starts again.
-        distillation: also train gate, up, down and biases of the kept channels, FFN by FFN (see `Distillation`); every
-            8th window is held out to choose the epoch. None = nothing is trained.
+        distillation: after its least squares, each FFN is trained towards the same target, on its inputs in the pruned
+            stream: gate, up, down and biases of the kept channels (see `distill`). Its block runs once more. Where no
+            epoch lowers the error on every 8th window, which are held out for that, the columns of the least squares
+            stay. The facts say that the result is trained. None = nothing is trained.
     """
 
     target: Literal["own", "dense"] | float = TARGET
@@ -103,29 +106,24 @@ def reconstruct_sequential(
     target) and the least squares. Blocks with experts, with norms behind their FFN, or with more than 1 GiB of channel
     activations run a third time, with the new columns.
 
-    With a distillation, an FFN is trained after its least squares towards the same t, on its inputs in the pruned
-    stream (see `distill`); where no epoch lowers the error on held-out windows, the columns of the least squares stay.
-    The facts say that the result is trained. Every block with an FFN of the plan then runs a third time.
-
     Memory beside the model: hidden states of all windows, n_tokens * d_model once per stream in the model's dtype; the
     activations of one block (at most 1 GiB); per FFN of a block d_ff^2 + d_model * d_ff numbers of 8 bytes, twice where
-    the damping is chosen. A distillation keeps no activations, but inputs and targets of the FFNs of one block, each
-    n_tokens * d_model in the model's dtype, and six times the weights of one pruned FFN in float32.
+    the damping is chosen. A distillation keeps inputs and targets of one block, each n_tokens * d_model in the model's
+    dtype, instead of activations, and six times the weights of one pruned FFN in float32.
 
     Args:
         model: the dense model; bit-identical afterwards, also after an exception or Ctrl-C.
         windows: calibration text; at least 4 d_ff tokens, better 10 d_ff.
         plan: which channels stay. FFNs that keep all channels are fitted too: they can make up for others.
         options: target, damping, batches, checkpoint.
-        on_block: called with (blocks done, blocks in all) after each block. With a distillation it is also called
-            after each epoch, which then counts like a block: (steps done, steps in all).
-        error_weights: see `distill`, of which it weighs the errors; FFNs that are absent have equal weights.
+        on_block: called with (blocks done, blocks in all) after each block; with a distillation also after each epoch,
+            which counts like a block.
+        error_weights: see `distill`; FFNs that are absent have equal weights.
 
     Raises:
         UsageError: the plan is for another model, there is no window, or none to hold out for a distillation.
-        NotAvailableError: an FFN with a norm before its down projection, or that several layers share; or a model
-            that is no chain of blocks (see `open_blocks`); or an FFN that cannot be distilled (experts, unusual
-            activations).
+        NotAvailableError: an FFN with a norm before its down projection, that several layers share, or that cannot be
+            distilled (see `check_distillable`); or a model that is no chain of blocks (see `open_blocks`).
         NonFiniteError: activations overflowed; the FFN is named.
         DeviceError: out of memory.
         ArtifactError: a checkpoint is damaged or cannot be written.
@@ -137,22 +135,24 @@ def reconstruct_sequential(
         raise UsageError("a sequential reconstruction needs at least one window of text and one FFN in the plan.")
     key = "" if options.checkpoint is None else _key(model, windows, plan, options, error_weights or {})
     files = BlockFiles(options.checkpoint, key)
-    message = (
-        f"out of memory in the sequential reconstruction ({options.batch_size} windows at a time). Lower batch_size."
-    )
-    with frozen(model), torch.no_grad(), memory_errors(message):
+    with frozen(model), torch.no_grad(), memory_errors(OUT_OF_MEMORY.format(options.batch_size)):
         split = _batches(windows, options)
         distiller = open_distiller(model, list(plan.kept), windows, options.distillation, error_weights)
         streams = open_streams(model, list(plan.kept), *split, options.mix, keeps_inputs=distiller is not None)
-        epochs = 0 if options.distillation is None else options.distillation.epochs
-        steps = _Steps(on_block, streams.n_blocks, epochs)
-        work = _Work(streams, plan, options.damping, files, windows.n_tokens, distiller, steps)
-        found: dict[FFNSite, Columns] = {}
-        for block in range(streams.n_blocks):
-            found |= _block(work, block)
-            steps.end(block)
+        work = _Work(streams, plan, options, files, windows.n_tokens, distiller)
+        found = _all_blocks(work, on_block)
     files.remove(range(streams.n_blocks))
     return _reconstruction(plan, found, windows, options, streams)
+
+
+def _all_blocks(work: _Work, on_block: OnBlock | None) -> dict[FFNSite, Columns]:
+    distillation = work.options.distillation
+    steps = _Steps(on_block, work.streams.n_blocks, 0 if distillation is None else distillation.epochs)
+    found: dict[FFNSite, Columns] = {}
+    for block in range(work.streams.n_blocks):
+        found |= _block(work, block, steps)
+        steps.end(block)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,11 +181,10 @@ class _Work:
 
     streams: Streams
     plan: PruningPlan
-    damping: float | None
+    options: SequentialOptions
     files: BlockFiles
     n_tokens: int
     distiller: FFNDistiller | None
-    steps: _Steps
 
 
 def _check_linear(plan: PruningPlan) -> None:
@@ -218,7 +217,7 @@ def _batches(windows: Windows, options: SequentialOptions) -> tuple[list[Windows
     return fit + judge, [False] * len(fit) + [True] * len(judge)
 
 
-def _block(work: _Work, block: int) -> dict[FFNSite, Columns]:
+def _block(work: _Work, block: int, steps: _Steps) -> dict[FFNSite, Columns]:
     """Find the columns of one block, or read them, and bring the streams behind it."""
     streams, model = work.streams, work.streams.model
     sites = streams.sites[block]
@@ -232,7 +231,7 @@ def _block(work: _Work, block: int) -> dict[FFNSite, Columns]:
     found: dict[FFNSite, Columns] = known or {}
     if known is None and sites:
         for place, site in enumerate(sites):
-            report = partial(work.steps.epoch, block, place, len(sites))
+            report = partial(steps.epoch, block, place, len(sites))
             try:
                 found[site] = _fitted(work, site, dense[site], sums.pop(site), report)
             except NonFiniteError as error:
@@ -246,7 +245,7 @@ def _block(work: _Work, block: int) -> dict[FFNSite, Columns]:
 def _fitted(work: _Work, site: FFNSite, dense: FFNWeights, sums: SiteSums, on_epoch: OnBlock) -> Columns:
     """The columns of one FFN, and what else was trained; ``sums`` is used up."""
     tokens = sums.tokens
-    found = fit_columns(dense.down, work.plan.kept[site], sums, work.damping)
+    found = fit_columns(dense.down, work.plan.kept[site], sums, work.options.damping)
     del sums  # as large as the weights, and not needed to train
     if work.distiller is None or tokens is None:
         return found

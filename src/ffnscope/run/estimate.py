@@ -16,6 +16,7 @@ from rich.text import Text
 from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
+from ffnscope.apply.ffn_tokens import token_bytes
 from ffnscope.calibrate.collect import Step, plan_steps
 from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.windows import Windows
@@ -254,14 +255,8 @@ def sequential_bytes(model: Any, sites: Sequence[FFNSite], windows: Windows, *, 
     sums = max(2 * 8 * (s.d_ff**2 + s.d_model * s.d_ff) for s in sites)
     if distils:
         trained = 6 * 4 * max(3 * s.d_ff * s.d_model for s in sites)
-        return streams + token_bytes(model, sites, windows) + max(2 * sums, trained)
+        return streams + token_bytes(model, sites, windows.n_tokens) + max(2 * sums, trained)
     return streams + min(channels, 2**30) + 2 * sums  # the least squares hold as much again
-
-
-def token_bytes(model: Any, sites: Sequence[FFNSite], windows: Windows) -> int:
-    """Inputs and targets of one FFN, which a distillation keeps."""
-    size = next(iter(model.parameters())).element_size()
-    return 2 * windows.n_tokens * max(s.d_model for s in sites) * size
 
 
 def distillation_seconds(model: Any, sites: Sequence[FFNSite], tokens: int, speed: float) -> float:

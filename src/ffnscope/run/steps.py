@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ffnscope.analyze.memory import CalibrationBytes
+from ffnscope.apply.ffn_tokens import token_bytes
 from ffnscope.apply.method import Method
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import Reconstruction, write_reconstruction
@@ -18,7 +19,6 @@ from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.tasks import TaskOptions, TaskSet, load_tasks
 from ffnscope.io import read_stats, read_tensors, writing
-from ffnscope.run.estimate import token_bytes
 from ffnscope.run.progress import Reporter
 from ffnscope.types import PruningPlan
 
@@ -37,7 +37,7 @@ def announce_training(
     """Say before a distillation that weights are trained, on what, and what that keeps in memory."""
     if method.distill is None:
         return
-    kept = token_bytes(model, list(plan.kept), windows)
+    kept = token_bytes(model, list(plan.kept), windows.n_tokens)
     reporter.say(
         f"distill: gate, up and down of every FFN are trained for up to {method.distill} epochs on "
         f"{windows.n_tokens:,} tokens, without labels; inputs and targets of one FFN take {kept / 2**20:,.0f} MiB"
