@@ -23,6 +23,8 @@ def model_card(
         parts += [_plan(model, plan), _widths(plan)]
         told = plan.provenance.get("reconstruction")
         parts += [_reconstruction(plan, told)] if told else []
+        trained = plan.provenance.get("trained")
+        parts += [_trained(trained)] if trained else []
     if results:
         parts.append(_results(results))
     return "\n".join(parts)
@@ -84,11 +86,18 @@ def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
     return f"## Reconstruction\n\n{_told(facts)}\n\n" + _table(("what", "value"), rows)
 
 
+def _trained(facts: Mapping[str, Any]) -> str:
+    """How the pruned model was fine-tuned afterwards."""
+    rows = [(key, f"{value:,}" if isinstance(value, int) else value) for key, value in facts.items()]
+    text = "The pruned model was trained after all that. Compare it with trained models only."
+    return f"## Trained\n\n{text}\n\n" + _table(("what", "value"), rows)
+
+
 def _told(facts: Mapping[str, Any]) -> str:
     text = "The down columns of the channels that stay, or a bias, make up for those that are gone."
     if not facts.get("trained"):
         why = ": no epoch of the distillation lowered the held-out error" if "distillation" in facts else ""
-        return f"{text} Nothing was trained{why}."
+        return f"{text} Nothing was trained for that{why}."
     sites: Mapping[str, Any] = facts.get("sites", {})
     n_trained = sum(bool(one.get("trained")) for one in sites.values())
     where = f"in {n_trained} of {len(sites)} FFNs " if sites else ""
