@@ -92,6 +92,8 @@ def open_distiller(
         return None
     check_distillable(sites)
     for site, value in (error_weights or {}).items():
+        if site not in sites:
+            raise UsageError(f"error_weights are given for {site.name}, which is not in the plan.")
         if tuple(value.shape) != (site.d_model, site.d_model):
             raise UsageError(
                 f"error_weights of {site.name}: expected [d_model, d_model] = {(site.d_model, site.d_model)}, got "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ffnscope.apply.block_fit import SiteSums
 from ffnscope.apply.ffn_tokens import FIELDS, Activation, FFNTokens, channels, mapped, widened
-from ffnscope.apply.refit import choose_damping, refit_down
+from ffnscope.apply.refit import Moments, choose_damping, refit_down
 from ffnscope.errors import UsageError
 from ffnscope.types import FFNWeights
 
@@ -112,7 +112,7 @@ def distill(
     given = widened(weights)
     metric = None if error_weights is None else error_weights.to(given.up)
     with torch.inference_mode(False), torch.no_grad():
-        fitted = replace(given, down=_refitted(tokens, given, activation, damping))
+        fitted = replace(given, down=_refitted(given, _moments(tokens, given, activation)[0], damping))
         errors = [held_out_error(tokens, one, activation, metric) for one in (fitted, given)]
         start = fitted if errors[0] <= errors[1] else given
         best, epoch, run = _trained(tokens, start, activation, options, metric, on_epoch)
@@ -125,13 +125,15 @@ def _finished(
     tokens: FFNTokens, best: FFNWeights, activation: Activation, metric: Tensor | None, facts: dict[str, Any]
 ) -> FFNWeights | None:
     """The last refit where it helps; None where all was lost in rounding. Adds to the facts."""
-    again = replace(best, down=_refitted(tokens, best, activation, None))
+    fit, held = _moments(tokens, best, activation)
+    damping, _ = choose_damping(best.down, _every(best), fit, held, DAMPINGS)
+    again = replace(best, down=_refitted(best, fit, damping))
     trained, refit = (held_out_error(tokens, one, activation, metric) for one in (best, again))
     facts |= {"error_trained": trained, "error_refit": refit, "refit": refit < trained}
     if not min(trained, refit) < facts["error_start"]:
         return None
     facts["error"] = held_out_error(tokens, again if refit < trained else best, activation, None)
-    return replace(best, down=_refitted(tokens, best, activation, None, whole=True)) if refit < trained else best
+    return replace(best, down=_refitted(best, fit + held, damping)) if refit < trained else best
 
 
 def _stored(weights: FFNWeights, like: FFNWeights, *, wide: bool = True) -> FFNWeights:
@@ -209,24 +211,24 @@ def _scale(tokens: FFNTokens, metric: Tensor | None) -> float:
     return total / tokens.n_fit or 1.0
 
 
-def _refitted(
-    tokens: FFNTokens, weights: FFNWeights, activation: Activation, damping: float | None, *, whole: bool = False
-) -> Tensor:
-    """Least squares of down for these channels, pulled towards its columns: of the tokens to fit, or of all.
+def _refitted(weights: FFNWeights, sums: Moments, damping: float) -> Tensor:
+    """Least squares of down, pulled towards its columns."""
+    return refit_down(weights.down, _every(weights), sums, damping).to(weights.down)
 
-    A damping of None is chosen on held-out tokens.
-    """
+
+def _moments(tokens: FFNTokens, weights: FFNWeights, activation: Activation) -> tuple[Moments, Moments]:
+    """Sums over the tokens to fit, and over those held out, of the channels and of what they leave."""
     sums = SiteSums.empty()
     for place, held_out in ((sums.fit, False), (sums.held_out, True)):
         for x, wanted in tokens.pieces(held_out=held_out):
             h = channels(x, weights, activation)
             place.add(h, wanted - torch.nn.functional.linear(h, weights.down, weights.down_bias))
-    every = torch.arange(len(weights.up), device=weights.up.device)
-    fit, held = sums.fit.moments, sums.held_out.moments
-    assert fit is not None and held is not None, "there are both"
-    if damping is None:
-        damping, _ = choose_damping(weights.down, every, fit, held, DAMPINGS)
-    return refit_down(weights.down, every, fit + held if whole else fit, damping).to(weights.down)
+    assert sums.fit.moments is not None and sums.held_out.moments is not None, "there are both"
+    return sums.fit.moments, sums.held_out.moments
+
+
+def _every(weights: FFNWeights) -> Tensor:
+    return torch.arange(len(weights.up), device=weights.up.device)
 
 
 def _tensors(weights: FFNWeights) -> list[Tensor]:

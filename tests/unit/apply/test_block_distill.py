@@ -172,6 +172,12 @@ class TestFits:
         assert same(made(model), made(model))
         assert not same(made(model), made(model, replace(SHORT, seed=1)))
 
+    def test_within_inference_mode(self) -> None:
+        model = tiny("llama_bias")
+        with torch.inference_mode():
+            found = made(model)
+        assert same(found, made(model))
+
     def test_a_damping_leaves_windows_to_choose_the_epoch(self) -> None:
         found = made(tiny("llama"), replace(SHORT, epochs=6), text(32), damping=1e-2)
         assert all(one["trained"] and one["damping"] == 1e-2 for one in found.facts["sites"].values())
@@ -261,3 +267,6 @@ class TestRefusals:
         options = SequentialOptions(distillation=SHORT)
         with pytest.raises(UsageError, match=r"expected \[d_model, d_model\] = \(32, 32\), got \(4, 4\)"):
             reconstruct_sequential(model, text(8), plan, options=options, error_weights={site: torch.eye(4)})
+        other = replace(site, path="elsewhere")
+        with pytest.raises(UsageError, match="error_weights are given for elsewhere, which is not in the plan"):
+            reconstruct_sequential(model, text(8), plan, options=options, error_weights={other: torch.eye(32)})
