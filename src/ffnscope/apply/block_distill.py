@@ -117,7 +117,7 @@ def check_distillable(sites: Sequence[FFNSite]) -> None:
             continue
         raise NotAvailableError(
             f"{site.name} cannot be distilled: {why}; block-wise distillation trains dense FFNs of one layer. "
-            "Reconstruct it without (--reconstruct sequential alone), or leave it out of the plan."
+            "Reconstruct without a distillation (no --distill), or leave it out of the plan."
         )
 
 
@@ -159,8 +159,8 @@ def _matching(model: nn.Module, site: FFNSite, x: Tensor, h: Tensor) -> Activati
                     return function
     raise NotAvailableError(
         f"{site.name} cannot be distilled: its channels are not act(gate x) * (up x), or act(up x), with the function "
-        f"that its config names ({site.activation}) or another usual one ({', '.join(FUNCTIONS)}). Reconstruct it "
-        "without."
+        f"that its config names ({site.activation}) or another usual one ({', '.join(FUNCTIONS)}). Reconstruct "
+        "without a distillation (no --distill), or leave it out of the plan."
     )
 
 

@@ -66,6 +66,15 @@ def test_best(ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_
     assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-5)
 
 
+def test_experts_cannot_be_distilled(fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
+    tiny_causal_lm("mixtral").save_pretrained(tmp_path / "experts")
+    small_tokenizer().save_pretrained(tmp_path / "experts")
+    arguments = [tmp_path / "experts" if i == 1 else a for i, a in enumerate(base)]
+    told = fails(2, *arguments, "--method", "best", "--distill", 2)
+    assert "experts.0 cannot be distilled: it is an expert" in " ".join(told.split())
+    assert not part(tmp_path).exists()
+
+
 def test_local_gives_a_stock_checkpoint_and_the_widths_of_halfway_are_told(
     ok: Ok, base: tuple[Any, ...], tmp_path: Path
 ) -> None:
@@ -188,6 +197,9 @@ def test_the_dry_run_computes_nothing(
         "peak memory about",
     ):
         assert text in told, text
+    assert "(trained)" not in told
+    told = ok(*base, "--method", "best", "--distill", 3, "--dry-run").stdout
+    assert "up to 3 epochs over 512 tokens in each FFN (trained)" in " ".join(told.split())
     assert list(tmp_path.iterdir()) == []
 
 
