@@ -25,6 +25,7 @@ from ffnscope.analyze.sample import ChannelSample
 from ffnscope.analyze.stability import stability
 from ffnscope.analyze.validate import Validation, ValidationOptions, validate
 from ffnscope.apply.decilm import save_decilm
+from ffnscope.apply.distill import Distillation
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
@@ -124,6 +125,7 @@ __all__ = [
     "CrossLayer",
     "CurveOptions",
     "Curves",
+    "Distillation",
     "EvalResult",
     "EvalRow",
     "FFNScopeError",

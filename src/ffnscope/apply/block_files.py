@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ffnscope.apply.block_fit import Columns
+from ffnscope.apply.rows import ChannelRows
 from ffnscope.errors import ArtifactError
 from ffnscope.io import disposable, expect_kind, read_tensors, write_tensors
 from ffnscope.types import FFNSite
@@ -41,10 +45,7 @@ class BlockFiles:
             if facts.get("key") != self.key:
                 return None
             try:
-                return {
-                    s: Columns(tensors[f"{s.name}/kept"], tensors[f"{s.name}/down"], facts["sites"][s.name])
-                    for s in sites
-                }
+                return {s: _columns(tensors, s, facts["sites"][s.name]) for s in sites}
             except KeyError as error:
                 raise ArtifactError(f"{path} is not complete: {error} is missing.") from error
 
@@ -52,8 +53,11 @@ class BlockFiles:
         """Keep the columns of a finished block."""
         if self.folder is None:
             return
-        tensors = {f"{s.name}/kept": one.kept for s, one in found.items()}
-        tensors |= {f"{s.name}/down": one.down for s, one in found.items()}
+        tensors: dict[str, Tensor] = {}
+        for site, one in found.items():
+            parts = {"kept": one.kept, "down": one.down, **({} if one.rows is None else one.rows.tensors)}
+            parts |= {} if one.bias is None else {"bias": one.bias}
+            tensors |= {f"{name}/{site.name}": value for name, value in parts.items()}
         rows = {s.name: dict(one.facts) for s, one in found.items()}
         write_tensors(self._file(self.folder, block), tensors, {"kind": KIND, "key": self.key, "sites": rows})
 
@@ -69,3 +73,8 @@ class BlockFiles:
     @staticmethod
     def _file(folder: Path, block: int) -> Path:
         return folder / f"block_{block:04d}.safetensors"
+
+
+def _columns(tensors: Mapping[str, Tensor], site: FFNSite, facts: Mapping[str, Any]) -> Columns:
+    kept, down, bias = tensors[f"kept/{site.name}"], tensors[f"down/{site.name}"], tensors.get(f"bias/{site.name}")
+    return Columns(kept, down, facts, ChannelRows.of(tensors, site), bias)

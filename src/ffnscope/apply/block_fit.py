@@ -9,17 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffnscope.apply.ffn_tokens import FFNTokens
 from ffnscope.apply.refit import DAMPING, Moments, choose_damping, output_error, refit_down
+from ffnscope.apply.rows import ChannelRows
 from ffnscope.calibrate.statistics import h_outer, xh_outer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Columns:
-    """What was found for one FFN: kept channels [k], their new down columns [d_model, k], and how."""
+    """What was found for one FFN: kept channels [k], their new down columns [d_model, k], and how.
+
+    Where it was trained, also rows of gate and up, and what is added to the bias of down [d_model] where it has one.
+    """
 
     kept: Tensor
     down: Tensor
     facts: Mapping[str, Any]
+    rows: ChannelRows | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -49,15 +56,26 @@ class RunningMoments:
 
 @dataclass(slots=True, eq=False)
 class SiteSums:
-    """Sums over the tokens of one FFN: those to fit, and those held out to choose the damping."""
+    """Sums over the tokens of one FFN: those to fit, and those held out to choose the damping.
+
+    ``tokens`` are the tokens themselves, where they are kept to train on.
+    """
 
     fit: RunningMoments
     held_out: RunningMoments
+    tokens: FFNTokens | None = None
 
     @classmethod
-    def empty(cls) -> SiteSums:
-        """Sums over no token."""
-        return cls(RunningMoments(), RunningMoments())
+    def empty(cls, kept_tokens: int | None = None) -> SiteSums:
+        """Sums over no token; of ``kept_tokens`` that will come, if given, each is kept."""
+        return cls(RunningMoments(), RunningMoments(), None if kept_tokens is None else FFNTokens(kept_tokens))
+
+    def add(self, h: Tensor, shift: Tensor | None, x: Tensor | None, *, held_out: bool) -> None:
+        """Add tokens: channels [n, d_ff], what is wanted beyond the output, the input [n, d_model] where it is kept."""
+        (self.held_out if held_out else self.fit).add(h, shift)
+        if self.tokens is not None:
+            assert x is not None, "inputs are kept"
+            self.tokens.add(x, shift, held_out=held_out)
 
     def joined(self) -> Moments | None:
         """Sums over all tokens, in the place of those to fit; what is held out stays as it is."""

@@ -23,6 +23,8 @@ def model_card(
         parts += [_plan(model, plan), _widths(plan)]
         told = plan.provenance.get("reconstruction")
         parts += [_reconstruction(plan, told)] if told else []
+        trained = plan.provenance.get("trained")
+        parts += [_trained(trained)] if trained else []
     if results:
         parts.append(_results(results))
     return "\n".join(parts)
@@ -73,6 +75,7 @@ def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
     """What was refitted, on how much text, and what it left of the error of the FFNs' outputs."""
     rows: list[tuple[Any, ...]] = [("kind", reconstruction_name(facts))]
     rows += [(key, facts[key]) for key in ("target", "text", "tokens") if key in facts]
+    rows += [(f"distillation: {key}", value) for key, value in facts.get("distillation", {}).items()]
     errors = error_profile(plan, facts)
     if errors:
         means = (sum(row[key] for row in errors) / len(errors) for key in ("error_without", "error"))
@@ -80,10 +83,29 @@ def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
         held_out = "held-out tokens" if all(row["held_out"] for row in errors) else "the tokens of the fit"
         left = f"{before} of its power without the refit, {after} with it"
         rows.append((f"mean squared error of an FFN's output on {held_out}", left))
-    text = (
-        "The down columns of the channels that stay, or a bias, make up for those that are gone. Nothing was trained."
+    return f"## Reconstruction\n\n{_told(facts)}\n\n" + _table(("what", "value"), rows)
+
+
+def _trained(facts: Mapping[str, Any]) -> str:
+    """How the pruned model was fine-tuned afterwards."""
+    rows = [(key, f"{value:,}" if isinstance(value, int) else value) for key, value in facts.items()]
+    text = "The pruned model was trained after all that. Compare it with trained models only."
+    return f"## Trained\n\n{text}\n\n" + _table(("what", "value"), rows)
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    text = "The down columns of the channels that stay, or a bias, make up for those that are gone."
+    if not facts.get("trained"):
+        why = ": no epoch of the distillation lowered the held-out error" if "distillation" in facts else ""
+        return f"{text} Nothing was trained for that{why}."
+    sites: Mapping[str, Any] = facts.get("sites", {})
+    n_trained = sum(bool(one.get("trained")) for one in sites.values())
+    where = f"in {n_trained} of {len(sites)} FFNs " if sites else ""
+    tokens = f"{facts['tokens']:,} tokens of " if "tokens" in facts else ""
+    return (
+        f"{text} **Trained**: {where}gate, up and down of these channels were trained, FFN by FFN and without labels, "
+        f"towards the target of the refit on {tokens}the calibration text. This is no training-free result."
     )
-    return f"## Reconstruction\n\n{text}\n\n" + _table(("what", "value"), rows)
 
 
 def _widths(plan: PruningPlan) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
 
+from ffnscope.apply.block_distill import check_distillable
+from ffnscope.apply.distill import Distillation
 from ffnscope.apply.one_shot import reconstruct
 from ffnscope.apply.pruned import Pruned
+from ffnscope.apply.reconstruction import check_linear
 from ffnscope.apply.sequential import TARGET, SequentialOptions, reconstruct_sequential
 from ffnscope.calibrate.collect import PassOptions, collect, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
@@ -35,6 +38,8 @@ class Method:
             (`reconstruct_sequential`: block by block on those of the pruned model).
         target: of the sequential one, see `SequentialOptions`; None for 0.35.
         damping: see `refit_down`; None for 0.01 (one shot), or the choice of held-out windows (sequential).
+        distill: epochs of a distillation within the sequential one, which trains weights (see `Distillation`, of which
+            the rest are the defaults); None trains nothing.
 
     Raises:
         UsageError: an unknown reconstruction, or a value that is impossible or would do nothing.
@@ -45,6 +50,7 @@ class Method:
     reconstruct: Refit = "sequential"
     target: float | None = None
     damping: float | None = None
+    distill: int | None = None
 
     def __post_init__(self) -> None:
         if self.reconstruct not in REFITS:
@@ -52,6 +58,10 @@ class Method:
         if self.target is not None and self.reconstruct != "sequential":
             raise UsageError(
                 f"target would do nothing with reconstruct {self.reconstruct!r}; only 'sequential' has one."
+            )
+        if self.distill is not None and self.reconstruct != "sequential":
+            raise UsageError(
+                f"distill would do nothing with reconstruct {self.reconstruct!r}; only 'sequential' trains FFN by FFN."
             )
         if self.damping is not None and self.reconstruct == "none":
             raise UsageError("damping would do nothing with reconstruct 'none'. Leave it out, or reconstruct.")
@@ -62,9 +72,23 @@ class Method:
         """Statistics that the reconstruction reads, beside those of the metric."""
         return ("h_outer",) if self.reconstruct == "one_shot" else ()
 
+    @property
+    def steps(self) -> str:
+        """What the progress of the reconstruction counts."""
+        return "blocks" if self.distill is None else "blocks and epochs"
+
     def sequential(self, options: SequentialOptions) -> SequentialOptions:
-        """Options with the target and the damping of this method."""
-        return replace(options, target=TARGET if self.target is None else self.target, damping=self.damping)
+        """Options with the target, the damping and the distillation of this method."""
+        target = TARGET if self.target is None else self.target
+        distillation = None if self.distill is None else Distillation(self.distill)
+        return replace(options, target=target, damping=self.damping, distillation=distillation)
+
+    def check_sites(self, sites: Sequence[FFNSite]) -> None:
+        """Raise NotAvailableError when one of these FFNs cannot be reconstructed in this way, before any work."""
+        if self.reconstruct != "none":
+            check_linear(sites)
+        if self.distill is not None:
+            check_distillable(sites)
 
     def check_budget(self, budget: Budget) -> None:
         """Raise UsageError when nothing is removed that could be made up for."""
@@ -106,8 +130,8 @@ def reconstruct_plan(
         method: its metric and allocator are not read.
         windows: text of a sequential reconstruction.
         stats: with ``h_outer``, for one shot.
-        options: batches and checkpoint of a sequential one; target and damping are the method's.
-        on_block: called with (blocks done, blocks in all) of a sequential one.
+        options: batches and checkpoint of a sequential one; target, damping and distillation are the method's.
+        on_block: called with (blocks done, blocks in all) of a sequential one; see there for a distillation.
 
     Raises:
         UsageError: the windows or the statistics that it needs are not given.

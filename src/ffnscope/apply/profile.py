@@ -18,8 +18,9 @@ ERRORS = (("error_without", "error_before"), ("error", "error_after"))
 
 
 def reconstruction_name(facts: Mapping[str, Any]) -> str:
-    """The kind of reconstruction in a few words."""
-    return NAMES.get(str(facts.get("method")), "reconstruction")
+    """The kind of reconstruction in a few words; of a trained one they say so."""
+    name = NAMES.get(str(facts.get("method")), "reconstruction")
+    return f"{name}, distilled (trained)" if facts.get("trained") else name
 
 
 def error_profile(plan: PruningPlan, facts: Mapping[str, Any]) -> list[dict[str, Any]]:

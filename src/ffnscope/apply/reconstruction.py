@@ -1,4 +1,4 @@
-"""A plan with new down columns, or a bias, for what stays: data that is made once, saved, and applied later."""
+"""A plan with new weights or a bias for what stays: data that is made once, saved, and applied later."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ffnscope.apply.folder import refuse_existing
 from ffnscope.apply.mask import check_plan, removals
 from ffnscope.apply.new_bias import add_bias_, bias_switch, remove_bias_, switch_on_, without_bias
 from ffnscope.apply.profile import error_profile, reconstruction_name
+from ffnscope.apply.rows import ChannelRows, row_edits
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.expert_calls import stored_together
 from ffnscope.ffn.offload import materialised
@@ -37,13 +38,15 @@ class Reconstruction:
         plan: which channels stay.
         down: site -> new columns of its kept channels [d_model, k], in the order of the plan; other sites keep theirs.
         bias: site -> what is added to the output of the FFN [d_model], beside a bias that it has.
-        facts: how it was made.
+        facts: how it was made; ``trained`` is True where weights were trained.
+        rows: site -> new rows of gate and up of its kept channels, where they were trained.
     """
 
     plan: PruningPlan
     down: Mapping[FFNSite, Tensor]
     bias: Mapping[FFNSite, Tensor] = field(default_factory=dict[FFNSite, Tensor])
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    rows: Mapping[FFNSite, ChannelRows] = field(default_factory=dict[FFNSite, ChannelRows])
 
     def __post_init__(self) -> None:
         for what, values in (("down", self.down), ("bias", self.bias)):
@@ -57,11 +60,32 @@ class Reconstruction:
                     )
                 if not bool(torch.isfinite(value).all()):
                     raise NonFiniteError(f"reconstruction of {site.name}: {what} holds NaN or infinity.")
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        for site, rows in self.rows.items():
+            if site not in self.plan.kept:
+                raise UsageError(f"reconstruction: rows are given for {site.name}, which is not in the plan.")
+            if site.stacked:
+                raise UsageError(f"reconstruction: rows are given for {site.name}, an expert in shared parameters.")
+            wrong = rows.misshapen(site, self.plan.kept[site].numel())
+            if wrong is not None:
+                raise UsageError(f"reconstruction of {site.name}: {wrong}.")
+            if not all(bool(torch.isfinite(value).all()) for value in rows.tensors.values()):
+                raise NonFiniteError(f"reconstruction of {site.name}: rows hold NaN or infinity.")
 
     @property
     def sites(self) -> tuple[FFNSite, ...]:
-        """Sites that get new columns or a bias."""
-        return tuple(site for site in self.plan.kept if site in self.down or site in self.bias)
+        """Sites that get new columns, rows or a bias."""
+        return tuple(s for s in self.plan.kept if s in self.down or s in self.bias or s in self.rows)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every new weight by what it is and of which site, as in a file: ``down/model.layers.0.mlp``."""
+        parts: dict[str, Tensor] = {f"down/{site.name}": value for site, value in self.down.items()}
+        parts |= {f"bias/{site.name}": value for site, value in self.bias.items()}
+        rows = ((site, name, value) for site, one in self.rows.items() for name, value in one.tensors.items())
+        return parts | {f"{name}/{site.name}": value for site, name, value in rows}
 
     @property
     def name(self) -> str:
@@ -94,7 +118,7 @@ def check_linear(sites: Sequence[FFNSite]) -> None:
 
 @contextlib.contextmanager
 def reconstructed(model: nn.Module, reconstruction: Reconstruction) -> Generator[nn.Module]:
-    """Within the block, removed channels are masked and the others have their new columns and biases.
+    """Within the block, removed channels are masked and the others have their new columns, rows and biases.
 
     The logits are those of the model after `reconstruct_`. On exit the model is bit-identical, also after an exception
     or Ctrl-C. Offloaded weights are changed whenever they are read. A down projection without a bias has one within
@@ -121,7 +145,7 @@ def reconstructed(model: nn.Module, reconstruction: Reconstruction) -> Generator
 
 
 def reconstruct_(model: nn.Module, reconstruction: Reconstruction, *, pad_to_widest: bool = False) -> nn.Module:
-    """Write new columns and biases, remove the other channels for good as `prune_` does, in place; return the model.
+    """Write the new weights, remove the other channels for good as `prune_` does, in place; return the model.
 
     A down projection without a bias is given one where a field of the config can say so (``mlp_bias`` of the Llama
     family; biases of gate and up, which come with it, are zero), so that plain `transformers` loads what is saved.
@@ -149,11 +173,13 @@ def reconstruct_(model: nn.Module, reconstruction: Reconstruction, *, pad_to_wid
 
 
 def _edits(model: nn.Module, reconstruction: Reconstruction, sites: Sequence[FFNSite]) -> Iterator[list[Edit]]:
-    """New columns and biases of some sites, each of which has a bias where it is given one."""
+    """New columns, rows and biases of some sites, each of which has a bias where it is given one."""
     for site in sites:
         edits: list[Edit] = []
         if site in reconstruction.down:
             edits.append(column_edit(model, site, reconstruction.plan.kept[site], reconstruction.down[site]))
+        if site in reconstruction.rows:
+            edits += row_edits(model, site, reconstruction.plan.kept[site], reconstruction.rows[site])
         bias = down_bias(model, site) if site in reconstruction.bias else None
         if bias is not None:
             edits.append(Edit(bias, reconstruction.bias[site], adds=True))
@@ -167,10 +193,8 @@ def write_reconstruction(path: Path, reconstruction: Reconstruction, overwrite: 
         ArtifactError: ``path`` exists and ``overwrite`` is not set, or it cannot be written.
     """
     refuse_existing(path, overwrite)
-    parts = {"down": reconstruction.down, "bias": reconstruction.bias}
-    tensors = {f"{what}/{site.name}": value for what, values in parts.items() for site, value in values.items()}
     facts = {"plan": plan_to_dict(reconstruction.plan), "facts": dict(reconstruction.facts)}
-    write_tensors(path, tensors, {"kind": KIND, **facts})
+    write_tensors(path, reconstruction.tensors, {"kind": KIND, **facts})
 
 
 def read_reconstruction(path: Path) -> Reconstruction:
@@ -183,4 +207,5 @@ def read_reconstruction(path: Path) -> Reconstruction:
             {site: tensors[f"{what}/{site.name}"] for site in plan.kept if f"{what}/{site.name}" in tensors}
             for what in ("down", "bias")
         )
-        return Reconstruction(plan, down, bias, facts["facts"])
+        rows = {site: one for site in plan.kept if (one := ChannelRows.of(tensors, site)) is not None}
+        return Reconstruction(plan, down, bias, facts["facts"], rows)

@@ -10,18 +10,23 @@ least squares of its kept columns that is pulled towards the old weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ffnscope.apply.block_distill import FFNDistiller, open_distiller
 from ffnscope.apply.block_files import BlockFiles
 from ffnscope.apply.block_fit import Columns, SiteSums, fit_columns
+from ffnscope.apply.distill import Distillation
+from ffnscope.apply.edits import Edit
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.reconstruction import Reconstruction
+from ffnscope.apply.rows import row_edits
 from ffnscope.apply.streams import Streams, open_streams
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.forward import memory_errors
@@ -29,13 +34,14 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import materialised
-from ffnscope.ffn.projection import weights_of
-from ffnscope.io import hash_json, plan_to_dict
-from ffnscope.types import FFNSite, PruningPlan
+from ffnscope.ffn.projection import down_bias, weights_of
+from ffnscope.io import hash_json, hash_tensors, plan_to_dict
+from ffnscope.types import FFNSite, FFNWeights, PruningPlan
 
 OnBlock = Callable[[int, int], None]
 TARGET = 0.35
 HELD_OUT_EVERY = 8
+OUT_OF_MEMORY = "out of memory in the sequential reconstruction ({} windows at a time). Lower batch_size."
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +56,17 @@ class SequentialOptions:
         batch_size: windows per forward; changes speed and memory, not results beyond rounding.
         checkpoint: folder for the columns of finished blocks; an interrupted call with the same arguments goes on after
             them. None = it starts again.
+        distillation: after its least squares, each FFN is trained towards the same target, on its inputs in the pruned
+            stream: gate, up, down and biases of the kept channels (see `distill`). Its block runs once more. Where no
+            epoch lowers the error on every 8th window, which are held out for that, the columns of the least squares
+            stay. The facts say that the result is trained. None = nothing is trained.
     """
 
     target: Literal["own", "dense"] | float = TARGET
     damping: float | None = None
     batch_size: int = 4
     checkpoint: Path | None = None
+    distillation: Distillation | None = None
 
     def __post_init__(self) -> None:
         if self.target not in ("own", "dense") and not (isinstance(self.target, int | float) and 0 <= self.target <= 1):
@@ -80,6 +91,7 @@ def reconstruct_sequential(
     *,
     options: SequentialOptions | None = None,
     on_block: OnBlock | None = None,
+    error_weights: Mapping[FFNSite, Tensor] | None = None,
 ) -> Reconstruction:
     """Fit the kept down columns of a plan block by block, on the hidden states of the pruned model.
 
@@ -96,19 +108,22 @@ def reconstruct_sequential(
 
     Memory beside the model: hidden states of all windows, n_tokens * d_model once per stream in the model's dtype; the
     activations of one block (at most 1 GiB); per FFN of a block d_ff^2 + d_model * d_ff numbers of 8 bytes, twice where
-    the damping is chosen.
+    the damping is chosen. A distillation keeps inputs and targets of one block, each n_tokens * d_model in the model's
+    dtype, instead of activations, and six times the weights of one pruned FFN in float32.
 
     Args:
         model: the dense model; bit-identical afterwards, also after an exception or Ctrl-C.
         windows: calibration text; at least 4 d_ff tokens, better 10 d_ff.
         plan: which channels stay. FFNs that keep all channels are fitted too: they can make up for others.
         options: target, damping, batches, checkpoint.
-        on_block: called with (blocks done, blocks in all) after each block.
+        on_block: called with (blocks done, blocks in all) after each block; with a distillation also after each epoch,
+            which counts like a block.
+        error_weights: see `distill`; FFNs that are absent have equal weights.
 
     Raises:
-        UsageError: the plan is for another model, or there is no window.
-        NotAvailableError: an FFN with a norm before its down projection, or that several layers share; or a model
-            that is no chain of blocks (see `open_blocks`).
+        UsageError: the plan is for another model, there is no window, or none to hold out for a distillation.
+        NotAvailableError: an FFN with a norm before its down projection, that several layers share, or that cannot be
+            distilled (see `check_distillable`); or a model that is no chain of blocks (see `open_blocks`).
         NonFiniteError: activations overflowed; the FFN is named.
         DeviceError: out of memory.
         ArtifactError: a checkpoint is damaged or cannot be written.
@@ -118,19 +133,58 @@ def reconstruct_sequential(
     _check_linear(plan)
     if len(windows) == 0 or not plan.kept:
         raise UsageError("a sequential reconstruction needs at least one window of text and one FFN in the plan.")
-    files = BlockFiles(options.checkpoint, "" if options.checkpoint is None else _key(model, windows, plan, options))
-    message = (
-        f"out of memory in the sequential reconstruction ({options.batch_size} windows at a time). Lower batch_size."
-    )
-    with frozen(model), torch.no_grad(), memory_errors(message):
-        streams = open_streams(model, list(plan.kept), *_batches(windows, options), options.mix)
-        found: dict[FFNSite, Columns] = {}
-        for block in range(streams.n_blocks):
-            found |= _block(model, streams, plan, options, files, block)
-            if on_block is not None:
-                on_block(block + 1, streams.n_blocks)
+    key = "" if options.checkpoint is None else _key(model, windows, plan, options, error_weights or {})
+    files = BlockFiles(options.checkpoint, key)
+    with frozen(model), torch.no_grad(), memory_errors(OUT_OF_MEMORY.format(options.batch_size)):
+        split = _batches(windows, options)
+        distiller = open_distiller(model, list(plan.kept), windows, options.distillation, error_weights)
+        streams = open_streams(model, list(plan.kept), *split, options.mix, keeps_inputs=distiller is not None)
+        work = _Work(streams, plan, options, files, windows.n_tokens, distiller)
+        found = _all_blocks(work, on_block)
     files.remove(range(streams.n_blocks))
     return _reconstruction(plan, found, windows, options, streams)
+
+
+def _all_blocks(work: _Work, on_block: OnBlock | None) -> dict[FFNSite, Columns]:
+    distillation = work.options.distillation
+    steps = _Steps(on_block, work.streams.n_blocks, 0 if distillation is None else distillation.epochs)
+    found: dict[FFNSite, Columns] = {}
+    for block in range(work.streams.n_blocks):
+        found |= _block(work, block, steps)
+        steps.end(block)
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Steps:
+    """Counts finished blocks, and the epochs in them, for a callback."""
+
+    call: OnBlock | None
+    n_blocks: int
+    epochs: int
+
+    def end(self, block: int) -> None:
+        self._tell((block + 1) * (1 + self.epochs))
+
+    def epoch(self, block: int, place: int, sites: int, done: int, total: int) -> None:
+        """``done`` of ``total`` epochs of the ``place``-th of some ``sites`` in a block."""
+        self._tell(block * (1 + self.epochs) + (place * total + done) // sites)
+
+    def _tell(self, done: int) -> None:
+        if self.call is not None:
+            self.call(done, self.n_blocks * (1 + self.epochs))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """What the blocks have in common."""
+
+    streams: Streams
+    plan: PruningPlan
+    options: SequentialOptions
+    files: BlockFiles
+    n_tokens: int
+    distiller: FFNDistiller | None
 
 
 def _check_linear(plan: PruningPlan) -> None:
@@ -151,39 +205,60 @@ def _check_linear(plan: PruningPlan) -> None:
 def _batches(windows: Windows, options: SequentialOptions) -> tuple[list[Windows], list[bool]]:
     """Batches of windows to fit, then of held-out ones; and which are held out."""
     held = torch.arange(len(windows)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    if options.damping is not None:
+    if options.damping is not None and options.distillation is None:
         held[:] = False
+    if options.distillation is not None and not bool(held.any()):
+        raise UsageError(
+            f"a distillation holds out every {HELD_OUT_EVERY}th window to choose the epoch; got {len(windows)} "
+            f"windows. Give at least {HELD_OUT_EVERY}."
+        )
     fit = list(windows[~held].batches(options.batch_size))
     judge = list(windows[held].batches(options.batch_size))
     return fit + judge, [False] * len(fit) + [True] * len(judge)
 
 
-def _block(
-    model: nn.Module,
-    streams: Streams,
-    plan: PruningPlan,
-    options: SequentialOptions,
-    files: BlockFiles,
-    block: int,
-) -> dict[FFNSite, Columns]:
+def _block(work: _Work, block: int, steps: _Steps) -> dict[FFNSite, Columns]:
     """Find the columns of one block, or read them, and bring the streams behind it."""
+    streams, model = work.streams, work.streams.model
     sites = streams.sites[block]
-    known = files.read(block, sites) if sites else None
-    sums = {site: SiteSums.empty() for site in sites}
+    known = work.files.read(block, sites) if sites else None
+    kept_tokens = None if work.distiller is None else work.n_tokens
+    sums = {site: SiteSums.empty(kept_tokens) for site in sites}
     streams.enter(block, None if known is not None else sums)
-    down: dict[FFNSite, Tensor] = {}
+    dense: dict[FFNSite, FFNWeights] = {}
     with materialised(model, *sites):
-        down = {site: weights_of(model, site).down for site in sites}
+        dense = {site: weights_of(model, site) for site in sites}
     found: dict[FFNSite, Columns] = known or {}
     if known is None and sites:
-        for site in sites:
+        for place, site in enumerate(sites):
+            report = partial(steps.epoch, block, place, len(sites))
             try:
-                found[site] = fit_columns(down[site], plan.kept[site], sums.pop(site), options.damping)
+                found[site] = _fitted(work, site, dense[site], sums.pop(site), report)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{site.name}: {error}") from error
-        files.write(block, found)
-    streams.leave(block, {site: (down[site], _whole(one, site)) for site, one in found.items()})
+        work.files.write(block, found)
+    edits = [edit for site, one in found.items() for edit in _edits(model, site, one)]
+    streams.leave(block, {site: (dense[site].down, _whole(one, site)) for site, one in found.items()}, edits)
     return found
+
+
+def _fitted(work: _Work, site: FFNSite, dense: FFNWeights, sums: SiteSums, on_epoch: OnBlock) -> Columns:
+    """The columns of one FFN, and what else was trained; ``sums`` is used up."""
+    tokens = sums.tokens
+    found = fit_columns(dense.down, work.plan.kept[site], sums, work.options.damping)
+    del sums  # as large as the weights, and not needed to train
+    if work.distiller is None or tokens is None:
+        return found
+    return work.distiller.improved(site, dense, found, tokens, on_epoch)
+
+
+def _edits(model: nn.Module, site: FFNSite, columns: Columns) -> Iterator[Edit]:
+    """What was changed beside the columns."""
+    if columns.rows is not None:
+        yield from row_edits(model, site, columns.kept, columns.rows)
+    bias = None if columns.bias is None else down_bias(model, site)
+    if bias is not None:
+        yield Edit(bias, columns.bias, adds=True)
 
 
 def _whole(columns: Columns, site: FFNSite) -> Tensor:
@@ -201,16 +276,21 @@ def _reconstruction(
 ) -> Reconstruction:
     _warn(found)
     kept = {site: found[site].kept for site in plan.kept}
-    rows = {site.name: {"target": streams.targets[site], **found[site].facts} for site in plan.kept}
+    told = {site.name: {"target": streams.targets[site], **found[site].facts} for site in plan.kept}
     facts: dict[str, Any] = {
         "method": "sequential",
         "target": options.mix,
         "text": windows.hash,
         "tokens": windows.n_tokens,
-        "sites": rows,
+        "sites": told,
     }
+    if options.distillation is not None:
+        facts["distillation"] = asdict(options.distillation)
+        facts["trained"] = any(one.rows is not None for one in found.values())
     down = {site: found[site].down.cpu() for site in plan.kept}
-    return Reconstruction(replace(plan, kept=kept), down, {}, facts)
+    bias = {site: one.bias.cpu() for site, one in found.items() if one.bias is not None}
+    rows = {site: one.rows.to_cpu() for site, one in found.items() if one.rows is not None}
+    return Reconstruction(replace(plan, kept=kept), down, bias, facts, rows)
 
 
 def _warn(found: Mapping[FFNSite, Columns]) -> None:
@@ -231,7 +311,13 @@ def _warn(found: Mapping[FFNSite, Columns]) -> None:
         )
 
 
-def _key(model: nn.Module, windows: Windows, plan: PruningPlan, options: SequentialOptions) -> str:
+def _key(
+    model: nn.Module,
+    windows: Windows,
+    plan: PruningPlan,
+    options: SequentialOptions,
+    error_weights: Mapping[FFNSite, Tensor],
+) -> str:
     config = repr(getattr(model, "config", type(model).__name__))
     return hash_json(
         {
@@ -239,5 +325,6 @@ def _key(model: nn.Module, windows: Windows, plan: PruningPlan, options: Sequent
             "windows": windows.hash,
             "plan": plan_to_dict(plan),
             "options": {name: value for name, value in asdict(options).items() if name != "checkpoint"},
+            "error_weights": hash_tensors((site.name, value) for site, value in error_weights.items()),
         }
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ffnscope.apply.block_fit import SiteSums
 from ffnscope.apply.block_output import output_gains
 from ffnscope.apply.columns import columns_replaced
+from ffnscope.apply.edits import Edit, applied
 from ffnscope.calibrate.blocks import Blocks, open_blocks
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.taps import SignalTap, channel_taps
@@ -27,11 +28,12 @@ Target = Literal["block", "ffn", "own"]
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One block on one batch: its output, and channels h and output y of FFNs in it."""
+    """One block on one batch: its output, and channels h, input x and output y of FFNs in it."""
 
     rows: TokenRows
     output: Tensor
     h: dict[FFNSite, Tensor]
+    x: dict[FFNSite, Tensor]
     y: dict[FFNSite, Tensor]
 
 
@@ -47,6 +49,8 @@ class Streams:
         gains: FFNs whose output is added to that of the block, times a number (`output_gains`).
         targets: what is compared for each FFN.
         mix: share of the difference of the streams that is made up for.
+        keeps_inputs: whether sums are given the inputs of FFNs too, since more than columns will be changed; every
+            block with an FFN then runs again with what was changed.
         own: hidden states of the pruned model.
         dense: those of the dense model; None as long as they are the same, and where ``mix`` is 0.
     """
@@ -58,6 +62,7 @@ class Streams:
     gains: Mapping[FFNSite, float]
     targets: Mapping[FFNSite, Target]
     mix: float
+    keeps_inputs: bool
     own: list[Tensor]
     dense: list[Tensor] | None = None
     _held: list[dict[FFNSite, Tensor]] = field(default_factory=list[dict[FFNSite, Tensor]])
@@ -92,13 +97,17 @@ class Streams:
         if split:
             self.dense = apart
 
-    def leave(self, block: int, columns: Mapping[FFNSite, tuple[Tensor, Tensor]]) -> None:
-        """Bring `own` behind the block, with its down columns changed: site -> old and new ones, [d_model, d_ff]."""
+    def leave(self, block: int, columns: Mapping[FFNSite, tuple[Tensor, Tensor]], edits: Sequence[Edit] = ()) -> None:
+        """Bring `own` behind the block, with its down columns changed: site -> old and new ones, [d_model, d_ff].
+
+        ``edits`` are further changes, where inputs are kept.
+        """
         if block == self.n_blocks - 1 or (not columns and self._is_additive(block)):
             self._held = []
             return
         if not self._is_additive(block):
-            with columns_replaced(self.model, {site: new for site, (_, new) in columns.items()}):
+            new_columns = {site: new for site, (_, new) in columns.items()}
+            with columns_replaced(self.model, new_columns), applied(self.model, edits):
                 for batch, hidden in enumerate(self.own):
                     self.own[batch] = self.blocks.run(block, batch, hidden)
             return
@@ -113,21 +122,26 @@ class Streams:
     def _is_additive(self, block: int) -> bool:
         """Whether new columns change a block's output by what can be added to it, from activations that can be kept."""
         sites = self.sites[block]
+        if sites and self.keeps_inputs:
+            return False
         numbers = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.own) * sum(s.d_ff for s in sites)
         return all(s in self.gains for s in sites) and numbers * self.own[0].itemsize <= HELD_BYTES
 
     def _run(self, block: int, batch: int, hidden: Tensor, *, tapped: bool) -> _Run:
-        """Run a block, with h of its FFNs where ``tapped``, and with y of those whose outputs are compared."""
+        """Run a block, with h (and x) of its FFNs where ``tapped``, and with y of those whose outputs are compared."""
         compared = [s for s in self.sites[block] if self.targets[s] == "ffn"] if self.mix else []
         rows = TokenRows(self.blocks.batches[batch].valid)
-        run = _Run(rows, hidden, {}, {})
+        run = _Run(rows, hidden, {}, {}, {})
 
-        def keep(site: FFNSite, name: str, y: Tensor) -> None:
-            if site in compared:
-                run.y[site] = y.clone()  # some models add to it in place
+        def keep(site: FFNSite, name: str, value: Tensor) -> None:
+            if name == "x":
+                run.x[site] = value.clone()
+            elif site in compared:
+                run.y[site] = value.clone()  # some models add to it in place
 
         sites = self.sites[block] if tapped else compared
-        tap = SignalTap(keep, ("y",)) if compared else None
+        names = (*("x",) * (tapped and self.keeps_inputs), *("y",) * bool(compared))
+        tap = SignalTap(keep, names) if names else None
         with channel_taps(self.model, sites, run.h.__setitem__ if tapped else None, None, tap, rows.route):
             run.output = self.blocks.run(block, batch, hidden)
         return run
@@ -143,9 +157,10 @@ class Streams:
         for site in sites if sums is not None else ():
             if site in own.h:  # else an expert without tokens
                 assert sums is not None
-                place = sums[site].held_out if self.held_out[batch] else sums[site].fit
                 shift = None if dense is None else self._shift(site, own, dense)
-                place.add(_wide(own.rows.take(site, own.h[site])), shift)
+                x = own.rows.take(site, own.x[site]) if self.keeps_inputs else None
+                h = _wide(own.rows.take(site, own.h[site]))
+                sums[site].add(h, shift, x, held_out=self.held_out[batch])
 
     def _shift(self, site: FFNSite, own: _Run, dense: _Run) -> Tensor | None:
         """What is wanted of an FFN beyond its own output, [n, d_model]."""
@@ -159,9 +174,15 @@ class Streams:
 
 
 def open_streams(
-    model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Windows], held_out: Sequence[bool], mix: float
+    model: nn.Module,
+    sites: Sequence[FFNSite],
+    batches: Sequence[Windows],
+    held_out: Sequence[bool],
+    mix: float,
+    *,
+    keeps_inputs: bool = False,
 ) -> Streams:
-    """Open the streams of a `frozen` model before its first block.
+    """Open the streams of a `frozen` model before its first block; see `Streams`.
 
     Raises:
         NotAvailableError: the model is no chain of blocks.
@@ -176,7 +197,8 @@ def open_streams(
         first = next((s for s in dense if s in gains), None)
         targets |= {s: "own" if s.expert is not None else "block" if s == first else "ffn" for s in found}
     compares = any(target != "own" for target in targets.values())
-    return Streams(model, blocks, held_out, here[: last + 1], gains, targets, mix if compares else 0.0, hidden)
+    mix = mix if compares else 0.0
+    return Streams(model, blocks, held_out, here[: last + 1], gains, targets, mix, keeps_inputs, hidden)
 
 
 def _wide(value: Tensor) -> Tensor:

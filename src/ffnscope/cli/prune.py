@@ -82,6 +82,12 @@ class MethodChoice:
         float | None,
         typer.Option(help="Pull of the refit towards the old weights; default: chosen on held-out windows."),
     ] = None
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            metavar="EPOCHS", help="Of --reconstruct sequential: also train what stays of each FFN, no labels."
+        ),
+    ] = None
 
     def chosen(self, context: typer.Context) -> Method:
         """Check these options and join them; raises UsageError for what is unknown or would do nothing."""
@@ -90,10 +96,10 @@ class MethodChoice:
         found = named_method(self.method, **changes)
         refit = found.reconstruct.replace("_", "-")
         if found.reconstruct != "sequential":
-            opt.refuse_useless(context, f"--reconstruct {refit}", ("target",))
+            opt.refuse_useless(context, f"--reconstruct {refit}", ("target", "distill"))
         if found.reconstruct == "none":
             opt.refuse_useless(context, f"--reconstruct {refit}", ("damping",))
-        return replace(found, target=self.target, damping=self.damping)
+        return replace(found, target=self.target, damping=self.damping, distill=self.distill)
 
 
 @dataclass(frozen=True, slots=True)

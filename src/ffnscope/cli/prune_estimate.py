@@ -12,6 +12,7 @@ from ffnscope.cli.prune_job import PruneJob
 from ffnscope.run.estimate import (
     Line,
     calibrate_line,
+    distillation_seconds,
     peak_bytes,
     print_lines,
     print_peak,
@@ -40,6 +41,7 @@ def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None
     if method.reconstruct == "sequential":
         tokens = 2 * job.windows.n_tokens
         lines.append(Line("reconstruct", f"block by block: {tokens:,} tokens forward", tokens * speed))
+        lines += _distillation(job, budget, speed)
     elif method.reconstruct == "one_shot":
         lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs"))
     if held_out is not None:
@@ -52,9 +54,18 @@ def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None
         held = memory.beside_batches
         console.print(Text(f"{memory.told}, until it is finished"))
     if method.reconstruct == "sequential":
-        taken = sequential_bytes(model, asked.sites, job.windows)
+        taken = sequential_bytes(model, asked.sites, job.windows, distils=method.distill is not None)
         held = max(held, taken)
         console.print(Text(f"the reconstruction needs up to {taken / 2**20:,.0f} MiB beside the model"))
     batches = [] if held_out is None else [held_out[: job.text.batch_size]]
     peak = peak_bytes(model, asked.sites, [step for steps in each for step in steps], batches) + held
     print_peak(model, peak, libraries, console)
+
+
+def _distillation(job: PruneJob, budget: Budget, speed: float) -> list[Line]:
+    epochs = job.method.distill
+    if epochs is None:
+        return []
+    epoch = distillation_seconds(job.loaded.model, job.asked.sites, job.windows.n_tokens, speed)
+    what = f"up to {epochs} epochs over {job.windows.n_tokens:,} tokens in each FFN (trained)"
+    return [Line("distill", what, epochs * (1 - budget.sparsity) * epoch)]

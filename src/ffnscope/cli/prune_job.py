@@ -13,7 +13,7 @@ from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.question import Question
 from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.reconstruction import check_linear, read_reconstruction
+from ffnscope.apply.reconstruction import read_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
@@ -25,7 +25,7 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.io import hash_json, plan_to_dict, read_json
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
-from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, keep_reconstruction
+from ffnscope.run.steps import announce, announce_training, compare_with_dense, discard_damaged, keep_reconstruction
 from ffnscope.scoring import naming_weights
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
 
@@ -82,7 +82,7 @@ class PruneJob:
     def check_sites(self, sites: Sequence[FFNSite] | None = None) -> None:
         """Raise NotAvailableError when an FFN cannot be reconstructed, before any work."""
         if self.method.reconstruct != "none":
-            check_linear(self.asked.sites if sites is None else sites)
+            self.method.check_sites(self.asked.sites if sites is None else sites)
 
     def score(self, part: Path) -> Scores:
         """Calibrate and score."""
@@ -104,8 +104,9 @@ class PruneJob:
         stats = self._calibrate(part)[0] if self.method.statistics else None
         options = SequentialOptions(batch_size=self.text.batch_size, checkpoint=part / "blocks")
         name = f"reconstruct ({self.method.reconstruct.replace('_', '-')})"
+        announce_training(self.reporter, self.loaded.model, self.method, plan, self.windows)
         make = partial(reconstruct_plan, self.loaded.model, plan, self.method, windows=self.windows, stats=stats)
-        return keep_reconstruction(self.reporter, name, path, options, make)
+        return keep_reconstruction(self.reporter, name, path, options, make, self.method.steps)
 
     def compare(self, pruned: Pruned, held_out: opt.TextChoice, part: Path) -> list[EvalRow]:
         """Measure the dense and the pruned model on held-out text, and print it."""

@@ -93,9 +93,7 @@ def plan_key(pruned: Pruned) -> str:
     value = plan_to_dict(plan_of(pruned))
     value.pop("provenance")
     if isinstance(pruned, Reconstruction):
-        parts = (("down", pruned.down), ("bias", pruned.bias))
-        new = ((f"{what}/{site.name}", tensor) for what, values in parts for site, tensor in values.items())
-        value["weights"] = hash_tensors(new)
+        value["weights"] = hash_tensors(pruned.tensors.items())
     return hash_json(value)
 
 

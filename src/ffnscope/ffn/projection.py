@@ -264,6 +264,13 @@ def _halves(site: FFNSite, both: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def joined(site: FFNSite, gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of gate and up as a projection that holds both stores them: the inverse of how they are told apart."""
+    if site.fused == "interleaved":
+        return torch.stack([gate, up], 1).flatten(0, 1)
+    return torch.cat([up, gate] if site.fused == "up_gate" else [gate, up])
+
+
 def _coupled_expert(model: nn.Module, site: FFNSite, channels: Tensor, rows: Tensor) -> Iterator[Coupled]:
     per_expert = site.d_ff if site.storage == "flat" else None
     for name in _producers(site):

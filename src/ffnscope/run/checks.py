@@ -326,7 +326,8 @@ def _checkpoints(config: RunConfig) -> Iterator[Finding]:
 def _reconstruction(config: RunConfig) -> Iterator[Finding]:
     """Keys of a reconstruction have a meaning with one only, and it needs something that is gone."""
     asked, path = config.pruning, ("pruning",)
-    useful = {"target": asked.reconstruct == "sequential", "damping": asked.reconstruct != "none"}
+    sequential = asked.reconstruct == "sequential"
+    useful = {"target": sequential, "damping": asked.reconstruct != "none", "distill": sequential}
     for key in (key for key, reads in useful.items() if not reads and getattr(asked, key) is not None):
         message = f"would do nothing with 'reconstruct: {asked.reconstruct}'. Leave it out"
         yield _finding((*path, key), message, (*path, "reconstruct"))

@@ -16,6 +16,7 @@ from rich.text import Text
 from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
+from ffnscope.apply.ffn_tokens import token_bytes
 from ffnscope.calibrate.collect import Step, plan_steps
 from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.windows import Windows
@@ -82,6 +83,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_decision_lines(config, sites),
         *_reconstruction_lines(config, len(sites), calibration, speed),
+        *_distillation_lines(config, loaded.model, sites, calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, speed),
         *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
@@ -89,7 +91,8 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     batches = [w[: config.dataset.batch_size] for w in held_out]
     held = found.beside_batches
     if config.pruning.enabled and config.pruning.reconstruct == "sequential":
-        held = max(held, sequential_bytes(loaded.model, sites, calibration))
+        distils = config.pruning.distill is not None
+        held = max(held, sequential_bytes(loaded.model, sites, calibration, distils=distils))
     peak = peak_bytes(loaded.model, sites, steps, batches) + held
     on_cpu = all(p.device.type in ("cpu", "meta") for p in loaded.model.parameters())
     return Estimate(lines, peak + libraries if on_cpu else peak, passes, found)
@@ -147,6 +150,17 @@ def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows,
     tokens = 2 * calibration.n_tokens
     seconds = _n_plans(config) * tokens * speed
     return [Line("reconstruct", f"{_n_plans(config)} plans x {tokens:,} tokens forward, block by block", seconds)]
+
+
+def _distillation_lines(
+    config: RunConfig, model: Any, sites: Sequence[FFNSite], calibration: Windows, speed: float
+) -> list[Line]:
+    epochs, ratios = config.pruning.distill, config.pruning.ratios
+    if not config.pruning.reconstructs or epochs is None:
+        return []
+    kept = sum(1 - ratio for ratio in ratios) * len(config.pruning.algorithms)
+    seconds = epochs * kept * distillation_seconds(model, sites, calibration.n_tokens, speed)
+    return [Line("distill", f"{_n_plans(config)} plans x up to {epochs} epochs in each FFN (trained)", seconds)]
 
 
 def _analysis_lines(config: RunConfig, n_sites: int, calibration: Windows, speed: float) -> list[Line]:
@@ -232,14 +246,26 @@ def peak_bytes(model: Any, sites: Sequence[FFNSite], steps: Sequence[Step], held
     return int(weights + max([0, *calibrate, *evaluate]))
 
 
-def sequential_bytes(model: Any, sites: Sequence[FFNSite], windows: Windows) -> int:
+def sequential_bytes(model: Any, sites: Sequence[FFNSite], windows: Windows, *, distils: bool = False) -> int:
     """What a sequential reconstruction takes beside the model; see `reconstruct_sequential`."""
     size = next(iter(model.parameters())).element_size()
     d_model = max(s.d_model for s in sites)
     streams = 2 * windows.n_tokens * d_model * size
     channels = max(windows.n_tokens * s.d_ff * size for s in sites)
     sums = max(2 * 8 * (s.d_ff**2 + s.d_model * s.d_ff) for s in sites)
+    if distils:
+        trained = 6 * 4 * max(3 * s.d_ff * s.d_model for s in sites)
+        return streams + token_bytes(model, sites, windows.n_tokens) + max(2 * sums, trained)
     return streams + min(channels, 2**30) + 2 * sums  # the least squares hold as much again
+
+
+def distillation_seconds(model: Any, sites: Sequence[FFNSite], tokens: int, speed: float) -> float:
+    """Time of an epoch over ``tokens`` in every FFN, none of them cut: forward and backward take three forwards.
+
+    ``speed``: seconds per token of a forward.
+    """
+    trained = sum((2 if s.gate is None else 3) * s.d_ff * s.d_model for s in sites)
+    return 3 * tokens * speed * trained / sum(p.numel() for p in model.parameters())
 
 
 def _duration(seconds: float) -> str:

@@ -36,6 +36,8 @@ class Pruning(Block):
     """Of the sequential one: 0 fits to the FFN's own output, 1 to the dense model's; null: 0.35."""
     damping: Annotated[float, Strict(), Field(gt=0)] | None = None
     """Pull of the refit towards the old weights; null: 0.01 (one_shot), or chosen on held-out windows (sequential)."""
+    distill: Count | None = None
+    """Of the sequential one: epochs for which gate, up and down of each FFN are trained too; null: train nothing."""
     multiple_of: Count = 1
     """Kept widths are multiples of this (kernels like 64 or 128)."""
     min_width: Count = 1
@@ -58,4 +60,4 @@ class Pruning(Block):
 
     def chosen(self, metric: str) -> Method:
         """The method with one of the metrics."""
-        return Method(metric, self.allocator, self.reconstruct, self.target, self.damping)
+        return Method(metric, self.allocator, self.reconstruct, self.target, self.damping, self.distill)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ffnscope.apply.method import Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.reconstruction import check_linear, read_reconstruction
+from ffnscope.apply.reconstruction import read_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.io import write_json
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import RECONSTRUCT, Job
-from ffnscope.run.steps import keep_reconstruction
+from ffnscope.run.steps import announce_training, keep_reconstruction
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan
 
 FOLDER = "reconstructions"
@@ -24,7 +24,7 @@ Stats = Mapping[FFNSite, ChannelStats]
 def check_sites(config: RunConfig, sites: Sequence[FFNSite]) -> None:
     """Raise NotAvailableError when an FFN cannot be reconstructed as the configuration asks, before any work."""
     if config.pruning.reconstructs:
-        check_linear(sites)
+        config.pruning.chosen(config.pruning.algorithms[0]).check_sites(sites)
 
 
 def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) -> dict[str, Pruned]:
@@ -50,6 +50,8 @@ def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) 
 def _make(job: Job, plan: PruningPlan, method: Method, stats: Stats, files: Sequence[Path]) -> None:
     blocks = files[0].with_suffix(".part")
     options = SequentialOptions(batch_size=job.config.calibration.batch_size, checkpoint=blocks)
+    announce_training(job.reporter, job.loaded.model, method, plan, job.calibration)
     make = partial(reconstruct_plan, job.loaded.model, plan, method, windows=job.calibration, stats=stats)
-    made = keep_reconstruction(job.reporter, f"{RECONSTRUCT}{files[0].stem}", files[0], options, make)
+    name = f"{RECONSTRUCT}{files[0].stem}"
+    made = keep_reconstruction(job.reporter, name, files[0], options, make, method.steps)
     write_json(files[1], {"name": made.name, "rows": made.error_profile()})

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from ffnscope.analyze.memory import CalibrationBytes
+from ffnscope.apply.ffn_tokens import token_bytes
+from ffnscope.apply.method import Method
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import Reconstruction, write_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
@@ -18,6 +20,7 @@ from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.tasks import TaskOptions, TaskSet, load_tasks
 from ffnscope.io import read_stats, read_tensors, writing
 from ffnscope.run.progress import Reporter
+from ffnscope.types import PruningPlan
 
 ANNOUNCED_BYTES = 2**28
 
@@ -26,6 +29,19 @@ def announce(reporter: Reporter, found: CalibrationBytes) -> None:
     """Say how much a calibration takes, before one that takes much: with second moments, or of large batches."""
     if found.memory > ANNOUNCED_BYTES:
         reporter.say(found.told)
+
+
+def announce_training(
+    reporter: Reporter, model: nn.Module, method: Method, plan: PruningPlan, windows: Windows
+) -> None:
+    """Say before a distillation that weights are trained, on what, and what that keeps in memory."""
+    if method.distill is None:
+        return
+    kept = token_bytes(model, list(plan.kept), windows.n_tokens)
+    reporter.say(
+        f"distill: gate, up and down of every FFN are trained for up to {method.distill} epochs on "
+        f"{windows.n_tokens:,} tokens, without labels; inputs and targets of one FFN take {kept / 2**20:,.0f} MiB"
+    )
 
 
 def compare_with_dense(
@@ -58,9 +74,14 @@ def open_tasks(options: TaskOptions | None, reporter: Reporter) -> TaskSet | Non
 
 
 def keep_reconstruction(
-    reporter: Reporter, name: str, path: Path, options: SequentialOptions, make: Callable[..., Pruned]
+    reporter: Reporter,
+    name: str,
+    path: Path,
+    options: SequentialOptions,
+    make: Callable[..., Pruned],
+    unit: str = "blocks",
 ) -> Reconstruction:
-    """Reconstruct and write it to ``path``, with progress in blocks; an interrupted one goes on after its last block.
+    """Reconstruct and write it to ``path``, with progress; an interrupted one goes on after its last block.
 
     Args:
         reporter: told what is done.
@@ -68,10 +89,11 @@ def keep_reconstruction(
         path: file of the reconstruction; replaced.
         options: with the folder of finished blocks, those of which that are damaged are deleted.
         make: `reconstruct_plan` but for ``options`` and ``on_block``.
+        unit: what ``on_block`` counts.
     """
     for block in options.checkpoint.glob("*.safetensors") if options.checkpoint else ():
         discard_damaged(reporter, block, read_tensors)
-    with reporter.task(name, "blocks") as update:
+    with reporter.task(name, unit) as update:
         made = make(options=options, on_block=update)
     assert isinstance(made, Reconstruction), "checked by the caller"
     write_reconstruction(path, made, overwrite=True)

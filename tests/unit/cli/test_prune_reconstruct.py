@@ -66,6 +66,15 @@ def test_best(ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_
     assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-5)
 
 
+def test_experts_cannot_be_distilled(fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
+    tiny_causal_lm("mixtral").save_pretrained(tmp_path / "experts")
+    small_tokenizer().save_pretrained(tmp_path / "experts")
+    arguments = [tmp_path / "experts" if i == 1 else a for i, a in enumerate(base)]
+    told = fails(2, *arguments, "--method", "best", "--distill", 2)
+    assert "experts.0 cannot be distilled: it is an expert" in " ".join(told.split())
+    assert not part(tmp_path).exists()
+
+
 def test_local_gives_a_stock_checkpoint_and_the_widths_of_halfway_are_told(
     ok: Ok, base: tuple[Any, ...], tmp_path: Path
 ) -> None:
@@ -119,6 +128,25 @@ def test_one_shot_on_any_metric(ok: Ok, base: tuple[Any, ...], checkpoint: Path,
     assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-5)
 
 
+def test_distilled_is_told_to_be_trained(ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    """What Python gives, labelled in the table, in the card and in the plan; the perplexity is that after reload."""
+    options = ("--sparsity", 0.5, "--out", tmp_path / "out", "--text", "pydoc_topics", *SMALL, "--max-length", 64)
+    result = ok("prune", checkpoint, "--method", "best", "--distill", 2, *options)
+    assert "obs_loss + sequential refit, distilled (trained)" in " ".join(result.stdout.split())
+    assert "Layer error profile: sequential refit, distilled (trained)" in result.stdout
+    assert "distill: gate, up and down of every FFN are trained for up to 2 epochs on 1,024 tokens" in result.stderr
+    assert "blocks and epochs/s" in result.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| kind | sequential refit, distilled (trained) |" in card and "| distillation: epochs | 2 |" in card
+    told = read_plan(tmp_path / "out" / "ffnscope_plan.json").provenance["reconstruction"]
+    assert (told["trained"], told["tokens"], told["distillation"]["epochs"]) == (True, 1024, 2)
+    before = re.search(r"\| pruned \| perplexity \| ([\d.]+) ±", card)
+    loaded = ffnscope.load_model(ffnscope.ModelSource(str(tmp_path / "out"), device="cpu"))
+    text = ffnscope.TextSource("pydoc_topics", split="test")
+    windows = ffnscope.load_windows(text, loaded.tokenizer, n=16, length=64, seed=42)
+    assert before and f"{ffnscope.perplexity(loaded.model, windows).value:.6g}" == before[1]
+
+
 @pytest.mark.parametrize("reconstruct", ["one-shot", "sequential"])
 def test_a_plan_that_is_there_already(ok: Ok, base: tuple[Any, ...], reconstruct: str, tmp_path: Path) -> None:
     ok(*base, "-m", "magnitude")
@@ -169,6 +197,9 @@ def test_the_dry_run_computes_nothing(
         "peak memory about",
     ):
         assert text in told, text
+    assert "(trained)" not in told
+    told = ok(*base, "--method", "best", "--distill", 3, "--dry-run").stdout
+    assert "up to 3 epochs over 512 tokens in each FFN (trained)" in " ".join(told.split())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,6 +209,8 @@ def test_the_dry_run_computes_nothing(
         (["--method", "bset"], "Did you mean 'best'?"),
         (["--reconstruct", "sequentially"], "Unknown reconstruction 'sequentially'. Did you mean 'sequential'?"),
         (["--target", "0.5"], "--target would do nothing with --reconstruct none"),
+        (["--distill", "2"], "--distill would do nothing with --reconstruct none"),
+        (["--method", "best", "--distill", "0"], "distillation: epochs must be at least 1; got 0"),
         (["--reconstruct", "one-shot", "--target", "0.5"], "--target would do nothing with --reconstruct one-shot"),
         (["--damping", "0.1"], "--damping would do nothing with --reconstruct none"),
         (["--method", "best", "--damping", "0"], "damping must be positive"),

@@ -50,6 +50,19 @@ def test_best(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     assert after.value == pytest.approx(found.rows[1].results[0].value, rel=1e-5)
 
 
+def test_distilled(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    asked = {"method": "best", "distill": 3}
+    found = quiet_run(config(checkpoint, texts, tmp_path / "out", asked, output={"report": True}))
+    label = "obs_loss + sequential refit, distilled (trained)"
+    assert [row.metric for row in found.rows] == [None, label]
+    for page in ("results.md", "report.html"):
+        assert label in (found.folder / page).read_text()
+    refit = found.reconstructions[LABEL]
+    assert refit.facts["trained"] is True and refit.facts["distillation"]["epochs"] == 3 and refit.rows
+    told = strict_json(found.folder / "summary.json")["plans"][LABEL]
+    assert told["reconstruction"] == "sequential refit, distilled (trained)"
+
+
 def test_one_shot_reads_the_one_pass(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     asked = {"algorithms": ["wanda", "random"], "reconstruct": "one_shot", "damping": 0.1}
     found = quiet_run(config(checkpoint, texts, tmp_path / "out", asked))
@@ -108,6 +121,8 @@ def test_the_dry_run(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     dry_run(config(checkpoint, texts, tmp_path / "out"), console)
     assert "1 plans x 1,024 tokens forward, block by block" in console.export_text()
+    dry_run(config(checkpoint, texts, tmp_path / "out", {"method": "best", "distill": 4}), console)
+    assert "1 plans x up to 4 epochs in each FFN (trained)" in console.export_text()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +133,9 @@ def test_the_dry_run(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
         ({"target": 0.5}, "pruning.target: would do nothing with 'reconstruct: none'"),
         ({"reconstruct": "one_shot", "target": 0.5}, "would do nothing with 'reconstruct: one_shot'"),
         ({"damping": 0.1}, "pruning.damping: would do nothing"),
+        ({"distill": 2}, "pruning.distill: would do nothing with 'reconstruct: none'"),
+        ({"reconstruct": "one_shot", "distill": 2}, "pruning.distill: would do nothing"),
+        ({"method": "best", "distill": 0}, "pruning.distill"),
         ({"method": "best", "damping": 0.0}, "pruning.damping"),
         ({"method": "best", "target": 1.5}, "pruning.target"),
         ({"method": "best", "ratios": [0.0, 0.5]}, "pruning.ratios[0]: 0 leaves nothing for 'reconstruct: sequential'"),
