@@ -289,11 +289,15 @@ class Budget:
         sparsity: fraction of channels to remove, in [0, 1).
         multiple_of: kept widths are multiples of this (kernels like 64 or 128).
         min_width: no site keeps fewer channels than this.
+        min_keep: no site keeps less than this: a share of its channels in [0, 1], or a whole number of them above 1;
+            or such floors by name, ``{"model.layers.0.mlp": 0.8}``. A name may be a pattern (``*``, ``[a-b]``); of
+            several that match a site, the highest floor counts.
     """
 
     sparsity: float
     multiple_of: int = 1
     min_width: int = 1
+    min_keep: float | Mapping[str, float] = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparsity < 1.0:
@@ -302,6 +306,12 @@ class Budget:
             raise UsageError(
                 f"multiple_of and min_width must be at least 1; got {self.multiple_of} and {self.min_width}."
             )
+        for floor in self.min_keep.values() if isinstance(self.min_keep, Mapping) else (self.min_keep,):
+            if not (0 <= floor <= 1 or (floor > 1 and float(floor).is_integer())):
+                raise UsageError(
+                    "min_keep must be a share of the channels in [0, 1], or a whole number of channels; got "
+                    f"{floor:g}."
+                )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

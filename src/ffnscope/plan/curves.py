@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ffnscope.errors import NonFiniteError, UsageError
-from ffnscope.types import FFNSite
+from ffnscope.io import complete, expect_kind, read_tensors, write_tensors
+from ffnscope.types import FFNSite, PruningPlan
+
+KIND = "curves"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,3 +54,42 @@ class Curves:
         right = torch.searchsorted(knots, widths.double()).clamp(1, len(knots) - 1)
         slope = (values[right] - values[right - 1]) / (knots[right] - knots[right - 1])
         return values[right] + slope * (widths.double() - knots[right])
+
+    def rows(self, plan: PruningPlan | None = None) -> list[dict[str, Any]]:
+        """One row per measured point: site, layer, d_ff, width and rise; with a plan also the width that it chose."""
+        return [
+            {
+                "site": site.name,
+                "layer": site.layer,
+                "d_ff": site.d_ff,
+                "width": width,
+                "rise": rise,
+                "chosen": None if plan is None or site not in plan.kept else plan.kept[site].numel(),
+            }
+            for site, (widths, rises) in self.points.items()
+            for width, rise in zip(widths.tolist(), rises.tolist(), strict=True)
+        ]
+
+
+def write_curves(path: Path, curves: Curves, model_hash: str) -> None:
+    """Save curves as safetensors, with sites, unit, facts and the hash of the model's weights in the header.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for site, (widths, rise) in curves.points.items():
+        tensors |= {f"widths/{site.name}": widths, f"rise/{site.name}": rise}
+    sites = [asdict(site) for site in curves.points]
+    header = {"kind": KIND, "sites": sites, "unit": curves.unit, "facts": dict(curves.facts), "model": model_hash}
+    write_tensors(path, tensors, header)
+
+
+def read_curves(path: Path) -> tuple[Curves, str]:
+    """Load what `write_curves` wrote, with the hash of the weights; raises ArtifactError for any other file."""
+    tensors, header = read_tensors(path)
+    expect_kind(path, header, KIND)
+    with complete(path, KIND):
+        sites = [FFNSite(**row) for row in header["sites"]]
+        points = {site: (tensors[f"widths/{site.name}"], tensors[f"rise/{site.name}"]) for site in sites}
+        return Curves(points, header["unit"], header["facts"]), str(header["model"])
