@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 RANK = {
     "errors": -3,
-    "display": -2,
+    **dict.fromkeys(("display", "budget"), -2),
     "types": -1,
     "rules": 0,
     **dict.fromkeys(("registry", "io", "graph"), 1),

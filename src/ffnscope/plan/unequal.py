@@ -88,10 +88,6 @@ def measured(scores: Scores, budget: Budget, *, curves: Curves) -> dict[FFNSite,
     return _settle(dict(zip(sites, picked, strict=True)), curves, target, bounds, step)
 
 
-def _target(scores: Scores, budget: Budget) -> int:
-    return kept_count(sum(s.d_ff for s in scores.values), budget.sparsity)
-
-
 def _choices(bounds: tuple[int, int], grid: int) -> Tensor:
     """Allowed widths of a site, [n] int64: the least, the greatest, and the multiples of ``grid`` between."""
     low, high = bounds
