@@ -18,6 +18,7 @@ from ffnscope.analyze.ablation import is_skipped_exactly
 from ffnscope.analyze.suffix import Prefix, prefix_of
 from ffnscope.apply.one_shot import reconstruct
 from ffnscope.apply.reconstruction import Reconstruction, reconstructed
+from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.fidelity import fidelity
@@ -110,7 +111,8 @@ def measure_curves(
     for site, names in keys.items():
         sums = torch.stack([progress.total(name, "rise").sum() for name in names])
         points[site] = torch.tensor(widths[site]), sums / windows.n_targets
-    return Curves(points, "KL to the dense model, nats per token", _facts(scores, stats, windows, around))
+    facts = {**_facts(scores, stats, windows, around), "model": weights_hash(model)}
+    return Curves(points, "KL to the dense model, nats per token", facts)
 
 
 def _steps(batches: _Batches, cuts: _Cuts, keys: Mapping[FFNSite, Sequence[str]], progress: Progress) -> Iterator[int]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ffnscope.analyze.levels import calibration_passes
+from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
 from ffnscope.calibrate.collect import Step, plan_steps
@@ -32,6 +33,7 @@ from ffnscope.run.schema import RunConfig
 from ffnscope.run.windows import calibration_windows, evaluation_windows
 from ffnscope.types import FFNSite
 
+REFIT_SECONDS = 0.25  # least squares of an FFN of 1,536 channels on a processor core; it grows with the cube
 EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole forward reaches
 
 
@@ -130,6 +132,19 @@ def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
         return Line(stage, "no pass: every metric reads weights only")
     what = f"1 pass: {forward:,} tokens forward" + (f", {backward:,} of them backward" if backward else "")
     return Line(stage, what, (forward + backward) * speed)
+
+
+def curves_line(
+    sites: Sequence[FFNSite], rounds: CurveRounds, calibration: Windows, speed: float, *, refits: bool
+) -> Line:
+    """Tell the measuring of loss curves; ``speed`` in seconds per token of a forward, ``refits``: of every cut."""
+    cuts = curve_cuts(sites, rounds)
+    tokens = rounds.windows(calibration).n_tokens
+    seconds = (cuts / 2 + 2 * rounds.rounds) * tokens * speed
+    if refits:
+        seconds += cuts * REFIT_SECONDS * (max(s.d_ff for s in sites) / 1536) ** 3
+    what = f"{cuts:,} cuts in {rounds.rounds} round(s) x {tokens:,} tokens, on average half of the layers"
+    return Line("measure curves", what + (", each refitted" if refits else ""), seconds)
 
 
 def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
