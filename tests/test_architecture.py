@@ -39,7 +39,10 @@ FENCES = {
     "datasets": ("calibrate/text.py",),
     "matplotlib": tuple(
         f"report/{name}.py"
-        for name in ("plots", "drawing", "layered_graph", "validation_plots", "analysis_plots", "inline_svg", "figures")
+        for name in (
+            *("plots", "drawing", "layered_graph", "validation_plots", "analysis_plots", "curve_plots"),
+            *("inline_svg", "figures"),
+        )
     ),
     "lm_eval": ("evaluate/tasks.py", "evaluate/task_model.py"),
 }

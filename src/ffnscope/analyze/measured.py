@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from ffnscope.analyze.curves import CurveOptions, first_solution, measure_curves
 from ffnscope.apply import method as methods
 from ffnscope.apply.method import GRADIENT_WINDOWS, Method, named_method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, collect, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
@@ -69,23 +69,19 @@ def without_unreached(scores: Scores) -> Scores:
 
 
 def solve_in_rounds(
-    measure: Callable[[int, Reconstruction | None], Curves],
-    make: Callable[[Curves], PruningPlan],
-    solution: Callable[[PruningPlan], Reconstruction],
-    rounds: int,
+    measure: Callable[[int, PruningPlan | None], Curves], make: Callable[[Curves], PruningPlan], rounds: int
 ) -> tuple[PruningPlan, list[Curves]]:
     """Measure and plan in turn; returns the last plan, and the curves of all rounds.
 
     Args:
-        measure: curves of a round, 1 or higher, around a solution or, in the first, None.
+        measure: curves of a round, 1 or higher, around a plan (see `first_solution`), or in the first round None.
         make: the plan that some curves give.
-        solution: what to measure around, of a plan; see `first_solution`.
         rounds: how often.
     """
     found = [measure(1, None)]
     plan = make(found[0])
     for number in range(2, rounds + 1):
-        found.append(measure(number, solution(plan)))
+        found.append(measure(number, plan))
         plan = make(found[-1])
     return plan, found
 
@@ -117,16 +113,13 @@ def plan_by_curves(
     asked = rounds or CurveRounds()
     reached = without_unreached(scores)
 
-    def measure(number: int, around: Reconstruction | None) -> Curves:
+    def measure(number: int, plan: PruningPlan | None) -> Curves:
+        around = None if plan is None else first_solution(model, plan, stats)
         options = replace(asked.options, checkpoint=_numbered(asked.options.checkpoint, number))
         return measure_curves(model, reached, stats, windows, around=around, options=options, on_cut=on_cut)
 
-    return solve_in_rounds(
-        measure,
-        lambda curves: build_plan(scores, budget, asked.allocator, curves=curves),
-        lambda plan: first_solution(model, plan, stats),
-        asked.rounds,
-    )
+    make = partial(build_plan, scores, budget, asked.allocator)
+    return solve_in_rounds(measure, lambda curves: make(curves=curves), asked.rounds)
 
 
 def _numbered(path: Path | None, number: int) -> Path | None:

@@ -14,7 +14,6 @@ import typer
 from ffnscope.analyze.curves import CurveOptions, first_solution, measure_curves
 from ffnscope.analyze.measured import WINDOWS, CurveRounds, solve_in_rounds, without_unreached
 from ffnscope.apply.method import Method
-from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.groups import option_names
@@ -70,11 +69,11 @@ class CurveChoice:
         asked = self.rounds(job.method, job.text.batch_size)
         measure = partial(measure_round, job, without_unreached(one), stats, asked, part)
 
-        def curves(number: int, around: Reconstruction | None) -> Curves:
-            first = None if known is None or around is not None else known.of_this_model(job.loaded)
-            return first or measure(number, around)
+        def curves(number: int, plan: PruningPlan | None) -> Curves:
+            first = None if known is None or plan is not None else known.of_this_model(job.loaded)
+            return first or measure(number, plan)
 
-        return solve_in_rounds(curves, make, lambda plan: first_solution(job.loaded.model, plan, stats), asked.rounds)
+        return solve_in_rounds(curves, make, asked.rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +100,10 @@ def measure_round(
     asked: CurveRounds,
     part: Path,
     number: int,
-    around: Reconstruction | None,
+    plan: PruningPlan | None,
 ) -> Curves:
-    """Measure one round on a part of the calibration text; an interrupted one goes on."""
+    """Measure one round, around a plan if one is given, on a part of the calibration text; it can be interrupted."""
+    around = None if plan is None else first_solution(job.loaded.model, plan, stats)
     path = part / f"curves_{number}.json"
     discard_damaged(job.reporter, path, read_json)
     options = replace(asked.options, checkpoint=path)

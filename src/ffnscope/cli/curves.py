@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ffnscope.analyze.curves import CurveOptions, first_solution
+from ffnscope.analyze.curves import CurveOptions
 from ffnscope.analyze.measured import WINDOWS, CurveRounds, without_unreached
 from ffnscope.apply.method import Method
 from ffnscope.cli import options as opt
@@ -74,6 +74,5 @@ def curves_command(
     with unfinished(out / UNFINISHED) as part:
         one = job.score(part) if found is None else found
         stats = job.statistics(part) if refit else None
-        solution = None if plan is None else first_solution(loaded.model, plan, stats)
-        curves = measure_round(job, without_unreached(one), stats, asked, part, 1, solution)
+        curves = measure_round(job, without_unreached(one), stats, asked, part, 1, plan)
         write_curve_files(out, [NAME], [curves], plan, job)

@@ -24,6 +24,7 @@ from ffnscope.cli.prune_job import PruneJob
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_plan
+from ffnscope.plan.allocate import check_budget
 from ffnscope.plan.build import build_plan, top_core
 from ffnscope.plan.curves import Curves
 from ffnscope.report.error_table import print_profile
@@ -210,6 +211,8 @@ def prune_command(
     scores = known.of_this_model(wanted.scores, loaded)
     job = PruneJob(loaded, method, calibration_of(context, text, method), inputs, reporter)
     job.check_sites(None if plan is None else list(plan.kept))
+    if plan is None:
+        check_budget(job.asked.sites if scores is None else scores.sites, wanted.budget)
     if dry_run:
         rounds = measured.rounds(method) if method.measures and plan is None else None
         print_prune_estimate(job, wanted.budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)

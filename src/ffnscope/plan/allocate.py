@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 import torch
 
 from ffnscope.errors import UsageError
-from ffnscope.plan.floors import floor_of, least_widths
+from ffnscope.plan.floors import check_names, floor_of, least_widths
 from ffnscope.registry import allocator
 from ffnscope.types import Budget, FFNSite, Scores
 
@@ -39,6 +39,14 @@ def round_width(width: float, d_ff: int, budget: Budget) -> int:
             "lower min_width or multiple_of."
         )
     return min(max(math.floor(width / step + 0.5) * step, low), high)
+
+
+def check_budget(sites: Iterable[FFNSite], budget: Budget) -> None:
+    """Raise UsageError when multiples and floors leave no room for the sparsity, or floors are for no site."""
+    known = list(sites)
+    check_names(known, budget)
+    if budget.sparsity:
+        _ = least_widths(known, budget, kept_count(sum(s.d_ff for s in known), budget.sparsity))
 
 
 @allocator("local")

@@ -28,6 +28,7 @@ TABLES = (
     "dose",
     "ranking_quality",
     "protection",
+    "curves",
 )
 
 

@@ -12,6 +12,7 @@ from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import check_linear, read_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.io import write_json
+from ffnscope.plan.allocate import check_budget
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import RECONSTRUCT, Job
 from ffnscope.run.steps import keep_reconstruction
@@ -22,9 +23,16 @@ Stats = Mapping[FFNSite, ChannelStats]
 
 
 def check_sites(config: RunConfig, sites: Sequence[FFNSite]) -> None:
-    """Raise NotAvailableError when an FFN cannot be reconstructed as the configuration asks, before any work."""
+    """Raise before any work when an FFN cannot be reconstructed as the configuration asks, or a budget not be met.
+
+    Raises:
+        NotAvailableError: see `check_linear`.
+        UsageError: see `check_budget`.
+    """
     if config.pruning.reconstructs:
         check_linear(sites)
+    for ratio in config.pruning.ratios if config.pruning.enabled else ():
+        check_budget(sites, config.pruning.budget(ratio))
 
 
 def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) -> dict[str, Pruned]:
