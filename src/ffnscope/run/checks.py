@@ -334,7 +334,7 @@ def _reconstruction(config: RunConfig) -> Iterator[Finding]:
         for i in (i for i, ratio in enumerate(asked.ratios) if ratio == 0):
             message = f"0 leaves nothing for 'reconstruct: {asked.reconstruct}' to make up for. Leave it out"
             yield _finding((*path, "ratios", i), message, (*path, "reconstruct"))
-    if "curves" in asked.model_fields_set and not asked.chosen(asked.algorithms[0]).measures:
+    if asked.curves != type(asked.curves)() and not asked.chosen(asked.algorithms[0]).measures:
         message = f"would do nothing with 'allocator: {asked.allocator}', which reads no curves. Leave it out"
         yield _finding((*path, "curves"), message, (*path, "allocator"))
     output = config.output
