@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,8 @@ def measure_curves(
     keys = _keys(scores, stats, widths, around)
     progress = open_progress(options.checkpoint, model, windows)
     with evaluating(model):
-        prefixes = {site: _prefix(model, site, windows) for site in scores.values}
-        steps = _steps(_Batches(model, windows, options.batch_size, around, prefixes), cuts, keys, progress)
+        batches = _Batches(model, windows, options.batch_size, around, list(scores.values))
+        steps = _steps(batches, cuts, keys, progress)
         n_cuts = sum(map(len, widths.values())) * -(-len(windows) // options.batch_size)
         for done in accumulate(steps):
             if on_cut is not None:
@@ -154,10 +155,17 @@ def _keys(
     return {site: [f"{known}/{site.name}/{width}" for width in chosen] for site, chosen in widths.items()}
 
 
-def _prefix(model: nn.Module, site: FFNSite, windows: Windows) -> Prefix:
-    """The blocks before an FFN, where they can be skipped."""
-    prefix = prefix_of(model, [site])
-    return prefix if is_skipped_exactly(model, prefix, [site], windows) else Prefix([])
+def _prefixes(model: nn.Module, sites: Sequence[FFNSite], windows: Windows) -> dict[FFNSite, Prefix]:
+    """The blocks before each FFN, where they can be skipped; FFNs of one block, such as experts, share one."""
+    tried: dict[tuple[int, ...], Prefix] = {}
+    found: dict[FFNSite, Prefix] = {}
+    for site in sites:
+        prefix = prefix_of(model, [site])
+        blocks = tuple(map(id, prefix.blocks))
+        if blocks not in tried:
+            tried[blocks] = prefix if is_skipped_exactly(model, prefix, [site], windows) else Prefix([])
+        found[site] = tried[blocks]
+    return found
 
 
 def _widths(site: FFNSite, shares: Sequence[float], around: Reconstruction | None) -> list[int]:
@@ -211,7 +219,7 @@ def first_solution(model: nn.Module, plan: PruningPlan, stats: Mapping[FFNSite, 
         return reconstruct(model, plan, stats)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class _Batches:
     """The text in batches, and the model with the solution that is measured around."""
 
@@ -219,7 +227,12 @@ class _Batches:
     windows: Windows
     size: int
     around: Reconstruction | None
-    prefixes: Mapping[FFNSite, Prefix]
+    sites: Sequence[FFNSite]
+
+    @cached_property
+    def prefixes(self) -> dict[FFNSite, Prefix]:
+        """Tried when the first batch is needed."""
+        return _prefixes(self.model, self.sites, self.windows)
 
     def run(self, start: int) -> _Run:
         """Run the batch that begins with this window, dense and around."""
@@ -239,7 +252,7 @@ class _Run:
         self.dense = batch_logits(self.model, batch)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_applied(self.model, self.around))
-            for prefix in self.prefixes.values():
+            for prefix in {id(prefix): prefix for prefix in self.prefixes.values()}.values():
                 stack.enter_context(prefix.recording())
             batch_logits(self.model, batch)
 

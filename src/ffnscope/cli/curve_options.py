@@ -41,8 +41,10 @@ class CurveChoice:
     ] = 2
     curve_samples: Annotated[int, typer.Option(help="Calibration windows on which curves are measured.")] = WINDOWS
 
-    def check(self, context: typer.Context, method: Method) -> None:
-        """Raise UsageError for what is impossible, or would do nothing."""
+    def check(self, context: typer.Context, method: Method, plan: Path | None) -> None:
+        """Raise UsageError for what is impossible, or would do nothing; beside a plan other checks speak."""
+        if plan is not None:
+            return
         if not method.measures:
             beside = f"--allocator {method.allocator}, which reads no curves"
             opt.refuse_useless(context, beside, option_names(CurveChoice))
@@ -60,10 +62,16 @@ class CurveChoice:
         options = CurveOptions(batch_size=batch_size)
         return CurveRounds(self.curve_rounds, self.curve_samples, options, method.allocator)
 
+    def rounds_of(self, method: Method, plan: PruningPlan | None) -> CurveRounds | None:
+        """These options for an estimate; None where nothing is measured."""
+        return self.rounds(method) if method.measures and plan is None else None
+
     def plan(
-        self, job: PruneJob, one: Scores, make: Callable[[Curves], PruningPlan], part: Path, known: KnownCurves | None
+        self, job: PruneJob, one: Scores, make: Callable[..., PruningPlan], part: Path, known: KnownCurves | None
     ) -> tuple[PruningPlan, list[Curves]]:
-        """Measure (or take the first round from a file) and plan."""
+        """Measure (or take the first round from a file) and plan; without curves where the allocator reads none."""
+        if not job.method.measures:
+            return make(), []
         measures = known is None or self.curve_rounds > 1
         stats = job.statistics(part) if measures and job.method.curve_statistics else None
         asked = self.rounds(job.method, job.text.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from ffnscope.report.error_table import print_profile
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
 from ffnscope.run.texts import held_out_split
-from ffnscope.types import Budget, PruningPlan, Scores
+from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
 
 WINDOWS, LENGTH = 128, 256
 """Of the calibration of a reconstruction: as many tokens as without, in more places of the text."""
@@ -139,6 +140,11 @@ class PlanChoice:
             saving.check_allocator(method.allocator)
             method.check_budget(self.budget)
 
+    def check_budget(self, sites: Sequence[FFNSite]) -> None:
+        """Raise UsageError when these FFNs cannot be planned for; a plan that is given needs no budget."""
+        if self.plan is None:
+            check_budget(sites, self.budget)
+
     def make(self, one: Scores, allocator: str, reporter: Reporter, curves: Curves | None = None) -> PruningPlan:
         """Build the plan; say so when the protection changes nothing."""
         bare = build_plan(one, self.budget, allocator, curves=curves)
@@ -194,8 +200,7 @@ def prune_command(
     check_output(out, overwrite)
     saving = form.saving(context, out, overwrite)
     wanted.check(method, saving)
-    if wanted.plan is None:
-        measured.check(context, method)
+    measured.check(context, method, wanted.plan)
     held_out = replace(text, split=None) if evaluate else None
     if held_out:
         _check_held_out(text.text, text.split)
@@ -211,10 +216,9 @@ def prune_command(
     scores = known.of_this_model(wanted.scores, loaded)
     job = PruneJob(loaded, method, calibration_of(context, text, method), inputs, reporter)
     job.check_sites(None if plan is None else list(plan.kept))
-    if plan is None:
-        check_budget(job.asked.sites if scores is None else scores.sites, wanted.budget)
+    wanted.check_budget(job.asked.sites if scores is None else scores.sites)
     if dry_run:
-        rounds = measured.rounds(method) if method.measures and plan is None else None
+        rounds = measured.rounds_of(method, plan)
         print_prune_estimate(job, wanted.budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
         return
     with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
@@ -223,10 +227,7 @@ def prune_command(
             one = job.score(part) if scores is None else scores
             one = replace(one, facts={**one.facts, "model_id": model})
             make = partial(wanted.make, one, method.allocator, reporter)
-            if method.measures:
-                plan, curves = measured.plan(job, one, make, part, known.curves)
-            else:
-                plan = make()
+            plan, curves = measured.plan(job, one, make, part, known.curves)
         _finish(job, plan, saving, held_out, part)
         keep_beside(curves, plan, job, out)
 
