@@ -69,7 +69,8 @@ def measured(scores: Scores, budget: Budget, *, curves: Curves) -> dict[FFNSite,
 
     Exact on a grid of up to 96 widths per site (fewer where there are many sites); what the grid leaves of the budget
     goes step by step to the site whose curve falls most. That the rises of sites add up is the assumption; measure
-    again around the solution to correct it.
+    again around the solution to correct it. No site becomes narrower than its curve was measured, unless the budget
+    leaves no other way: what lies beyond is a guess, and curves that flatten would empty some sites by it.
     """
     sites = list(scores.values)
     missing = [s.name for s in sites if s not in curves.points]
@@ -81,11 +82,18 @@ def measured(scores: Scores, budget: Budget, *, curves: Curves) -> dict[FFNSite,
     step = budget.multiple_of
     levels = max(4, min(LEVELS, _WORK // len(sites)))
     grid = step * -(-max(s.d_ff for s in sites) // (levels * step))
-    low = least_widths(sites, budget, target)
+    low = _within_reach(least_widths(sites, budget, target), curves, target, step)
     bounds = {s: (low[s], s.d_ff // step * step) for s in sites}
     choices = {s: _choices(bounds[s], grid) for s in sites}
     picked = _cheapest([curves.at(s, choices[s]) for s in sites], [choices[s] for s in sites], grid, target)
     return _settle(dict(zip(sites, picked, strict=True)), curves, target, bounds, step)
+
+
+def _within_reach(low: dict[FFNSite, int], curves: Curves, target: int, step: int) -> dict[FFNSite, int]:
+    """Lower bounds raised to the narrowest measured widths, where that leaves room for the target."""
+    known = {s: -(-int(curves.points[s][0][0]) // step) * step for s in low}
+    raised = {s: min(max(low[s], known[s]), s.d_ff // step * step) for s in low}
+    return raised if sum(raised.values()) <= target else low
 
 
 def _choices(bounds: tuple[int, int], grid: int) -> Tensor:

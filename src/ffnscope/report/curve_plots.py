@@ -42,9 +42,9 @@ def draw_curves(rows: Rows, title: str = "") -> Figure:
     axes = figure.add_subplot(1, 2 if chosen else 1, 1)
     deepest = max(int(one[0]["layer"]) for one in sites) or 1
     colours = [colormaps["viridis"](0.2 + 0.7 * int(one[0]["layer"]) / deepest) for one in sites]
+    bottom = _axes(axes, [float(row["rise"]) for row in rows])
     for one, colour in zip(sites, colours, strict=True):
-        _line(axes, one, colour)
-    _axes(axes, [float(row["rise"]) for row in rows])
+        _line(axes, one, colour, bottom)
     shown: dict[str, Any] = {
         "first layer": axes.plot([], [], color=colormaps["viridis"](0.2))[0],
         "last layer": axes.plot([], [], color=colormaps["viridis"](0.9))[0],
@@ -65,7 +65,8 @@ def _by_site(rows: Rows) -> Iterator[list[Mapping[str, Any]]]:
         yield sorted(one, key=lambda row: int(row["width"]))
 
 
-def _line(axes: Axes, rows: Rows, colour: Any) -> None:
+def _line(axes: Axes, rows: Rows, colour: Any, bottom: float) -> None:
+    """One FFN; what is below the axis lies on its lower end."""
     import numpy as np
 
     d_ff = int(rows[0]["d_ff"])
@@ -73,22 +74,28 @@ def _line(axes: Axes, rows: Rows, colour: Any) -> None:
     rises = np.array([float(row["rise"]) for row in rows] + [0.0])
     known = np.maximum.accumulate(rises[::-1])[::-1]
     at = np.unique(np.concatenate([np.linspace(widths[0], d_ff, POINTS), widths]))
-    axes.plot(100 * at / d_ff, np.interp(at, [*widths, d_ff], known), color=colour, linewidth=0.9, alpha=0.8)
-    axes.plot([100 * w / d_ff for w in widths], known[:-1], ".", color=colour, markersize=3)
+    values = np.maximum(np.interp(at, [*widths, d_ff], known), bottom)
+    axes.plot(100 * at / d_ff, values, color=colour, linewidth=0.9, alpha=0.8)
+    axes.plot([100 * w / d_ff for w in widths], np.maximum(known[:-1], bottom), ".", color=colour, markersize=3)
     if rows[0]["chosen"] is not None:
-        axes.plot(100 * int(rows[0]["chosen"]) / d_ff, float(rows[0]["chosen_rise"]), "o", color=INK, markersize=3.5)
+        chosen = 100 * int(rows[0]["chosen"]) / d_ff, max(float(rows[0]["chosen_rise"]), bottom)
+        axes.plot(*chosen, "o", color=INK, markersize=3.5, clip_on=False, zorder=4)
 
 
-def _axes(axes: Axes, rises: Sequence[float]) -> None:
+def _axes(axes: Axes, rises: Sequence[float]) -> float:
+    """Set the axes up; returns the lower end."""
     above = sorted(rise for rise in rises if rise > 0)
+    bottom = 0.0
     if above and above[-1] > WIDE * above[0]:
+        bottom = max(above[0] / 3, above[-1] / 1e4)
         axes.set_yscale("log")
-        axes.set_ylim(bottom=above[0] / 3)
+    axes.set_ylim(bottom=bottom)
     axes.set_xlim(0, 100)
     axes.set_xlabel("channels that stay in this FFN, %", color=INK, size=9)
-    axes.set_ylabel("rise of the KL to the dense model, nats per token", color=INK, size=9)
+    axes.set_ylabel("rise of the KL, nats per token", color=INK, size=9)
     axes.grid(color=PALE, linewidth=0.5)
     tidy(axes)
+    return bottom
 
 
 def _widths(axes: Axes, sites: Sequence[Rows]) -> Any:

@@ -48,7 +48,7 @@ def test_curves_of_every_plan(checkpoint: Path, texts: Path, tmp_path: Path) -> 
     assert {r["chosen"] for r in rows if r["label"] == "magnitude-0.5"} == set(plan.widths.values())
     assert {p.name for p in (found.folder / "plots").glob("curves_*")} == {f"curves_{one}.png" for one in found.plans}
     page = (found.folder / "report.html").read_text()
-    assert "Where the widths come from" in page and "rise of the KL to the dense model" in page
+    assert "Where the widths come from" in page and "rise of the KL, nats per token" in page
 
 
 def test_refitted_curves_read_the_one_pass(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
