@@ -113,3 +113,29 @@ def _widths(axes: Axes, sites: Sequence[Rows]) -> Any:
     axes.tick_params(colors=GREY)
     tidy(axes)
     return line
+
+
+def draw_errors(rows: Rows, title: str = "") -> Figure:
+    """Draw where the damage of a reconstructed model is: the error of every FFN's output, by layer, on a log scale.
+
+    Args:
+        rows: of `error_profile`, with the ``layer`` of every FFN; errors are shares of the output's power.
+        title: second line of the heading.
+    """
+    need(rows, "errors of FFNs")
+    figure = new_figure(6.4, 3.6, "Squared error of every FFN's output, as a share of its power", title)
+    axes = figure.add_subplot()
+    layers = [int(row["layer"]) for row in rows]
+    without, after = ([max(float(row[key]), 1e-8) for row in rows] for key in ("error_without", "error"))
+    axes.vlines(layers, after, without, color=PALE, linewidth=1)
+    shown = {
+        "without refit": axes.plot(layers, without, "o", color=GREY, markersize=4)[0],
+        "with refit": axes.plot(layers, after, "o", color=COLOURS[0], markersize=4)[0],
+    }
+    axes.set_yscale("log")
+    axes.set_xlabel("layer", color=INK, size=9)
+    axes.set_ylabel("share of the power", color=INK, size=9)
+    axes.grid(color=PALE, linewidth=0.5, axis="y")
+    tidy(axes)
+    legend(figure, shown)
+    return figure

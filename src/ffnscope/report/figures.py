@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffnscope.analyze.concentration import LOSS_PROXY
 from ffnscope.report import analysis_plots, plots
-from ffnscope.report.curve_plots import draw_curves
+from ffnscope.report.curve_plots import draw_curves, draw_errors
 from ffnscope.report.inline_svg import inline_svg
 from ffnscope.report.summary import rank_correlation
 from ffnscope.report.tables import FLOOR
@@ -84,6 +84,10 @@ def _widths(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
     for label in dict.fromkeys(r["label"] for r in rows):
         caption = f"What cutting one FFN costs, around the solution, and the widths that were chosen by it: {label}."
         yield "widths", caption, draw_curves([r for r in rows if r["label"] == label])
+    errors = run.tables.get("error_profile", ())
+    for label in dict.fromkeys(r["label"] for r in errors):
+        caption = f"Where the damage is: the error of every FFN's output without and with the refit: {label}."
+        yield "errors", caption, draw_errors([r for r in errors if r["label"] == label])
 
 
 def _scores(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:

@@ -29,6 +29,7 @@ TABLES = (
     "ranking_quality",
     "protection",
     "curves",
+    "error_profile",
 )
 
 

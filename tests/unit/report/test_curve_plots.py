@@ -11,7 +11,7 @@ from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.io import write_json
 from ffnscope.plan.build import build_plan
 from ffnscope.plan.curves import Curves, read_curves, write_curves
-from ffnscope.report.curve_plots import draw_curves, plot_curves
+from ffnscope.report.curve_plots import draw_curves, draw_errors, plot_curves
 from ffnscope.types import FFNSite, Scores
 
 SITES = [FFNSite(i, f"layers.{i}.mlp", None, "up", "down", 4, 20, expert=None) for i in range(3)]
@@ -62,3 +62,13 @@ def test_one_panel_without_a_choice(tmp_path: Path) -> None:
     assert plot_curves(CURVES.rows(), tmp_path / "c.png").stat().st_size > 1000
     with pytest.raises(UsageError, match="nothing to plot: got no measured points"):
         draw_curves([])
+
+
+def test_error_profile() -> None:
+    rows = [{"layer": i, "error_without": 0.5 / (i + 1), "error": 0.0 if i == 2 else 0.1} for i in range(3)]
+    (axes,) = draw_errors(rows).axes
+    before, after = axes.lines
+    assert before.get_ydata() == pytest.approx([0.5, 0.25, 0.5 / 3]) and after.get_ydata() == pytest.approx(
+        [0.1, 0.1, 1e-8]
+    )
+    assert axes.get_yscale() == "log"
