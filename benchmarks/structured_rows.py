@@ -46,7 +46,7 @@ class Calibration:
 
     @cached_property
     def scores(self) -> dict[str, ffnscope.Scores]:
-        """All scores: published ones from all windows, forward and backward; those of the default from their own pass."""
+        """All scores: published ones from all windows, forward and backward; those of the default from a pass of 32."""
         path = self.folder / "scores.safetensors"
         if not path.exists():
             self._calibrate(path)

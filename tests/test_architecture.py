@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 RANK = {
     "errors": -3,
-    "display": -2,
+    **dict.fromkeys(("display", "budget"), -2),
     "types": -1,
     "rules": 0,
     **dict.fromkeys(("registry", "io", "graph"), 1),
@@ -39,7 +39,10 @@ FENCES = {
     "datasets": ("calibrate/text.py",),
     "matplotlib": tuple(
         f"report/{name}.py"
-        for name in ("plots", "drawing", "layered_graph", "validation_plots", "analysis_plots", "inline_svg", "figures")
+        for name in (
+            *("plots", "drawing", "layered_graph", "validation_plots", "analysis_plots", "curve_plots"),
+            *("inline_svg", "figures"),
+        )
     ),
     "lm_eval": ("evaluate/tasks.py", "evaluate/task_model.py"),
 }

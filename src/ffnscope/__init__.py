@@ -15,6 +15,7 @@ from ffnscope.analyze.cross_layer import CrossLayer, cross_layer
 from ffnscope.analyze.curves import CurveOptions, measure_curves
 from ffnscope.analyze.halo import HaloAnalysis, HaloOptions, halo_analysis
 from ffnscope.analyze.levels import CoreRule, calibrate_all
+from ffnscope.analyze.measured import CurveRounds, plan_and_reconstruct, plan_by_curves
 from ffnscope.analyze.neighbours import null_channels
 from ffnscope.analyze.paired import PairedLoss, paired_losses
 from ffnscope.analyze.pipeline import BasePipeline, ChainedFFNPipeline, IsolatedFFNPipeline, PipelineResult
@@ -29,7 +30,7 @@ from ffnscope.apply.distill import Distillation
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.mask import masked
-from ffnscope.apply.method import METHODS, Method, plan_and_reconstruct, reconstruct_plan
+from ffnscope.apply.method import METHODS, Method, reconstruct_plan
 from ffnscope.apply.one_shot import compensate_bias, reconstruct
 from ffnscope.apply.reconstruction import (
     Reconstruction,
@@ -80,7 +81,7 @@ from ffnscope.metrics.scorers import (
     WeightedPageRankScorer,
 )
 from ffnscope.plan.build import build_plan, diff_plans, top_core
-from ffnscope.plan.curves import Curves
+from ffnscope.plan.curves import Curves, read_curves, write_curves
 from ffnscope.plan.pruners import BasePruner, GlobalPruner, LocalPruner
 from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
 from ffnscope.report.page import write_report
@@ -124,6 +125,7 @@ __all__ = [
     "CoreStability",
     "CrossLayer",
     "CurveOptions",
+    "CurveRounds",
     "Curves",
     "Distillation",
     "EvalResult",
@@ -210,9 +212,11 @@ __all__ = [
     "paired_losses",
     "perplexity",
     "plan_and_reconstruct",
+    "plan_by_curves",
     "prune_",
     "ranking",
     "read_capture",
+    "read_curves",
     "read_plan",
     "read_reconstruction",
     "read_scores",
@@ -242,6 +246,7 @@ __all__ = [
     "wanda_weights",
     "weights_hash",
     "weights_of",
+    "write_curves",
     "write_plan",
     "write_reconstruction",
     "write_scores",

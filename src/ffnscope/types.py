@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ffnscope.budget import Budget
 from ffnscope.display import frame, html_table
 from ffnscope.errors import NonFiniteError, UsageError
 
@@ -279,29 +280,6 @@ class Scores:
             "best channel": [int(v.argmax()) for v in self.values.values()],
         }
         return f"<p><b>{html.escape(self.metric)}</b>: high = keep</p>{html_table(rows)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How much to remove.
-
-    Attributes:
-        sparsity: fraction of channels to remove, in [0, 1).
-        multiple_of: kept widths are multiples of this (kernels like 64 or 128).
-        min_width: no site keeps fewer channels than this.
-    """
-
-    sparsity: float
-    multiple_of: int = 1
-    min_width: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.sparsity < 1.0:
-            raise UsageError(f"sparsity must be in [0, 1), the fraction of channels to remove; got {self.sparsity:g}.")
-        if self.multiple_of < 1 or self.min_width < 1:
-            raise UsageError(
-                f"multiple_of and min_width must be at least 1; got {self.multiple_of} and {self.min_width}."
-            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +19,21 @@ from ffnscope.analyze.ablation import is_skipped_exactly
 from ffnscope.analyze.suffix import Prefix, prefix_of
 from ffnscope.apply.one_shot import reconstruct
 from ffnscope.apply.reconstruction import Reconstruction, reconstructed
+from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.fidelity import fidelity
-from ffnscope.evaluate.forward import batch_logits, evaluating, memory_errors
+from ffnscope.evaluate.forward import batch_logits, check_finite, evaluating, memory_errors
 from ffnscope.evaluate.perplexity import check_targets
+from ffnscope.evaluate.progress import Progress, open_progress, plan_key
+from ffnscope.io import hash_json, hash_tensors
 from ffnscope.plan.curves import Curves
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
 OnCut = Callable[[int, int], None]
 SPAN = 0.2
 """Around a solution: widths that are this share of d_ff wider and narrower."""
+SAVED_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +43,12 @@ class CurveOptions:
     Attributes:
         shares: kept shares of the channels, in (0, 1); not used around a solution.
         batch_size: windows per forward. The blocks before an FFN run once per batch for all of its widths.
+        checkpoint: file of what is measured so far, from which an interrupted call goes on; the caller deletes it.
     """
 
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)
     batch_size: int = 8
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.shares or not all(0 < share < 1 for share in self.shares):
@@ -72,13 +83,14 @@ def measure_curves(
         stats: with ``h_outer``: the columns that stay are refitted; None leaves them.
         windows: text; other than what the final result is judged on.
         around: measure around this solution, which must have all FFNs of the scores.
-        options: widths and batches.
+        options: widths, batches and checkpoint.
         on_cut: called with (cuts measured, cuts in all).
 
     Raises:
         UsageError: no target, or an FFN that is not in ``around``.
         NonFiniteError: a KL is NaN or infinite.
         DeviceError: out of memory.
+        ArtifactError: the checkpoint is damaged, or cannot be written.
     """
     options = options or CurveOptions()
     missing = [s.name for s in scores.values if around is not None and s not in around.plan.kept]
@@ -86,28 +98,74 @@ def measure_curves(
         raise UsageError(f"the solution to measure around has no {missing[0]}; use one for the same FFNs.")
     check_targets(windows)
     widths = {site: _widths(site, options.shares, around) for site in scores.values}
-    cuts = {site: [_cut(model, scores, stats, site, w) for w in chosen] for site, chosen in widths.items()}
-    total = {site: torch.zeros(len(chosen), dtype=torch.float64) for site, chosen in widths.items()}
-    n_cuts, done = sum(map(len, widths.values())) * -(-len(windows) // options.batch_size), 0
+    cuts = _Cuts(model, scores, stats, widths)
+    keys = _keys(scores, stats, widths, around)
+    progress = open_progress(options.checkpoint, model, windows)
     with evaluating(model):
-        prefixes = {site: _prefix(model, site, windows) for site in scores.values}
-        for batch in windows.batches(options.batch_size):
-            run = _Run(model, batch, around, prefixes)
-            for site in scores.values:
-                with memory_errors(len(batch), batch.length):
-                    total[site] += run.measure(site, cuts[site])
-                done += len(cuts[site])
-                if on_cut is not None:
-                    on_cut(done, n_cuts)
-    facts = {"metric": scores.metric, "text": windows.hash, "tokens": windows.n_targets, "refitted": stats is not None}
-    points = {site: (torch.tensor(widths[site]), total[site] / windows.n_targets) for site in widths}
+        batches = _Batches(model, windows, options.batch_size, around, list(scores.values))
+        steps = _steps(batches, cuts, keys, progress)
+        n_cuts = sum(map(len, widths.values())) * -(-len(windows) // options.batch_size)
+        for done in accumulate(steps):
+            if on_cut is not None:
+                on_cut(done, n_cuts)
+    points: dict[FFNSite, tuple[Tensor, Tensor]] = {}
+    for site, names in keys.items():
+        sums = torch.stack([progress.total(name, "rise").sum() for name in names])
+        points[site] = torch.tensor(widths[site]), sums / windows.n_targets
+    facts = {**_facts(scores, stats, windows, around), "model": weights_hash(model)}
     return Curves(points, "KL to the dense model, nats per token", facts)
 
 
-def _prefix(model: nn.Module, site: FFNSite, windows: Windows) -> Prefix:
-    """The blocks before an FFN, where they can be skipped."""
-    prefix = prefix_of(model, [site])
-    return prefix if is_skipped_exactly(model, prefix, [site], windows) else Prefix([])
+def _steps(batches: _Batches, cuts: _Cuts, keys: Mapping[FFNSite, Sequence[str]], progress: Progress) -> Iterator[int]:
+    """Measure what is missing in the progress, FFN by FFN of every batch; yield how many cuts are done by each."""
+    saved = time.monotonic()
+    for start in range(0, len(batches.windows), batches.size):
+        part, run = slice(start, min(start + batches.size, len(batches.windows))), None
+        for site, names in keys.items():
+            if not all(progress.has(name, part) for name in names):
+                with memory_errors(part.stop - part.start, batches.windows.length):
+                    run = run or batches.run(start)
+                    for name, rise in zip(names, run.measure(site, cuts.of(site)), strict=True):
+                        progress.put(name, part, {"rise": rise})
+                if time.monotonic() - saved > SAVED_SECONDS:
+                    progress.save()
+                    saved = time.monotonic()
+            yield len(names)
+        progress.save()
+
+
+def _facts(
+    scores: Scores, stats: Mapping[FFNSite, ChannelStats] | None, windows: Windows, around: Reconstruction | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"metric": scores.metric, "source": windows.source, "text": windows.hash}
+    found |= {"tokens": windows.n_targets, "refitted": stats is not None}
+    return found if around is None else {**found, "around": around.plan.sparsity}
+
+
+def _keys(
+    scores: Scores,
+    stats: Mapping[FFNSite, ChannelStats] | None,
+    widths: Mapping[FFNSite, Sequence[int]],
+    around: Reconstruction | None,
+) -> dict[FFNSite, list[str]]:
+    """Name of every cut in a checkpoint; what is measured for other scores, tokens or solutions has other names."""
+    order = hash_tensors((site.name, value) for site, value in scores.values.items())
+    tokens = None if stats is None else [dict(stats[site].counts) for site in scores.values if site in stats]
+    known = hash_json([order, tokens, None if around is None else plan_key(around)])
+    return {site: [f"{known}/{site.name}/{width}" for width in chosen] for site, chosen in widths.items()}
+
+
+def _prefixes(model: nn.Module, sites: Sequence[FFNSite], windows: Windows) -> dict[FFNSite, Prefix]:
+    """The blocks before each FFN, where they can be skipped; FFNs of one block, such as experts, share one."""
+    tried: dict[tuple[int, ...], Prefix] = {}
+    found: dict[FFNSite, Prefix] = {}
+    for site in sites:
+        prefix = prefix_of(model, [site])
+        blocks = tuple(map(id, prefix.blocks))
+        if blocks not in tried:
+            tried[blocks] = prefix if is_skipped_exactly(model, prefix, [site], windows) else Prefix([])
+        found[site] = tried[blocks]
+    return found
 
 
 def _widths(site: FFNSite, shares: Sequence[float], around: Reconstruction | None) -> list[int]:
@@ -120,48 +178,101 @@ def _widths(site: FFNSite, shares: Sequence[float], around: Reconstruction | Non
     return sorted({min(max(1, round(w)), site.d_ff - 1) for w in wished})
 
 
-def _cut(
-    model: nn.Module, scores: Scores, stats: Mapping[FFNSite, ChannelStats] | None, site: FFNSite, width: int
-) -> Reconstruction:
-    """The model with one FFN cut to a width."""
-    order = torch.sort(scores.values[site], descending=True, stable=True).indices
-    budget = Budget(1 - width / site.d_ff)
-    plan = PruningPlan({site: order[:width].sort().values}, scores.metric, "single", budget)
-    return Reconstruction(plan, {}) if stats is None else reconstruct(model, plan, stats)
+class _Cuts:
+    """The model with one FFN cut to each of its widths; columns are made when they are first needed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: Scores,
+        stats: Mapping[FFNSite, ChannelStats] | None,
+        widths: Mapping[FFNSite, Sequence[int]],
+    ):
+        self.model = model
+        self.scores = scores
+        self.stats = stats
+        self.widths = widths
+        self.made: dict[FFNSite, list[Reconstruction]] = {}
+
+    def of(self, site: FFNSite) -> list[Reconstruction]:
+        """Cuts of a site."""
+        if site not in self.made:
+            self.made[site] = [self._cut(site, width) for width in self.widths[site]]
+        return self.made[site]
+
+    def _cut(self, site: FFNSite, width: int) -> Reconstruction:
+        order = torch.sort(self.scores.values[site], descending=True, stable=True).indices
+        kept = {site: order[:width].sort().values}
+        plan = PruningPlan(kept, self.scores.metric, "single", Budget(1 - width / site.d_ff))
+        return first_solution(self.model, plan, self.stats)
+
+
+def first_solution(model: nn.Module, plan: PruningPlan, stats: Mapping[FFNSite, ChannelStats] | None) -> Reconstruction:
+    """What to measure around, made of a plan: refitted in one shot with statistics, and as it is without.
+
+    Too little text is not warned of here, where many of them are made.
+    """
+    if stats is None:
+        return Reconstruction(plan, {})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "[^.]* were calibrated on fewer than")
+        return reconstruct(model, plan, stats)
+
+
+@dataclass(eq=False)
+class _Batches:
+    """The text in batches, and the model with the solution that is measured around."""
+
+    model: nn.Module
+    windows: Windows
+    size: int
+    around: Reconstruction | None
+    sites: Sequence[FFNSite]
+
+    @cached_property
+    def prefixes(self) -> dict[FFNSite, Prefix]:
+        """Tried when the first batch is needed."""
+        return _prefixes(self.model, self.sites, self.windows)
+
+    def run(self, start: int) -> _Run:
+        """Run the batch that begins with this window, dense and around."""
+        batch = next(self.windows[slice(start, start + self.size)].batches(self.size))  # padding is trimmed
+        return _Run(self, batch, start)
 
 
 class _Run:
     """One batch: what the dense model predicts, and what each FFN's block is given."""
 
-    def __init__(
-        self, model: nn.Module, batch: Windows, around: Reconstruction | None, prefixes: Mapping[FFNSite, Prefix]
-    ):
-        self.model = model
+    def __init__(self, of: _Batches, batch: Windows, start: int):
+        self.model = of.model
         self.batch = batch
-        self.around = around
-        self.dense = batch_logits(model, batch)
-        self.prefixes = prefixes
+        self.start = start
+        self.around = of.around
+        self.prefixes = of.prefixes
+        self.dense = batch_logits(self.model, batch)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_applied(model, around))
-            for prefix in self.prefixes.values():
+            stack.enter_context(_applied(self.model, self.around))
+            for prefix in {id(prefix): prefix for prefix in self.prefixes.values()}.values():
                 stack.enter_context(prefix.recording())
-            batch_logits(model, batch)
+            batch_logits(self.model, batch)
 
-    def measure(self, site: FFNSite, cuts: Sequence[Reconstruction]) -> Tensor:
-        """Rise of the summed KL for each cut of an FFN, [n] float64."""
+    def measure(self, site: FFNSite, cuts: Sequence[Reconstruction]) -> list[Tensor]:
+        """Rise of the KL summed over each window, [b] float64 for each cut of an FFN."""
         prefix = self.prefixes[site]
         with _applied(self.model, None if self.around is None else _without(self.around, site)):
             whole = 0.0 if self.around is None else self._divergence(prefix)
-            rises: list[float] = []
+            rises: list[Tensor] = []
             for cut in cuts:
                 with reconstructed(self.model, cut):
                     rises.append(self._divergence(prefix) - whole)
-        return torch.tensor(rises, dtype=torch.float64)
+        return rises
 
-    def _divergence(self, prefix: Prefix) -> float:
+    def _divergence(self, prefix: Prefix) -> Tensor:
         with prefix.skipping(1):
             logits = batch_logits(self.model, self.batch)
-        return float(fidelity(self.dense, logits, self.batch.targets)[0].sum())
+        found = fidelity(self.dense, logits, self.batch.targets)[0]
+        check_finite(found, self.model, self.batch, self.start)
+        return found
 
 
 @contextlib.contextmanager

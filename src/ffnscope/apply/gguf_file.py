@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,22 @@ from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import replacing
 
+FFN_BIASES = tuple(f".mlp.{name}_proj.bias" for name in ("gate", "up", "down"))
 ALTERNATIVE = "Save in the format 'transformers' and convert that with a converter of llama.cpp."
 
 
 def save_gguf(model: nn.Module, tokenizer: Any, path: Path, *, overwrite: bool = False) -> None:
     """Save a Llama-like model and its byte-level BPE tokenizer as one GGUF file, in the dtype of the model.
 
-    Norms are float32, as this format has them. The file is not quantised; for kernels that quantise in blocks, prune to
+    Norms and biases are float32, as this format has them. Biases of FFNs are written (`compensate_bias`): llama.cpp and
+    `load_model` read them, plain `transformers` drops them unless it is given a config with ``mlp_bias``, which a
+    `UserWarning` says. The file is not quantised; for kernels that quantise in blocks, prune to
     widths that are multiples of 256.
 
     Raises:
         ArtifactError: ``path`` exists and ``overwrite`` is not set, or it cannot be written.
-        NotAvailableError: unequal widths, another family, biases, scaled rotary embeddings, or another tokenizer.
+        NotAvailableError: unequal widths, another family, biases of attention, scaled rotary embeddings, or another
+            tokenizer.
     """
     import gguf
 
@@ -35,6 +40,12 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, *, overwrite: bool =
     widths = {site.d_ff for site in find_sites(model)}
     check_one_width(widths)
     refuse_existing(path, overwrite)
+    if any(name.endswith(FFN_BIASES) for name, _ in model.named_parameters()):
+        warnings.warn(
+            f"{path.name} holds biases of FFNs. llama.cpp and ffnscope read them; plain transformers drops them "
+            "without a word, unless it is given a config with mlp_bias.",
+            stacklevel=2,
+        )
     config: Any = model.config
     kinds, types = gguf.GGMLQuantizationType, gguf.LlamaFileType
     full = kinds.F32, types.ALL_F32
@@ -49,7 +60,7 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, *, overwrite: bool =
         for name, value in _tensors(model):
             stored = kind if value.dim() > 1 else kinds.F32
             array = gguf.quants.quantize(value.float().numpy(), stored)
-            writer.add_tensor(names.get_name(name, (".weight",)) or name, array, raw_dtype=stored)
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")) or name, array, raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -65,7 +76,8 @@ def check_gguf(model: nn.Module, tokenizer: Any) -> Vocabulary:
         raise NotAvailableError(
             f"the format 'gguf' is not available for rotary embeddings of type {rope['rope_type']!r}. {ALTERNATIVE}"
         )
-    bias = next((name for name, _ in model.named_parameters() if name.endswith("bias")), None)
+    biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    bias = next((name for name in biases if not name.endswith(FFN_BIASES)), None)
     if bias is not None or config.hidden_act != "silu":
         found = bias or f"activation {config.hidden_act}"
         raise NotAvailableError(f"the format 'gguf' has no place for {found} in a Llama. {ALTERNATIVE}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from ffnscope.apply.block_distill import check_distillable
 from ffnscope.apply.distill import Distillation
-from ffnscope.apply.one_shot import reconstruct
+from ffnscope.apply.one_shot import compensate_bias, reconstruct
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import check_linear
 from ffnscope.apply.sequential import TARGET, SequentialOptions, reconstruct_sequential
@@ -18,10 +18,11 @@ from ffnscope.calibrate.collect import PassOptions, collect, required_statistics
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.plan.build import build_plan
+from ffnscope.registry import ALLOCATORS
 from ffnscope.scoring import score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan
 
-Refit = Literal["none", "one_shot", "sequential"]
+Refit = Literal["none", "one_shot", "sequential", "bias"]
 REFITS: tuple[Refit, ...] = get_args(Refit)
 GRADIENT_WINDOWS = 32
 """Windows that also run backward beside a reconstruction: G needs far fewer tokens than the least squares."""
@@ -35,7 +36,8 @@ class Method:
         metric: ranks the channels.
         allocator: chooses the widths.
         reconstruct: "none"; "one_shot" (`reconstruct`: least squares on the dense model's activations); "sequential"
-            (`reconstruct_sequential`: block by block on those of the pruned model).
+            (`reconstruct_sequential`: block by block on those of the pruned model); "bias" (`compensate_bias`: the
+            means of removed channels as a bias, columns as they are).
         target: of the sequential one, see `SequentialOptions`; None for 0.35.
         damping: see `refit_down`; None for 0.01 (one shot), or the choice of held-out windows (sequential).
         distill: epochs of a distillation within the sequential one, which trains weights (see `Distillation`, of which
@@ -63,14 +65,31 @@ class Method:
             raise UsageError(
                 f"distill would do nothing with reconstruct {self.reconstruct!r}; only 'sequential' trains FFN by FFN."
             )
-        if self.damping is not None and self.reconstruct == "none":
-            raise UsageError("damping would do nothing with reconstruct 'none'. Leave it out, or reconstruct.")
+        if self.damping is not None and not self.refits:
+            raise UsageError(
+                f"damping would do nothing with reconstruct {self.reconstruct!r}. Leave it out, or refit the columns."
+            )
         _ = self.sequential(SequentialOptions())  # refuses impossible values
+
+    @property
+    def refits(self) -> bool:
+        """Whether columns that stay are fitted anew, by least squares."""
+        return self.reconstruct in ("one_shot", "sequential")
+
+    @property
+    def measures(self) -> bool:
+        """Whether the allocator reads measured loss curves."""
+        return ALLOCATORS.get(self.allocator).needs_curves
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """Statistics that the reconstruction reads, beside those of the metric."""
-        return ("h_outer",) if self.reconstruct == "one_shot" else ()
+        return {"one_shot": ("h_outer",), "bias": ("act_sum",)}.get(self.reconstruct, ())
+
+    @property
+    def curve_statistics(self) -> tuple[str, ...]:
+        """Statistics that measured curves read: where columns are refitted in the end, they are in the curves too."""
+        return ("h_outer",) if self.measures and self.refits else ()
 
     @property
     def steps(self) -> str:
@@ -129,7 +148,7 @@ def reconstruct_plan(
         plan: what stays.
         method: its metric and allocator are not read.
         windows: text of a sequential reconstruction.
-        stats: with ``h_outer``, for one shot.
+        stats: with ``h_outer`` for one shot, ``act_sum`` for a bias.
         options: batches and checkpoint of a sequential one; target, damping and distillation are the method's.
         on_block: called with (blocks done, blocks in all) of a sequential one; see there for a distillation.
 
@@ -137,9 +156,12 @@ def reconstruct_plan(
         UsageError: the windows or the statistics that it needs are not given.
         NotAvailableError, NonFiniteError, DeviceError, ArtifactError: see `reconstruct`, `reconstruct_sequential`.
     """
-    if method.reconstruct == "one_shot":
+    if method.statistics:
         if stats is None:
-            raise UsageError("a one-shot reconstruction needs statistics with h_outer: pass stats=.")
+            kind, needed = method.reconstruct.replace("_", "-"), method.statistics[0]
+            raise UsageError(f"a {kind} reconstruction needs statistics with {needed}: pass stats=.")
+        if method.reconstruct == "bias":
+            return compensate_bias(model, plan, stats)
         return reconstruct(model, plan, stats, damping=method.damping)
     if method.reconstruct == "sequential":
         if windows is None:

@@ -37,6 +37,13 @@ def without_bias(model: nn.Module, sites: Sequence[FFNSite]) -> list[FFNSite]:
     return found
 
 
+def check_bias(model: nn.Module, sites: Sequence[FFNSite]) -> None:
+    """Raise NotAvailableError unless a checkpoint of this model can hold a bias of each of these FFNs."""
+    new = without_bias(model, sites)
+    if new:
+        bias_switch(model, new)
+
+
 def bias_switch(model: nn.Module, sites: Sequence[FFNSite]) -> Change:
     """The change of the config that gives the down projections of ``sites`` a bias, and no module but FFNs.
 
@@ -60,8 +67,8 @@ def bias_switch(model: nn.Module, sites: Sequence[FFNSite]) -> Change:
                 return {path: True}
     raise NotAvailableError(
         f"{type(model).__name__} (model_type {config.model_type!r}) has FFNs without a bias, and no field of its "
-        "config gives them one, so no checkpoint could hold it. Evaluate it in memory with reconstructed(), or use a "
-        "least-squares refit (`reconstruct`), which needs no bias."
+        "config gives them one, so no checkpoint could hold it. Evaluate it in memory (a run without checkpoints, or "
+        "reconstructed() in Python), or use a least-squares refit (`reconstruct`), which needs no bias."
     )
 
 

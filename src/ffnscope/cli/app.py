@@ -18,6 +18,7 @@ from rich.text import Text
 from ffnscope import __version__
 from ffnscope.cli.bench import bench_command
 from ffnscope.cli.channels import OUT, eval_command
+from ffnscope.cli.curves import curves_command
 from ffnscope.cli.files import Overwrite
 from ffnscope.cli.inspect import inspect_command
 from ffnscope.cli.prune import prune_command
@@ -36,6 +37,7 @@ app.add_typer(plan_app, name="plan")
 app.command("score")(score_command)
 app.command("rank")(rank_command)
 app.command("prune")(prune_command)
+app.command("curves")(curves_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
@@ -67,7 +69,8 @@ def _call() -> int | str | None:
         return 2 if isinstance(error, UsageError) else 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _say("interrupted. Called again, `run`, `score`, `prune` and `rank --validate` go on where they stopped.")
+            going_on = "`run`, `score`, `prune`, `curves` and `rank --validate`"
+            _say(f"interrupted. Called again, {going_on} go on where they stopped.")
         return end.code
     return 0
 

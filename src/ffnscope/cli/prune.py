@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
+from ffnscope.cli.curve_options import CurveChoice, KnownCurves, keep_beside
 from ffnscope.cli.files import Out, Overwrite, check_output, read_metric, working_folder
 from ffnscope.cli.groups import grouped, option_names
 from ffnscope.cli.prune_estimate import print_prune_estimate
@@ -22,18 +25,21 @@ from ffnscope.cli.prune_job import PruneJob
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_plan
-from ffnscope.plan.build import build_plan, check_allocator_name, top_core
+from ffnscope.plan.allocate import check_budget
+from ffnscope.plan.build import build_plan, top_core
+from ffnscope.plan.curves import Curves
 from ffnscope.report.error_table import print_profile
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
 from ffnscope.run.texts import held_out_split
-from ffnscope.types import Budget, PruningPlan, Scores
+from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
 
 WINDOWS, LENGTH = 128, 256
 """Of the calibration of a reconstruction: as many tokens as without, in more places of the text."""
 _TEXT = option_names(opt.TextChoice)
 _OF_SCORES = (*(name for name in option_names(opt.MetricOptions) if name != "module"), "split")
-_OF_PLAN = ("method", "metric", "module", "scores", "allocator", "multiple_of", "protect_fraction", *_OF_SCORES)
+_OF_WIDTHS = ("multiple_of", "min_keep", "protect_fraction", *option_names(CurveChoice))
+_OF_PLAN = ("method", "metric", "module", "scores", "allocator", *_OF_WIDTHS, *_OF_SCORES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +74,15 @@ class MethodChoice:
         str | None,
         typer.Option(
             help="local (same sparsity everywhere; a checkpoint that plain transformers loads), or with different "
-            "widths global, halfway, standardised, outliers; default: that of --method."
+            "widths global, halfway, standardised, outliers, measured (by loss curves); default: that of --method."
         ),
     ] = None
     reconstruct: Annotated[
         str | None,
-        typer.Option(help="Refit what stays: none, one-shot or sequential (block by block); default: as --method."),
+        typer.Option(
+            help="What makes up for the rest: none, one-shot or sequential (least squares, block by block), or bias "
+            "(means of removed channels); default: as --method."
+        ),
     ] = None
     target: Annotated[
         float | None, typer.Option(help="Of --reconstruct sequential: 0 = the FFN's own output, 1 = the dense model's.")
@@ -97,7 +106,7 @@ class MethodChoice:
         refit = found.reconstruct.replace("_", "-")
         if found.reconstruct != "sequential":
             opt.refuse_useless(context, f"--reconstruct {refit}", ("target", "distill"))
-        if found.reconstruct == "none":
+        if not found.refits:
             opt.refuse_useless(context, f"--reconstruct {refit}", ("damping",))
         return replace(found, target=self.target, damping=self.damping, distill=self.distill)
 
@@ -114,6 +123,9 @@ class PlanChoice:
     plan: Annotated[Path | None, typer.Option(help="Apply this plan instead of making one.")] = None
     scores: Annotated[Path | None, typer.Option(help="Use these scores instead of calibrating.")] = None
     multiple_of: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1
+    min_keep: Annotated[
+        float, typer.Option(help="Every FFN keeps at least this share of its channels (above 1: this many).")
+    ] = 0.0
     protect_fraction: Annotated[
         float | None, typer.Option(help="Keep this share of each FFN, its best by --metric, whatever the allocator.")
     ] = None
@@ -125,23 +137,27 @@ class PlanChoice:
     @property
     def budget(self) -> Budget:
         """How much to remove."""
-        return Budget(self.sparsity or 0.0, self.multiple_of)
+        return Budget(self.sparsity or 0.0, self.multiple_of, min_keep=self.min_keep)
 
     def check(self, method: Method, saving: Saving) -> None:
         """Raise for what cannot be planned, or not be saved."""
         if self.plan is None:
             _check_protection(self.protect_fraction, self.sparsity or 0.0)
-            check_allocator_name(method.allocator)
             saving.check_allocator(method.allocator)
             method.check_budget(self.budget)
 
-    def make(self, one: Scores, allocator: str, reporter: Reporter) -> PruningPlan:
+    def check_budget(self, sites: Sequence[FFNSite]) -> None:
+        """Raise UsageError when these FFNs cannot be planned for; a plan that is given needs no budget."""
+        if self.plan is None:
+            check_budget(sites, self.budget)
+
+    def make(self, one: Scores, allocator: str, reporter: Reporter, curves: Curves | None = None) -> PruningPlan:
         """Build the plan; say so when the protection changes nothing."""
-        bare = build_plan(one, self.budget, allocator)
+        bare = build_plan(one, self.budget, allocator, curves=curves)
         protect = self.protect_fraction
         if protect is None:
             return bare
-        made = build_plan(one, self.budget, allocator, protected=top_core(one, protect))
+        made = build_plan(one, self.budget, allocator, protected=top_core(one, protect), curves=curves)
         if all(torch.equal(kept, bare.kept[site]) for site, kept in made.kept.items()):
             reporter.say(
                 f"note: --protect-fraction {protect:g} changes nothing here; the plan keeps these channels anyway."
@@ -151,14 +167,15 @@ class PlanChoice:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What files of earlier commands decide already: a plan, or scores with the hash of their weights; or nothing."""
+    """What files of earlier commands decide already: a plan, or scores with the hash of their weights; or curves."""
 
     plan: PruningPlan | None = None
     scores: tuple[Scores, str] | None = None
+    curves: KnownCurves | None = None
 
     def of_this_model(self, path: Path | None, loaded: LoadedModel) -> Scores | None:
         """The scores, if any; raises UsageError when they are of other weights."""
-        return None if self.scores is None else _of_this_model(*self.scores, path, loaded)
+        return None if self.scores is None else of_this_model(*self.scores, path, loaded)
 
 
 @grouped
@@ -169,6 +186,7 @@ def prune_command(
     out: Out,
     wanted: PlanChoice,
     choice: MethodChoice,
+    measured: CurveChoice,
     form: SaveOptions,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after on held-out text.")] = True,
     text: opt.TextChoice,
@@ -188,29 +206,36 @@ def prune_command(
     check_output(out, overwrite)
     saving = form.saving(context, out, overwrite)
     wanted.check(method, saving)
+    measured.check(context, method, wanted.plan)
     held_out = replace(text, split=None) if evaluate else None
     if held_out:
         _check_held_out(text.text, text.split)
         held_out.check_held_out()
     inputs = None if wanted.plan or wanted.scores else needs.inputs(context, [method.metric], text.seed)
-    if inputs or refits:
+    if inputs or refits or method.measures:
         text.check_calibration()
     plan = read_plan(wanted.plan) if wanted.plan else None
-    known = Known(plan, read_metric(wanted.scores, method.metric) if wanted.scores else None)
+    known = Known(plan, read_metric(wanted.scores, method.metric) if wanted.scores else None, measured.read())
     reporter = Reporter()
     loaded = loading.open(reporter, model)
     saving.check_model(loaded)
     scores = known.of_this_model(wanted.scores, loaded)
-    job = PruneJob(loaded, method, _calibration(context, text, method), inputs, reporter)
+    job = PruneJob(loaded, method, calibration_of(context, text, method), inputs, reporter)
     job.check_sites(None if plan is None else list(plan.kept))
+    wanted.check_budget(job.asked.sites if scores is None else scores.sites)
     if dry_run:
-        print_prune_estimate(job, wanted.budget, held_out.held_out(loaded) if held_out else None, OUT)
+        rounds = measured.rounds_of(method, plan)
+        print_prune_estimate(job, wanted.budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
         return
     with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
+        curves: list[Curves] = []
         if plan is None:
             one = job.score(part) if scores is None else scores
-            plan = wanted.make(replace(one, facts={**one.facts, "model_id": model}), method.allocator, reporter)
+            one = replace(one, facts={**one.facts, "model_id": model})
+            make = partial(wanted.make, one, method.allocator, reporter)
+            plan, curves = measured.plan(job, one, make, part, known.curves)
         _finish(job, plan, saving, held_out, part)
+        keep_beside(curves, plan, job, out)
 
 
 def _finish(job: PruneJob, plan: PruningPlan, saving: Saving, held_out: opt.TextChoice | None, part: Path) -> None:
@@ -223,7 +248,7 @@ def _finish(job: PruneJob, plan: PruningPlan, saving: Saving, held_out: opt.Text
     saving.prune_and_save(job.loaded, pruned, {row.label: row.results for row in rows}, job.reporter)
 
 
-def _calibration(context: typer.Context, text: opt.TextChoice, method: Method) -> opt.TextChoice:
+def calibration_of(context: typer.Context, text: opt.TextChoice, method: Method) -> opt.TextChoice:
     """The text to calibrate on: more and shorter windows for a reconstruction, unless the user gave other numbers."""
     if method.reconstruct == "none":
         return text
@@ -267,7 +292,8 @@ def _check_held_out(text: str, split: str | None) -> None:
         )
 
 
-def _of_this_model(scores: Scores, model_hash: str, path: Path | None, loaded: LoadedModel) -> Scores:
+def of_this_model(scores: Scores, model_hash: str, path: Path | None, loaded: LoadedModel) -> Scores:
+    """The scores of a file; raises UsageError when they are of other weights."""
     if model_hash != weights_hash(loaded.model):
         raise UsageError(
             f"{path} was made from other weights than those of {loaded.source.model_id} (or in another dtype). Score "

@@ -6,12 +6,14 @@ from rich.console import Console
 from rich.text import Text
 
 from ffnscope.analyze.levels import calibration_passes
+from ffnscope.analyze.measured import CurveRounds
 from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.run.estimate import (
     Line,
     calibrate_line,
+    curves_line,
     distillation_seconds,
     peak_bytes,
     print_lines,
@@ -24,7 +26,21 @@ from ffnscope.run.saving import UNEVEN
 from ffnscope.types import Budget
 
 
-def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None, console: Console) -> None:
+def print_curves_estimate(job: PruneJob, rounds: CurveRounds, console: Console) -> None:
+    """Print what `ffnscope curves` would do."""
+    model, asked = job.loaded.model, job.asked
+    speed = seconds_per_token(model, asked.sites)
+    passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
+    lines = [calibrate_line("calibrate", plan_steps(job.windows, names, job.options()), speed) for names in passes]
+    lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=job.method.refits))
+    print_lines(lines, "curves", console)
+    if passes:
+        console.print(Text(f"{job.memory().told}, until it is finished"))
+
+
+def print_prune_estimate(
+    job: PruneJob, budget: Budget, held_out: Windows | None, console: Console, rounds: CurveRounds | None = None
+) -> None:
     """Print what `ffnscope prune` would do."""
     libraries = peak_memory()["resident"]
     model, asked, method = job.loaded.model, job.asked, job.method
@@ -33,6 +49,8 @@ def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None
     each = [plan_steps(job.windows, names, job.options()) for names in passes if names]
     lines = [calibrate_line("calibrate", steps, speed) for steps in each]
     channels = sum(site.d_ff for site in asked.sites)
+    if rounds is not None:
+        lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=method.refits))
     if asked.params:
         lines.append(Line("score", f"{method.metric} x {channels:,} channels of {len(asked.sites)} FFNs"))
         what = f"{budget.sparsity:g} of the channels by {method.allocator}"
@@ -42,6 +60,8 @@ def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None
         tokens = 2 * job.windows.n_tokens
         lines.append(Line("reconstruct", f"block by block: {tokens:,} tokens forward", tokens * speed))
         lines += _distillation(job, budget, speed)
+    elif method.reconstruct == "bias":
+        lines.append(Line("reconstruct", f"a bias for each of {len(asked.sites)} FFNs"))
     elif method.reconstruct == "one_shot":
         lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs"))
     if held_out is not None:

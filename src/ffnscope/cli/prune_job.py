@@ -12,6 +12,7 @@ from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.question import Question
 from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
+from ffnscope.apply.new_bias import check_bias
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import read_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
@@ -29,8 +30,8 @@ from ffnscope.run.steps import announce, announce_training, compare_with_dense, 
 from ffnscope.scoring import naming_weights
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
 
-READS_H = "obs"
-"""A metric that reads just what a one-shot reconstruction does, which is asked for by its name."""
+READERS = {"h_outer": "obs", "act_sum": "activation_variance"}
+"""Statistic of a reconstruction -> a metric that reads it and little else, by whose name it is asked for."""
 
 
 @dataclass(eq=False)
@@ -65,7 +66,8 @@ class PruneJob:
     @property
     def params(self) -> dict[str, Any]:
         """Metrics whose statistics the pass collects."""
-        return {**self.asked.params, **({READS_H: {}} if self.method.statistics else {})}
+        names = (*self.method.statistics, *self.method.curve_statistics)
+        return {**self.asked.params, **{READERS[name]: {} for name in names if READERS[name] not in self.asked.params}}
 
     def options(self, part: Path | None = None) -> PassOptions:
         """Sizes of the pass."""
@@ -81,8 +83,14 @@ class PruneJob:
 
     def check_sites(self, sites: Sequence[FFNSite] | None = None) -> None:
         """Raise NotAvailableError when an FFN cannot be reconstructed, before any work."""
-        if self.method.reconstruct != "none":
-            self.method.check_sites(self.asked.sites if sites is None else sites)
+        sites = self.asked.sites if sites is None else sites
+        self.method.check_sites(sites)
+        if self.method.reconstruct == "bias":
+            check_bias(self.loaded.model, sites)
+
+    def statistics(self, part: Path) -> dict[FFNSite, ChannelStats]:
+        """The sums of the pass, which is finished or made now."""
+        return self._calibrate(part)[0]
 
     def score(self, part: Path) -> Scores:
         """Calibrate and score."""

@@ -49,7 +49,7 @@ def cache_dir() -> Path:
 
 def converted(gguf: Path) -> Path:
     """Return the cached safetensors form of a GGUF, made now if it is not there."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder = cache_dir() / "gguf" / f"{gguf.stem}-{hash_file(gguf)[:16]}"
     if (folder / "config.json").exists():
@@ -65,10 +65,10 @@ def converted(gguf: Path) -> Path:
     try:
         with quiet_transformers(), explained(str(gguf)):
             place: dict[str, Any] = {"gguf_file": gguf.name}
-            quantisation = GgufConfig(dequantize=True)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), **place, quantization_config=quantisation, dtype=torch.float32
-            )
+            given: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+            if has_ffn_biases(gguf):  # of which the file's own config does not tell
+                given["config"] = AutoConfig.from_pretrained(str(gguf.parent), **place, mlp_bias=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **place, **given)
             model.save_pretrained(part)
             AutoTokenizer.from_pretrained(str(gguf.parent), **place).save_pretrained(part)
         try:
@@ -79,3 +79,13 @@ def converted(gguf: Path) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def has_ffn_biases(path: Path) -> bool:
+    """Whether a GGUF file of a Llama holds biases of FFNs, which its config cannot tell."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
+    is_llama = field is not None and field.contents() == "llama"
+    return is_llama and any(tensor.name.endswith("ffn_down.bias") for tensor in reader.tensors)

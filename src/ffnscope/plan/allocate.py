@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 import torch
 
 from ffnscope.errors import UsageError
+from ffnscope.plan.floors import check_names, floor_of, least_widths
 from ffnscope.registry import allocator
 from ffnscope.types import Budget, FFNSite, Scores
 
@@ -40,26 +41,39 @@ def round_width(width: float, d_ff: int, budget: Budget) -> int:
     return min(max(math.floor(width / step + 0.5) * step, low), high)
 
 
+def check_budget(sites: Iterable[FFNSite], budget: Budget) -> None:
+    """Raise UsageError when multiples and floors leave no room for the sparsity, or floors are for no site."""
+    known = list(sites)
+    check_names(known, budget)
+    if budget.sparsity:
+        _ = least_widths(known, budget, kept_count(sum(s.d_ff for s in known), budget.sparsity))
+
+
 @allocator("local")
 def local(scores: Scores, budget: Budget) -> dict[FFNSite, int]:
-    """The same sparsity in every site."""
-    return {s: round_width(kept_count(s.d_ff, budget.sparsity), s.d_ff, budget) for s in scores.values}
+    """The same sparsity in every site; where floors forbid that, the others lose the more."""
+    even = {s: kept_count(s.d_ff, budget.sparsity) for s in scores.values}
+    target = target_of(scores, budget)
+    low = least_widths(even, budget, target)
+    if all(floor_of(s, budget) <= max(1, width) for s, width in even.items()):
+        return {s: max(low[s], round_width(width, s.d_ff, budget)) for s, width in even.items()}
+    return fit_widths(even, target, budget)
 
 
 @allocator("global")
 def global_(scores: Scores, budget: Budget) -> dict[FFNSite, int]:
     """One ranking over all sites: the highest scores stay, wherever they are.
 
-    Meaningful only for scores whose units agree across sites (loss units do, weight norms usually do not). Sites have
-    at least ``min_width`` channels. With ``multiple_of`` the total is met as nearly as multiples allow.
+    Meaningful only for scores whose units agree across sites (loss units do, weight norms usually do not). Sites keep
+    at least their floors. With ``multiple_of`` the total is met as nearly as multiples allow.
     """
     sites = list(scores.values)
-    target = kept_count(sum(s.d_ff for s in sites), budget.sparsity)
-    floors = {s: round_width(1, s.d_ff, budget) for s in sites}
+    target = target_of(scores, budget)
+    floors = least_widths(sites, budget, target)
     if 2 * (sum(floors.values()) - target) > budget.multiple_of:
         raise UsageError(
-            f"min_width {budget.min_width} and multiple_of {budget.multiple_of} need {sum(floors.values())} channels "
-            f"in {len(sites)} sites; a sparsity of {budget.sparsity:g} leaves {target}. Lower one of them."
+            f"the floors and multiple_of {budget.multiple_of} need {sum(floors.values())} channels in {len(sites)} "
+            f"sites; a sparsity of {budget.sparsity:g} leaves {target}. Lower one of them."
         )
     values = torch.cat([scores.values[s].double() for s in sites])
     lifted = torch.cat([_floor_first(scores.values[s].double(), floors[s]) for s in sites])
@@ -78,12 +92,24 @@ def _floor_first(values: torch.Tensor, floor: int) -> torch.Tensor:
     return mask
 
 
+def target_of(scores: Scores, budget: Budget) -> int:
+    """Channels of all sites to keep."""
+    return kept_count(sum(s.d_ff for s in scores.values), budget.sparsity)
+
+
 def fit_widths(widths: Mapping[FFNSite, float], target: int, budget: Budget) -> dict[FFNSite, int]:
-    """Round wished widths, then move single steps, least rounding error first, until the total is nearest to target."""
+    """Round wished widths, then move single steps, least rounding error first, until the total is nearest to target.
+
+    Where floors hold some sites above their wishes, the wishes of the others shrink in proportion first.
+
+    Raises:
+        UsageError: the floors leave no room for the target.
+    """
     step = budget.multiple_of
-    rounded = {s: round_width(w, s.d_ff, budget) for s, w in widths.items()}
-    low = {s: round_width(1, s.d_ff, budget) for s in widths}
-    high = {s: round_width(s.d_ff, s.d_ff, budget) for s in widths}
+    low = least_widths(widths, budget, target)
+    high = {s: s.d_ff // step * step for s in widths}
+    widths = _shrunk(widths, low, target, step)
+    rounded = {s: min(max(math.floor(w / step + 0.5) * step, low[s]), high[s]) for s, w in widths.items()}
     while True:
         missing = target - sum(rounded.values())
         sign = 1 if missing > 0 else -1
@@ -95,3 +121,20 @@ def fit_widths(widths: Mapping[FFNSite, float], target: int, budget: Budget) -> 
         first_gains = room if sign > 0 else room[::-1]  # equal errors: the earlier site keeps more
         best = max(first_gains, key=lambda s: sign * (widths[s] - rounded[s]))
         rounded[best] += sign * step
+
+
+def _shrunk(
+    widths: Mapping[FFNSite, float], low: Mapping[FFNSite, int], target: int, step: int
+) -> Mapping[FFNSite, float]:
+    """Wishes times the factor with which they, or the floors above them, come to the target."""
+
+    def total(factor: float) -> float:
+        return sum(max(low[s], factor * w) for s, w in widths.items())
+
+    if total(1.0) - target <= len(widths) * step / 2:  # no more than rounding
+        return widths
+    below, above = 0.0, 1.0
+    for _ in range(60):
+        middle = (below + above) / 2
+        below, above = (below, middle) if total(middle) > target else (middle, above)
+    return {s: above * w for s, w in widths.items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ffnscope.errors import UsageError
 from ffnscope.plan.curves import Curves
+from ffnscope.plan.floors import check_names, floor_of
 from ffnscope.registry import ALLOCATORS
 from ffnscope.rules import Allocator
 from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
@@ -40,10 +41,11 @@ def build_plan(
     protected, and the budget is for the other sites.
 
     Raises:
-        UsageError: an impossible budget, more protected channels than a site keeps, or no curves for an allocator that
-            reads them.
+        UsageError: an impossible budget, floors that leave no room for it or that the allocator does not keep, more
+            protected channels than a site keeps, or no curves for an allocator that reads them.
     """
     budget = budget if isinstance(budget, Budget) else Budget(budget)
+    check_names(scores.values, budget)
     protected = {site: torch.unique(index) for site, index in (protected or {}).items()}
     unreached = scores.facts.get("unreached", ())
     whole = {s: torch.arange(s.d_ff) for s in scores.values if s.name in unreached}
@@ -53,6 +55,7 @@ def build_plan(
     widths: dict[FFNSite, int] = {site: site.d_ff for site in lifted.values}
     if budget.sparsity and widths:
         widths = _widths(rule, lifted, budget, curves)
+        _check_floors(widths, budget, allocator)
     kept: dict[FFNSite, Tensor] = {}
     for site, value in lifted.values.items():
         width = widths[site]
@@ -109,11 +112,11 @@ def diff_plans(first: PruningPlan, second: PruningPlan) -> list[dict[str, Any]]:
 
 
 def check_allocator_name(name: str) -> None:
-    """Raise unless ``name`` is an allocator that needs no measured curves, which commands and YAML cannot give."""
+    """Raise unless ``name`` is an allocator that needs no measured curves: for callers that have none."""
     if ALLOCATORS.get(name).needs_curves:
         raise UsageError(
-            f"the allocator {name!r} needs measured loss curves, which are given in Python only: "
-            "build_plan(..., curves=...). Choose another allocator here."
+            f"the allocator {name!r} needs loss curves, which are not measured here but by `ffnscope prune` and runs. "
+            "Choose another allocator."
         )
 
 
@@ -125,6 +128,16 @@ def _widths(rule: Allocator, scores: Scores, budget: Budget, curves: Curves | No
             f"the allocator {rule.name!r} needs measured loss curves: pass curves=, or choose one that needs none."
         )
     return rule.fn(scores, budget, curves=curves)
+
+
+def _check_floors(widths: Mapping[FFNSite, int], budget: Budget, allocator: str) -> None:
+    for site, width in widths.items():
+        if width < floor_of(site, budget):
+            raise UsageError(
+                f"the allocator {allocator!r} gives {site.name} {width} channels, fewer than its floor of "
+                f"{floor_of(site, budget)} (min_width, min_keep), which it does not read. Choose another allocator, or "
+                "no floors."
+            )
 
 
 def _without(scores: Scores, whole: Mapping[FFNSite, Tensor]) -> Scores:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ffnscope.errors import NonFiniteError, UsageError
-from ffnscope.types import FFNSite
+from ffnscope.io import complete, expect_kind, read_tensors, write_tensors
+from ffnscope.types import FFNSite, PruningPlan
+
+KIND = "curves"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +24,7 @@ class Curves:
     Attributes:
         points: site -> widths [n] int64, rising, below d_ff, and the rise [n] over the dense model at each of them.
         unit: of the rise, such as "nats per token".
-        facts: how it was measured.
+        facts: how it was measured, and the hash of the weights, ``model``.
     """
 
     points: Mapping[FFNSite, tuple[Tensor, Tensor]]
@@ -50,3 +54,37 @@ class Curves:
         right = torch.searchsorted(knots, widths.double()).clamp(1, len(knots) - 1)
         slope = (values[right] - values[right - 1]) / (knots[right] - knots[right - 1])
         return values[right] + slope * (widths.double() - knots[right])
+
+    def rows(self, plan: PruningPlan | None = None) -> list[dict[str, Any]]:
+        """One row per measured point: site, layer, d_ff, width, rise; and what a plan chose, with its rise."""
+        found: list[dict[str, Any]] = []
+        for site, (widths, rises) in self.points.items():
+            chosen = None if plan is None or site not in plan.kept else plan.kept[site].numel()
+            at = None if chosen is None else float(self.at(site, torch.tensor([chosen])))
+            known = {"site": site.name, "layer": site.layer, "d_ff": site.d_ff}
+            for width, rise in zip(widths.tolist(), rises.tolist(), strict=True):
+                found.append({**known, "width": width, "rise": rise, "chosen": chosen, "chosen_rise": at})
+        return found
+
+
+def write_curves(path: Path, curves: Curves) -> None:
+    """Save curves as safetensors, with sites, unit and facts in the header.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for site, (widths, rise) in curves.points.items():
+        tensors |= {f"widths/{site.name}": widths, f"rise/{site.name}": rise}
+    sites = [asdict(site) for site in curves.points]
+    write_tensors(path, tensors, {"kind": KIND, "sites": sites, "unit": curves.unit, "facts": dict(curves.facts)})
+
+
+def read_curves(path: Path) -> Curves:
+    """Load what `write_curves` wrote; raises ArtifactError for any other file."""
+    tensors, header = read_tensors(path)
+    expect_kind(path, header, KIND)
+    with complete(path, KIND):
+        sites = [FFNSite(**row) for row in header["sites"]]
+        points = {site: (tensors[f"widths/{site.name}"], tensors[f"rise/{site.name}"]) for site in sites}
+        return Curves(points, header["unit"], header["facts"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
-from ffnscope.plan.allocate import fit_widths, global_, kept_count, local, round_width
+from ffnscope.plan.allocate import fit_widths, global_, local, target_of
 from ffnscope.plan.curves import Curves
+from ffnscope.plan.floors import least_widths
 from ffnscope.registry import allocator
 from ffnscope.types import Budget, FFNSite, Scores
 
@@ -26,7 +29,7 @@ def halfway(scores: Scores, budget: Budget) -> dict[FFNSite, int]:
     ``global`` does.
     """
     even, free = local(scores, budget), global_(scores, budget)
-    return fit_widths({s: (even[s] + free[s]) / 2 for s in scores.values}, _target(scores, budget), budget)
+    return fit_widths({s: (even[s] + free[s]) / 2 for s in scores.values}, target_of(scores, budget), budget)
 
 
 @allocator("standardised")
@@ -57,7 +60,7 @@ def outliers(scores: Scores, budget: Budget) -> dict[FFNSite, int]:
     lift = {s: 2 * SPREAD * (d - low) / (high - low) for s, d in share.items()}
     mean = sum(lift[s] * s.d_ff for s in lift) / sum(s.d_ff for s in lift)
     wished = {s: s.d_ff * (1 - budget.sparsity + lift[s] - mean) for s in lift}
-    return fit_widths(wished, _target(scores, budget), budget) if budget.sparsity else local(scores, budget)
+    return fit_widths(wished, target_of(scores, budget), budget) if budget.sparsity else local(scores, budget)
 
 
 @allocator("measured")
@@ -66,30 +69,36 @@ def measured(scores: Scores, budget: Budget, *, curves: Curves) -> dict[FFNSite,
 
     Exact on a grid of up to 96 widths per site (fewer where there are many sites); what the grid leaves of the budget
     goes step by step to the site whose curve falls most. That the rises of sites add up is the assumption; measure
-    again around the solution to correct it.
+    again around the solution to correct it. No site becomes narrower than its curve was measured, unless the budget
+    leaves no other way: what lies beyond is a guess, and curves that flatten would empty some sites by it.
     """
     sites = list(scores.values)
     missing = [s.name for s in sites if s not in curves.points]
     if missing:
         raise UsageError(f"the curves have no {missing[0]}; measure them for the sites of the scores.")
-    target = _target(scores, budget)
+    target = target_of(scores, budget)
     if budget.sparsity == 0:
         return local(scores, budget)
     step = budget.multiple_of
     levels = max(4, min(LEVELS, _WORK // len(sites)))
     grid = step * -(-max(s.d_ff for s in sites) // (levels * step))
-    choices = {s: _choices(s, grid, budget) for s in sites}
+    low = _within_reach(least_widths(sites, budget, target), curves, target, step)
+    bounds = {s: (low[s], s.d_ff // step * step) for s in sites}
+    choices = {s: _choices(bounds[s], grid) for s in sites}
     picked = _cheapest([curves.at(s, choices[s]) for s in sites], [choices[s] for s in sites], grid, target)
-    return _settle(dict(zip(sites, picked, strict=True)), curves, target, budget)
+    return _settle(dict(zip(sites, picked, strict=True)), curves, target, bounds, step)
 
 
-def _target(scores: Scores, budget: Budget) -> int:
-    return kept_count(sum(s.d_ff for s in scores.values), budget.sparsity)
+def _within_reach(low: dict[FFNSite, int], curves: Curves, target: int, step: int) -> dict[FFNSite, int]:
+    """Lower bounds raised to the narrowest measured widths, where that leaves room for the target."""
+    known = {s: -(-int(curves.points[s][0][0]) // step) * step for s in low}
+    raised = {s: min(max(low[s], known[s]), s.d_ff // step * step) for s in low}
+    return raised if sum(raised.values()) <= target else low
 
 
-def _choices(site: FFNSite, grid: int, budget: Budget) -> Tensor:
+def _choices(bounds: tuple[int, int], grid: int) -> Tensor:
     """Allowed widths of a site, [n] int64: the least, the greatest, and the multiples of ``grid`` between."""
-    low, high = round_width(1, site.d_ff, budget), round_width(site.d_ff, site.d_ff, budget)
+    low, high = bounds
     between = range(-(-low // grid) * grid, high + 1, grid)
     return torch.tensor(sorted({low, high, *(w for w in between if low <= w <= high)}))
 
@@ -120,10 +129,10 @@ def _cheapest(costs: list[Tensor], widths: list[Tensor], grid: int, target: int)
     return found[::-1]
 
 
-def _settle(widths: dict[FFNSite, int], curves: Curves, target: int, budget: Budget) -> dict[FFNSite, int]:
+def _settle(
+    widths: dict[FFNSite, int], curves: Curves, target: int, bounds: Mapping[FFNSite, tuple[int, int]], step: int
+) -> dict[FFNSite, int]:
     """Move single steps, where the curves say that it costs least or helps most, until the total is the target."""
-    step = budget.multiple_of
-    bounds = {s: (round_width(1, s.d_ff, budget), round_width(s.d_ff, s.d_ff, budget)) for s in widths}
     while 2 * abs(missing := target - sum(widths.values())) > step:
         move = step if missing > 0 else -step
         room = [s for s, w in widths.items() if bounds[s][0] <= w + move <= bounds[s][1]]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffnscope.analyze.concentration import LOSS_PROXY
 from ffnscope.report import analysis_plots, plots
+from ffnscope.report.curve_plots import draw_curves, draw_errors
 from ffnscope.report.inline_svg import inline_svg
 from ffnscope.report.summary import rank_correlation
 from ffnscope.report.tables import FLOOR
@@ -58,6 +59,7 @@ def page_figures(run: RunFolder, prefix: str = "f") -> list[PageFigure]:
 
 def _figures(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
     yield from _quality(run)
+    yield from _widths(run)
     yield from _scores(run)
     yield from _concentration(run)
     yield from _supernodes(run)
@@ -75,6 +77,17 @@ def _quality(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
     if any(row.metric for row in run.rows):
         caption = "Perplexity against the share of channels removed, one line per metric; bars are one standard error."
         yield "quality", caption, plots.draw_perplexity(run.rows)
+
+
+def _widths(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
+    rows = run.tables.get("curves", ())
+    for label in dict.fromkeys(r["label"] for r in rows):
+        caption = f"What cutting one FFN costs, around the solution, and the widths that were chosen by it: {label}."
+        yield "widths", caption, draw_curves([r for r in rows if r["label"] == label])
+    errors = run.tables.get("error_profile", ())
+    for label in dict.fromkeys(r["label"] for r in errors):
+        caption = f"Where the damage is: the error of every FFN's output without and with the refit: {label}."
+        yield "errors", caption, draw_errors([r for r in errors if r["label"] == label])
 
 
 def _scores(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:

@@ -82,6 +82,8 @@ def run_parts(run: RunFolder, prefix: str = "f") -> list[Part]:
     return [
         Part("found", "What was found", findings(run)),
         Part("quality", "Dense and pruned", grids=results_grids(run.rows), figures=drawn("quality")),
+        Part("widths", "Where the widths come from", figures=drawn("widths")),
+        Part("errors", "Layer error profile", figures=drawn("errors")),
         Part("tasks", "Downstream tasks", grids=[task_grid(run.tasks)] if run.tasks else []),
         Part("samples", "Samples", samples=list(_samples(run.samples))),
         Part("scores", "Scores by layer", figures=drawn("scores")),

@@ -28,6 +28,8 @@ TABLES = (
     "dose",
     "ranking_quality",
     "protection",
+    "curves",
+    "error_profile",
 )
 
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ffnscope.apply.new_bias import check_bias
 from ffnscope.apply.pruned import Pruned, plan_of
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel, load_model
+from ffnscope.ffn.sites import find_sites
 from ffnscope.report.tables import results_rows
 from ffnscope.run.choices import model_source
 from ffnscope.run.saving import Saving
@@ -24,6 +26,8 @@ def check_format(config: RunConfig, loaded: LoadedModel) -> None:
     """Raise NotAvailableError when the checkpoints that a configuration asks for cannot hold this model."""
     if config.output.checkpoints:
         _saving(config, Path(FOLDER)).check_model(loaded)
+        if config.pruning.reconstruct == "bias":
+            check_bias(loaded.model, find_sites(loaded.model, config.model.tracked_layers))
 
 
 def checkpoints_stage(job: Job, plans: Mapping[str, Pruned], rows: Sequence[EvalRow]) -> None:

@@ -327,7 +327,7 @@ def _reconstruction(config: RunConfig) -> Iterator[Finding]:
     """Keys of a reconstruction have a meaning with one only, and it needs something that is gone."""
     asked, path = config.pruning, ("pruning",)
     sequential = asked.reconstruct == "sequential"
-    useful = {"target": sequential, "damping": asked.reconstruct != "none", "distill": sequential}
+    useful = {"target": sequential, "damping": asked.reconstruct in ("one_shot", "sequential"), "distill": sequential}
     for key in (key for key, reads in useful.items() if not reads and getattr(asked, key) is not None):
         message = f"would do nothing with 'reconstruct: {asked.reconstruct}'. Leave it out"
         yield _finding((*path, key), message, (*path, "reconstruct"))
@@ -335,6 +335,9 @@ def _reconstruction(config: RunConfig) -> Iterator[Finding]:
         for i in (i for i, ratio in enumerate(asked.ratios) if ratio == 0):
             message = f"0 leaves nothing for 'reconstruct: {asked.reconstruct}' to make up for. Leave it out"
             yield _finding((*path, "ratios", i), message, (*path, "reconstruct"))
+    if asked.curves != type(asked.curves)() and not asked.chosen(asked.algorithms[0]).measures:
+        message = f"would do nothing with 'allocator: {asked.allocator}', which reads no curves. Leave it out"
+        yield _finding((*path, "curves"), message, (*path, "allocator"))
     output = config.output
     if output.checkpoints and output.format == "gguf" and not output.pad_to_widest and asked.allocator in UNEVEN:
         message = f"{asked.allocator!r} gives FFNs different widths, and 'format: gguf' has one for all. Choose local"

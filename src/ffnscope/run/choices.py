@@ -68,7 +68,8 @@ def calibration_extra(config: RunConfig, sites: Sequence[FFNSite], windows: Wind
         names[MEAN] = None
     groups = min(pass_options(config).document_groups, len(windows.document.unique())) if names else 0
     if config.pruning.enabled:
-        names |= dict.fromkeys(config.pruning.chosen(config.pruning.algorithms[0]).statistics)
+        method = config.pruning.chosen(config.pruning.algorithms[0])
+        names |= dict.fromkeys((*method.statistics, *method.curve_statistics))
     pool = 0
     if compares_cores(config):
         asked = (config.halo.enabled, halo), (config.cross_layer.enabled, cross_layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ffnscope.analyze.levels import calibration_passes
+from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
 from ffnscope.apply.ffn_tokens import token_bytes
@@ -33,6 +34,7 @@ from ffnscope.run.schema import RunConfig
 from ffnscope.run.windows import calibration_windows, evaluation_windows
 from ffnscope.types import FFNSite
 
+REFIT_SECONDS = 0.25  # least squares of an FFN of 1,536 channels on a processor core; it grows with the cube
 EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole forward reaches
 
 
@@ -81,6 +83,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     speed = seconds_per_token(loaded.model, sites)
     lines = [
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
+        *_curves_lines(config, sites, calibration, speed),
         *_decision_lines(config, sites),
         *_reconstruction_lines(config, len(sites), calibration, speed),
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
@@ -135,6 +138,34 @@ def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     return Line(stage, what, (forward + backward) * speed)
 
 
+def curves_line(
+    sites: Sequence[FFNSite], rounds: CurveRounds, calibration: Windows, speed: float, *, refits: bool
+) -> Line:
+    """Tell the measuring of loss curves; ``speed`` in seconds per token of a forward, ``refits``: of every cut."""
+    cuts = curve_cuts(sites, rounds)
+    tokens = rounds.windows(calibration).n_tokens
+    seconds = (cuts / 2 + 2 * rounds.rounds) * tokens * speed
+    if refits:
+        seconds += cuts * REFIT_SECONDS * (max(s.d_ff for s in sites) / 1536) ** 3
+    what = f"{cuts:,} cuts in {rounds.rounds} round(s) x {tokens:,} tokens, on average half of the layers"
+    return Line("measure curves", what + (", each refitted" if refits else ""), seconds)
+
+
+def _curves_lines(config: RunConfig, sites: Sequence[FFNSite], calibration: Windows, speed: float) -> list[Line]:
+    """The first round for every metric, the others for every plan."""
+    asked = config.pruning
+    if not asked.measures:
+        return []
+    rounds = asked.curve_rounds(config.calibration.batch_size)
+    refits = asked.chosen(asked.algorithms[0]).refits
+    first = curves_line(sites, replace(rounds, rounds=1), calibration, speed, refits=refits)
+    every = curves_line(sites, rounds, calibration, speed, refits=refits)
+    n_metrics, n_plans = len(asked.algorithms), _n_plans(config)
+    seconds = n_metrics * (first.seconds or 0) + n_plans * ((every.seconds or 0) - (first.seconds or 0))
+    what = f"{every.what}; the first round for {n_metrics} metric(s), the others for {n_plans} plan(s)"
+    return [Line(every.stage, what, seconds)]
+
+
 def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
     channels = sum(s.d_ff for s in sites)
     scores = Line("score", f"{len(config.metric_names)} metrics x {channels:,} channels of {len(sites)} FFNs")
@@ -145,6 +176,8 @@ def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows,
     asked = config.pruning
     if not asked.reconstructs:
         return []
+    if asked.reconstruct == "bias":
+        return [Line("reconstruct", f"{_n_plans(config)} plans x a bias for each of {n_sites} FFNs")]
     if asked.reconstruct == "one_shot":
         return [Line("reconstruct", f"{_n_plans(config)} plans x least squares of {n_sites} FFNs")]
     tokens = 2 * calibration.n_tokens

@@ -24,7 +24,6 @@ from pydantic_core import PydanticCustomError
 
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import MEMORY
-from ffnscope.plan.build import check_allocator_name
 from ffnscope.registry import ALLOCATORS, METRICS, import_own
 
 NAMES_OF = "x-names-of"
@@ -74,10 +73,6 @@ def _allocator_name(name: str) -> str:
     known = ALLOCATORS.names()
     if name not in known:
         raise refuse(f"unknown allocator {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}")
-    try:
-        check_allocator_name(name)
-    except UsageError as error:
-        raise refuse(str(error).rstrip(".")) from error
     return name
 
 
@@ -118,6 +113,17 @@ def _sparsity(value: float) -> float:
 def _fraction(value: float) -> float:
     if not 0.0 < value < 1.0:
         raise refuse(f"must be in (0, 1), a fraction of the channels; got {value:g}.{_percent_hint(value)}")
+    return value
+
+
+def _min_keep(value: Any) -> Any:
+    floors = value if isinstance(value, dict) else {"min_keep": value}
+    for name, floor in floors.items():
+        if not isinstance(name, str) or isinstance(floor, bool) or not isinstance(floor, (int, float)):
+            raise refuse(f"expected a number, or a mapping such as {{model.layers.0.mlp: 0.8}}; got {value!r}")
+        if not (0 <= floor <= 1 or (floor > 1 and float(floor).is_integer())):
+            message = "must be a share of the channels in [0, 1], or a whole number of channels"
+            raise refuse(f"{message}; got {floor:g}.{_percent_hint(floor)}")
     return value
 
 
@@ -175,6 +181,11 @@ MaxMemory = Annotated[
     dict[str, str | int] | None,
     BeforeValidator(_max_memory),
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]}),
+]
+MinKeep = Annotated[
+    float | dict[str, float],
+    BeforeValidator(_min_keep),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "object", "additionalProperties": {"type": "number"}}]}),
 ]
 Count = Annotated[StrictInt, Field(ge=1)]
 Length = Annotated[StrictInt, Field(ge=2)]

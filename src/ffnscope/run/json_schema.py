@@ -52,10 +52,8 @@ def _expand_names(value: Any) -> Any:
     kind = found.pop(NAMES_OF, None)
     if kind is None:
         return found
-    if kind == METRICS.kind:
-        items = [METRICS.get(name) for name in METRICS.names()]
-    else:
-        items = [one for one in map(ALLOCATORS.get, ALLOCATORS.names()) if not one.needs_curves]
+    registry: Any = METRICS if kind == METRICS.kind else ALLOCATORS
+    items = map(registry.get, registry.names())
     names = [one.name for one in items if one.fn.__module__.startswith(_OWN)]
     found.pop("type", None)
     return {**found, "anyOf": [{"enum": names}, {"type": "string"}]}

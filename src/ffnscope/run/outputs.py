@@ -26,6 +26,7 @@ from ffnscope.report.summary import rank_correlation
 from ffnscope.report.tables import results_markdown, results_rows
 from ffnscope.report.task_table import tasks_markdown
 from ffnscope.run.choices import find_core
+from ffnscope.run.curves import CHOSEN, curve_rows
 from ffnscope.run.folder import write_if_changed
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import Job
@@ -69,7 +70,9 @@ def report_stage(
                 _draw(job, scores, rows, plots)
 
     shown = [job.config.experiment.name, job.config.model.model_id, job.config.supernode.model_dump()]
-    job.stage("report", [job.keys["score"], flat, task_rows, sorted(plots), shown], [*tables, *plots.values()], make)
+    depends = [job.keys["score"], flat, task_rows, sorted(plots), shown]
+    depends += [job.keys[CHOSEN]] if CHOSEN in job.keys else []
+    job.stage("report", depends, [*tables, *plots.values()], make)
 
 
 def page_stage(job: Job, made: Mapping[str, Any]) -> None:
@@ -157,11 +160,13 @@ def _plot_files(job: Job, scores: Mapping[str, Scores], rows: Sequence[EvalRow])
     names = ["heatmap", *(f"scores_{metric}" for metric in scores)] if scores else []
     names += ["rank_correlation"] if len(scores) > 1 else []
     names += ["perplexity"] if any(row.metric for row in rows) else []
+    names += [f"curves_{label}" for label in curve_rows(job.folder)] if CHOSEN in job.keys else []
     return {name: job.folder / "plots" / f"{name}.png" for name in names}
 
 
 def _draw(job: Job, scores: Mapping[str, Scores], rows: Sequence[EvalRow], files: Mapping[str, Path]) -> None:
     from ffnscope.report import plots
+    from ffnscope.report.curve_plots import plot_curves
 
     title = f"{job.config.model.model_id}, {job.calibration.n_tokens:,} tokens of {job.calibration.source}"
     core = find_core(job.config, scores)
@@ -173,3 +178,5 @@ def _draw(job: Job, scores: Mapping[str, Scores], rows: Sequence[EvalRow], files
         plots.plot_rank_correlation(*rank_correlation(scores), files["rank_correlation"], title)
     if "perplexity" in files:
         plots.plot_perplexity(rows, files["perplexity"], job.config.model.model_id)
+    for label, measured in curve_rows(job.folder).items() if CHOSEN in job.keys else ():
+        plot_curves(measured, files[f"curves_{label}"], f"{label}, {job.config.model.model_id}")

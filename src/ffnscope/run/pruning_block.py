@@ -7,10 +7,35 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, Strict, StrictBool, model_validator
 
+from ffnscope.analyze.curves import CurveOptions
+from ffnscope.analyze.measured import WINDOWS, CurveRounds
 from ffnscope.apply.method import METHODS, Method, Refit
-from ffnscope.run.fields import AllocatorName, Block, Count, Distinct, MetricName, NotEmpty, Share, Sparsity
+from ffnscope.run.fields import (
+    AllocatorName,
+    Block,
+    Count,
+    Distinct,
+    Fraction,
+    MetricName,
+    MinKeep,
+    NotEmpty,
+    Share,
+    Sparsity,
+)
+from ffnscope.types import Budget
 
 MethodName = Literal["scores", "best"]
+
+
+class LossCurves(Block):
+    """How the loss curves are measured that the allocator measured reads."""
+
+    num_samples: Count = WINDOWS
+    """Calibration windows to measure on, evenly spread over them."""
+    shares: Annotated[tuple[Fraction, ...], NotEmpty, Distinct] = CurveOptions().shares
+    """Kept shares of the channels of an FFN in the first round."""
+    rounds: Count = 2
+    """1, or more to measure again around each solution: at its widths, and 20 % of the channels above and below."""
 
 
 class Pruning(Block):
@@ -29,9 +54,11 @@ class Pruning(Block):
     dependency_aware: StrictBool = True
     """Remove a channel from all coupled projections; nothing else is a channel."""
     allocator: AllocatorName = "local"
-    """How the sparsity is spread over the FFNs: local (equal everywhere), global (one ranking), halfway, ..."""
+    """How the sparsity is spread over the FFNs: local (equal everywhere), global (one ranking), measured, ..."""
+    curves: LossCurves = Field(default_factory=LossCurves)
+    """Loss curves, for the allocator measured."""
     reconstruct: Refit = "none"
-    """Refit the down columns of what stays: none, one_shot (from the statistics) or sequential (block by block)."""
+    """What makes up for the rest: none, one_shot or sequential (least squares on what stays), or bias (means)."""
     target: Share | None = None
     """Of the sequential one: 0 fits to the FFN's own output, 1 to the dense model's; null: 0.35."""
     damping: Annotated[float, Strict(), Field(gt=0)] | None = None
@@ -42,6 +69,8 @@ class Pruning(Block):
     """Kept widths are multiples of this (kernels like 64 or 128)."""
     min_width: Count = 1
     """No FFN keeps fewer channels than this."""
+    min_keep: MinKeep = 0.0
+    """No FFN keeps less than this share of its channels (above 1: number); or by name, {model.layers.0.mlp: 0.8}."""
 
     @model_validator(mode="before")
     @classmethod
@@ -61,3 +90,18 @@ class Pruning(Block):
     def chosen(self, metric: str) -> Method:
         """The method with one of the metrics."""
         return Method(metric, self.allocator, self.reconstruct, self.target, self.damping, self.distill)
+
+    @property
+    def measures(self) -> bool:
+        """Whether loss curves are measured."""
+        return self.enabled and self.chosen(self.algorithms[0]).measures
+
+    def budget(self, sparsity: float) -> Budget:
+        """How much to remove."""
+        return Budget(sparsity, self.multiple_of, self.min_width, self.min_keep)
+
+    def curve_rounds(self, batch_size: int) -> CurveRounds:
+        """How curves are measured, as the library takes it."""
+        asked = self.curves
+        options = CurveOptions(tuple(sorted(asked.shares, reverse=True)), batch_size)
+        return CurveRounds(asked.rounds, asked.num_samples, options, self.allocator)

@@ -11,7 +11,9 @@ from ffnscope.apply.method import Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import read_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
-from ffnscope.io import write_json
+from ffnscope.io import read_json, write_json
+from ffnscope.plan.allocate import check_budget
+from ffnscope.run.analyses import tables, write_tables
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import RECONSTRUCT, Job
 from ffnscope.run.steps import announce_training, keep_reconstruction
@@ -22,9 +24,16 @@ Stats = Mapping[FFNSite, ChannelStats]
 
 
 def check_sites(config: RunConfig, sites: Sequence[FFNSite]) -> None:
-    """Raise NotAvailableError when an FFN cannot be reconstructed as the configuration asks, before any work."""
+    """Raise before any work when an FFN cannot be reconstructed as the configuration asks, or a budget not be met.
+
+    Raises:
+        NotAvailableError: see `Method.check_sites`.
+        UsageError: see `check_budget`.
+    """
     if config.pruning.reconstructs:
         config.pruning.chosen(config.pruning.algorithms[0]).check_sites(sites)
+    for ratio in config.pruning.ratios if config.pruning.enabled else ():
+        check_budget(sites, config.pruning.budget(ratio))
 
 
 def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) -> dict[str, Pruned]:
@@ -44,7 +53,19 @@ def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) 
         depends += [job.keys["calibrate"]] if method.statistics else []
         job.stage(f"{RECONSTRUCT}{label}", depends, files, partial(_make, job, plan, method, stats, files))
         found[label] = read_reconstruction(path)
+    _profile_stage(job, list(plans))
     return found
+
+
+def _profile_stage(job: Job, labels: Sequence[str]) -> None:
+    """The errors of all reconstructions in one table: ``analysis/error_profile.csv`` and ``.json``."""
+    layers = {site.name: site.layer for site in job.sites}
+    told = {label: read_json(job.folder / FOLDER / f"{label}.json")["rows"] for label in labels}
+    rows = [{"label": label, "layer": layers[r["site"]], **r} for label, one in told.items() for r in one]
+    if rows:
+        files = tables(job, "error_profile")
+        depends = [job.keys[f"{RECONSTRUCT}{label}"] for label in labels]
+        job.stage("error profile", depends, files, lambda: write_tables(files, rows, {}))
 
 
 def _make(job: Job, plan: PruningPlan, method: Method, stats: Stats, files: Sequence[Path]) -> None:

@@ -20,6 +20,7 @@ from ffnscope.run.ablations import ablation_stage
 from ffnscope.run.analyses import analyses_stage, protection_stage
 from ffnscope.run.checkpoints import check_format, checkpoints_stage
 from ffnscope.run.choices import model_source
+from ffnscope.run.curves import chosen_stage, curves_stage
 from ffnscope.run.folder import LOG_FILE, open_folder
 from ffnscope.run.outputs import check_plots, page_stage, report_stage, summary
 from ffnscope.run.progress import Reporter, logging_to
@@ -82,7 +83,9 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         stats = stages.calibrate_stage(job)
         scores = stages.score_stage(job, stats)
         analyses_stage(job, stats, scores)
-        plans = stages.plan_stage(job, scores)
+        curves = curves_stage(job, stats, scores)
+        plans = stages.plan_stage(job, scores, curves)
+        chosen_stage(job, curves, plans)
         pruned = reconstruct_stage(job, plans, stats)
         rows = stages.evaluate_stage(job, pruned)
         protection_stage(job, pruned)

@@ -21,7 +21,7 @@ from ffnscope.run.progress import Reporter
 from ffnscope.types import EvalResult, PruningPlan
 
 Form = Literal["transformers", "decilm", "gguf"]
-UNEVEN = ("halfway", "global", "standardised", "outliers")
+UNEVEN = ("halfway", "global", "standardised", "outliers", "measured")
 FORMATS: tuple[Form, ...] = get_args(Form)
 
 

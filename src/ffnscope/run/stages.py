@@ -41,6 +41,7 @@ from ffnscope.io import (
     write_stats,
 )
 from ffnscope.plan.build import build_plan
+from ffnscope.plan.curves import Curves
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.run.choices import (
     background_hash,
@@ -60,10 +61,12 @@ from ffnscope.run.schema import RunConfig
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, open_tasks
 from ffnscope.run.windows import calibration_windows, describe_windows, evaluation_windows
 from ffnscope.scoring import naming_weights, score
-from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
+from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
 
 RECONSTRUCT = "reconstruct "
 """Beginning of the names of stages that reconstruct a plan."""
+CURVES = "curves "
+"""Beginning of the names of stages that measure loss curves."""
 
 
 @dataclass(slots=True)
@@ -210,33 +213,47 @@ def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Sc
     return read_scores(path)[0]
 
 
-def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]:
-    """Build one plan per metric and sparsity: ``plans/METRIC-SPARSITY.json``."""
-    config = job.config
-    core = find_core(config, scores)
-    if not config.pruning.enabled:
-        return {}
+def plan_labels(config: RunConfig) -> dict[str, tuple[str, float]]:
+    """Label of every plan -> its metric and sparsity."""
     asked = config.pruning
-    budgets = {r: Budget(r, asked.multiple_of, asked.min_width) for r in asked.ratios}
-    names = {f"{metric}-{r}".removesuffix(".0"): (metric, r) for metric in asked.algorithms for r in asked.ratios}
-    paths = {label: job.folder / "plans" / f"{label}.json" for label in names}
+    if not asked.enabled:
+        return {}
+    return {f"{metric}-{r}".removesuffix(".0"): (metric, r) for metric in asked.algorithms for r in asked.ratios}
+
+
+def make_plan(job: Job, scores: Mapping[str, Scores], label: str, curves: Curves | None = None) -> PruningPlan:
+    """One plan, by curves where the allocator reads them."""
+    config, (metric, ratio) = job.config, plan_labels(job.config)[label]
+    core = find_core(config, scores)
+    return build_plan(
+        scores[metric],
+        config.pruning.budget(ratio),
+        config.pruning.allocator,
+        protected=core if config.supernode.protect_core else None,
+        curves=curves,
+        provenance={
+            "model_id": config.model.model_id,
+            "scores": job.keys["score"],
+            "supernode": config.supernode.model_dump(),
+        },
+    )
+
+
+def plan_stage(
+    job: Job, scores: Mapping[str, Scores], curves: Mapping[str, Curves] | None = None
+) -> dict[str, PruningPlan]:
+    """Build one plan per metric and sparsity: ``plans/METRIC-SPARSITY.json``; ``curves`` are by label."""
+    config, labels = job.config, plan_labels(job.config)
+    paths = {label: job.folder / "plans" / f"{label}.json" for label in labels}
+    if not labels:
+        return {}
 
     def make() -> None:
-        for label, (metric, ratio) in names.items():
-            plan = build_plan(
-                scores[metric],
-                budgets[ratio],
-                asked.allocator,
-                protected=core if config.supernode.protect_core else None,
-                provenance={
-                    "model_id": config.model.model_id,
-                    "scores": job.keys["score"],
-                    "supernode": config.supernode.model_dump(),
-                },
-            )
-            write_plan(paths[label], plan)
+        for label, path in paths.items():
+            write_plan(path, make_plan(job, scores, label, (curves or {}).get(label)))
 
-    depends = [job.keys["score"], asked.model_dump(), config.supernode.model_dump()]
+    depends = [job.keys["score"], config.pruning.model_dump(), config.supernode.model_dump()]
+    depends += [key for name, key in job.keys.items() if name.startswith(CURVES)]
     job.stage("plan", depends, list(paths.values()), make)
     return {label: read_plan(path) for label, path in paths.items()}
 

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import ffnscope
 from checkpoints import small_tokenizer
 from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.export import prune_
 from ffnscope.errors import ArtifactError, NotAvailableError
 from ffnscope.types import PruningPlan
-from tiny import tiny
+from reference import text
+from tiny import logits, tiny
 
 MakePlan = Callable[..., PruningPlan]
+WINDOWS = text(32)
 
 
 @pytest.mark.parametrize(("arch", "allocator"), [("llama", "global"), ("llama", "local"), ("mistral", "global")])
@@ -45,6 +49,34 @@ def test_what_vllm_reads(arch: str, allocator: str, random_plan: MakePlan, tmp_p
     assert {"configuration_decilm.py", "ffnscope_plan.json", "tokenizer.json", "README.md"} <= names
     assert "modeling_ffnscope.py" not in names
     assert "vllm serve out --trust-remote-code" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_bias_compensation(random_plan: MakePlan, tmp_path: Path) -> None:
+    """vLLM's DeciLM builds its FFNs as those of a Llama, with biases where the config has ``mlp_bias``."""
+    model = tiny("llama")
+    plan, stats = random_plan(model, 0.51, allocator="global"), ffnscope.collect(model, WINDOWS, ["act_sum"])
+    made = ffnscope.compensate_bias(model, plan, stats)
+    with torch.no_grad(), ffnscope.reconstructed(model, made):
+        expected = logits(model)
+    save_decilm(ffnscope.reconstruct_(model, made), small_tokenizer(), tmp_path / "out", plan=made.told_plan)
+    config: Any = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert config.mlp_bias is True
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for i, (site, bias) in enumerate(made.bias.items()):
+        assert torch.equal(tensors[f"model.layers.{i}.mlp.down_proj.bias"], bias), site.name
+        for name in ("gate", "up"):
+            zero = tensors[f"model.layers.{i}.mlp.{name}_proj.bias"]
+            assert zero.shape == (plan.widths[site],) and not zero.any()
+    assert "mean bias" in (tmp_path / "out" / "README.md").read_text()
+    again = tiny("llama", mlp_bias=True)  # as a loader builds it: widths by layer, biases by the config
+    for i, block in enumerate(config.block_configs):
+        mlp = again.model.layers[i].mlp
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = tensors[f"model.layers.{i}.mlp.{name}.weight"]
+            setattr(mlp, name, torch.nn.Linear(weight.shape[1], weight.shape[0], bias=config.mlp_bias))
+        assert mlp.gate_proj.out_features == block.ffn.intermediate_size
+    again.load_state_dict(tensors, strict=not config.tie_word_embeddings)
+    assert torch.allclose(logits(again), expected, atol=1e-5)
 
 
 def test_transformers_does_not_take_it_for_a_llama(llama: Any, random_plan: MakePlan, tmp_path: Path) -> None:

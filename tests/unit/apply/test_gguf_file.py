@@ -17,9 +17,11 @@ from ffnscope.apply.gguf_file import save_gguf
 from ffnscope.apply.gguf_tokenizer import SPLITS, read_vocabulary
 from ffnscope.errors import ArtifactError, NotAvailableError
 from ffnscope.types import PruningPlan
+from reference import text
 from tiny import logits, tiny
 
 MakePlan = Callable[..., PruningPlan]
+WINDOWS = text(32)
 TEXT = "Fellow-citizens of the Senate,\n\n 1234 états: <s> we’re here</s>  "
 
 
@@ -53,6 +55,28 @@ def test_mistral_and_a_wide_head(random_plan: MakePlan, tmp_path: Path) -> None:
         prune_(model, random_plan(model))
         save_gguf(model, small_tokenizer(), tmp_path / f"{arch}.gguf")
         assert torch.equal(logits(read_back(tmp_path / f"{arch}.gguf")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_compensation(
+    dtype: torch.dtype, random_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFNSCOPE_CACHE", str(tmp_path / "cache"))
+    model = small(dtype=dtype)
+    plan, stats = random_plan(model, 0.5), ffnscope.collect(model, WINDOWS, ["act_sum"])
+    made = ffnscope.compensate_bias(model, plan, stats)
+    ffnscope.reconstruct_(model, made)
+    with pytest.warns(UserWarning, match="holds biases of FFNs.*plain transformers drops them"):
+        save_gguf(model, small_tokenizer(), tmp_path / "out.gguf")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    for i, (site, bias) in enumerate(made.bias.items()):
+        assert torch.equal(torch.tensor(tensors[f"blk.{i}.ffn_down.bias"]), bias.float()), site.name
+        assert not tensors[f"blk.{i}.ffn_gate.bias"].any() and not tensors[f"blk.{i}.ffn_up.bias"].any()
+    name = str(dtype).removeprefix("torch.")
+    again = ffnscope.load_model(ffnscope.ModelSource(str(tmp_path / "out.gguf"), device="cpu", dtype=name)).model
+    assert again.config.mlp_bias is True
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.allclose(logits(read_back(tmp_path / "out.gguf", dtype=dtype)), logits(model))  # as is warned
 
 
 def test_the_tokenizer(tmp_path: Path) -> None:
@@ -129,7 +153,11 @@ def test_a_vocabulary_smaller_than_the_embedding(tmp_path: Path) -> None:
     ("arch", "changes", "message"),
     [
         ("gpt2", {}, "'gguf' is for LlamaForCausalLM and MistralForCausalLM.*this model is a GPT2LMHeadModel"),
-        ("llama", {"mlp_bias": True}, "'gguf' has no place for model.layers.0.mlp.gate_proj.bias in a Llama. Save in"),
+        (
+            "llama",
+            {"attention_bias": True},
+            "'gguf' has no place for model.layers.0.self_attn.q_proj.bias in a Llama. Save in",
+        ),
         ("llama", {"hidden_act": "relu"}, "'gguf' has no place for activation relu in a Llama"),
         (
             "llama",

@@ -217,7 +217,11 @@ def test_the_dry_run_computes_nothing(
         (["--method", "best", "--target", "1.5"], "target must be 'own', 'dense' or a share between 0 and 1; got 1.5"),
         (["--method", "best", "--sparsity", "0"], "sparsity 0 leaves nothing for reconstruct 'sequential'"),
         (["--method", "best", "--format", "gguf"], "the allocator 'halfway' gives them different ones"),
-        (["--method", "best", "--allocator", "measured"], "needs measured loss curves"),
+        (
+            ["--method", "best", "--allocator", "measured", "--curve-rounds", "0"],
+            "rounds of measured curves must",
+        ),
+        (["--reconstruct", "bias", "--damping", "0.1"], "--damping would do nothing with --reconstruct bias"),
     ],
 )
 def test_refused_before_the_model_is_loaded(

@@ -74,7 +74,9 @@ class TestLocal:
         scores = scores_of([[1.0] * 10, [100.0] * 20])
         assert widths(local(scores, Budget(0.3))) == [7, 14]
         assert widths(local(scores, Budget(0.3, multiple_of=4))) == [8, 16]
-        assert widths(local(scores, Budget(0.9, min_width=5))) == [5, 5]
+        assert widths(local(scores, Budget(0.5, min_width=6))) == [6, 9]  # 5 and 10 without the floor
+        with pytest.raises(UsageError, match=r"keep 10 channels of 2 FFNs.*a sparsity of 0.9 leaves 3"):
+            local(scores, Budget(0.9, min_width=5))
 
     @given(some_scores, some_sparsity)
     def test_exact(self, values: list[list[float]], sparsity: float) -> None:
@@ -105,7 +107,7 @@ class TestGlobal:
         least = min(least, *(len(row) for row in values))
         target = kept_count(sum(len(row) for row in values), sparsity)
         if least * len(values) > target:
-            with pytest.raises(UsageError, match=f"min_width {least} and multiple_of 1 need {least * len(values)} ch"):
+            with pytest.raises(UsageError, match=f"(need|keep) {least * len(values)} channels"):
                 global_(scores, Budget(sparsity, 1, least))
             return
         kept = [

@@ -76,7 +76,7 @@ class TestMeasured:
         assert total == round(24 * (1 - sparsity))
         least = min(
             sum(costs[s][w - 1] for s, w in zip(costs, widths, strict=True))
-            for widths in itertools.product(range(1, 9), repeat=3)
+            for widths in itertools.product(range(2, 9), repeat=3)  # none is narrower than was measured
             if sum(widths) == total
         )
         assert sum(costs[s][w - 1] for s, w in found.items()) == pytest.approx(least)
@@ -96,8 +96,15 @@ class TestMeasured:
         one = scores_of(torch.rand(8))
         with pytest.raises(UsageError, match=r"the curves have no layers\.1\.mlp"):
             build_plan(scores, 0.5, "measured", curves=curves_of(one, ([4], [1.0])))
-        plan = build_plan(scores, 0.5, "measured", curves=curves_of(scores, ([4], [1.0]), ([4], [5.0])))
+        plan = build_plan(scores, 0.5, "measured", curves=curves_of(scores, ([1], [1.0]), ([1], [5.0])))
         assert list(plan.widths.values()) == [1, 7]
+
+    def test_no_width_is_narrower_than_was_measured_unless_it_must_be(self) -> None:
+        scores = scores_of(torch.rand(20), torch.rand(20))
+        curves = curves_of(scores, ([5, 10], [0.1, 0.1]), ([5, 10], [9.0, 3.0]))  # the first one costs no more below
+        assert list(measured(scores, Budget(0.5), curves=curves).values()) == [5, 15]
+        assert list(measured(scores, Budget(0.5, multiple_of=4), curves=curves).values()) == [8, 12]
+        assert sum(measured(scores, Budget(0.8), curves=curves).values()) == 8
 
 
 class TestCurves:

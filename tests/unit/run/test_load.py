@@ -117,7 +117,11 @@ FAULTS = [
     ("pruning: {algorithms: [wandas]}", "unknown metric 'wandas'. Did you mean 'wanda'? Known: activation_l2_norm"),
     ("pruning: {algorithms: [random, random]}", "pruning.algorithms: 'random' is listed twice; list each value once."),
     ("pruning: {allocator: globl}", "unknown allocator 'globl'. Did you mean 'global'? Known: global, halfway,"),
-    ("pruning: {allocator: measured}", "needs measured loss curves, which are given in Python only"),
+    ("pruning: {curves: {rounds: 1}}", "pruning.curves: would do nothing with 'allocator: local', which reads no"),
+    ("pruning: {allocator: measured, curves: {shares: [50]}}", "pruning.curves.shares[0]: must be in (0, 1)"),
+    ("pruning: {min_keep: 1.5}", "pruning.min_keep: must be a share of the channels in [0, 1], or a whole number"),
+    ("pruning: {min_keep: {a: x}}", "expected a number, or a mapping such as {model.layers.0.mlp: 0.8}; got"),
+    ("pruning: {reconstruct: bias, damping: 0.1}", "pruning.damping: would do nothing with 'reconstruct: bias'"),
     # not in this version, or never
     (
         "model: {model_id: m, reference_id: r}",

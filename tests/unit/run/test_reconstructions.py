@@ -34,13 +34,17 @@ def test_best(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     found = quiet_run(config(checkpoint, texts, tmp_path / "out", output=output))
     assert [row.metric for row in found.rows] == [None, "obs_loss + sequential refit"]
     assert "obs_loss + sequential refit" in (found.folder / "results.md").read_text()
-    assert "obs_loss + sequential refit" in (found.folder / "report.html").read_text()
+    page = (found.folder / "report.html").read_text()
+    assert "obs_loss + sequential refit" in page and "Where the damage is" in page
     plan, refit = found.plans[LABEL], found.reconstructions[LABEL]
     assert (plan.metric, plan.allocator, refit.facts["target"]) == ("obs_loss", "halfway", 0.35)
     told = strict_json(found.folder / "summary.json")["plans"][LABEL]
     assert told == {"sparsity": 0.5, "metric": "obs_loss", "reconstruction": "sequential refit"}
     errors = strict_json(found.folder / "reconstructions" / f"{LABEL}.json")["rows"]
     assert [row["width"] for row in errors] == list(plan.widths.values())
+    profile = strict_json(found.folder / "analysis" / "error_profile.json")["rows"]
+    assert [row["error"] for row in profile] == [row["error"] for row in errors]
+    assert [row["layer"] for row in profile] == [0, 1]
     assert not (found.folder / "reconstructions" / f"{LABEL}.part").exists()
     folder = found.folder / "checkpoints" / LABEL
     assert read_plan(folder / "ffnscope_plan.json").provenance["reconstruction"]["method"] == "sequential"

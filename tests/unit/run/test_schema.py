@@ -202,6 +202,7 @@ def test_json_schema_offers_names_and_refuses_typos():
         "halfway",
         "standardised",
         "outliers",
+        "measured",
     ]
     assert schema["Pruning"]["additionalProperties"] is False
     assert schema["Metrics"]["properties"]["random"]["properties"]["seed"]["type"] == "integer"
