@@ -160,9 +160,10 @@ def plan_and_reconstruct(
     method.check_budget(budget)
     options = options or PassOptions(gradient_windows=GRADIENT_WINDOWS)
     names = dict.fromkeys((*required_statistics([method.metric]), *method.statistics))
+    options = replace(options, model_hash=options.model_hash or weights_hash(model))
     stats = collect(model, windows, list(names), options=options, on_batch=on_batch)
-    facts = {"model": weights_hash(model)}
+    facts = {"model": options.model_hash}
     plan = build_plan(score(model, stats, method.metric, facts=facts), budget, method.allocator)
     folder = None if options.checkpoint is None else options.checkpoint.with_suffix(".blocks")
-    sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=folder)
+    sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=folder, model_hash=options.model_hash)
     return reconstruct_plan(model, plan, method, windows=windows, stats=stats, options=sequential, on_block=on_block)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from ffnscope.apply.block_files import BlockFiles
 from ffnscope.apply.block_fit import Columns, SiteSums, fit_columns
 from ffnscope.apply.mask import check_plan
-from ffnscope.apply.reconstruction import Reconstruction
+from ffnscope.apply.reconstruction import Reconstruction, check_linear
 from ffnscope.apply.streams import Streams, open_streams
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.forward import memory_errors
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
+from ffnscope.errors import NonFiniteError, UsageError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
@@ -50,12 +50,14 @@ class SequentialOptions:
         batch_size: windows per forward; changes speed and memory, not results beyond rounding.
         checkpoint: folder for the columns of finished blocks; an interrupted call with the same arguments goes on after
             them. None = it starts again.
+        model_hash: `weights_hash` of the model where it is known already; else a checkpoint takes the time to find it.
     """
 
     target: Literal["own", "dense"] | float = TARGET
     damping: float | None = None
     batch_size: int = 4
     checkpoint: Path | None = None
+    model_hash: str | None = None
 
     def __post_init__(self) -> None:
         if self.target not in ("own", "dense") and not (isinstance(self.target, int | float) and 0 <= self.target <= 1):
@@ -115,7 +117,7 @@ def reconstruct_sequential(
     """
     options = options or SequentialOptions()
     check_plan(model, plan)
-    _check_linear(plan)
+    check_linear(list(plan.kept))
     if len(windows) == 0 or not plan.kept:
         raise UsageError("a sequential reconstruction needs at least one window of text and one FFN in the plan.")
     files = BlockFiles(options.checkpoint, "" if options.checkpoint is None else _key(model, windows, plan, options))
@@ -131,21 +133,6 @@ def reconstruct_sequential(
                 on_block(block + 1, streams.n_blocks)
     files.remove(range(streams.n_blocks))
     return _reconstruction(plan, found, windows, options, streams)
-
-
-def _check_linear(plan: PruningPlan) -> None:
-    odd = next((s for s in plan.kept if s.norm is not None or s.twins), None)
-    if odd is None:
-        return
-    why = (
-        f"is used by {1 + len(odd.twins)} layers, so its columns have several targets"
-        if odd.twins
-        else f"has a norm before its down projection ({odd.norm}), so its output is not linear in its channels"
-    )
-    raise NotAvailableError(
-        f"{odd.name} {why}; least squares cannot reconstruct it. Leave it out of the plan (model.tracked_layers, "
-        "--tracked), or prune without reconstruction."
-    )
 
 
 def _batches(windows: Windows, options: SequentialOptions) -> tuple[list[Windows], list[bool]]:
@@ -235,9 +222,11 @@ def _key(model: nn.Module, windows: Windows, plan: PruningPlan, options: Sequent
     config = repr(getattr(model, "config", type(model).__name__))
     return hash_json(
         {
-            "model": [weights_hash(model), config],
+            "model": [options.model_hash or weights_hash(model), config],
             "windows": windows.hash,
             "plan": plan_to_dict(plan),
-            "options": {name: value for name, value in asdict(options).items() if name != "checkpoint"},
+            "options": {
+                name: value for name, value in asdict(options).items() if name not in ("checkpoint", "model_hash")
+            },
         }
     )

@@ -12,7 +12,6 @@ import typer
 from ffnscope.apply.export import SHARD
 from ffnscope.apply.method import Method, named_method
 from ffnscope.apply.reconstruction import Reconstruction
-from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import Out, Overwrite, check_output, read_metric, working_folder
@@ -20,7 +19,6 @@ from ffnscope.cli.groups import grouped, option_names
 from ffnscope.cli.prune_estimate import print_prune_estimate
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.errors import UsageError
-from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_plan
 from ffnscope.plan.build import build_plan, check_allocator_name, top_core
 from ffnscope.report.error_table import print_profile
@@ -150,9 +148,17 @@ class Known:
     plan: PruningPlan | None = None
     scores: tuple[Scores, str] | None = None
 
-    def of_this_model(self, path: Path | None, loaded: LoadedModel) -> Scores | None:
+    def of_this_model(self, path: Path | None, job: PruneJob) -> Scores | None:
         """The scores, if any; raises UsageError when they are of other weights."""
-        return None if self.scores is None else _of_this_model(*self.scores, path, loaded)
+        if self.scores is None:
+            return None
+        found, model_hash = self.scores
+        if model_hash != job.model_hash:
+            raise UsageError(
+                f"{path} was made from other weights than those of {job.loaded.source.model_id} (or in another dtype). "
+                "Score this model, or give the same --dtype."
+            )
+        return found
 
 
 @grouped
@@ -194,8 +200,8 @@ def prune_command(
     reporter = Reporter()
     loaded = loading.open(reporter, model)
     saving.check_model(loaded)
-    scores = known.of_this_model(wanted.scores, loaded)
     job = PruneJob(loaded, method, _calibration(context, text, method), inputs, reporter)
+    scores = known.of_this_model(wanted.scores, job)
     job.check_sites(None if plan is None else list(plan.kept))
     if dry_run:
         print_prune_estimate(job, wanted.budget, held_out.held_out(loaded) if held_out else None, OUT)
@@ -259,12 +265,3 @@ def _check_held_out(text: str, split: str | None) -> None:
             f"--split {split} is the held-out split of {text}, on which the result is measured. Calibrate on another, "
             "or pass --no-evaluate."
         )
-
-
-def _of_this_model(scores: Scores, model_hash: str, path: Path | None, loaded: LoadedModel) -> Scores:
-    if model_hash != weights_hash(loaded.model):
-        raise UsageError(
-            f"{path} was made from other weights than those of {loaded.source.model_id} (or in another dtype). Score "
-            "this model, or give the same --dtype."
-        )
-    return scores

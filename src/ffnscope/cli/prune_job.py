@@ -62,6 +62,11 @@ class PruneJob:
         """The calibration text."""
         return self.text.calibration(self.loaded)
 
+    @cached_property
+    def model_hash(self) -> str:
+        """Hash of the dense weights; of a large model it takes long, so it is found once."""
+        return weights_hash(self.loaded.model)
+
     @property
     def params(self) -> dict[str, Any]:
         """Metrics whose statistics the pass collects."""
@@ -72,7 +77,8 @@ class PruneJob:
         backward = None if self.method.reconstruct == "none" else GRADIENT_WINDOWS
         checkpoint = part / "calibrate.safetensors" if part else None
         size = self.text.batch_size
-        return PassOptions(size, backward, checkpoint=checkpoint, keep_checkpoint=True)
+        known = self.model_hash if part else None
+        return PassOptions(size, backward, checkpoint=checkpoint, keep_checkpoint=True, model_hash=known)
 
     def memory(self) -> CalibrationBytes:
         """What the pass takes."""
@@ -87,7 +93,7 @@ class PruneJob:
     def score(self, part: Path) -> Scores:
         """Calibrate and score."""
         stats, core = self._calibrate(part)
-        facts = scoring_facts(self.loaded, self.asked, self.windows, self.text)
+        facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.text)
         with self.reporter.task("score", "metrics"):
             (found,) = self.asked.scores(stats, core, facts).values()
         return found
@@ -96,13 +102,14 @@ class PruneJob:
         """Reconstruct a plan, or take what an earlier call left."""
         if self.method.reconstruct == "none":
             return plan
-        known = [weights_hash(self.loaded.model), plan_to_dict(plan), self.windows.hash, asdict(self.method)]
+        known = [self.model_hash, plan_to_dict(plan), self.windows.hash, asdict(self.method)]
         path = part / f"reconstruction_{hash_json([*known, self.text.batch_size])[:16]}.safetensors"
         discard_damaged(self.reporter, path, read_reconstruction)
         if path.exists():
             return read_reconstruction(path)
         stats = self._calibrate(part)[0] if self.method.statistics else None
-        options = SequentialOptions(batch_size=self.text.batch_size, checkpoint=part / "blocks")
+        size, known = self.text.batch_size, self.model_hash
+        options = SequentialOptions(batch_size=size, checkpoint=part / "blocks", model_hash=known)
         name = f"reconstruct ({self.method.reconstruct.replace('_', '-')})"
         make = partial(reconstruct_plan, self.loaded.model, plan, self.method, windows=self.windows, stats=stats)
         return keep_reconstruction(self.reporter, name, path, options, make)

@@ -91,8 +91,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     if config.pruning.enabled and config.pruning.reconstruct == "sequential":
         held = max(held, sequential_bytes(loaded.model, sites, calibration))
     peak = peak_bytes(loaded.model, sites, steps, batches) + held
-    on_cpu = all(p.device.type in ("cpu", "meta") for p in loaded.model.parameters())
-    return Estimate(lines, peak + libraries if on_cpu else peak, passes, found)
+    return Estimate(lines, with_libraries(loaded.model, peak, libraries), passes, found)
 
 
 def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = False) -> None:
@@ -117,9 +116,14 @@ def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
 
 
 def print_peak(model: Any, peak: int, libraries: int, console: Console) -> None:
-    """Print the peak memory in bytes; what the libraries take counts where the model is on the CPU."""
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    console.print(Text(f"peak memory about {(peak + libraries * on_cpu) / 2**30:.1f} GiB"))
+    """Print the peak memory in bytes."""
+    console.print(Text(f"peak memory about {with_libraries(model, peak, libraries) / 2**30:.1f} GiB"))
+
+
+def with_libraries(model: Any, peak: int, libraries: int) -> int:
+    """Peak memory with what the libraries take, where the model is on the CPU or offloaded from it."""
+    on_cpu = all(p.device.type in ("cpu", "meta") for p in model.parameters())
+    return peak + libraries * on_cpu
 
 
 def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:

@@ -49,7 +49,8 @@ def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) 
 
 def _make(job: Job, plan: PruningPlan, method: Method, stats: Stats, files: Sequence[Path]) -> None:
     blocks = files[0].with_suffix(".part")
-    options = SequentialOptions(batch_size=job.config.calibration.batch_size, checkpoint=blocks)
+    size = job.config.calibration.batch_size
+    options = SequentialOptions(batch_size=size, checkpoint=blocks, model_hash=job.model_hash)
     make = partial(reconstruct_plan, job.loaded.model, plan, method, windows=job.calibration, stats=stats)
     made = keep_reconstruction(job.reporter, f"{RECONSTRUCT}{files[0].stem}", files[0], options, make)
     write_json(files[1], {"name": made.name, "rows": made.error_profile()})

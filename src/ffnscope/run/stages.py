@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def _statistics(
     """The stage that makes one file of statistics by ``take``."""
     path = job.folder / f"{name}.safetensors"
     part = path.with_suffix(".part.safetensors")
-    options = pass_options(job.config, part)
+    options = replace(pass_options(job.config, part), model_hash=job.model_hash)
     facts = describe_windows(job.calibration)
     sizes = {"gradient_windows": options.gradient_windows, "gradient_length": options.gradient_length}
     stage = name.replace("statistics", "calibrate").replace("_", " ")
