@@ -37,6 +37,7 @@ from ffnscope.apply.reconstruction import (
     reconstructed,
     write_reconstruction,
 )
+from ffnscope.apply.record import PruningRecord, read_record, recut, write_record
 from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
 from ffnscope.apply.slice import slice_
@@ -145,6 +146,7 @@ __all__ = [
     "Probe",
     "ProbeRow",
     "PruningPlan",
+    "PruningRecord",
     "Question",
     "RandomScorer",
     "Reconstruction",
@@ -213,6 +215,7 @@ __all__ = [
     "read_capture",
     "read_plan",
     "read_reconstruction",
+    "read_record",
     "read_scores",
     "read_sparse_weights",
     "read_stats",
@@ -220,6 +223,7 @@ __all__ = [
     "reconstruct_",
     "reconstruct_plan",
     "reconstruct_sequential",
+    "recut",
     "reconstructed",
     "repeat_scores",
     "save_decilm",
@@ -242,6 +246,7 @@ __all__ = [
     "weights_of",
     "write_plan",
     "write_reconstruction",
+    "write_record",
     "write_scores",
     "write_sparse_weights",
     "write_stats",

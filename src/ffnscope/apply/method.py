@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -84,8 +84,21 @@ def named_method(name: str, **changes: Any) -> Method:
     """
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
+    return changed_method(METHODS[name], **changes)
+
+
+def changed_method(method: Method, **changes: Any) -> Method:
+    """A method with some parts changed; a change of None keeps the part.
+
+    Another reconstruction has the default target and damping, unless these are given too.
+
+    Raises:
+        UsageError: see `Method`.
+    """
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
-    return Method(**{**asdict(METHODS[name]), **given})
+    if given.get("reconstruct", method.reconstruct) != method.reconstruct:
+        given = {"target": None, "damping": None, **given}
+    return replace(method, **given)
 
 
 def reconstruct_plan(

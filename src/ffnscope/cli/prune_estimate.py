@@ -34,6 +34,9 @@ def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None
     channels = sum(site.d_ff for site in asked.sites)
     if asked.params:
         lines.append(Line("score", f"{method.metric} x {channels:,} channels of {len(asked.sites)} FFNs"))
+    elif job.record is not None:
+        lines.append(Line("score", f"none: {method.metric} of {job.record.origin}"))
+    if asked.params or job.record is not None:
         what = f"{budget.sparsity:g} of the channels by {method.allocator}"
         uneven = method.allocator in UNEVEN
         lines.append(Line("plan", what + (": widths differ, so not stock transformers" if uneven else "")))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
@@ -14,6 +16,7 @@ from ffnscope.analyze.question import Question
 from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import check_linear, read_reconstruction
+from ffnscope.apply.record import PruningRecord
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
@@ -22,13 +25,14 @@ from ffnscope.cli.channels import OUT, scoring_facts
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import hash_json, plan_to_dict, read_json
+from ffnscope.io import hash_json, plan_to_dict, read_json, write_stats
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, keep_reconstruction
 from ffnscope.scoring import naming_weights
-from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
+from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
+Protected = Mapping[FFNSite, Tensor]
 READS_H = "obs"
 """A metric that reads just what a one-shot reconstruction does, which is asked for by its name."""
 
@@ -43,6 +47,8 @@ class PruneJob:
         text: to calibrate on.
         inputs: the metric with what it needs; None where a plan or scores are given.
         reporter: told what is done.
+        record: of the earlier result that is cut again, in the place of a calibration.
+        keeps: whether statistics stay beside the result, with those of a one-shot reconstruction.
     """
 
     loaded: LoadedModel
@@ -50,6 +56,8 @@ class PruneJob:
     text: opt.TextChoice
     inputs: opt.Inputs | None
     reporter: Reporter
+    record: PruningRecord | None = None
+    keeps: bool = False
 
     @cached_property
     def asked(self) -> Question:
@@ -60,6 +68,8 @@ class PruneJob:
     @cached_property
     def windows(self) -> Windows:
         """The calibration text."""
+        if self.record is not None and self.record.text is not None:
+            return self.record.text.windows(self.loaded.tokenizer)
         return self.text.calibration(self.loaded)
 
     @cached_property
@@ -70,7 +80,8 @@ class PruneJob:
     @property
     def params(self) -> dict[str, Any]:
         """Metrics whose statistics the pass collects."""
-        return {**self.asked.params, **({READS_H: {}} if self.method.statistics else {})}
+        reads_h = self.record is None and (self.keeps or bool(self.method.statistics))
+        return {**self.asked.params, **({READS_H: {}} if reads_h else {})}
 
     def options(self, part: Path | None = None) -> PassOptions:
         """Sizes of the pass."""
@@ -107,7 +118,7 @@ class PruneJob:
         discard_damaged(self.reporter, path, read_reconstruction)
         if path.exists():
             return read_reconstruction(path)
-        stats = self._calibrate(part)[0] if self.method.statistics else None
+        stats = self.stats(part) if self.method.statistics else None
         size, known = self.text.batch_size, self.model_hash
         options = SequentialOptions(batch_size=size, checkpoint=part / "blocks", model_hash=known)
         name = f"reconstruct ({self.method.reconstruct.replace('_', '-')})"
@@ -123,6 +134,32 @@ class PruneJob:
         rows = compare_with_dense(self.reporter, model, {"pruned": pruned}, windows, size, state)
         print_results(rows, OUT)
         return rows
+
+    def stats(self, part: Path) -> dict[FFNSite, ChannelStats] | None:
+        """Statistics of the pass, or those that an earlier result has kept."""
+        return self._calibrate(part)[0] if self.record is None else self.record.stats()
+
+    def keep(
+        self, scores: Scores, budget: Budget, protected: Protected, held_out: opt.TextChoice, part: Path
+    ) -> PruningRecord:
+        """The record of this pruning; statistics that stay beside it lie in ``part``, or where they were kept."""
+        of_result = {"n": held_out.num_samples, "length": held_out.max_length, "seed": held_out.seed}
+        if self.record is not None:
+            given: Any = {"method": self.method, "budget": budget, "protected": protected}
+            given |= {"statistics": self.record.statistics if self.keeps else None}
+            return replace(self.record, batch_size=self.text.batch_size, held_out=of_result, **given)
+        statistics = part / "kept.safetensors" if self.keeps else None
+        if statistics is not None:
+            write_stats(statistics, self._calibrate(part)[0].values(), {"model": self.model_hash})
+        text = self.text.recipe(self.windows) if self.reads_text else None
+        model = {"hash": self.model_hash, "dtype": self.loaded.source.dtype, **self.loaded.facts}
+        size = self.text.batch_size
+        return PruningRecord("", scores, self.method, budget, model, size, text, of_result, protected, statistics)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the calibration text is read at all."""
+        return bool(self.params) or self.method.reconstruct == "sequential"
 
     def _calibrate(self, part: Path) -> tuple[dict[FFNSite, ChannelStats], Any]:
         """The pass, or its result where it is finished; and the core."""
