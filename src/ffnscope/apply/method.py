@@ -10,13 +10,13 @@ from torch import nn
 
 from ffnscope.apply.one_shot import reconstruct
 from ffnscope.apply.pruned import Pruned
+from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
 from ffnscope.apply.sequential import TARGET, SequentialOptions, reconstruct_sequential
 from ffnscope.calibrate.collect import PassOptions, collect, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.plan.build import build_plan
 from ffnscope.scoring import score
-from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan
+from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
 Refit = Literal["none", "one_shot", "sequential"]
 REFITS: tuple[Refit, ...] = get_args(Refit)
@@ -35,6 +35,8 @@ class Method:
             (`reconstruct_sequential`: block by block on those of the pruned model).
         target: of the sequential one, see `SequentialOptions`; None for 0.35.
         damping: see `refit_down`; None for 0.01 (one shot), or the choice of held-out windows (sequential).
+        rounds: in how many steps channels are removed; from the second on, those of the model that is pruned and
+            reconstructed so far are ranked (see `plan_in_rounds`).
 
     Raises:
         UsageError: an unknown reconstruction, or a value that is impossible or would do nothing.
@@ -45,6 +47,7 @@ class Method:
     reconstruct: Refit = "sequential"
     target: float | None = None
     damping: float | None = None
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         if self.reconstruct not in REFITS:
@@ -56,6 +59,10 @@ class Method:
         if self.damping is not None and self.reconstruct == "none":
             raise UsageError("damping would do nothing with reconstruct 'none'. Leave it out, or reconstruct.")
         _ = self.sequential(SequentialOptions())  # refuses impossible values
+        if self.rounds < 1:
+            raise UsageError(
+                f"rounds must be at least 1, the number of times that channels are ranked; got {self.rounds}."
+            )
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -70,6 +77,8 @@ class Method:
         """Raise UsageError when nothing is removed that could be made up for."""
         if self.reconstruct != "none" and budget.sparsity == 0:
             raise UsageError(f"sparsity 0 leaves nothing for reconstruct {self.reconstruct!r} to make up for.")
+        if self.rounds > 1 and budget.sparsity == 0:
+            raise UsageError(f"sparsity 0 leaves nothing for {self.rounds} rounds to remove.")
 
 
 METHODS: dict[str, Method] = {"scores": Method("scar_loss_proxy", "local", "none"), "best": Method()}
@@ -176,7 +185,17 @@ def plan_and_reconstruct(
     options = replace(options, model_hash=options.model_hash or weights_hash(model))
     stats = collect(model, windows, list(names), options=options, on_batch=on_batch)
     facts = {"model": options.model_hash}
-    plan = build_plan(score(model, stats, method.metric, facts=facts), budget, method.allocator)
+    scores = score(model, stats, method.metric, facts=facts)
     folder = None if options.checkpoint is None else options.checkpoint.with_suffix(".blocks")
     sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=folder, model_hash=options.model_hash)
-    return reconstruct_plan(model, plan, method, windows=windows, stats=stats, options=sequential, on_block=on_block)
+    given: Any = {"windows": windows, "stats": stats, "options": sequential, "on_block": on_block}
+
+    def again(number: int) -> Scores:
+        part = None if options.checkpoint is None else options.checkpoint.with_suffix(f".round_{number}.safetensors")
+        sizes = replace(options, model_hash=None, checkpoint=part)
+        found = collect(model, windows, required_statistics([method.metric]), options=sizes, on_batch=on_batch)
+        return score(model, found, method.metric, facts=facts)
+
+    steps = RoundSteps(again, lambda plan: reconstruct_plan(model, plan, method, **given))
+    plan = plan_in_rounds(model, scores, budget, method, steps)
+    return reconstruct_plan(model, plan, method, **given)

@@ -105,6 +105,11 @@ class PruningRecord:
         """Raise UsageError when a method needs what is not here."""
         if method.metric != self.scores.metric:
             raise UsageError(f"{self.origin} holds scores of {self.scores.metric!r}, not of {method.metric!r}.")
+        if method.rounds > 1:
+            raise UsageError(
+                f"{self.origin} holds the scores of the dense model only, and {method.rounds} rounds also rank what "
+                "others have left. Cut again in 1 round (--rounds 1), or prune the model anew."
+            )
         if method.reconstruct == "one_shot" and self.statistics is None:
             raise UsageError(
                 f"{self.origin} holds no statistics with h_outer, which a one-shot reconstruction reads. Prune again "

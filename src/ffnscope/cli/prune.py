@@ -37,7 +37,7 @@ OptionalModel = Annotated[
     str | None, typer.Argument(help="Hub id, directory, .gguf file, or package:DIST; with --from that of RUN.")
 ]
 _TEXT = option_names(opt.TextChoice)
-_OF_SCORES = (*(name for name in option_names(opt.MetricOptions) if name != "module"), "split")
+_OF_SCORES = (*(name for name in option_names(opt.MetricOptions) if name != "module"), "split", "rounds")
 _OF_PLAN = (
     *("method", "metric", "module", "scores", "allocator", "multiple_of", "protect_fraction", "keep_statistics"),
     *_OF_SCORES,
@@ -95,12 +95,17 @@ class MethodChoice:
         typer.Option(help="Pull of the refit towards the old weights; default: chosen on held-out windows."),
     ] = None
 
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Remove in this many steps; each ranks what is left, reconstructed. Default: 1."),
+    ] = None
+
     def chosen(self, context: typer.Context, earlier: Method | None = None) -> Method:
         """Check these options and join them; raises UsageError for what is unknown or would do nothing.
 
         ``earlier`` is the method of the result that is cut again, which fills in what is not given.
         """
-        changes: dict[str, Any] = {"metric": self.metric, "allocator": self.allocator}
+        changes: dict[str, Any] = {"metric": self.metric, "allocator": self.allocator, "rounds": self.rounds}
         changes["reconstruct"] = None if self.reconstruct is None else self.reconstruct.replace("-", "_")
         found = named_method(self.method, **changes) if earlier is None else changed_method(earlier, **changes)
         refit = found.reconstruct.replace("_", "-")
@@ -165,12 +170,12 @@ class PlanChoice:
             return top_core(one, self.protect_fraction)
         return {} if record is None else record.protected
 
-    def make(self, scores: Scores, job: PruneJob) -> PruningPlan:
+    def make(self, scores: Scores, job: PruneJob, part: Path) -> PruningPlan:
         """Build the plan; say so when the protection changes nothing."""
         one = replace(scores, facts={**scores.facts, "model_id": job.loaded.source.model_id})
         budget = replace(self.budget, min_width=1 if job.record is None else job.record.budget.min_width)
-        made = build_plan(one, budget, job.method.allocator, protected=self.protected(one, job.record))
-        if self.protect_fraction is None:
+        made = job.plan(one, budget, self.protected(one, job.record), part)
+        if self.protect_fraction is None or job.method.rounds > 1:
             return made
         bare = build_plan(one, budget, job.method.allocator)
         if all(torch.equal(kept, bare.kept[site]) for site, kept in made.kept.items()):
@@ -239,10 +244,7 @@ def prune_command(
     check_output(out, overwrite)
     saving = form.saving(context, out, overwrite)
     wanted.check(method, saving)
-    held_out = replace(text, split=None) if evaluate else None
-    if held_out:
-        _check_held_out(text.text, text.split)
-        held_out.check_held_out()
+    held_out = _held_out(text) if evaluate else None
     decided = wanted.plan or wanted.scores or wanted.run
     inputs = None if decided else needs.inputs(context, [method.metric], text.seed)
     if record is None and (inputs or refits):
@@ -263,7 +265,7 @@ def prune_command(
     with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
         if plan is None:
             scores = job.score(part) if scores is None else scores
-            plan = wanted.make(scores, job)
+            plan = wanted.make(scores, job, part)
         kept = None
         if scores is not None and form.form != "gguf":
             kept = job.keep(scores, plan.budget, wanted.protected(scores, record), held_out or text, part)
@@ -316,15 +318,19 @@ def _check_protection(fraction: float | None, sparsity: float) -> None:
         )
 
 
-def _check_held_out(text: str, split: str | None) -> None:
-    held_out = held_out_split(text)
+def _held_out(text: opt.TextChoice) -> opt.TextChoice:
+    """The text to measure on; raises UsageError where it is not known which part is held out."""
+    held_out = held_out_split(text.text)
     if held_out is None:
         raise UsageError(
-            f"{text} has no known held-out split to measure on. Pass --no-evaluate, and use `ffnscope eval` with "
+            f"{text.text} has no known held-out split to measure on. Pass --no-evaluate, and use `ffnscope eval` with "
             "another text."
         )
-    if split == held_out:
+    if text.split == held_out:
         raise UsageError(
-            f"--split {split} is the held-out split of {text}, on which the result is measured. Calibrate on another, "
-            "or pass --no-evaluate."
+            f"--split {text.split} is the held-out split of {text.text}, on which the result is measured. Calibrate on "
+            "another, or pass --no-evaluate."
         )
+    found = replace(text, split=None)
+    found.check_held_out()
+    return found

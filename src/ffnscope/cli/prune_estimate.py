@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 from rich.text import Text
 
@@ -40,8 +42,11 @@ def print_prune_estimate(job: PruneJob, budget: Budget, held_out: Windows | None
         what = f"{budget.sparsity:g} of the channels by {method.allocator}"
         uneven = method.allocator in UNEVEN
         lines.append(Line("plan", what + (": widths differ, so not stock transformers" if uneven else "")))
+    for number in range(2, method.rounds + 1):
+        again = [calibrate_line(f"round {number}", steps, speed) for steps in each]
+        lines += [replace(line, what=f"{line.what}, of what is left") for line in again]
     if method.reconstruct == "sequential":
-        tokens = 2 * job.windows.n_tokens
+        tokens = 2 * job.windows.n_tokens * method.rounds
         lines.append(Line("reconstruct", f"block by block: {tokens:,} tokens forward", tokens * speed))
     elif method.reconstruct == "one_shot":
         lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs"))

@@ -17,6 +17,7 @@ from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import check_linear, read_reconstruction
 from ffnscope.apply.record import PruningRecord
+from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
@@ -25,7 +26,7 @@ from ffnscope.cli.channels import OUT, scoring_facts
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import hash_json, plan_to_dict, read_json, write_stats
+from ffnscope.io import hash_json, plan_to_dict, read_json, read_plan, write_stats
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, keep_reconstruction
@@ -101,9 +102,21 @@ class PruneJob:
         if self.method.reconstruct != "none":
             check_linear(self.asked.sites if sites is None else sites)
 
-    def score(self, part: Path) -> Scores:
-        """Calibrate and score."""
-        stats, core = self._calibrate(part)
+    def plan(self, scores: Scores, budget: Budget, protected: Protected, part: Path) -> PruningPlan:
+        """Choose what stays, in the rounds of the method."""
+
+        def again(number: int) -> Scores:
+            self.reporter.say(f"round {number} of {self.method.rounds}")
+            return self.score(part / f"round_{number}", dense=False)
+
+        steps = RoundSteps(again, lambda plan: self.reconstruct(plan, part), part, protected)
+        for path in part.glob("round_*.json"):
+            discard_damaged(self.reporter, path, read_plan)
+        return plan_in_rounds(self.loaded.model, scores, budget, self.method, steps)
+
+    def score(self, part: Path, *, dense: bool = True) -> Scores:
+        """Calibrate and score, the dense model or what rounds have left of it."""
+        stats, core = self._calibrate(part, dense=dense)
         facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.text)
         with self.reporter.task("score", "metrics"):
             (found,) = self.asked.scores(stats, core, facts).values()
@@ -161,12 +174,13 @@ class PruneJob:
         """Whether the calibration text is read at all."""
         return bool(self.params) or self.method.reconstruct == "sequential"
 
-    def _calibrate(self, part: Path) -> tuple[dict[FFNSite, ChannelStats], Any]:
+    def _calibrate(self, part: Path, *, dense: bool = True) -> tuple[dict[FFNSite, ChannelStats], Any]:
         """The pass, or its result where it is finished; and the core."""
         announce(self.reporter, self.memory())
         for path in part.glob("*calibrate.safetensors"):
             discard_damaged(self.reporter, path)
-        given: Any = {"sites": self.asked.sites, "rule": self.asked.rule, "options": self.options(part)}
-        model = self.loaded.model
+        options = self.options(part) if dense else replace(self.options(part), model_hash=None)
+        given: Any = {"sites": self.asked.sites, "rule": self.asked.rule, "options": options}
+        model, params = self.loaded.model, self.params if dense else self.asked.params
         with self.reporter.task("calibrate", "tokens") as update, naming_weights(model):
-            return calibrate_all(model, self.windows, self.params, **given, on_batch=update)
+            return calibrate_all(model, self.windows, params, **given, on_batch=update)

@@ -81,6 +81,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     lines = [
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_decision_lines(config, sites),
+        *_round_lines(config, steps, speed),
         *_reconstruction_lines(config, len(sites), calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, speed),
@@ -142,13 +143,22 @@ def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
     return [scores, Line("plan", f"{_n_plans(config)} plans")]
 
 
+def _round_lines(config: RunConfig, steps: Sequence[Step], speed: float) -> list[Line]:
+    """Further calibrations of pruned models; the first one, for all metrics, is the most that one of them takes."""
+    again = _n_plans(config) * (config.pruning.rounds - 1)
+    if not again:
+        return []
+    tokens = sum(s.batch.n_tokens * (1 + s.backward) for s in steps)
+    return [Line("rounds", f"{again} more calibrations, of what is left", again * tokens * speed)]
+
+
 def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows, speed: float) -> list[Line]:
     asked = config.pruning
     if not asked.reconstructs:
         return []
     if asked.reconstruct == "one_shot":
         return [Line("reconstruct", f"{_n_plans(config)} plans x least squares of {n_sites} FFNs")]
-    tokens = 2 * calibration.n_tokens
+    tokens = 2 * calibration.n_tokens * asked.rounds
     seconds = _n_plans(config) * tokens * speed
     return [Line("reconstruct", f"{_n_plans(config)} plans x {tokens:,} tokens forward, block by block", seconds)]
 

@@ -36,6 +36,8 @@ class Pruning(Block):
     """Of the sequential one: 0 fits to the FFN's own output, 1 to the dense model's; null: 0.35."""
     damping: Annotated[float, Strict(), Field(gt=0)] | None = None
     """Pull of the refit towards the old weights; null: 0.01 (one_shot), or chosen on held-out windows (sequential)."""
+    rounds: Count = 1
+    """Remove in this many steps; from the second on, what the one before has left, reconstructed, is ranked."""
     multiple_of: Count = 1
     """Kept widths are multiples of this (kernels like 64 or 128)."""
     min_width: Count = 1
@@ -58,4 +60,4 @@ class Pruning(Block):
 
     def chosen(self, metric: str) -> Method:
         """The method with one of the metrics."""
-        return Method(metric, self.allocator, self.reconstruct, self.target, self.damping)
+        return Method(metric, self.allocator, self.reconstruct, self.target, self.damping, self.rounds)

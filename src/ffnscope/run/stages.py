@@ -40,7 +40,6 @@ from ffnscope.io import (
     write_scores,
     write_stats,
 )
-from ffnscope.plan.build import build_plan
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.run.choices import (
     background_hash,
@@ -62,6 +61,9 @@ from ffnscope.run.windows import calibration_windows, describe_windows, evaluati
 from ffnscope.scoring import naming_weights, score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
+Core = Mapping[FFNSite, torch.Tensor]
+PlanOf = Callable[[str, Scores, Budget, Core], PruningPlan]
+"""Label, scores, budget, channels that stay -> plan."""
 RECONSTRUCT = "reconstruct "
 """Beginning of the names of stages that reconstruct a plan."""
 
@@ -210,8 +212,8 @@ def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Sc
     return read_scores(path)[0]
 
 
-def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]:
-    """Build one plan per metric and sparsity: ``plans/METRIC-SPARSITY.json``."""
+def plan_stage(job: Job, scores: Mapping[str, Scores], plan_of: PlanOf) -> dict[str, PruningPlan]:
+    """Build one plan per metric and sparsity by ``plan_of``: ``plans/METRIC-SPARSITY.json``."""
     config = job.config
     core = find_core(config, scores)
     if not config.pruning.enabled:
@@ -220,21 +222,17 @@ def plan_stage(job: Job, scores: Mapping[str, Scores]) -> dict[str, PruningPlan]
     budgets = {r: Budget(r, asked.multiple_of, asked.min_width) for r in asked.ratios}
     names = {f"{metric}-{r}".removesuffix(".0"): (metric, r) for metric in asked.algorithms for r in asked.ratios}
     paths = {label: job.folder / "plans" / f"{label}.json" for label in names}
+    protected: Core = (core or {}) if config.supernode.protect_core else {}
 
     def make() -> None:
         for label, (metric, ratio) in names.items():
-            plan = build_plan(
-                scores[metric],
-                budgets[ratio],
-                asked.allocator,
-                protected=core if config.supernode.protect_core else None,
-                provenance={
-                    "model_id": config.model.model_id,
-                    "scores": job.keys["score"],
-                    "supernode": config.supernode.model_dump(),
-                },
-            )
-            write_plan(paths[label], plan)
+            told = {
+                "model_id": config.model.model_id,
+                "scores": job.keys["score"],
+                "supernode": config.supernode.model_dump(),
+            }
+            one = replace(scores[metric], facts={**scores[metric].facts, **told})
+            write_plan(paths[label], plan_of(label, one, budgets[ratio], protected))
 
     depends = [job.keys["score"], asked.model_dump(), config.supernode.model_dump()]
     job.stage("plan", depends, list(paths.values()), make)
