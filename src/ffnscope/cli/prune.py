@@ -254,11 +254,9 @@ def prune_command(
     reporter = Reporter()
     loaded = loading.open(reporter, model_of(model, record))
     saving.check_model(loaded)
-    calibration = text if record else _calibration(context, text, method)
-    job = PruneJob(loaded, method, calibration, inputs, reporter, record, form.keep_statistics)
+    job = PruneJob(loaded, method, _calibration(context, text, method), inputs, reporter, record, form.keep_statistics)
     scores = known.of_this_model(wanted.scores, job)
-    chosen = plan.kept if plan is not None else scores.values if scores is not None else None
-    job.check_sites(None if chosen is None else list(chosen))
+    job.check_sites(plan, scores)
     if dry_run:
         print_prune_estimate(job, wanted.budget, held_out.held_out(loaded) if held_out else None, OUT)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -97,10 +97,11 @@ class PruneJob:
         given: Any = {"sites": self.asked.sites, "rule": self.asked.rule, "options": self.options()}
         return calibration_bytes(self.loaded.model, self.windows, self.params, **given)
 
-    def check_sites(self, sites: Sequence[FFNSite] | None = None) -> None:
-        """Raise NotAvailableError when an FFN cannot be reconstructed, before any work."""
+    def check_sites(self, plan: PruningPlan | None, scores: Scores | None) -> None:
+        """Raise NotAvailableError when an FFN of a plan, of scores or of the model cannot be reconstructed."""
+        given = plan.kept if plan is not None else scores.values if scores is not None else None
         if self.method.reconstruct != "none":
-            check_linear(self.asked.sites if sites is None else sites)
+            check_linear(self.asked.sites if given is None else list(given))
 
     def plan(self, scores: Scores, budget: Budget, protected: Protected, part: Path) -> PruningPlan:
         """Choose what stays, in the rounds of the method."""

@@ -214,7 +214,6 @@ def test_the_dry_run_computes_nothing(
         (["--reconstruct", "one-shot", "--target", "0.5"], "--target would do nothing with --reconstruct one-shot"),
         (["--damping", "0.1"], "--damping would do nothing with --reconstruct none"),
         (["--rounds", "0"], "rounds must be at least 1"),
-        (["--scores", "s", "--rounds", "2"], "--rounds would do nothing with --scores s"),
         (["--method", "best", "--damping", "0"], "damping must be positive"),
         (["--method", "best", "--target", "1.5"], "target must be 'own', 'dense' or a share between 0 and 1; got 1.5"),
         (["--method", "best", "--sparsity", "0"], "sparsity 0 leaves nothing for reconstruct 'sequential'"),
@@ -228,6 +227,11 @@ def test_refused_before_the_model_is_loaded(
     arguments = ["/no/model" if i == 1 else a for i, a in enumerate(base)]
     assert text in fails(2, *arguments, *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_beside_scores(fails: Fails, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--scores", "s", "--sparsity", 0.5, "--rounds", 2, "--out", tmp_path / "out", "--no-evaluate")
+    assert "--rounds would do nothing with --scores s" in fails(2, "prune", checkpoint, *options)
 
 
 def test_a_method_beside_a_plan(fails: Fails, checkpoint: Path, tmp_path: Path) -> None:
