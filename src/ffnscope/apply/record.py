@@ -169,12 +169,13 @@ def recut(
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     method.check_budget(budget)
     record.check_method(method)
-    record.check_model(weights_hash(model))
+    known = weights_hash(model)
+    record.check_model(known)
     if windows is not None and record.text is not None:
         record.text.check(windows)
     plan = build_plan(record.scores, budget, method.allocator, protected=record.protected)
     stats = record.stats() if method.statistics else None
-    options = options or SequentialOptions(batch_size=record.batch_size)
+    options = replace(options or SequentialOptions(batch_size=record.batch_size), model_hash=known)
     return reconstruct_plan(model, plan, method, windows=windows, stats=stats, options=options, on_block=on_block)
 
 

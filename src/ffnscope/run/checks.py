@@ -330,10 +330,13 @@ def _reconstruction(config: RunConfig) -> Iterator[Finding]:
     for key in (key for key, reads in useful.items() if not reads and getattr(asked, key) is not None):
         message = f"would do nothing with 'reconstruct: {asked.reconstruct}'. Leave it out"
         yield _finding((*path, key), message, (*path, "reconstruct"))
-    if asked.reconstructs:
-        for i in (i for i, ratio in enumerate(asked.ratios) if ratio == 0):
+    for i in (i for i, ratio in enumerate(asked.ratios) if asked.enabled and ratio == 0):
+        if asked.reconstructs:
             message = f"0 leaves nothing for 'reconstruct: {asked.reconstruct}' to make up for. Leave it out"
             yield _finding((*path, "ratios", i), message, (*path, "reconstruct"))
+        elif asked.rounds > 1:
+            message = f"0 leaves nothing for 'rounds: {asked.rounds}' to remove. Leave it out"
+            yield _finding((*path, "ratios", i), message, (*path, "rounds"))
     output = config.output
     if output.checkpoints and output.format == "gguf" and not output.pad_to_widest and asked.allocator in UNEVEN:
         message = f"{asked.allocator!r} gives FFNs different widths, and 'format: gguf' has one for all. Choose local"

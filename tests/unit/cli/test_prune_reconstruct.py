@@ -183,6 +183,15 @@ def test_rounds(
         assert line in told, line
 
 
+@pytest.mark.parametrize("reconstruct", ["none", "one-shot", "sequential"])
+def test_the_weights_are_hashed_once(
+    ok: Ok, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, reconstruct: str
+) -> None:
+    hashes = stop_at(monkeypatch, collect, "hash_tensors", 0)
+    ok(*base, "-m", "wanda", "--reconstruct", reconstruct)
+    assert len(hashes) == 1
+
+
 def test_the_dry_run_computes_nothing(
     ok: Ok, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,7 @@ def test_the_dry_run(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
         ({"damping": 0.1}, "pruning.damping: would do nothing"),
         ({"method": "best", "damping": 0.0}, "pruning.damping"),
         ({"method": "best", "target": 1.5}, "pruning.target"),
+        ({"rounds": 2, "ratios": [0.5, 0.0]}, "pruning.ratios[1]: 0 leaves nothing for 'rounds: 2' to remove"),
         ({"method": "best", "ratios": [0.0, 0.5]}, "pruning.ratios[0]: 0 leaves nothing for 'reconstruct: sequential'"),
     ],
 )
