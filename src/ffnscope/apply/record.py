@@ -60,7 +60,12 @@ class TextRecipe:
             TextError: the text is not found or not readable, or other windows came out.
         """
         given: Any = {"n": self.n, "length": self.length, "seed": self.seed}
-        found = load_windows(self.source, tokenizer, **given, mode=self.mode, answers_only=self.answers_only)
+        try:
+            found = load_windows(self.source, tokenizer, **given, mode=self.mode, answers_only=self.answers_only)
+        except TextError as error:
+            raise TextError(
+                f"{error} It was calibrated on; if it lies at another place now, give that (--text)."
+            ) from error
         self.check(found)
         return found
 

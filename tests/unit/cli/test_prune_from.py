@@ -186,7 +186,8 @@ def test_a_text_at_another_place(ok: Ok, fails: Fails, checkpoint: Path, texts: 
     ok("prune", checkpoint, *given, "--text", first, "--out", tmp_path / "run")
     Path(first).rename(tmp_path / "second.txt")
     options = again(tmp_path / "run", tmp_path / "out", "--sparsity", 0.3)
-    assert "first.txt does not exist" in fails(2, *options)
+    written = fails(2, *options)
+    assert "first.txt does not exist" in written and "at another place now, give that (--text)" in written
     written = fails(2, *options, "--text", texts / "test.txt")
     assert "gives other windows" in written and "the text or the tokenizer has changed" in written
     assert not (tmp_path / "out").exists()
