@@ -39,6 +39,7 @@ from ffnscope.apply.reconstruction import (
     reconstructed,
     write_reconstruction,
 )
+from ffnscope.apply.record import PruningRecord, read_record, recut, write_record
 from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
 from ffnscope.apply.slice import slice_
@@ -149,6 +150,7 @@ __all__ = [
     "Probe",
     "ProbeRow",
     "PruningPlan",
+    "PruningRecord",
     "Question",
     "RandomScorer",
     "Reconstruction",
@@ -219,6 +221,7 @@ __all__ = [
     "read_curves",
     "read_plan",
     "read_reconstruction",
+    "read_record",
     "read_scores",
     "read_sparse_weights",
     "read_stats",
@@ -226,6 +229,7 @@ __all__ = [
     "reconstruct_",
     "reconstruct_plan",
     "reconstruct_sequential",
+    "recut",
     "reconstructed",
     "repeat_scores",
     "save_decilm",
@@ -249,6 +253,7 @@ __all__ = [
     "write_curves",
     "write_plan",
     "write_reconstruction",
+    "write_record",
     "write_scores",
     "write_sparse_weights",
     "write_stats",

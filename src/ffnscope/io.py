@@ -111,20 +111,38 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; a missing, damaged or foreign file is an ArtifactError."""
+    with _opened(path) as file:
+        header = file.metadata() or {}
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    return tensors, _facts(path, header)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read the facts of a file without its tensors; errors as in `read_tensors`."""
+    with _opened(path) as file:
+        return _facts(path, file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Generator[Any]:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         raise ArtifactError(f"{path} does not exist.")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except (SafetensorError, OSError) as error:
+        if isinstance(error, ArtifactError):
+            raise
         raise ArtifactError(f"{path} cannot be read ({error}): damaged, or another kind of file.") from error
+
+
+def _facts(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     if "ffnscope" not in header:
         raise ArtifactError(f"{path} is a safetensors file, but ffnscope did not write it.")
     try:
-        return tensors, json.loads(header["ffnscope"])
+        return json.loads(header["ffnscope"])
     except ValueError as error:
         raise ArtifactError(f"{path} has a damaged header ({error}).") from error
 

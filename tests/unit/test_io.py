@@ -156,7 +156,7 @@ class TestTensors:
         }
         io.write_tensors(tmp_path / "a.st", tensors, {"n": 1})
         found, facts = io.read_tensors(tmp_path / "a.st")
-        assert facts == {"schema": io.SCHEMA, "n": 1}
+        assert facts == io.read_facts(tmp_path / "a.st") == {"schema": io.SCHEMA, "n": 1}
         assert found.keys() == tensors.keys()
         for name, value in tensors.items():
             assert found[name].dtype == value.dtype and torch.equal(found[name], value)
@@ -166,8 +166,9 @@ class TestTensors:
         path = tmp_path / "a.st"
         io.write_tensors(path, {"a": torch.arange(100)}, {})
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(ArtifactError, match=r"a.st cannot be read .*: damaged, or another kind of file\."):
-            io.read_tensors(path)
+        for read in (io.read_tensors, io.read_facts):
+            with pytest.raises(ArtifactError, match=r"a.st cannot be read .*: damaged, or another kind of file\."):
+                read(path)
 
     def test_missing_and_foreign(self, tmp_path: Path) -> None:
         from safetensors.torch import save_file
@@ -175,8 +176,9 @@ class TestTensors:
         with pytest.raises(ArtifactError, match=r"a.st does not exist"):
             io.read_tensors(tmp_path / "a.st")
         save_file({"a": torch.zeros(1)}, tmp_path / "a.st")
-        with pytest.raises(ArtifactError, match=r"is a safetensors file, but ffnscope did not write it"):
-            io.read_tensors(tmp_path / "a.st")
+        for read in (io.read_tensors, io.read_facts):
+            with pytest.raises(ArtifactError, match=r"is a safetensors file, but ffnscope did not write it"):
+                read(tmp_path / "a.st")
 
 
 class TestStatsAndScores:

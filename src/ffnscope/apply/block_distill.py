@@ -69,7 +69,7 @@ class FFNDistiller:
         if found is None:
             return replace(columns, facts=told)
         rows = ChannelRows(found.up, found.gate, found.up_bias, found.gate_bias)
-        told |= {"error_after": facts["error"], "held_out": True, "trained": True}
+        told |= {"error": facts["error"] / told["power"], "held_out": True, "trained": True}
         return Columns(columns.kept, found.down, told, rows, found.down_bias)
 
 

@@ -1,8 +1,8 @@
-"""New down columns of one FFN, from sums over tokens to fit and tokens to judge by."""
+"""New down columns of one FFN, from sums over tokens to fit and tokens to judge by, for both kinds of refit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.apply.ffn_tokens import FFNTokens
-from ffnscope.apply.refit import DAMPING, Moments, choose_damping, output_error, refit_down
+from ffnscope.apply.refit import DAMPING, DAMPINGS, LeastSquares, Moments, choose_damping, refit_down
 from ffnscope.apply.rows import ChannelRows
 from ffnscope.calibrate.statistics import h_outer, xh_outer
 
@@ -89,12 +89,9 @@ class SiteSums:
 
 
 def fit_columns(down: Tensor, kept: Tensor, sums: SiteSums, damping: float | None) -> Columns:
-    """Least squares for the kept columns; ``sums`` is used up.
+    """Least squares for the kept columns by `refitted`; ``sums`` is used up.
 
-    A damping of None is chosen on the held-out tokens (1e-2 without any), and then all tokens are fitted. Where the
-    held-out error is lowest with the old columns, they stay. An FFN without a token keeps all its channels as they are.
-
-    Memory beside the sums: see `refit_down`.
+    An FFN without a token keeps all its channels as they are.
 
     Args:
         down: dense weights [d_model, d_ff].
@@ -105,34 +102,58 @@ def fit_columns(down: Tensor, kept: Tensor, sums: SiteSums, damping: float | Non
     Raises:
         NonFiniteError: the sums are not finite.
     """
-    fit, held = sums.fit.moments, sums.held_out.moments
-    judge = fit if held is None else held
-    if judge is None:
+    if sums.fit.moments is None and sums.held_out.moments is None:
         return Columns(torch.arange(down.shape[1]), down.clone(), {"unreached": True, "tokens": 0})
-    nothing = kept[:0]
-    before = output_error(down, down[:, kept], kept, judge)
-    power = output_error(down, down[:, nothing], nothing, judge)
-    chosen, after = damping, None
-    if chosen is None and fit is not None and held is not None:
-        chosen, errors = choose_damping(down, kept, fit, held)
-        after = errors[chosen]
-    chosen = DAMPING if chosen is None else chosen
-    held_out = after is not None
-    tokens = (0 if fit is None else fit.n_tokens) + (0 if held is None else held.n_tokens)
-    new = down[:, kept].clone()
-    refitted = after is None or after <= before
-    if refitted:
-        total = sums.joined()
-        assert total is not None, "there are tokens"
-        new = refit_down(down, kept, total, chosen)
-        after = output_error(down, new, kept, total) if after is None else after
-    facts = {
-        "tokens": tokens,
-        "damping": chosen,
-        "refitted": refitted,
-        "held_out": held_out,
-        "power": power,
-        "error_before": before,
-        "error_after": after if refitted else before,
-    }
+    fit, held = sums.fit.moments, sums.held_out.moments
+    if fit is None:
+        fit, held = held, None
+    assert fit is not None, "there are tokens"
+    new, facts = refitted(down, kept, fit, held, damping, lambda: sums.joined() or fit)
     return Columns(kept, new.to(down.dtype), facts)
+
+
+def refitted(
+    down: Tensor,
+    kept: Tensor,
+    fit: Moments,
+    held_out: Moments | None,
+    damping: float | None,
+    join: Callable[[], Moments],
+) -> tuple[Tensor, dict[str, Any]]:
+    """New columns of the kept channels [d_model, k], and what is told of them.
+
+    A damping of None is chosen on the held-out tokens (1e-2 without any), and then all tokens are fitted. Where the
+    held-out error is lowest with the old columns, they stay. The facts: ``tokens`` in all; ``damping``; ``refitted``
+    unless the old columns stay; ``power``, the mean square of the output that is wanted; ``error_without`` and
+    ``error``, the squared error of the output without and with the refit as shares of the power; and whether these were
+    taken on ``held_out`` tokens.
+
+    Memory beside the sums: see `refit_down`.
+
+    Args:
+        down: dense weights [d_model, d_ff].
+        kept: sorted indices [k].
+        fit: sums over the tokens to fit.
+        held_out: sums over others that choose the damping, or None.
+        damping: see `refit_down`.
+        join: gives the sums over both, once those of ``fit`` are not needed any more.
+
+    Raises:
+        NonFiniteError: the sums are not finite.
+    """
+    problem = judge = LeastSquares.of(down, kept, fit)
+    told: dict[str, Any] = {"refitted": True, "held_out": False}
+    if held_out is not None and held_out.n_tokens:
+        judge = LeastSquares.of(down, kept, held_out)
+        damping, errors = choose_damping(problem, judge, DAMPINGS if damping is None else (damping,))
+        told = {"refitted": errors[damping] <= judge.without, "held_out": True}
+        new = refit_down(down, kept, join(), damping) if told["refitted"] else judge.old
+        error = min(errors[damping], judge.without)
+    else:
+        damping = DAMPING if damping is None else damping
+        new = problem.solved(damping)
+        error = problem.error(new)
+    power, without = judge.power, judge.without
+    shares = {"error_without": without / power if power else 0.0, "error": error / power if power else 0.0}
+    tokens = fit.n_tokens + (0 if held_out is None else held_out.n_tokens)
+    return new, {"tokens": tokens, "damping": damping, **told, "power": power, **shares}

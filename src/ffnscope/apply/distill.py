@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ffnscope.apply.block_fit import SiteSums
 from ffnscope.apply.ffn_tokens import FIELDS, Activation, FFNTokens, channels, mapped, widened
-from ffnscope.apply.refit import Moments, choose_damping, refit_down
+from ffnscope.apply.refit import LeastSquares, Moments, choose_damping, refit_down
 from ffnscope.errors import UsageError
 from ffnscope.types import FFNWeights
 
@@ -126,8 +126,9 @@ def _finished(
 ) -> FFNWeights | None:
     """The last refit where it helps; None where all was lost in rounding. Adds to the facts."""
     fit, held = _moments(tokens, best, activation)
-    damping, _ = choose_damping(best.down, _every(best), fit, held, DAMPINGS)
-    again = replace(best, down=_refitted(best, fit, damping))
+    problem, judge = (LeastSquares.of(best.down, _every(best), sums) for sums in (fit, held))
+    damping, _ = choose_damping(problem, judge, DAMPINGS)
+    again = replace(best, down=problem.solved(damping).to(best.down))
     trained, refit = (held_out_error(tokens, one, activation, metric) for one in (best, again))
     facts |= {"error_trained": trained, "error_refit": refit, "refit": refit < trained}
     if not min(trained, refit) < facts["error_start"]:

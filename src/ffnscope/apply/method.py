@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -13,14 +13,14 @@ from ffnscope.apply.distill import Distillation
 from ffnscope.apply.one_shot import compensate_bias, reconstruct
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import check_linear
+from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
 from ffnscope.apply.sequential import TARGET, SequentialOptions, reconstruct_sequential
 from ffnscope.calibrate.collect import PassOptions, collect, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.plan.build import build_plan
 from ffnscope.registry import ALLOCATORS
 from ffnscope.scoring import score
-from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan
+from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
 Refit = Literal["none", "one_shot", "sequential", "bias"]
 REFITS: tuple[Refit, ...] = get_args(Refit)
@@ -42,6 +42,8 @@ class Method:
         damping: see `refit_down`; None for 0.01 (one shot), or the choice of held-out windows (sequential).
         distill: epochs of a distillation within the sequential one, which trains weights (see `Distillation`, of which
             the rest are the defaults); None trains nothing.
+        rounds: in how many steps channels are removed; from the second on, those of the model that is pruned and
+            reconstructed so far are ranked (see `plan_in_rounds`).
 
     Raises:
         UsageError: an unknown reconstruction, or a value that is impossible or would do nothing.
@@ -53,6 +55,7 @@ class Method:
     target: float | None = None
     damping: float | None = None
     distill: int | None = None
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         if self.reconstruct not in REFITS:
@@ -70,11 +73,25 @@ class Method:
                 f"damping would do nothing with reconstruct {self.reconstruct!r}. Leave it out, or refit the columns."
             )
         _ = self.sequential(SequentialOptions())  # refuses impossible values
+        if self.rounds < 1:
+            raise UsageError(
+                f"rounds must be at least 1, the number of times that channels are ranked; got {self.rounds}."
+            )
+        if self.rounds > 1 and self.measures:
+            raise UsageError(
+                f"{self.rounds} rounds do not go with allocator {self.allocator!r}, which plans by curves of the dense "
+                "model. Choose one of them."
+            )
 
     @property
     def refits(self) -> bool:
         """Whether columns that stay are fitted anew, by least squares."""
         return self.reconstruct in ("one_shot", "sequential")
+
+    @property
+    def untrained(self) -> Method:
+        """The same without a distillation: what reconstructs between rounds."""
+        return replace(self, distill=None)
 
     @property
     def measures(self) -> bool:
@@ -113,6 +130,8 @@ class Method:
         """Raise UsageError when nothing is removed that could be made up for."""
         if self.reconstruct != "none" and budget.sparsity == 0:
             raise UsageError(f"sparsity 0 leaves nothing for reconstruct {self.reconstruct!r} to make up for.")
+        if self.rounds > 1 and budget.sparsity == 0:
+            raise UsageError(f"sparsity 0 leaves nothing for {self.rounds} rounds to remove.")
 
 
 METHODS: dict[str, Method] = {"scores": Method("scar_loss_proxy", "local", "none"), "best": Method()}
@@ -127,8 +146,21 @@ def named_method(name: str, **changes: Any) -> Method:
     """
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
+    return changed_method(METHODS[name], **changes)
+
+
+def changed_method(method: Method, **changes: Any) -> Method:
+    """A method with some parts changed; a change of None keeps the part.
+
+    Another reconstruction has the default target and damping and trains nothing, unless these are given too.
+
+    Raises:
+        UsageError: see `Method`.
+    """
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
-    return Method(**{**asdict(METHODS[name]), **given})
+    if given.get("reconstruct", method.reconstruct) != method.reconstruct:
+        given = {"target": None, "damping": None, "distill": None, **given}
+    return replace(method, **given)
 
 
 def reconstruct_plan(
@@ -206,9 +238,20 @@ def plan_and_reconstruct(
     method.check_budget(budget)
     options = options or PassOptions(gradient_windows=GRADIENT_WINDOWS)
     names = dict.fromkeys((*required_statistics([method.metric]), *method.statistics))
+    options = replace(options, model_hash=options.model_hash or weights_hash(model))
     stats = collect(model, windows, list(names), options=options, on_batch=on_batch)
-    facts = {"model": weights_hash(model)}
-    plan = build_plan(score(model, stats, method.metric, facts=facts), budget, method.allocator)
+    facts = {"model": options.model_hash}
+    scores = score(model, stats, method.metric, facts=facts)
     folder = None if options.checkpoint is None else options.checkpoint.with_suffix(".blocks")
-    sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=folder)
-    return reconstruct_plan(model, plan, method, windows=windows, stats=stats, options=sequential, on_block=on_block)
+    sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=folder, model_hash=options.model_hash)
+    given: Any = {"windows": windows, "stats": stats, "options": sequential, "on_block": on_block}
+
+    def again(number: int) -> Scores:
+        part = None if options.checkpoint is None else options.checkpoint.with_suffix(f".round_{number}.safetensors")
+        sizes = replace(options, model_hash=None, checkpoint=part)
+        found = collect(model, windows, required_statistics([method.metric]), options=sizes, on_batch=on_batch)
+        return score(model, found, method.metric, facts=facts)
+
+    steps = RoundSteps(again, lambda plan: reconstruct_plan(model, plan, method.untrained, **given))
+    plan = plan_in_rounds(model, scores, budget, method, steps)
+    return reconstruct_plan(model, plan, method, **given)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffnscope.apply.block_fit import refitted
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.new_bias import without_bias
 from ffnscope.apply.reconstruction import Reconstruction, check_linear
-from ffnscope.apply.refit import DAMPING, Moments, choose_damping, mean_bias, output_error, refit_down
+from ffnscope.apply.refit import Moments, mean_bias
 from ffnscope.errors import UsageError
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
@@ -34,8 +36,7 @@ def reconstruct(
 
     The model is read, not changed. New columns are in its dtype; sums and solutions in float64. FFNs of which nothing
     is removed, and experts that no token reached, keep their columns. ``facts["sites"]`` tells for each FFN the tokens,
-    the damping, and the squared error of the output without and with the refit, as shares of the output's power, on
-    the held-out tokens where there are any, else on those of the fit.
+    the damping, and the error of the output without and with the refit: see `refitted`.
 
     Args:
         model: dense, or as the plan's scores found it.
@@ -44,7 +45,7 @@ def reconstruct(
         damping: pull towards the original weights, as a share of the mean power of the kept channels; None for 0.01,
             or the choice of the held-out tokens.
         held_out: ``h_outer`` of other tokens. Each FFN takes the damping of `DAMPINGS` with the least error there,
-            and is then fitted on both together.
+            and is then fitted on both together; where the old columns are better there, they stay.
 
     Raises:
         UsageError: statistics that are missing, a damping that cannot be or beside ``held_out``, or a plan for a model
@@ -60,7 +61,7 @@ def reconstruct(
     sites = _sites(model, plan, stats, "h_outer")
     _warn_of_few(sites, stats, held_out)
     down: dict[FFNSite, Tensor] = {}
-    facts: dict[str, dict[str, float]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for site in sites:
         with materialised(model, site):
             weight = weights_of(model, site).down
@@ -68,7 +69,8 @@ def reconstruct(
             dense = weight.to(torch.float64) if weight.device.type != "mps" else weight.cpu().double()
             fit = _moments(site, stats, dense)
             other = None if held_out is None else _moments(site, held_out, dense)
-            new, facts[site.name] = _refitted(dense, plan.kept[site], fit, other, damping)
+            join = partial(_joined, fit, other)
+            new, facts[site.name] = refitted(dense, plan.kept[site], fit, other, damping, join)
             down[site] = new.to(weight)
     return Reconstruction(plan, down, facts={"method": "least squares, one shot", "sites": facts})
 
@@ -113,18 +115,8 @@ def _moments(site: FFNSite, stats: Statistics, like: Tensor) -> Moments:
     return Moments(stats[site].total("h_outer").to(like), stats[site].counts["h_outer"])
 
 
-def _refitted(
-    dense: Tensor, kept: Tensor, fit: Moments, held_out: Moments | None, damping: float | None
-) -> tuple[Tensor, dict[str, float]]:
-    """New columns, and what is told of them."""
-    chosen, judge = DAMPING if damping is None else damping, fit
-    if held_out is not None and held_out.n_tokens:
-        chosen, judge = choose_damping(dense, kept, fit, held_out)[0], held_out
-    new = refit_down(dense, kept, fit, chosen)
-    power = output_error(dense, dense[:, :0], kept[:0], judge)
-    without, error = (output_error(dense, w, kept, judge) / power if power else 0.0 for w in (dense[:, kept], new))
-    facts = {"tokens": fit.n_tokens, "damping": chosen, "error_without": without, "error": error}
-    return (new if judge is fit else refit_down(dense, kept, fit + judge, chosen)), facts
+def _joined(fit: Moments, held_out: Moments | None) -> Moments:
+    return fit if held_out is None else fit + held_out
 
 
 def _warn_of_few(sites: list[FFNSite], stats: Statistics, held_out: Statistics | None) -> None:

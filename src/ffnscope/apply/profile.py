@@ -13,8 +13,7 @@ NAMES = {
     "means of removed channels as a bias": "mean bias",
 }
 """Method of the facts -> name in tables."""
-ERRORS = (("error_without", "error_before"), ("error", "error_after"))
-"""Facts of a site: shares of the power, or absolute ones beside ``power``."""
+ERRORS = ("error_without", "error")
 
 
 def reconstruction_name(facts: Mapping[str, Any]) -> str:
@@ -36,12 +35,8 @@ def error_profile(plan: PruningPlan, facts: Mapping[str, Any]) -> list[dict[str,
     rows: list[dict[str, Any]] = []
     for site, kept in plan.kept.items():
         one = facts.get("sites", {}).get(site.name, {})
-        power = float(one.get("power", 1.0))
-        before, after = (one.get(share, one.get(absolute)) for share, absolute in ERRORS)
-        if before is None or after is None:
+        if any(name not in one for name in ERRORS):
             continue
-        without, error = (float(e) / power if power else 0.0 for e in (before, after))
         row: dict[str, Any] = {"site": site.name, "d_ff": site.d_ff, "width": kept.numel()}
-        held_out = bool(one.get("held_out", False))
-        rows.append({**row, "error_without": without, "error": error, "held_out": held_out})
+        rows.append({**row, **{name: one[name] for name in (*ERRORS, "held_out")}})
     return rows

@@ -112,7 +112,8 @@ def check_linear(sites: Sequence[FFNSite]) -> None:
         else:
             continue
         raise NotAvailableError(
-            f"{site.name} cannot be reconstructed: {why}. Prune it without (prune_), or leave it out of the plan."
+            f"{site.name} cannot be reconstructed: {why}. Prune without reconstruction, or leave it out of the plan "
+            "(model.tracked_layers, --tracked)."
         )
 
 

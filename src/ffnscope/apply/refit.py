@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,35 +78,17 @@ def refit_down(down: Tensor, kept: Tensor, moments: Moments, damping: float = DA
         UsageError: a damping that is not positive and finite.
         NonFiniteError: the sums are not finite, or no damping helps.
     """
-    return _Normal.of(down, kept, moments).solved(damping)
-
-
-def output_error(down: Tensor, new: Tensor, kept: Tensor, moments: Moments) -> float:
-    """Mean over tokens of ||t - new h_S||^2, the squared error of the FFN's output.
-
-    Args:
-        down: [d_model, d_ff], the dense weights.
-        new: [d_model, k], what replaces the kept columns.
-        kept: sorted indices [k].
-        moments: of the tokens to judge by: with those of other tokens than the fit used, this is a held-out error.
-    """
-    change = down.to(moments.second).clone()
-    change[:, kept.to(change.device)] -= new.to(change)  # W h - new h_S = change h
-    error = ((change @ moments.second) * change).sum()
-    if moments.shift is not None and moments.shift_sq is not None:
-        error = error + 2 * (change * moments.shift).sum() + moments.shift_sq.sum()
-    return float(error.clamp_min(0)) / moments.n_tokens
+    return LeastSquares.of(down, kept, moments).solved(damping)
 
 
 def choose_damping(
-    down: Tensor, kept: Tensor, fit: Moments, held_out: Moments, choices: Sequence[float] = DAMPINGS
+    fit: LeastSquares, held_out: LeastSquares, choices: Sequence[float] = DAMPINGS
 ) -> tuple[float, dict[float, float]]:
     """Return the damping with the lowest error on held-out tokens, and the error of each choice.
 
     Ties, such as in an FFN that is never active, go to the largest damping.
     """
-    normal = _Normal.of(down, kept, fit)
-    errors = {d: output_error(down, normal.solved(d), kept, held_out) for d in sorted(choices)}
+    errors = {d: held_out.error(fit.solved(d)) for d in sorted(choices)}
     return min(reversed(errors), key=lambda d: errors[d]), errors
 
 
@@ -114,60 +97,99 @@ def mean_bias(down: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
 
     FLAP's compensation (arXiv:2312.11983, section 3.3).
     """
-    removed = torch.ones(down.shape[1], dtype=torch.bool, device=down.device)
-    removed[kept.to(down.device)] = False
-    return down.to(mean)[:, removed.to(mean.device)] @ mean[removed.to(mean.device)]
+    gone = _removed(down, kept).to(mean.device)
+    return down.to(mean)[:, gone] @ mean[gone]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Normal:
-    """The normal equations of one fit, which are the same for every damping.
+@dataclass(frozen=True, eq=False)
+class LeastSquares:
+    """One FFN on some tokens: its new columns for any damping, and the error of any columns; they share products.
 
     Attributes:
-        old: dense columns of the kept channels, [d_model, k].
-        gram: sum of h_S h_S^T, [k, k].
-        missing: C_S - W_S H_SS, [d_model, k].
+        down: the dense weights, [d_model, d_ff].
+        kept: S, sorted indices [k].
+        moments: of the tokens to fit, or to judge by.
     """
 
-    old: Tensor
-    gram: Tensor
-    missing: Tensor
+    down: Tensor
+    kept: Tensor
+    moments: Moments
 
     @classmethod
-    def of(cls, down: Tensor, kept: Tensor, moments: Moments) -> _Normal:
-        down, kept = down.to(moments.second), kept.to(moments.second.device)
-        return cls(down[:, kept], _rows(moments.second, kept, kept), _residual(down, kept, moments))
+    def of(cls, down: Tensor, kept: Tensor, moments: Moments) -> LeastSquares:
+        """Take weights and indices to the dtype and the device of the moments."""
+        return cls(down.to(moments.second), kept.to(moments.second.device), moments)
+
+    @cached_property
+    def old(self) -> Tensor:
+        """Dense columns of the kept channels, [d_model, k]."""
+        return self.down[:, self.kept]
+
+    @cached_property
+    def missing(self) -> Tensor:
+        """C_S - W_S H_SS, [d_model, k]: what the kept channels with their old weights miss, by channel."""
+        gone = _removed(self.down, self.kept)
+        found = _product(self.down[:, gone], self.moments.second, gone, self.kept)
+        shift = self.moments.shift
+        return found if shift is None else found.add_(shift.to(found)[:, self.kept])
+
+    @cached_property
+    def without(self) -> float:
+        """Mean over tokens of ||t - W_S h_S||^2: the squared error of the output with the old columns."""
+        gone = _removed(self.down, self.kept)
+        lost = self.down[:, gone]
+        error = (_product(lost, self.moments.second, gone, gone) * lost).sum()
+        shift, square = self.moments.shift, self.moments.shift_sq
+        if shift is not None and square is not None:
+            error = error + square.sum() + 2 * (lost * shift[:, gone]).sum()
+        return float(error.clamp_min(0)) / self.moments.n_tokens
+
+    @cached_property
+    def power(self) -> float:
+        """Mean over tokens of ||t||^2: the error without any channel."""
+        return self.error(torch.zeros_like(self.old))
+
+    def error(self, new: Tensor) -> float:
+        """Mean over tokens of ||t - W' h_S||^2 for columns W' [d_model, k]."""
+        change = new.to(self.old) - self.old
+        step = _product(change, self.moments.second, self.kept, self.kept).sub_(self.missing, alpha=2)
+        return max(0.0, self.without + float((step * change).sum()) / self.moments.n_tokens)
 
     def solved(self, damping: float) -> Tensor:
         """New columns [d_model, k]; see `refit_down`."""
         if not 0 < damping < float("inf"):
             raise UsageError(f"damping must be positive, a share of the mean power of the channels; got {damping:g}.")
-        scale = float(self.gram.diagonal().mean())
+        scale = float(self.moments.second.diagonal()[self.kept].mean())
         if scale == 0:
             return self.old.clone()
         for attempt in range(_ATTEMPTS):
-            pulled = self.gram.clone()
-            pulled.diagonal().add_(damping * 10.0**attempt * scale)
-            factor, failed = torch.linalg.cholesky_ex(pulled)
-            del pulled
+            gram = _rows(self.moments.second, self.kept, self.kept)
+            gram.diagonal().add_(damping * 10.0**attempt * scale)
+            factor, failed = torch.linalg.cholesky_ex(gram)
+            del gram
             if not int(failed):
                 change = torch.cholesky_solve(self.missing.T, factor).T
                 if bool(torch.isfinite(change).all()):
                     return change.add_(self.old)
         raise NonFiniteError(
-            f"least squares on {len(self.gram)} channels failed with every damping from {damping:g} on: the sums over "
+            f"least squares on {len(self.kept)} channels failed with every damping from {damping:g} on: the sums over "
             "the calibration are not finite, or the weights are not."
         )
 
 
-def _residual(down: Tensor, kept: Tensor, moments: Moments) -> Tensor:
-    """C_S - W_S H_SS, [d_model, k]: what the kept channels with their old weights miss, by channel."""
+def _removed(down: Tensor, kept: Tensor) -> Tensor:
+    """Indices of the channels that do not stay."""
     removed = torch.ones(down.shape[1], dtype=torch.bool, device=down.device)
-    removed[kept] = False
-    found = torch.zeros(down.shape[0], kept.numel(), dtype=down.dtype, device=down.device)
-    for index in removed.nonzero().flatten().split(_BLOCK):
-        found += down[:, index] @ _rows(moments.second, index, kept)
-    return found if moments.shift is None else found + moments.shift.to(found)[:, kept]
+    removed[kept.to(down.device)] = False
+    return removed.nonzero().flatten()
+
+
+def _product(left: Tensor, second: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """left @ second[rows][:, columns], of which only a block of rows is copied at a time."""
+    found = left.new_zeros(left.shape[0], columns.numel())
+    for part, index in zip(left.split(_BLOCK, 1), rows.split(_BLOCK), strict=True):
+        found += part @ second[index][:, columns]
+    return found
 
 
 def _rows(second: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

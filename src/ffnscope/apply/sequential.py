@@ -25,13 +25,13 @@ from ffnscope.apply.block_fit import Columns, SiteSums, fit_columns
 from ffnscope.apply.distill import Distillation
 from ffnscope.apply.edits import Edit
 from ffnscope.apply.mask import check_plan
-from ffnscope.apply.reconstruction import Reconstruction
+from ffnscope.apply.reconstruction import Reconstruction, check_linear
 from ffnscope.apply.rows import row_edits
 from ffnscope.apply.streams import Streams, open_streams
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.forward import memory_errors
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
+from ffnscope.errors import NonFiniteError, UsageError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import down_bias, weights_of
@@ -60,6 +60,7 @@ class SequentialOptions:
             stream: gate, up, down and biases of the kept channels (see `distill`). Its block runs once more. Where no
             epoch lowers the error on every 8th window, which are held out for that, the columns of the least squares
             stay. The facts say that the result is trained. None = nothing is trained.
+        model_hash: `weights_hash` of the model where it is known already; else a checkpoint takes the time to find it.
     """
 
     target: Literal["own", "dense"] | float = TARGET
@@ -67,6 +68,7 @@ class SequentialOptions:
     batch_size: int = 4
     checkpoint: Path | None = None
     distillation: Distillation | None = None
+    model_hash: str | None = None
 
     def __post_init__(self) -> None:
         if self.target not in ("own", "dense") and not (isinstance(self.target, int | float) and 0 <= self.target <= 1):
@@ -130,7 +132,7 @@ def reconstruct_sequential(
     """
     options = options or SequentialOptions()
     check_plan(model, plan)
-    _check_linear(plan)
+    check_linear(list(plan.kept))
     if len(windows) == 0 or not plan.kept:
         raise UsageError("a sequential reconstruction needs at least one window of text and one FFN in the plan.")
     key = "" if options.checkpoint is None else _key(model, windows, plan, options, error_weights or {})
@@ -185,21 +187,6 @@ class _Work:
     files: BlockFiles
     n_tokens: int
     distiller: FFNDistiller | None
-
-
-def _check_linear(plan: PruningPlan) -> None:
-    odd = next((s for s in plan.kept if s.norm is not None or s.twins), None)
-    if odd is None:
-        return
-    why = (
-        f"is used by {1 + len(odd.twins)} layers, so its columns have several targets"
-        if odd.twins
-        else f"has a norm before its down projection ({odd.norm}), so its output is not linear in its channels"
-    )
-    raise NotAvailableError(
-        f"{odd.name} {why}; least squares cannot reconstruct it. Leave it out of the plan (model.tracked_layers, "
-        "--tracked), or prune without reconstruction."
-    )
 
 
 def _batches(windows: Windows, options: SequentialOptions) -> tuple[list[Windows], list[bool]]:
@@ -321,10 +308,12 @@ def _key(
     config = repr(getattr(model, "config", type(model).__name__))
     return hash_json(
         {
-            "model": [weights_hash(model), config],
+            "model": [options.model_hash or weights_hash(model), config],
             "windows": windows.hash,
             "plan": plan_to_dict(plan),
-            "options": {name: value for name, value in asdict(options).items() if name != "checkpoint"},
+            "options": {
+                name: value for name, value in asdict(options).items() if name not in ("checkpoint", "model_hash")
+            },
             "error_weights": hash_tensors((site.name, value) for site, value in error_weights.items()),
         }
     )

@@ -44,6 +44,7 @@ class PassOptions:
             removes it. For passes that are followed by longer ones.
         one_pass_bytes: memory that may be spent to spare the pass for the supernode core; see `takes_one_pass`.
         document_groups: for statistics by document, documents are put together in at most so many groups.
+        model_hash: `weights_hash` of the model where it is known already; else a checkpoint takes the time to find it.
     """
 
     batch_size: int = 4
@@ -54,6 +55,7 @@ class PassOptions:
     keep_checkpoint: bool = False
     one_pass_bytes: int = 2**30
     document_groups: int = 64
+    model_hash: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_windows", "gradient_length", "checkpoint_every"):
@@ -280,7 +282,7 @@ def _checkpoint(
     if options.checkpoint is None:
         return None
     facts = {
-        "model": [weights_hash(model), repr(getattr(model, "config", type(model).__name__))],
+        "model": [options.model_hash or weights_hash(model), repr(getattr(model, "config", type(model).__name__))],
         "windows": windows.hash,
         "statistics": names,
         "sites": [asdict(s) for s in accumulator.sites],

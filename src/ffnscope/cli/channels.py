@@ -106,8 +106,9 @@ def score_all(
     """
     windows = choice.calibration(loaded) if windows is None else windows
     part = folder / UNFINISHED / "calibrate.safetensors" if folder else None
-    options = PassOptions(batch_size=choice.batch_size, checkpoint=part, keep_checkpoint=True)
-    facts = scoring_facts(loaded, asked, windows, choice)
+    known = weights_hash(loaded.model)
+    options = PassOptions(batch_size=choice.batch_size, checkpoint=part, keep_checkpoint=True, model_hash=known)
+    facts = scoring_facts(loaded, known, asked, windows, choice)
     given: Any = {"sites": asked.sites, "rule": asked.rule, "options": options}
     announce(reporter, calibration_bytes(asked.model, windows, asked.params, **given))
     for path in part.parent.glob(f"*{part.name}") if part else ():
@@ -120,9 +121,11 @@ def score_all(
     return found
 
 
-def scoring_facts(loaded: LoadedModel, asked: Question, windows: Windows, choice: opt.TextChoice) -> dict[str, Any]:
+def scoring_facts(
+    loaded: LoadedModel, model_hash: str, asked: Question, windows: Windows, choice: opt.TextChoice
+) -> dict[str, Any]:
     """What scores and statistics were made from."""
-    facts: dict[str, Any] = {"model": weights_hash(loaded.model), **loaded.facts}
+    facts: dict[str, Any] = {"model": model_hash, **loaded.facts}
     facts |= {"calibration": describe_windows(windows)}
     facts["batch_size"] = choice.batch_size
     if needs_core(asked.params):

@@ -14,12 +14,10 @@ import typer
 from ffnscope.analyze.curves import CurveOptions, first_solution, measure_curves
 from ffnscope.analyze.measured import WINDOWS, CurveRounds, solve_in_rounds, without_unreached
 from ffnscope.apply.method import Method
-from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.groups import option_names
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.errors import UsageError
-from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_json, write_csv
 from ffnscope.plan.curves import Curves, read_curves, write_curves
 from ffnscope.run.steps import discard_damaged
@@ -73,12 +71,12 @@ class CurveChoice:
         if not job.method.measures:
             return make(), []
         measures = known is None or self.curve_rounds > 1
-        stats = job.statistics(part) if measures and job.method.curve_statistics else None
+        stats = job.stats(part) if measures and job.method.curve_statistics else None
         asked = self.rounds(job.method, job.text.batch_size)
         measure = partial(measure_round, job, without_unreached(one), stats, asked, part)
 
         def curves(number: int, plan: PruningPlan | None) -> Curves:
-            first = None if known is None or plan is not None else known.of_this_model(job.loaded)
+            first = None if known is None or plan is not None else known.of_this_model(job)
             return first or measure(number, plan)
 
         return solve_in_rounds(curves, make, asked.rounds)
@@ -91,11 +89,11 @@ class KnownCurves:
     path: Path
     curves: Curves
 
-    def of_this_model(self, loaded: LoadedModel) -> Curves:
+    def of_this_model(self, job: PruneJob) -> Curves:
         """The curves; raises UsageError when they are of other weights."""
-        if self.curves.facts.get("model") != weights_hash(loaded.model):
+        if self.curves.facts.get("model") != job.model_hash:
             raise UsageError(
-                f"{self.path} was measured on other weights than those of {loaded.source.model_id} (or in another "
+                f"{self.path} was measured on other weights than those of {job.loaded.source.model_id} (or in another "
                 "dtype). Measure this model, or give the same --dtype."
             )
         return self.curves

@@ -66,13 +66,13 @@ def curves_command(
     reporter = Reporter()
     loaded = loading.open(reporter, model)
     job = PruneJob(loaded, method, calibration_of(context, text, method), inputs, reporter)
-    job.check_sites(None if known is None else list(known[0].values))
-    found = None if known is None else of_this_model(*known, scores, loaded)
+    found = None if known is None else of_this_model(*known, scores, job)
+    job.check_sites(None, found)
     if dry_run:
         print_curves_estimate(job, asked, OUT)
         return
     with unfinished(out / UNFINISHED) as part:
         one = job.score(part) if found is None else found
-        stats = job.statistics(part) if refit else None
+        stats = job.stats(part) if refit else None
         curves = measure_round(job, without_unreached(one), stats, asked, part, 1, plan)
         write_curve_files(out, [NAME], [curves], plan, job)

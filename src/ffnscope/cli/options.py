@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ffnscope.analyze.levels import CoreRule, needs_core
 from ffnscope.analyze.question import Question
+from ffnscope.apply.record import TextRecipe
 from ffnscope.calibrate.text import TextSource, check_text, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
@@ -204,6 +205,10 @@ class TextChoice:
             value = getattr(self, name)
             if value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
+
+    def recipe(self, windows: Windows) -> TextRecipe:
+        """How windows of `calibration` were cut."""
+        return TextRecipe(self._calibration(), self.num_samples, self.max_length, self.seed, windows.hash)
 
     def check_calibration(self) -> None:
         """Raise now when the text is missing or not readable; windows are cut once a tokenizer is there."""

@@ -2,167 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
-from ffnscope.apply.export import SHARD
-from ffnscope.apply.method import Method, named_method
+from ffnscope.apply.method import Method
 from ffnscope.apply.reconstruction import Reconstruction
-from ffnscope.calibrate.collect import weights_hash
+from ffnscope.apply.record import write_record
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.curve_options import CurveChoice, KnownCurves, keep_beside
 from ffnscope.cli.files import Out, Overwrite, check_output, read_metric, working_folder
 from ffnscope.cli.groups import grouped, option_names
+from ffnscope.cli.prune_choices import MethodChoice, PlanChoice, SaveOptions
 from ffnscope.cli.prune_estimate import print_prune_estimate
+from ffnscope.cli.prune_from import loading_of, model_of, open_record, text_of
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.errors import UsageError
-from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_plan
 from ffnscope.plan.allocate import check_budget
-from ffnscope.plan.build import build_plan, top_core
 from ffnscope.plan.curves import Curves
 from ffnscope.report.error_table import print_profile
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
 from ffnscope.run.texts import held_out_split
-from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
+from ffnscope.types import PruningPlan, Scores
 
 WINDOWS, LENGTH = 128, 256
 """Of the calibration of a reconstruction: as many tokens as without, in more places of the text."""
+OptionalModel = Annotated[
+    str | None, typer.Argument(help="Hub id, directory, .gguf file, or package:DIST; with --from that of RUN.")
+]
 _TEXT = option_names(opt.TextChoice)
-_OF_SCORES = (*(name for name in option_names(opt.MetricOptions) if name != "module"), "split")
+_OF_SCORES = (*(name for name in option_names(opt.MetricOptions) if name != "module"), "split", "rounds")
 _OF_WIDTHS = ("multiple_of", "min_keep", "protect_fraction", *option_names(CurveChoice))
-_OF_PLAN = ("method", "metric", "module", "scores", "allocator", *_OF_WIDTHS, *_OF_SCORES)
-
-
-@dataclass(frozen=True, slots=True)
-class SaveOptions:
-    """The form of the checkpoint."""
-
-    form: Annotated[str, typer.Option("--format", help="transformers, decilm (for vLLM) or gguf (one file).")] = (
-        "transformers"
-    )
-    pad_to_widest: Annotated[bool, typer.Option("--pad-to-widest", help="Zero-pad all FFNs to the widest.")] = False
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, such as 500MB.")] = SHARD
-
-    def saving(self, context: typer.Context, out: Path, overwrite: bool) -> Saving:
-        """Check these options, and join them with the output."""
-        saving = Saving(out, self.form, self.pad_to_widest, self.max_shard_size, overwrite)
-        if self.form == "gguf":
-            opt.refuse_useless(context, "--format gguf, which writes one file", ("max_shard_size",))
-        return saving
-
-
-@dataclass(frozen=True, slots=True)
-class MethodChoice:
-    """Which parts prune: those of a named method, or others in their place."""
-
-    method: Annotated[
-        str, typer.Option(help="scores (ranking alone), or best: obs_loss, halfway, sequential reconstruction.")
-    ] = "scores"
-    metric: Annotated[
-        str | None, typer.Option("--metric", "-m", help="Metric that ranks the channels; default: that of --method.")
-    ] = None
-    allocator: Annotated[
-        str | None,
-        typer.Option(
-            help="local (same sparsity everywhere; a checkpoint that plain transformers loads), or with different "
-            "widths global, halfway, standardised, outliers, measured (by loss curves); default: that of --method."
-        ),
-    ] = None
-    reconstruct: Annotated[
-        str | None,
-        typer.Option(
-            help="What makes up for the rest: none, one-shot or sequential (least squares, block by block), or bias "
-            "(means of removed channels); default: as --method."
-        ),
-    ] = None
-    target: Annotated[
-        float | None, typer.Option(help="Of --reconstruct sequential: 0 = the FFN's own output, 1 = the dense model's.")
-    ] = None
-    damping: Annotated[
-        float | None,
-        typer.Option(help="Pull of the refit towards the old weights; default: chosen on held-out windows."),
-    ] = None
-    distill: Annotated[
-        int | None,
-        typer.Option(
-            metavar="EPOCHS", help="Of --reconstruct sequential: also train what stays of each FFN, no labels."
-        ),
-    ] = None
-
-    def chosen(self, context: typer.Context) -> Method:
-        """Check these options and join them; raises UsageError for what is unknown or would do nothing."""
-        changes: dict[str, Any] = {"metric": self.metric, "allocator": self.allocator}
-        changes["reconstruct"] = None if self.reconstruct is None else self.reconstruct.replace("-", "_")
-        found = named_method(self.method, **changes)
-        refit = found.reconstruct.replace("_", "-")
-        if found.reconstruct != "sequential":
-            opt.refuse_useless(context, f"--reconstruct {refit}", ("target", "distill"))
-        if not found.refits:
-            opt.refuse_useless(context, f"--reconstruct {refit}", ("damping",))
-        return replace(found, target=self.target, damping=self.damping, distill=self.distill)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanChoice:
-    """What to remove: a plan, or how much by which scores.
-
-    Raises:
-        UsageError: not one of the two, or an impossible budget or protection.
-    """
-
-    sparsity: Annotated[float | None, typer.Option(help="Fraction of channels to remove, in [0, 1).")] = None
-    plan: Annotated[Path | None, typer.Option(help="Apply this plan instead of making one.")] = None
-    scores: Annotated[Path | None, typer.Option(help="Use these scores instead of calibrating.")] = None
-    multiple_of: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1
-    min_keep: Annotated[
-        float, typer.Option(help="Every FFN keeps at least this share of its channels (above 1: this many).")
-    ] = 0.0
-    protect_fraction: Annotated[
-        float | None, typer.Option(help="Keep this share of each FFN, its best by --metric, whatever the allocator.")
-    ] = None
-
-    def __post_init__(self) -> None:
-        if (self.sparsity is None) == (self.plan is None):
-            raise UsageError("give either --sparsity (make a plan) or --plan FILE (apply one).")
-
-    @property
-    def budget(self) -> Budget:
-        """How much to remove."""
-        return Budget(self.sparsity or 0.0, self.multiple_of, min_keep=self.min_keep)
-
-    def check(self, method: Method, saving: Saving) -> None:
-        """Raise for what cannot be planned, or not be saved."""
-        if self.plan is None:
-            _check_protection(self.protect_fraction, self.sparsity or 0.0)
-            saving.check_allocator(method.allocator)
-            method.check_budget(self.budget)
-
-    def check_budget(self, sites: Sequence[FFNSite]) -> None:
-        """Raise UsageError when these FFNs cannot be planned for; a plan that is given needs no budget."""
-        if self.plan is None:
-            check_budget(sites, self.budget)
-
-    def make(self, one: Scores, allocator: str, reporter: Reporter, curves: Curves | None = None) -> PruningPlan:
-        """Build the plan; say so when the protection changes nothing."""
-        bare = build_plan(one, self.budget, allocator, curves=curves)
-        protect = self.protect_fraction
-        if protect is None:
-            return bare
-        made = build_plan(one, self.budget, allocator, protected=top_core(one, protect), curves=curves)
-        if all(torch.equal(kept, bare.kept[site]) for site, kept in made.kept.items()):
-            reporter.say(
-                f"note: --protect-fraction {protect:g} changes nothing here; the plan keeps these channels anyway."
-            )
-        return made
+_OF_PLAN = ("method", "metric", "module", "scores", "allocator", "keep_statistics", *_OF_WIDTHS, *_OF_SCORES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,16 +50,19 @@ class Known:
     scores: tuple[Scores, str] | None = None
     curves: KnownCurves | None = None
 
-    def of_this_model(self, path: Path | None, loaded: LoadedModel) -> Scores | None:
+    def of_this_model(self, path: Path | None, job: PruneJob) -> Scores | None:
         """The scores, if any; raises UsageError when they are of other weights."""
-        return None if self.scores is None else of_this_model(*self.scores, path, loaded)
+        if job.record is not None:
+            job.record.check_model(job.model_hash)
+            return job.record.scores
+        return None if self.scores is None else of_this_model(*self.scores, path, job)
 
 
 @grouped
 def prune_command(
     *,
     context: typer.Context,
-    model: opt.Model,
+    model: OptionalModel = None,
     out: Out,
     wanted: PlanChoice,
     choice: MethodChoice,
@@ -199,43 +79,55 @@ def prune_command(
 
     With a reconstruction the calibration has 128 windows of 256 tokens unless --num-samples and --max-length say
     otherwise, and 32 of them run backward where the metric needs it. An interrupted call goes on where it stopped.
+
+    With --from, nothing is calibrated: the scores, the text and, where not given, the other parts are those of an
+    earlier prune or run, and MODEL may be left out.
     """
-    method = choice.chosen(context)
+    record = open_record(context, wanted.run, choice.metric, text, form.keep_statistics) if wanted.run else None
+    method = choice.chosen(context, record and record.method)
+    if record is not None:
+        record.check_method(method)
+        text, loading = text_of(context, text, record), loading_of(context, loading, record)
     refits = method.reconstruct != "none"
     _refuse_useless(context, wanted, not evaluate and not refits, refits)
     check_output(out, overwrite)
     saving = form.saving(context, out, overwrite)
-    wanted.check(method, saving)
+    budget = wanted.budget(context, record)
+    wanted.check(method, budget, saving)
     measured.check(context, method, wanted.plan)
-    held_out = replace(text, split=None) if evaluate else None
-    if held_out:
-        _check_held_out(text.text, text.split)
-        held_out.check_held_out()
-    inputs = None if wanted.plan or wanted.scores else needs.inputs(context, [method.metric], text.seed)
-    if inputs or refits or method.measures:
+    held_out = _held_out(text) if evaluate else None
+    decided = wanted.plan or wanted.scores or wanted.run
+    inputs = None if decided else needs.inputs(context, [method.metric], text.seed)
+    if record is None and (inputs or refits or method.measures):
         text.check_calibration()
     plan = read_plan(wanted.plan) if wanted.plan else None
     known = Known(plan, read_metric(wanted.scores, method.metric) if wanted.scores else None, measured.read())
     reporter = Reporter()
-    loaded = loading.open(reporter, model)
+    loaded = loading.open(reporter, model_of(model, record))
     saving.check_model(loaded)
-    scores = known.of_this_model(wanted.scores, loaded)
-    job = PruneJob(loaded, method, calibration_of(context, text, method), inputs, reporter)
-    job.check_sites(None if plan is None else list(plan.kept))
-    wanted.check_budget(job.asked.sites if scores is None else scores.sites)
+    chosen = calibration_of(context, text, method)
+    job = PruneJob(loaded, method, chosen, inputs, reporter, record, form.keep_statistics)
+    scores = known.of_this_model(wanted.scores, job)
+    job.check_sites(plan, scores)
+    if plan is None:
+        check_budget(job.asked.sites if scores is None else scores.sites, budget)
     if dry_run:
         rounds = measured.rounds_of(method, plan)
-        print_prune_estimate(job, wanted.budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
+        print_prune_estimate(job, budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
         return
     with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
         curves: list[Curves] = []
         if plan is None:
-            one = job.score(part) if scores is None else scores
-            one = replace(one, facts={**one.facts, "model_id": model})
-            make = partial(wanted.make, one, method.allocator, reporter)
-            plan, curves = measured.plan(job, one, make, part, known.curves)
+            scores = job.score(part) if scores is None else scores
+            one = replace(scores, facts={**scores.facts, "model_id": loaded.source.model_id})
+            plan, curves = measured.plan(job, one, partial(wanted.make, one, budget, job, part), part, known.curves)
+        kept = None
+        if scores is not None and form.form != "gguf":
+            kept = job.keep(scores, plan.budget, wanted.protected(scores, record), held_out or text, part)
         _finish(job, plan, saving, held_out, part)
         keep_beside(curves, plan, job, out)
+        if kept is not None:
+            write_record(out, kept)
 
 
 def _finish(job: PruneJob, plan: PruningPlan, saving: Saving, held_out: opt.TextChoice | None, part: Path) -> None:
@@ -258,7 +150,11 @@ def calibration_of(context: typer.Context, text: opt.TextChoice, method: Method)
 
 def _refuse_useless(context: typer.Context, wanted: PlanChoice, reads_no_text: bool, refits: bool) -> None:
     """Refuse options that would silently do nothing."""
-    for option, value, useless in (("plan", wanted.plan, _OF_PLAN), ("scores", wanted.scores, _OF_SCORES)):
+    for option, value, useless in (
+        ("plan", wanted.plan, _OF_PLAN),
+        ("scores", wanted.scores, _OF_SCORES),
+        ("from", wanted.run, ()),
+    ):
         if value is None:
             continue
         if reads_no_text:
@@ -267,36 +163,29 @@ def _refuse_useless(context: typer.Context, wanted: PlanChoice, reads_no_text: b
         opt.refuse_useless(context, f"--{option} {value}, which already decides that", unused)
 
 
-def _check_protection(fraction: float | None, sparsity: float) -> None:
-    if fraction is None:
-        return
-    if not 0 < fraction <= 1:
-        raise UsageError(f"--protect-fraction must be in (0, 1], the share of each FFN that stays; got {fraction:g}.")
-    if fraction + sparsity > 1:
-        raise UsageError(
-            f"cannot remove {sparsity:g} of the channels while --protect-fraction keeps {fraction:g}. Lower one."
-        )
-
-
-def _check_held_out(text: str, split: str | None) -> None:
-    held_out = held_out_split(text)
+def _held_out(text: opt.TextChoice) -> opt.TextChoice:
+    """The text to measure on; raises UsageError where it is not known which part is held out."""
+    held_out = held_out_split(text.text)
     if held_out is None:
         raise UsageError(
-            f"{text} has no known held-out split to measure on. Pass --no-evaluate, and use `ffnscope eval` with "
+            f"{text.text} has no known held-out split to measure on. Pass --no-evaluate, and use `ffnscope eval` with "
             "another text."
         )
-    if split == held_out:
+    if text.split == held_out:
         raise UsageError(
-            f"--split {split} is the held-out split of {text}, on which the result is measured. Calibrate on another, "
-            "or pass --no-evaluate."
+            f"--split {text.split} is the held-out split of {text.text}, on which the result is measured. Calibrate on "
+            "another, or pass --no-evaluate."
         )
+    found = replace(text, split=None)
+    found.check_held_out()
+    return found
 
 
-def of_this_model(scores: Scores, model_hash: str, path: Path | None, loaded: LoadedModel) -> Scores:
+def of_this_model(scores: Scores, model_hash: str, path: Path | None, job: PruneJob) -> Scores:
     """The scores of a file; raises UsageError when they are of other weights."""
-    if model_hash != weights_hash(loaded.model):
+    if model_hash != job.model_hash:
         raise UsageError(
-            f"{path} was made from other weights than those of {loaded.source.model_id} (or in another dtype). Score "
-            "this model, or give the same --dtype."
+            f"{path} was made from other weights than those of {job.loaded.source.model_id} (or in another dtype). "
+            "Score this model, or give the same --dtype."
         )
     return scores

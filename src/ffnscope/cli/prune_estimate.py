@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 from rich.text import Text
 
@@ -53,11 +55,17 @@ def print_prune_estimate(
         lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=method.refits))
     if asked.params:
         lines.append(Line("score", f"{method.metric} x {channels:,} channels of {len(asked.sites)} FFNs"))
+    elif job.record is not None:
+        lines.append(Line("score", f"none: {method.metric} of {job.record.origin}"))
+    if asked.params or job.record is not None:
         what = f"{budget.sparsity:g} of the channels by {method.allocator}"
         uneven = method.allocator in UNEVEN
         lines.append(Line("plan", what + (": widths differ, so not stock transformers" if uneven else "")))
+    for number in range(2, method.rounds + 1):
+        again = [calibrate_line(f"round {number}", steps, speed) for steps in each]
+        lines += [replace(line, what=f"{line.what}, of what is left") for line in again]
     if method.reconstruct == "sequential":
-        tokens = 2 * job.windows.n_tokens
+        tokens = 2 * job.windows.n_tokens * method.rounds
         lines.append(Line("reconstruct", f"block by block: {tokens:,} tokens forward", tokens * speed))
         lines += _distillation(job, budget, speed)
     elif method.reconstruct == "bias":

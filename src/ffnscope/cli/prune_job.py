@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
@@ -15,6 +17,8 @@ from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
 from ffnscope.apply.new_bias import check_bias
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import read_reconstruction
+from ffnscope.apply.record import PruningRecord
+from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
@@ -23,15 +27,20 @@ from ffnscope.cli.channels import OUT, scoring_facts
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import hash_json, plan_to_dict, read_json
+from ffnscope.io import hash_json, plan_to_dict, read_json, read_plan, write_stats
+from ffnscope.plan.build import build_plan
+from ffnscope.plan.curves import Curves
 from ffnscope.report.tables import print_results
 from ffnscope.run.progress import Reporter
 from ffnscope.run.steps import announce, announce_training, compare_with_dense, discard_damaged, keep_reconstruction
 from ffnscope.scoring import naming_weights
-from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
+from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
+Protected = Mapping[FFNSite, Tensor]
 READERS = {"h_outer": "obs", "act_sum": "activation_variance"}
 """Statistic of a reconstruction -> a metric that reads it and little else, by whose name it is asked for."""
+KEPT = ("h_outer",)
+"""Statistics that another cut may want."""
 
 
 @dataclass(eq=False)
@@ -44,6 +53,8 @@ class PruneJob:
         text: to calibrate on.
         inputs: the metric with what it needs; None where a plan or scores are given.
         reporter: told what is done.
+        record: of the earlier result that is cut again, in the place of a calibration.
+        keeps: whether statistics stay beside the result, with those of a one-shot reconstruction.
     """
 
     loaded: LoadedModel
@@ -51,6 +62,8 @@ class PruneJob:
     text: opt.TextChoice
     inputs: opt.Inputs | None
     reporter: Reporter
+    record: PruningRecord | None = None
+    keeps: bool = False
 
     @cached_property
     def asked(self) -> Question:
@@ -61,12 +74,21 @@ class PruneJob:
     @cached_property
     def windows(self) -> Windows:
         """The calibration text."""
+        if self.record is not None and self.record.text is not None:
+            return self.record.text.windows(self.loaded.tokenizer)
         return self.text.calibration(self.loaded)
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Hash of the dense weights; of a large model it takes long, so it is found once."""
+        return weights_hash(self.loaded.model)
 
     @property
     def params(self) -> dict[str, Any]:
         """Metrics whose statistics the pass collects."""
-        names = (*self.method.statistics, *self.method.curve_statistics)
+        if self.record is not None:
+            return dict(self.asked.params)
+        names = dict.fromkeys((*self.method.statistics, *self.method.curve_statistics, *(KEPT if self.keeps else ())))
         return {**self.asked.params, **{READERS[name]: {} for name in names if READERS[name] not in self.asked.params}}
 
     def options(self, part: Path | None = None) -> PassOptions:
@@ -74,47 +96,63 @@ class PruneJob:
         backward = None if self.method.reconstruct == "none" else GRADIENT_WINDOWS
         checkpoint = part / "calibrate.safetensors" if part else None
         size = self.text.batch_size
-        return PassOptions(size, backward, checkpoint=checkpoint, keep_checkpoint=True)
+        known = self.model_hash if part else None
+        return PassOptions(size, backward, checkpoint=checkpoint, keep_checkpoint=True, model_hash=known)
 
     def memory(self) -> CalibrationBytes:
         """What the pass takes."""
         given: Any = {"sites": self.asked.sites, "rule": self.asked.rule, "options": self.options()}
         return calibration_bytes(self.loaded.model, self.windows, self.params, **given)
 
-    def check_sites(self, sites: Sequence[FFNSite] | None = None) -> None:
-        """Raise NotAvailableError when an FFN cannot be reconstructed, before any work."""
-        sites = self.asked.sites if sites is None else sites
+    def check_sites(self, plan: PruningPlan | None, scores: Scores | None) -> None:
+        """Raise NotAvailableError when an FFN of a plan, of scores or of the model cannot be reconstructed."""
+        given = plan.kept if plan is not None else scores.values if scores is not None else None
+        sites = self.asked.sites if given is None else list(given)
         self.method.check_sites(sites)
         if self.method.reconstruct == "bias":
             check_bias(self.loaded.model, sites)
 
-    def statistics(self, part: Path) -> dict[FFNSite, ChannelStats]:
-        """The sums of the pass, which is finished or made now."""
-        return self._calibrate(part)[0]
+    def plan(
+        self, scores: Scores, budget: Budget, protected: Protected, part: Path, curves: Curves | None = None
+    ) -> PruningPlan:
+        """Choose what stays, by curves or in the rounds of the method."""
+        if self.method.rounds == 1:
+            return build_plan(scores, budget, self.method.allocator, protected=protected, curves=curves)
 
-    def score(self, part: Path) -> Scores:
-        """Calibrate and score."""
-        stats, core = self._calibrate(part)
-        facts = scoring_facts(self.loaded, self.asked, self.windows, self.text)
+        def again(number: int) -> Scores:
+            self.reporter.say(f"round {number} of {self.method.rounds}")
+            return self.score(part / f"round_{number}", dense=False)
+
+        steps = RoundSteps(again, lambda plan: self.reconstruct(plan, part, self.method.untrained), part, protected)
+        for path in part.glob("round_*.json"):
+            discard_damaged(self.reporter, path, read_plan)
+        return plan_in_rounds(self.loaded.model, scores, budget, self.method, steps)
+
+    def score(self, part: Path, *, dense: bool = True) -> Scores:
+        """Calibrate and score, the dense model or what rounds have left of it."""
+        stats, core = self._calibrate(part, dense=dense)
+        facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.text)
         with self.reporter.task("score", "metrics"):
             (found,) = self.asked.scores(stats, core, facts).values()
         return found
 
-    def reconstruct(self, plan: PruningPlan, part: Path) -> Pruned:
-        """Reconstruct a plan, or take what an earlier call left."""
-        if self.method.reconstruct == "none":
+    def reconstruct(self, plan: PruningPlan, part: Path, method: Method | None = None) -> Pruned:
+        """Reconstruct a plan as the job's method says, or another; or take what an earlier call left."""
+        method = method or self.method
+        if method.reconstruct == "none":
             return plan
-        known = [weights_hash(self.loaded.model), plan_to_dict(plan), self.windows.hash, asdict(self.method)]
+        known = [self.model_hash, plan_to_dict(plan), self.windows.hash, asdict(method)]
         path = part / f"reconstruction_{hash_json([*known, self.text.batch_size])[:16]}.safetensors"
         discard_damaged(self.reporter, path, read_reconstruction)
         if path.exists():
             return read_reconstruction(path)
-        stats = self._calibrate(part)[0] if self.method.statistics else None
-        options = SequentialOptions(batch_size=self.text.batch_size, checkpoint=part / "blocks")
-        name = f"reconstruct ({self.method.reconstruct.replace('_', '-')})"
-        announce_training(self.reporter, self.loaded.model, self.method, plan, self.windows)
-        make = partial(reconstruct_plan, self.loaded.model, plan, self.method, windows=self.windows, stats=stats)
-        return keep_reconstruction(self.reporter, name, path, options, make, self.method.steps)
+        stats = self.stats(part) if method.statistics else None
+        size, known = self.text.batch_size, self.model_hash
+        options = SequentialOptions(batch_size=size, checkpoint=part / "blocks", model_hash=known)
+        name = f"reconstruct ({method.reconstruct.replace('_', '-')})"
+        announce_training(self.reporter, self.loaded.model, method, plan, self.windows)
+        make = partial(reconstruct_plan, self.loaded.model, plan, method, windows=self.windows, stats=stats)
+        return keep_reconstruction(self.reporter, name, path, options, make, method.steps)
 
     def compare(self, pruned: Pruned, held_out: opt.TextChoice, part: Path) -> list[EvalRow]:
         """Measure the dense and the pruned model on held-out text, and print it."""
@@ -126,12 +164,39 @@ class PruneJob:
         print_results(rows, OUT)
         return rows
 
-    def _calibrate(self, part: Path) -> tuple[dict[FFNSite, ChannelStats], Any]:
+    def stats(self, part: Path) -> dict[FFNSite, ChannelStats] | None:
+        """Statistics of the pass, or those that an earlier result has kept."""
+        return self._calibrate(part)[0] if self.record is None else self.record.stats()
+
+    def keep(
+        self, scores: Scores, budget: Budget, protected: Protected, held_out: opt.TextChoice, part: Path
+    ) -> PruningRecord:
+        """The record of this pruning; statistics that stay beside it lie in ``part``, or where they were kept."""
+        of_result = {"n": held_out.num_samples, "length": held_out.max_length, "seed": held_out.seed}
+        if self.record is not None:
+            given: Any = {"method": self.method, "budget": budget, "protected": protected}
+            given |= {"statistics": self.record.statistics if self.keeps else None}
+            return replace(self.record, batch_size=self.text.batch_size, held_out=of_result, **given)
+        statistics = part / "kept.safetensors" if self.keeps else None
+        if statistics is not None:
+            write_stats(statistics, self._calibrate(part)[0].values(), {"model": self.model_hash})
+        text = self.text.recipe(self.windows) if self.reads_text else None
+        model = {"hash": self.model_hash, "dtype": self.loaded.source.dtype, **self.loaded.facts}
+        size = self.text.batch_size
+        return PruningRecord("", scores, self.method, budget, model, size, text, of_result, protected, statistics)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the calibration text is read at all."""
+        return bool(self.params) or self.method.reconstruct == "sequential"
+
+    def _calibrate(self, part: Path, *, dense: bool = True) -> tuple[dict[FFNSite, ChannelStats], Any]:
         """The pass, or its result where it is finished; and the core."""
         announce(self.reporter, self.memory())
         for path in part.glob("*calibrate.safetensors"):
             discard_damaged(self.reporter, path)
-        given: Any = {"sites": self.asked.sites, "rule": self.asked.rule, "options": self.options(part)}
-        model = self.loaded.model
+        options = self.options(part) if dense else replace(self.options(part), model_hash=None)
+        given: Any = {"sites": self.asked.sites, "rule": self.asked.rule, "options": options}
+        model, params = self.loaded.model, self.params if dense else self.asked.params
         with self.reporter.task("calibrate", "tokens") as update, naming_weights(model):
-            return calibrate_all(model, self.windows, self.params, **given, on_batch=update)
+            return calibrate_all(model, self.windows, params, **given, on_batch=update)

@@ -331,11 +331,19 @@ def _reconstruction(config: RunConfig) -> Iterator[Finding]:
     for key in (key for key, reads in useful.items() if not reads and getattr(asked, key) is not None):
         message = f"would do nothing with 'reconstruct: {asked.reconstruct}'. Leave it out"
         yield _finding((*path, key), message, (*path, "reconstruct"))
-    if asked.reconstructs:
-        for i in (i for i, ratio in enumerate(asked.ratios) if ratio == 0):
+    for i in (i for i, ratio in enumerate(asked.ratios) if asked.enabled and ratio == 0):
+        if asked.reconstructs:
             message = f"0 leaves nothing for 'reconstruct: {asked.reconstruct}' to make up for. Leave it out"
             yield _finding((*path, "ratios", i), message, (*path, "reconstruct"))
-    if asked.curves != type(asked.curves)() and not asked.chosen(asked.algorithms[0]).measures:
+        elif asked.rounds > 1:
+            message = f"0 leaves nothing for 'rounds: {asked.rounds}' to remove. Leave it out"
+            yield _finding((*path, "ratios", i), message, (*path, "rounds"))
+    if asked.rounds > 1 and asked.reads_curves:
+        message = (
+            f"does not go with 'allocator: {asked.allocator}', which plans by curves. Choose one"
+        )
+        yield _finding((*path, "rounds"), message, (*path, "allocator"))
+    if asked.curves != type(asked.curves)() and not asked.reads_curves:
         message = f"would do nothing with 'allocator: {asked.allocator}', which reads no curves. Leave it out"
         yield _finding((*path, "curves"), message, (*path, "allocator"))
     output = config.output

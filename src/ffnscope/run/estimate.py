@@ -85,6 +85,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_curves_lines(config, sites, calibration, speed),
         *_decision_lines(config, sites),
+        *_round_lines(config, steps, speed),
         *_reconstruction_lines(config, len(sites), calibration, speed),
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
@@ -97,8 +98,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         distils = config.pruning.distill is not None
         held = max(held, sequential_bytes(loaded.model, sites, calibration, distils=distils))
     peak = peak_bytes(loaded.model, sites, steps, batches) + held
-    on_cpu = all(p.device.type in ("cpu", "meta") for p in loaded.model.parameters())
-    return Estimate(lines, peak + libraries if on_cpu else peak, passes, found)
+    return Estimate(lines, with_libraries(loaded.model, peak, libraries), passes, found)
 
 
 def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = False) -> None:
@@ -123,9 +123,14 @@ def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
 
 
 def print_peak(model: Any, peak: int, libraries: int, console: Console) -> None:
-    """Print the peak memory in bytes; what the libraries take counts where the model is on the CPU."""
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    console.print(Text(f"peak memory about {(peak + libraries * on_cpu) / 2**30:.1f} GiB"))
+    """Print the peak memory in bytes."""
+    console.print(Text(f"peak memory about {with_libraries(model, peak, libraries) / 2**30:.1f} GiB"))
+
+
+def with_libraries(model: Any, peak: int, libraries: int) -> int:
+    """Peak memory with what the libraries take, where the model is on the CPU or offloaded from it."""
+    on_cpu = all(p.device.type in ("cpu", "meta") for p in model.parameters())
+    return peak + libraries * on_cpu
 
 
 def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
@@ -172,6 +177,15 @@ def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
     return [scores, Line("plan", f"{_n_plans(config)} plans")]
 
 
+def _round_lines(config: RunConfig, steps: Sequence[Step], speed: float) -> list[Line]:
+    """Further calibrations of pruned models; the first one, for all metrics, is the most that one of them takes."""
+    again = _n_plans(config) * (config.pruning.rounds - 1)
+    if not again:
+        return []
+    tokens = sum(s.batch.n_tokens * (1 + s.backward) for s in steps)
+    return [Line("rounds", f"{again} more calibrations, of what is left", again * tokens * speed)]
+
+
 def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows, speed: float) -> list[Line]:
     asked = config.pruning
     if not asked.reconstructs:
@@ -180,7 +194,7 @@ def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows,
         return [Line("reconstruct", f"{_n_plans(config)} plans x a bias for each of {n_sites} FFNs")]
     if asked.reconstruct == "one_shot":
         return [Line("reconstruct", f"{_n_plans(config)} plans x least squares of {n_sites} FFNs")]
-    tokens = 2 * calibration.n_tokens
+    tokens = 2 * calibration.n_tokens * asked.rounds
     seconds = _n_plans(config) * tokens * speed
     return [Line("reconstruct", f"{_n_plans(config)} plans x {tokens:,} tokens forward, block by block", seconds)]
 

@@ -10,6 +10,7 @@ from pydantic import Field, Strict, StrictBool, model_validator
 from ffnscope.analyze.curves import CurveOptions
 from ffnscope.analyze.measured import WINDOWS, CurveRounds
 from ffnscope.apply.method import METHODS, Method, Refit
+from ffnscope.registry import ALLOCATORS
 from ffnscope.run.fields import (
     AllocatorName,
     Block,
@@ -65,6 +66,8 @@ class Pruning(Block):
     """Pull of the refit towards the old weights; null: 0.01 (one_shot), or chosen on held-out windows (sequential)."""
     distill: Count | None = None
     """Of the sequential one: epochs for which gate, up and down of each FFN are trained too; null: train nothing."""
+    rounds: Count = 1
+    """Remove in this many steps; from the second on, what the one before has left, reconstructed, is ranked."""
     multiple_of: Count = 1
     """Kept widths are multiples of this (kernels like 64 or 128)."""
     min_width: Count = 1
@@ -89,12 +92,18 @@ class Pruning(Block):
 
     def chosen(self, metric: str) -> Method:
         """The method with one of the metrics."""
-        return Method(metric, self.allocator, self.reconstruct, self.target, self.damping, self.distill)
+        parts = (self.allocator, self.reconstruct, self.target, self.damping, self.distill, self.rounds)
+        return Method(metric, *parts)
 
     @property
     def measures(self) -> bool:
         """Whether loss curves are measured."""
-        return self.enabled and self.chosen(self.algorithms[0]).measures
+        return self.enabled and self.reads_curves
+
+    @property
+    def reads_curves(self) -> bool:
+        """Whether the allocator plans by measured loss curves."""
+        return ALLOCATORS.get(self.allocator).needs_curves
 
     def budget(self, sparsity: float) -> Budget:
         """How much to remove."""

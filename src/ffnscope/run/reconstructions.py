@@ -70,7 +70,8 @@ def _profile_stage(job: Job, labels: Sequence[str]) -> None:
 
 def _make(job: Job, plan: PruningPlan, method: Method, stats: Stats, files: Sequence[Path]) -> None:
     blocks = files[0].with_suffix(".part")
-    options = SequentialOptions(batch_size=job.config.calibration.batch_size, checkpoint=blocks)
+    size = job.config.calibration.batch_size
+    options = SequentialOptions(batch_size=size, checkpoint=blocks, model_hash=job.model_hash)
     announce_training(job.reporter, job.loaded.model, method, plan, job.calibration)
     make = partial(reconstruct_plan, job.loaded.model, plan, method, windows=job.calibration, stats=stats)
     name = f"{RECONSTRUCT}{files[0].stem}"

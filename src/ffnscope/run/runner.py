@@ -25,6 +25,7 @@ from ffnscope.run.folder import LOG_FILE, open_folder
 from ffnscope.run.outputs import check_plots, page_stage, report_stage, summary
 from ffnscope.run.progress import Reporter, logging_to
 from ffnscope.run.reconstructions import check_sites, reconstruct_stage
+from ffnscope.run.rounds import planned
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.windows import check_texts
 from ffnscope.types import PruningPlan, Scores
@@ -84,7 +85,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         scores = stages.score_stage(job, stats)
         analyses_stage(job, stats, scores)
         curves = curves_stage(job, stats, scores)
-        plans = stages.plan_stage(job, scores, curves)
+        plans = planned(job, scores, stats, curves)
         chosen_stage(job, curves, plans)
         pruned = reconstruct_stage(job, plans, stats)
         rows = stages.evaluate_stage(job, pruned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,9 @@ from ffnscope.run.schema import RunConfig
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, open_tasks
 from ffnscope.run.windows import calibration_windows, describe_windows, evaluation_windows
 from ffnscope.scoring import naming_weights, score
-from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
+from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
+Core = Mapping[FFNSite, torch.Tensor]
 RECONSTRUCT = "reconstruct "
 """Beginning of the names of stages that reconstruct a plan."""
 CURVES = "curves "
@@ -165,7 +166,7 @@ def _statistics(
     """The stage that makes one file of statistics by ``take``."""
     path = job.folder / f"{name}.safetensors"
     part = path.with_suffix(".part.safetensors")
-    options = pass_options(job.config, part)
+    options = replace(pass_options(job.config, part), model_hash=job.model_hash)
     facts = describe_windows(job.calibration)
     sizes = {"gradient_windows": options.gradient_windows, "gradient_length": options.gradient_length}
     stage = name.replace("statistics", "calibrate").replace("_", " ")
@@ -221,36 +222,35 @@ def plan_labels(config: RunConfig) -> dict[str, tuple[str, float]]:
     return {f"{metric}-{r}".removesuffix(".0"): (metric, r) for metric in asked.algorithms for r in asked.ratios}
 
 
-def make_plan(job: Job, scores: Mapping[str, Scores], label: str, curves: Curves | None = None) -> PruningPlan:
-    """One plan, by curves where the allocator reads them."""
+def plan_request(job: Job, scores: Mapping[str, Scores], label: str) -> tuple[Scores, Budget, Core]:
+    """What a plan is built from: scores with what its file tells of them, the budget, and channels that stay."""
     config, (metric, ratio) = job.config, plan_labels(job.config)[label]
-    core = find_core(config, scores)
-    return build_plan(
-        scores[metric],
-        config.pruning.budget(ratio),
-        config.pruning.allocator,
-        protected=core if config.supernode.protect_core else None,
-        curves=curves,
-        provenance={
-            "model_id": config.model.model_id,
-            "scores": job.keys["score"],
-            "supernode": config.supernode.model_dump(),
-        },
-    )
+    told = {
+        "model_id": config.model.model_id,
+        "scores": job.keys["score"],
+        "supernode": config.supernode.model_dump(),
+    }
+    one = replace(scores[metric], facts={**scores[metric].facts, **told})
+    core = find_core(config, scores) if config.supernode.protect_core else None
+    return one, config.pruning.budget(ratio), core or {}
 
 
-def plan_stage(
-    job: Job, scores: Mapping[str, Scores], curves: Mapping[str, Curves] | None = None
-) -> dict[str, PruningPlan]:
-    """Build one plan per metric and sparsity: ``plans/METRIC-SPARSITY.json``; ``curves`` are by label."""
-    config, labels = job.config, plan_labels(job.config)
-    paths = {label: job.folder / "plans" / f"{label}.json" for label in labels}
-    if not labels:
+def make_plan(job: Job, scores: Mapping[str, Scores], label: str, curves: Curves | None = None) -> PruningPlan:
+    """One plan from the scores as they are, by curves where the allocator reads them."""
+    one, budget, protected = plan_request(job, scores, label)
+    return build_plan(one, budget, job.config.pruning.allocator, protected=protected, curves=curves)
+
+
+def plan_stage(job: Job, plan_of: Callable[[str], PruningPlan]) -> dict[str, PruningPlan]:
+    """Build one plan per metric and sparsity by ``plan_of`` its label: ``plans/METRIC-SPARSITY.json``."""
+    config = job.config
+    paths = {label: job.folder / "plans" / f"{label}.json" for label in plan_labels(config)}
+    if not paths:
         return {}
 
     def make() -> None:
         for label, path in paths.items():
-            write_plan(path, make_plan(job, scores, label, (curves or {}).get(label)))
+            write_plan(path, plan_of(label))
 
     depends = [job.keys["score"], config.pruning.model_dump(), config.supernode.model_dump()]
     depends += [key for name, key in job.keys.items() if name.startswith(CURVES)]

@@ -33,6 +33,7 @@ from reconstructions import (
     stats_of,
     unchanged,
 )
+from reference import text
 from tiny import logits, tiny
 from tiny_moe import tiny_moe
 
@@ -43,11 +44,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 class TestNumbers:
     def test_held_out_tokens_choose_the_damping(self, llama: Any, random_plan: MakePlan) -> None:
-        plan, stats = random_plan(llama, 0.5), collect(llama, WINDOWS[:4], ["h_outer"])
-        other = collect(llama, WINDOWS[4:], ["h_outer"])
+        plan, windows = random_plan(llama, 0.5), text(40)
+        stats, other = (collect(llama, part, ["h_outer"]) for part in (windows[:32], windows[32:]))
         found = reconstruct(llama, plan, stats, held_out=other)
         facts = list(found.facts["sites"].values())
         assert {f["damping"] for f in facts} <= set(DAMPINGS)
+        assert all(f["refitted"] and f["held_out"] and f["tokens"] == windows.n_tokens for f in facts)
         for chosen, site in zip(facts, found.down, strict=True):
             errors = {}
             for damping in DAMPINGS:
@@ -67,6 +69,18 @@ class TestNumbers:
             reconstruct(llama, plan, stats, held_out={})
         with pytest.raises(UsageError, match="damping must be positive"):
             reconstruct(llama, plan, stats, damping=0.0)
+
+    def test_old_columns_stay_where_new_ones_are_worse_on_held_out_tokens(
+        self, llama: Any, random_plan: MakePlan
+    ) -> None:
+        plan, few = random_plan(llama, 0.5), collect(llama, WINDOWS[:4], ["h_outer"])
+        found = reconstruct(llama, plan, few, held_out=collect(llama, WINDOWS[4:], ["h_outer"]))
+        rows = [found.facts["sites"][site.name] for site in found.down]
+        assert not all(row["refitted"] for row in rows)
+        for site, row in zip(found.down, rows, strict=True):
+            assert row["error"] <= row["error_without"]
+            same = torch.equal(found.down[site], weights_of(llama, site).down[:, plan.kept[site]])
+            assert same != row["refitted"]
 
     def test_the_default_damping(self, llama: Any, random_plan: MakePlan) -> None:
         found, same = refit(llama, random_plan), refit(llama, random_plan, damping=0.01)

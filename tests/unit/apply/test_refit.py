@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ffnscope.apply.refit import DAMPINGS, Moments, choose_damping, mean_bias, output_error, refit_down
+from ffnscope.apply.refit import DAMPINGS, LeastSquares, Moments, choose_damping, mean_bias, refit_down
 from ffnscope.errors import NonFiniteError, UsageError
 
 
@@ -26,6 +26,10 @@ def moments_of(h, shift=None):
 
 
 KEPT = torch.tensor([0, 3, 4, 7, 10])
+
+
+def output_error(down, new, kept, moments):
+    return LeastSquares.of(down, kept, moments).error(new)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -55,7 +59,11 @@ def test_the_error_is_that_of_the_outputs(tokens, down, shifted):
     moments, new = moments_of(tokens, shift), torch.randn(5, 5, dtype=torch.float64)
     wanted = tokens @ down.T + (0 if shift is None else shift)
     expected = (wanted - tokens[:, KEPT] @ new.T).square().sum(1).mean()
-    assert output_error(down, new, KEPT, moments) == pytest.approx(float(expected), rel=1e-10)
+    problem = LeastSquares.of(down, KEPT, moments)
+    assert problem.error(new) == pytest.approx(float(expected), rel=1e-10)
+    old = (wanted - tokens[:, KEPT] @ down[:, KEPT].T).square().sum(1).mean()
+    assert problem.without == problem.error(down[:, KEPT]) == pytest.approx(float(old), rel=1e-10)
+    assert problem.power == pytest.approx(float(wanted.square().sum(1).mean()), rel=1e-10)
 
 
 def test_a_refit_never_raises_the_error_on_its_own_tokens(tokens, down):
@@ -85,11 +93,11 @@ def test_a_singular_second_moment_is_damped_further(down):
 
 
 def test_damping_is_chosen_on_other_tokens(tokens, down):
-    few, others = moments_of(tokens[:6]), moments_of(tokens[6:])
-    best, errors = choose_damping(down, KEPT, few, others)
+    few, others = (LeastSquares.of(down, KEPT, moments_of(part)) for part in (tokens[:6], tokens[6:]))
+    best, errors = choose_damping(few, others)
     assert list(errors) == list(DAMPINGS) and errors[best] == min(errors.values())
-    silent = moments_of(torch.zeros(4, 12, dtype=torch.float64))
-    assert choose_damping(down, KEPT, silent, silent)[0] == max(DAMPINGS)
+    silent = LeastSquares.of(down, KEPT, moments_of(torch.zeros(4, 12, dtype=torch.float64)))
+    assert choose_damping(silent, silent)[0] == max(DAMPINGS)
 
 
 def test_parts_add_up(tokens, down):

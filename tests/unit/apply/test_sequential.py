@@ -16,7 +16,7 @@ from ffnscope.apply import streams
 from ffnscope.apply.columns import columns_replaced
 from ffnscope.apply.mask import masked
 from ffnscope.apply.reconstruction import Reconstruction
-from ffnscope.apply.refit import Moments, output_error, refit_down
+from ffnscope.apply.refit import LeastSquares, Moments, refit_down
 from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
 from ffnscope.calibrate.collect import collect
 from ffnscope.calibrate.windows import Windows
@@ -255,18 +255,21 @@ class TestLaws:
         facts = found.facts["sites"][site.name]
         kept = plan.kept[site]
         sums = Moments(h.T @ h, len(h))
-        assert facts["error_after"] == pytest.approx(output_error(old, found.down[site], kept, sums), rel=1e-9)
-        assert facts["error_before"] == pytest.approx(
-            float((h @ old.T - h[:, kept] @ old[:, kept].T).square().sum(1).mean())
+        power = float((h @ old.T).square().sum(1).mean())
+        assert facts["power"] == pytest.approx(power)
+        assert facts["error"] * power == pytest.approx(
+            LeastSquares.of(old, kept, sums).error(found.down[site]), rel=1e-9
         )
-        assert facts["power"] == pytest.approx(float((h @ old.T).square().sum(1).mean()))
+        for name, columns in (("error", found.down[site]), ("error_without", old[:, kept])):
+            missed = h @ old.T - h[:, kept] @ columns.T
+            assert facts[name] * power == pytest.approx(float(missed.square().sum(1).mean()))
 
     def test_old_columns_stay_where_new_ones_are_worse_on_held_out_tokens(self) -> None:
         model = tiny("llama")
         windows = text(8, 4)  # 28 tokens to fit 24 columns
         found = reconstruct_sequential(model, windows, plan_of(model), options=SequentialOptions(target="own"))
         rows = found.facts["sites"]
-        assert all(row["held_out"] and row["error_after"] <= row["error_before"] for row in rows.values())
+        assert all(row["held_out"] and row["error"] <= row["error_without"] for row in rows.values())
         for site, kept in found.plan.kept.items():
             same = torch.equal(found.down[site], weights_of(model, site).down[:, kept])
             assert same != rows[site.name]["refitted"]
@@ -445,7 +448,8 @@ class TestRefusals:
             reconstruct_sequential(llama, text(8), plan_of(llama))
 
     @pytest.mark.parametrize(
-        ("name", "why"), [("bitnet", "has a norm before its down"), ("zamba", "is used by 2 layers")]
+        ("name", "why"),
+        [("bitnet", "a norm .* stands before its down projection"), ("zamba", "2 layers share its parameters")],
     )
     def test_by_name(self, name: str, why: str) -> None:
         model = tiny_causal_lm(name)

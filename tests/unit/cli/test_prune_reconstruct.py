@@ -178,6 +178,48 @@ def test_an_interrupted_call_goes_on(
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "unbroken"))
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer tokens than 4 d_ff")
+def test_rounds(
+    ok: Ok, fails: Fails, base: tuple[Any, ...], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*base, "--method", "best", "--rounds", 2)
+    result = ok(*options, "--out", tmp_path / "unbroken")
+    assert "round 2 of 2" in result.stderr and result.stderr.count("calibrate: ") >= 2
+    plan = read_plan(tmp_path / "unbroken" / "ffnscope_plan.json")
+    assert plan.sparsity == 0.5 and plan.provenance["rounds"] == [pytest.approx(1 - 0.5**0.5), 0.5]
+    loaded = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu"))
+    text = ffnscope.read_record(tmp_path / "unbroken").text
+    assert text is not None
+    method = ffnscope.Method(rounds=2)
+    python = ffnscope.plan_and_reconstruct(loaded.model, text.windows(loaded.tokenizer), 0.5, method=method)
+    assert isinstance(python, ffnscope.Reconstruction)
+    assert all(torch.equal(kept, plan.kept[site]) for site, kept in python.plan.kept.items())
+    with monkeypatch.context() as patch:
+        stop_at(patch, sequential, "fit_columns", LAYERS + 1)  # in the last refit
+        assert CliRunner().invoke(app, [str(a) for a in options]).exit_code == 130
+    assert len(list(part(tmp_path).glob("round_2_*.json"))) == 1
+    with monkeypatch.context() as patch:
+        passes = stop_at(patch, collect, "_run", 0)
+        ok(*options)
+    assert not passes and not part(tmp_path).exists()
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "unbroken"))
+    again = ("prune", "--from", tmp_path / "out", "--sparsity", 0.3, "--out", tmp_path / "cut", "--no-evaluate")
+    assert "Cut again in 1 round (--rounds 1)" in fails(2, *again)
+    ok(*again, "--rounds", 1, "--device", "cpu")
+    told = ok(*options, "--out", tmp_path / "dry", "--dry-run").stdout
+    for line in ("round 2", "of what is left", "block by block: 2,048 tokens forward"):
+        assert line in told, line
+
+
+@pytest.mark.parametrize("reconstruct", ["none", "one-shot", "sequential"])
+def test_the_weights_are_hashed_once(
+    ok: Ok, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, reconstruct: str
+) -> None:
+    hashes = stop_at(monkeypatch, collect, "hash_tensors", 0)
+    ok(*base, "-m", "wanda", "--reconstruct", reconstruct)
+    assert len(hashes) == 1
+
+
 def test_the_dry_run_computes_nothing(
     ok: Ok, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +255,7 @@ def test_the_dry_run_computes_nothing(
         (["--method", "best", "--distill", "0"], "distillation: epochs must be at least 1; got 0"),
         (["--reconstruct", "one-shot", "--target", "0.5"], "--target would do nothing with --reconstruct one-shot"),
         (["--damping", "0.1"], "--damping would do nothing with --reconstruct none"),
+        (["--rounds", "0"], "rounds must be at least 1"),
         (["--method", "best", "--damping", "0"], "damping must be positive"),
         (["--method", "best", "--target", "1.5"], "target must be 'own', 'dense' or a share between 0 and 1; got 1.5"),
         (["--method", "best", "--sparsity", "0"], "sparsity 0 leaves nothing for reconstruct 'sequential'"),
@@ -230,6 +273,11 @@ def test_refused_before_the_model_is_loaded(
     arguments = ["/no/model" if i == 1 else a for i, a in enumerate(base)]
     assert text in fails(2, *arguments, *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_beside_scores(fails: Fails, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--scores", "s", "--sparsity", 0.5, "--rounds", 2, "--out", tmp_path / "out", "--no-evaluate")
+    assert "--rounds would do nothing with --scores s" in fails(2, "prune", checkpoint, *options)
 
 
 def test_a_method_beside_a_plan(fails: Fails, checkpoint: Path, tmp_path: Path) -> None:

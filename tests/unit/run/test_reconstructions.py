@@ -11,10 +11,12 @@ import torch
 from rich.console import Console
 
 import ffnscope
+from faults import stop_at
 from ffnscope.apply import sequential
+from ffnscope.apply.pruned import plan_of
 from ffnscope.errors import UsageError
 from ffnscope.io import read_plan
-from ffnscope.run import config_from_dict
+from ffnscope.run import config_from_dict, rounds
 from ffnscope.run.dry_run import dry_run
 from runs import quiet_run, results, small_run, strict_json
 from tiny import LAYERS
@@ -77,6 +79,36 @@ def test_one_shot_reads_the_one_pass(checkpoint: Path, texts: Path, tmp_path: Pa
     expected = ffnscope.reconstruct(model, found.plans["wanda-0.5"], stats, damping=0.1)
     for site, down in found.reconstructions["wanda-0.5"].down.items():
         assert torch.equal(down, expected.down[site])
+
+
+@pytest.mark.parametrize("reconstruct", ["none", "one_shot", "sequential"])
+def test_rounds(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reconstruct: str
+) -> None:
+    asked = {"algorithms": ["wanda", "obs"], "reconstruct": reconstruct, "rounds": 2, "allocator": "halfway"}
+    unbroken = quiet_run(config(checkpoint, texts, tmp_path / "unbroken", asked))
+    plans = unbroken.plans
+    assert [plan.sparsity for plan in plans.values()] == [0.5, 0.5]
+    assert all(plan.provenance["rounds"] == [pytest.approx(1 - 0.5**0.5), 0.5] for plan in plans.values())
+    loaded = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu"))
+    text = ffnscope.TextSource(str(texts / "train.txt"))
+    windows = ffnscope.load_windows(text, loaded.tokenizer, n=16, length=32, seed=42)
+    method = ffnscope.Method("obs", "halfway", reconstruct, rounds=2)  # type: ignore[arg-type]
+    options = ffnscope.PassOptions(batch_size=2)
+    python = plan_of(ffnscope.plan_and_reconstruct(loaded.model, windows, 0.5, method=method, options=options))
+    assert all(torch.equal(kept, python.kept[site]) for site, kept in plans["obs-0.5"].kept.items())
+    with monkeypatch.context() as patch:
+        stop_at(patch, rounds, "calibrate_all", 2)  # in the second plan
+        with pytest.raises(KeyboardInterrupt):
+            quiet_run(config(checkpoint, texts, tmp_path / "out", asked))
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, rounds, "calibrate_all", 0)
+        found = quiet_run(config(checkpoint, texts, tmp_path / "out", asked))
+    assert len(calls) == 1 and not list(tmp_path.glob("out/plans/*.part"))
+    assert results(found.folder) == results(unbroken.folder)
+    out = Console(file=io.StringIO(), width=200)
+    dry_run(config(checkpoint, texts, tmp_path / "out", asked), out)
+    assert "2 more calibrations, of what is left" in out.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_only_what_changed_is_done_again(
@@ -142,6 +174,7 @@ def test_the_dry_run(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
         ({"method": "best", "distill": 0}, "pruning.distill"),
         ({"method": "best", "damping": 0.0}, "pruning.damping"),
         ({"method": "best", "target": 1.5}, "pruning.target"),
+        ({"rounds": 2, "ratios": [0.5, 0.0]}, "pruning.ratios[1]: 0 leaves nothing for 'rounds: 2' to remove"),
         ({"method": "best", "ratios": [0.0, 0.5]}, "pruning.ratios[0]: 0 leaves nothing for 'reconstruct: sequential'"),
     ],
 )
