@@ -113,6 +113,7 @@ def run_peer(bench: Bench, peer: Peer, seed: int) -> None:
     paths = ["--checkpoint", bench.dense, "--windows", text, "--out", out]
     words = [bench.python(peer), script, "--method", peer.method, "--sparsity", peer.sparsity, *paths]
     subprocess.run(words, check=True)
+    bench.loaded.tokenizer.save_pretrained(out)
     made = json.loads((out / "made.json").read_text())
     if f"{made['package']} {made['version']}: {peer.method}" != peer.label:
         raise ffnscope.FFNScopeError(f"{peer.label} was asked; the environment has {made}. Remove it to make it anew.")
