@@ -50,7 +50,13 @@ def main() -> None:
     args = arguments()
     if not args.table:
         measure(args)
-    structured_table.write(ALL_CELLS, CELLS.with_suffix(".md"), rows.SCORE_ONLY, rows.DEFAULT)
+    write_table()
+
+
+def write_table() -> None:
+    """Of all files; no channel row of a peer refits anything, so they are score-only rows like ours."""
+    peers = {one["row"] for one in structured_table.read(PEER_CELLS) if one["of"] == structured_table.CHANNELS}
+    structured_table.write(ALL_CELLS, CELLS.with_suffix(".md"), (*rows.SCORE_ONLY, *sorted(peers)), rows.DEFAULT)
 
 
 def measure(args: argparse.Namespace) -> None:

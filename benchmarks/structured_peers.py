@@ -194,7 +194,7 @@ def main() -> None:
                 make(bench, *rest, seed)
             except subprocess.CalledProcessError as error:
                 failed.append(f"{label} at {pattern}: {error}")
-    structured_table.write(structured.ALL_CELLS, structured.CELLS.with_suffix(".md"), rows.SCORE_ONLY, rows.DEFAULT)
+    structured.write_table()
     if failed:
         sys.exit("\n".join(["failed:", *failed]))
 
