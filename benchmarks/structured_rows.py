@@ -29,7 +29,7 @@ SCORES = {
     "SCAR-Conn": "supernode_connectivity_score",
 }
 """Label -> metric of the published scores; each is run alone, and with a one-shot refit of the down columns."""
-SEQUENTIAL = ("activation norm", "Wanda, channels", "SCAR-LP")
+SEQUENTIAL = ("activation norm", "Minitron", "SCAR-LP")
 """Published scores that also get the sequential reconstruction."""
 WEIGHTS_ONLY = {"magnitude (product of norms)", "OptiPFair PPM", "LLM-Rank WPR", "LLM-Rank MPR"}
 """Labels whose plan reads no text: alone, one seed is all there is."""
