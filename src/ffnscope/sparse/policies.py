@@ -19,6 +19,7 @@ from ffnscope.registry import policy
 
 _LARGEST = torch.finfo(torch.float32).max
 _NO_MASS = -2.0  # key of channels without a score, below every share of the mass
+_LAST_MASS = 1 - 2**-23  # so that a p below 1 keeps every channel with a score
 
 
 class Policy:
@@ -26,8 +27,6 @@ class Policy:
 
     parameter: ClassVar[str]
     """What the parameter is, in words."""
-    rising: ClassVar[bool]
-    """Whether a larger parameter keeps more."""
 
     def keys(self, scores: Tensor) -> Tensor:
         """Scores [T, d_ff] -> keys [T, d_ff] float32: +inf is always kept, -inf never."""
@@ -65,7 +64,6 @@ class TopK(Policy):
     """The k channels with the highest scores, for every token the same number."""
 
     parameter: ClassVar[str] = "k, channels per token"
-    rising: ClassVar[bool] = True
 
     def keys(self, scores: Tensor) -> Tensor:
         """Minus the rank; of equal scores the first channel is higher."""
@@ -84,7 +82,6 @@ class Threshold(Policy):
     """Channels whose score is at or above one threshold per layer."""
 
     parameter: ClassVar[str] = "threshold of the score"
-    rising: ClassVar[bool] = False
 
     def keys(self, scores: Tensor) -> Tensor:
         """The scores."""
@@ -102,7 +99,6 @@ class ChannelThreshold(Policy):
 
     gain: Tensor
     parameter: ClassVar[str] = "threshold t; that of channel i is t / gain_i"
-    rising: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.gain.dim() != 1 or not bool((torch.isfinite(self.gain) & (self.gain >= 0)).all()):
@@ -139,7 +135,6 @@ class Nucleus(Policy):
     """The fewest channels that hold the share p of a token's predicted mass (sum of scores); p = 1 keeps all."""
 
     parameter: ClassVar[str] = "p, share of the predicted mass"
-    rising: ClassVar[bool] = True
 
     def keys(self, scores: Tensor) -> Tensor:
         """Minus the share of the mass that is in higher channels."""
@@ -148,7 +143,7 @@ class Nucleus(Policy):
         ordered, order = scores.double().sort(dim=-1, descending=True, stable=True)
         total = ordered.sum(-1, keepdim=True)
         before = (ordered.cumsum(-1) - ordered) / total.where(total > 0, 1.0)
-        key = torch.where(ordered > 0, -before.clamp(0, 1), _NO_MASS).float()
+        key = torch.where(ordered > 0, -before.clamp(0, _LAST_MASS), _NO_MASS).float()
         return torch.empty_like(key).scatter_(-1, order, key)
 
     def _level(self, parameter: float) -> float:
@@ -157,7 +152,7 @@ class Nucleus(Policy):
         return _NO_MASS if parameter == 1 else _next(-parameter, math.inf)
 
     def _natural(self, level: float) -> float:
-        return min(max(-_next(level, -math.inf), 0.0), 1.0)
+        return 1.0 if level <= _NO_MASS else min(max(-_next(level, -math.inf), 0.0), _next(1.0, 0.0))
 
 
 @policy("capped_threshold")
@@ -173,7 +168,6 @@ class CappedThreshold(Policy):
     k_min: int
     k_max: int
     parameter: ClassVar[str] = "threshold of the score"
-    rising: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.k_min <= self.k_max:
@@ -192,7 +186,6 @@ class StatisticalTopK(Policy):
     """Channels whose score is z standard deviations of the token's scores or more above their mean."""
 
     parameter: ClassVar[str] = "z, standard deviations above the mean"
-    rising: ClassVar[bool] = False
 
     def keys(self, scores: Tensor) -> Tensor:
         """How many standard deviations a score is above the mean of its token."""
@@ -212,7 +205,6 @@ class BankTopK(Policy):
 
     size: int = 64
     parameter: ClassVar[str] = "k, channels per bank and token"
-    rising: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -243,7 +235,6 @@ class Hybrid(Policy):
     core: Tensor
     rest: Policy
     parameter: ClassVar[str] = "that of the other policy"
-    rising: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.core.dtype != torch.int64 or self.core.dim() != 1 or self.core.unique().numel() != self.core.numel():
