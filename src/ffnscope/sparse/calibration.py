@@ -190,7 +190,7 @@ def _bisect_error(policy: Policy, chunks: Chunks, limit: float) -> Calibrated:
 
 
 def _range(policy: Policy, chunks: Chunks) -> tuple[int, int]:
-    """Order of the lowest finite key, and of the one above the highest."""
+    """Order of the lowest finite key, and one that is above all that could be a level: nothing more is left out there."""
     lowest, highest = 2**32, 0
     for one in chunks():
         keys = policy.keys(one.scores)
@@ -200,7 +200,7 @@ def _range(policy: Policy, chunks: Chunks) -> tuple[int, int]:
             lowest, highest = min(lowest, int(order.min())), max(highest, int(order.max()))
     if lowest > highest:
         raise UsageError("there is no token, or no channel that the parameter of this policy decides about.")
-    return lowest, highest + 1
+    return lowest, highest + 2
 
 
 def _check_met(policy: Policy, target: Target, achieved: float) -> None:

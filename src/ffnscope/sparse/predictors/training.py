@@ -180,6 +180,7 @@ def _held_out(fit: FitTokens, seed: int) -> tuple[Tensor, Tensor]:
     return (~judge).nonzero().flatten(), judge.nonzero().flatten()
 
 
+@torch.enable_grad()
 def _epoch(
     predictor: LowRank,
     optimizer: torch.optim.Optimizer,
