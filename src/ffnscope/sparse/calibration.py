@@ -190,7 +190,7 @@ def _bisect_error(policy: Policy, chunks: Chunks, limit: float) -> Calibrated:
 
 
 def _range(policy: Policy, chunks: Chunks) -> tuple[int, int]:
-    """Order of the lowest finite key, and one that is above all that could be a level: nothing more is left out there."""
+    """Order of the lowest finite key, and one above any level that still changes something."""
     lowest, highest = 2**32, 0
     for one in chunks():
         keys = policy.keys(one.scores)

@@ -92,6 +92,12 @@ def ffn_of(model: nn.Module, site: FFNSite) -> FFN:
             is not known by name.
         ModelError: the weights are offloaded, and this is not inside `materialised`.
     """
+    check_site(site)
+    return FFN(weights_of(model, site), activation_named(site.activation, site.name), site.name)
+
+
+def check_site(site: FFNSite) -> None:
+    """Raise NotAvailableError for an FFN whose channels are no function of gate, up and input alone."""
     if site.n_uses > 1:
         raise NotAvailableError(f"{site.name} {reuse(site)}; contextual sparsity supports FFNs that are used once.")
     for part, what in ((site.norm, "a norm before its down projection"), (site.adapters, "adapters")):
@@ -100,7 +106,7 @@ def ffn_of(model: nn.Module, site: FFNSite) -> FFN:
                 f"{site.name} has {what}, so its channels are no function of gate, up and input alone; contextual "
                 "sparsity is not available there. Leave this site out."
             )
-    return FFN(weights_of(model, site), activation_named(site.activation, site.name), site.name)
+    activation_named(site.activation, site.name)
 
 
 def activation_named(name: str, of: str) -> Activation:

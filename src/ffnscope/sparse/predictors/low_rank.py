@@ -48,12 +48,18 @@ class LowRank(Predictor):
 
 @predictor("low_rank", source="Deja Vu (arXiv:2310.17157), PowerInfer (arXiv:2312.12456)")
 def low_rank(
-    ffn: FFN, fit: FitTokens | None, *, rank: int = 128, relu: bool = True, lookahead: int = 0, density: float = 0.3
+    ffn: FFN,
+    fit: FitTokens | None,
+    *,
+    rank: int = 128,
+    relu: bool = True,
+    lookahead: int = 0,
+    density: float = 0.3,
+    epochs: int = 20,
 ) -> Predictor:
     """Two thin matrices, trained on the channels that contribute most.
 
-    Made by `train_low_rank` with its default options, which has the loss, early stopping, checkpoints and progress as
-    options.
+    Made by `train_low_rank`, which has the loss, early stopping, checkpoints and progress as options.
 
     Args:
         ffn: the FFN.
@@ -62,6 +68,7 @@ def low_rank(
         relu: a ReLU between them (PowerInfer, ProSparse), or nothing (Deja Vu).
         lookahead: 0 reads the input of this FFN, 1 that of the FFN one layer before.
         density: share of the channels that are to be told from the others.
+        epochs: of training, at most.
 
     Raises:
         UsageError: no tokens, or an impossible value.
@@ -69,4 +76,4 @@ def low_rank(
     from ffnscope.sparse.predictors.training import TrainingOptions, train_low_rank
 
     made = LowRank(ffn, rank, relu=relu, lookahead=lookahead)
-    return train_low_rank(made, needed(fit, "low_rank"), TrainingOptions(density=density)).predictor
+    return train_low_rank(made, needed(fit, "low_rank"), TrainingOptions(density=density, epochs=epochs)).predictor
