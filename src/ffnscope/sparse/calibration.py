@@ -14,7 +14,7 @@ from ffnscope.errors import UsageError, unknown_name
 from ffnscope.sparse.ffn import FFN
 from ffnscope.sparse.measures import Label, Truth, density, missed_mass, recall, relative_error, truths
 from ffnscope.sparse.policies import Policy
-from ffnscope.sparse.quantile import Quantile, Weighted, float_of, order_of, reach
+from ffnscope.sparse.quantile import Quantile, float_of, order_of, reach
 
 Measure = Literal["recall", "missed_mass", "density", "relative_error"]
 
@@ -125,7 +125,7 @@ def bisect_density(
     """The lowest density, to a tolerance, at which a measure is at most a limit: for targets such as perplexity.
 
     Args:
-        measure: density -> value, which falls with density but for noise; called once per step, log2(range / tolerance).
+        measure: density -> value, which falls with density but for noise; called log2(range / tolerance) times.
         limit: highest value that is accepted.
         low: lowest density to try.
         high: highest density; it must be accepted.

@@ -60,7 +60,7 @@ class FFN:
         return self.activated(x) * self.up(x) if self.gated else self.activated(x)
 
     def contributions(self, x: Tensor) -> Tensor:
-        """[T, d_model] -> c [T, d_ff], c_i = |h_i| ||W_down[:, i]||_2: the norm of what channel i adds to the output."""
+        """[T, d_model] -> c [T, d_ff], c_i = |h_i| ||W_down[:, i]||_2: norm of what channel i adds to the output."""
         return self.h(x).abs() * self.down_norms
 
     @property
@@ -119,8 +119,8 @@ def activation_named(name: str, of: str) -> Activation:
 
     if name not in ACT2FN:
         raise NotAvailableError(
-            f"the activation function of {of} is called {name!r}, which transformers does not know; contextual sparsity "
-            "needs one of its ACT2FN, such as 'silu', 'gelu' or 'relu'."
+            f"the activation function of {of} is called {name!r}, which transformers does not know; contextual "
+            "sparsity needs one of its ACT2FN, such as 'silu', 'gelu' or 'relu'."
         )
     return ACT2FN[name]
 
@@ -136,8 +136,8 @@ def check_ffn(ffn: FFN, x: Tensor, h: Tensor) -> None:
     if not bool((found - wide(h)).abs().max() <= 1e-2 * largest):
         raise NotAvailableError(
             f"{ffn.name} computes something else between its projections than act(gate x) * (up x) with its activation "
-            "function; its channels cannot be recomputed from its input, so contextual sparsity is not available there. "
-            "Leave this site out."
+            "function; its channels cannot be recomputed from its input, so contextual sparsity is not available "
+            "there. Leave this site out."
         )
 
 

@@ -23,7 +23,7 @@ _LAST_MASS = 1 - 2**-23  # so that a p below 1 keeps every channel with a score
 
 
 class Policy:
-    """Which channels are kept. A subclass gives `keys` and `_level`, and `_natural` where parameter and level differ."""
+    """Which channels are kept. A subclass gives `keys`, and `_level` and `_natural` where parameter and level differ."""
 
     parameter: ClassVar[str]
     """What the parameter is, in words."""
@@ -118,8 +118,8 @@ class ChannelThreshold(Policy):
 def channel_gain(scores: Tensor, contributions: Tensor) -> Tensor:
     """Mean contribution over mean score of every channel, [d_ff]: scores times this are of the size of contributions.
 
-    With |act(g)| as score it is CHESS with E|u| ||W_down|| in the place of its E[u^2]. A channel whose score is always 0
-    has the gain 0.
+    With |act(g)| as score it is CHESS with E|u| ||W_down|| in the place of its E[u^2]. A channel whose score is
+    always 0 has the gain 0.
 
     Args:
         scores: [T, d_ff].
@@ -260,7 +260,7 @@ class Hybrid(Policy):
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Rank of every channel within its token, [T, d_ff] int64 from 1 = highest; of equals the first channel is higher."""
+    """Rank of every channel within its token, [T, d_ff] int64 from 1 = highest; of equals the first is higher."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(1, scores.shape[-1] + 1, device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)

@@ -103,9 +103,7 @@ class _Tapped:
         self.new: dict[FFNSite, Tensor] = {}
         unchecked = [site for site in owner.sites if site not in owner.checked]
         keep = (lambda site, h: self.h.__setitem__(site, h.clone())) if unchecked else None
-        self.taps = channel_taps(
-            owner.model, owner.sites, keep, None, SignalTap(self._note, ("x",)), self.rows.route
-        )
+        self.taps = channel_taps(owner.model, owner.sites, keep, None, SignalTap(self._note, ("x",)), self.rows.route)
 
     def __enter__(self) -> None:
         self.taps.__enter__()
@@ -125,8 +123,8 @@ class _Tapped:
         owner = self.owner
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteError(
-                f"an input of {site.name} is NaN or infinite. In float16 this is usually an overflow: load the model in "
-                "bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."
+                f"an input of {site.name} is NaN or infinite. In float16 this is usually an overflow: load the model "
+                "in bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."
             )
         if site not in owner.checked and site in self.h:
             with materialised(owner.model, site):

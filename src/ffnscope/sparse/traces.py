@@ -1,4 +1,4 @@
-"""Traces: the inputs of every FFN for every token of a text, on disk. All else is recomputed from them and the weights."""
+"""Traces: inputs of every FFN for every token of a text, on disk; all else is recomputed from them and the weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,18 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, UsageError, unknown_name
 from ffnscope.ffn.projection import owner_of
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import SCHEMA, complete, disposable, expect_kind, hash_json, read_json, read_tensors, writing
-from ffnscope.io import write_json, write_tensors
+from ffnscope.io import (
+    SCHEMA,
+    complete,
+    disposable,
+    expect_kind,
+    hash_json,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    writing,
+)
 from ffnscope.sparse.ffn import check_site
 from ffnscope.sparse.predictors.interface import FitTokens
 from ffnscope.sparse.split import PARTS, Part, split_documents
@@ -235,7 +245,9 @@ def _finished(out: Path, key: str, seed: int) -> Traces:
     """Traces that are there already, if they are what is asked for."""
     found = read_traces(out) if (out / INDEX).exists() else None
     if found is None or (found.facts["key"], found.facts["seed"]) != (key, seed):
-        what = "holds something else" if found is None else "holds traces of another model, text, seed or choice of FFNs"
+        what = (
+            "holds something else" if found is None else "holds traces of another model, text, seed or choice of FFNs"
+        )
         raise ArtifactError(f"{out} {what}. Choose another folder, or remove it.")
     return found
 

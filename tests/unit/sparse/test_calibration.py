@@ -120,7 +120,6 @@ def ffn() -> FFN:
     return FFN(FFNWeights(gate, up, torch.randn(D_MODEL, D_FF, generator=random)), nn.functional.silu)
 
 
-
 class NoisyOracle(nn.Module):
     """Contributions times noise that belongs to the token."""
 
@@ -187,7 +186,7 @@ def test_chunks_change_nothing() -> None:
 def test_a_ceiling_that_makes_a_target_impossible_is_told() -> None:
     with pytest.raises(UsageError, match=r"CappedThreshold cannot reach recall 0\.9: the nearest it comes to is 0\.5"):
         calibrate_policy(CappedThreshold(0, 2), chunks, Target("recall", 0.9))
-    with pytest.raises(UsageError, match="cannot reach density 0.1"):
+    with pytest.raises(UsageError, match=r"cannot reach density 0\.1"):
         calibrate_policy(CappedThreshold(2, 3), chunks, Target("density", 0.1))
     with pytest.raises(UsageError, match="cannot reach relative_error"):
         calibrate_policy(CappedThreshold(0, 1), chunks, Target("relative_error", 0.01))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -107,7 +108,7 @@ class TestLaws:
     def test_nested_from_few_to_many(self, name: str) -> None:
         policy, parameters = ALL[name]
         masks = [policy.select(random_scores(), p) for p in parameters]
-        for fewer, more in zip(masks, masks[1:], strict=False):
+        for fewer, more in itertools.pairwise(masks):
             assert bool((fewer <= more).all())
             assert int(fewer.sum()) < int(more.sum())
 

@@ -19,7 +19,7 @@ from reference import exact, padded, slow_signals_of_all, text
 from tiny import tiny
 from tiny_moe import tiny_moe
 
-ARCHS = ["llama", "llama_bias", "llama_relu", "phi3", "gpt2", "opt", "gemma2", "falcon", "gpt_neox", "olmo2"]
+ARCHS = ["llama", "llama_bias", "llama_relu", "phi3", "gpt2", "opt", "gemma2", "falcon", "gpt_neox", "starcoder2"]
 
 
 class TestWhatIsTraced:
@@ -31,9 +31,9 @@ class TestWhatIsTraced:
         signals = slow_signals_of_all(model, sites, windows)
         assert found.sites == tuple(sites)
         for site in sites:
-            assert torch.allclose(found.x(site), signals[site]["x"])
-            assert torch.allclose(ffn_of(model, site).h(found.x(site)), signals[site]["h"], atol=1e-6)
-        assert found.document.tolist() == sum(([i] * n for i, n in enumerate([16, 9, 12, 16, 5])), [])
+            assert torch.allclose(found.x(site), signals[site]["x"], atol=1e-5)
+            assert torch.allclose(ffn_of(model, site).h(found.x(site)), signals[site]["h"], atol=1e-4)
+        assert torch.equal(found.document, torch.arange(5).repeat_interleave(windows.valid.sum(1)))
         assert torch.equal(found.window, found.document)
 
     def test_contributions_are_norms_of_what_a_channel_adds(self, tmp_path: Path) -> None:

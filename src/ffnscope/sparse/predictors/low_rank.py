@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed
 class LowRank(Predictor):
     """sigmoid(fc2 act(fc1 x)): [d_model] -> [rank] -> [d_ff], with nothing or a ReLU between.
 
-    `state_dict` has ``fc1.weight`` [rank, d_model] and ``fc2.weight`` [d_ff, rank] (and ``fc2.bias`` where there is one).
+    `state_dict` has ``fc1.weight`` [rank, d_model] and ``fc2.weight`` [d_ff, rank] (and perhaps ``fc2.bias``).
     """
 
     def __init__(self, ffn: FFN, rank: int, *, relu: bool, lookahead: int = 0, bias: bool = False):
@@ -23,8 +25,8 @@ class LowRank(Predictor):
             raise UsageError(f"rank must be at least 1 and lookahead 0 or 1; got {rank} and {lookahead}.")
         self.relu, self.lookahead = relu, lookahead
         device = ffn.weights.up.device
-        self.fc1 = nn.utils.skip_init(nn.Linear, ffn.d_model, rank, bias=False, device=device)
-        self.fc2 = nn.utils.skip_init(nn.Linear, rank, ffn.d_ff, bias=bias, device=device)
+        self.fc1 = cast("nn.Linear", nn.utils.skip_init(nn.Linear, ffn.d_model, rank, bias=False, device=device))
+        self.fc2 = cast("nn.Linear", nn.utils.skip_init(nn.Linear, rank, ffn.d_ff, bias=bias, device=device))
 
     def begin_(self, seed: int) -> None:
         """Random fc1 and fc2 = 0: every channel starts alike."""

@@ -35,8 +35,8 @@ class TrainingOptions:
     Attributes:
         density: share of the channels of a token that are positives, those that contribute most, exact zeros never; and
             the density at which the missed mass is judged.
-        loss: "mass", binary cross-entropy in which a positive weighs what it contributes over the token's mean positive,
-            and a negative 1; or "published", Deja Vu's: positives weigh 1, negatives the share of positives in the
+        loss: "mass", binary cross-entropy in which a positive weighs its contribution over that of the token's mean
+            positive, and a negative 1; or "published", Deja Vu's: positives weigh 1, negatives the share of positives in the
             batch + 0.005. With that one a logit of 0 means a probability of about the base rate, not of one half.
         epochs: at most.
         patience: epochs without a lower missed mass after which training ends.
@@ -235,9 +235,7 @@ def _key(predictor: LowRank, fit: FitTokens, options: TrainingOptions) -> str:
     return hash_json([found, asdict(options), shape, predictor.relu, predictor.lookahead])
 
 
-def _write(
-    path: Path | None, key: str, predictor: LowRank, optimizer: torch.optim.Optimizer, state: _State
-) -> None:
+def _write(path: Path | None, key: str, predictor: LowRank, optimizer: torch.optim.Optimizer, state: _State) -> None:
     if path is None:
         return
     tensors = {f"model/{name}": value for name, value in predictor.state_dict().items()}

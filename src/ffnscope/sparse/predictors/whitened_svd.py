@@ -52,8 +52,8 @@ def whitened_svd(
 ) -> Predictor:
     """Contributions from gate and up of a low rank, the one with the least squared error on calibration inputs.
 
-    With G = X^T X / T + damping * mean(diag) I = L L^T, the truncated SVD of W L times L^-1 is that matrix. SVDP has the
-    gate alone and no damping.
+    With G = X^T X / T + damping * mean(diag) I = L L^T, the truncated SVD of W L times L^-1 is that matrix. SVDP has
+    the gate alone and no damping.
 
     Args:
         ffn: the FFN; without a gate it is up that is predicted.
