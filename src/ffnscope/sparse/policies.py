@@ -23,7 +23,7 @@ _LAST_MASS = 1 - 2**-23  # so that a p below 1 keeps every channel with a score
 
 
 class Policy:
-    """Which channels are kept. A subclass gives `keys`, and `_level` and `_natural` where parameter and level differ."""
+    """Which channels are kept. Subclasses give `keys`, and `_level` and `_natural` where parameter and level differ."""
 
     parameter: ClassVar[str]
     """What the parameter is, in words."""

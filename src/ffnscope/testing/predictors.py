@@ -38,12 +38,12 @@ class _Case:
 def check_predictor(predictor: str | Factory, **params: Any) -> None:
     """Check that a predictor keeps the laws of its kind; silent when it does.
 
-    The laws: scores are floating [T, d_ff], finite and not negative; those of a token do not depend on the others of its
-    batch; weights, inputs and the global random state are not changed; the same arguments give the same scores; another
-    order of the channels gives the scores in that order, unless it has a ``seed``; a ``state_dict`` that is loaded into
-    another one of the same FFN gives the same scores; ``bytes_read`` is a whole number of at least 0, and ``reads``
-    names only gate and up; gated and plain FFNs, bfloat16 and float64 weights work. One that raises UsageError for plain FFNs
-    is taken to be for gated ones alone.
+    The laws: scores are floating [T, d_ff], finite and not negative; those of a token do not depend on the others of
+    its batch; weights, inputs and the global random state are not changed; the same arguments give the same scores;
+    another order of the channels gives the scores in that order, unless it has a ``seed``; a ``state_dict`` that is
+    loaded into another one of the same FFN gives the same scores; ``bytes_read`` is a whole number of at least 0, and
+    ``reads`` names only gate and up; gated and plain FFNs, bfloat16 and float64 weights work. One that raises UsageError
+    for plain FFNs is taken to be for gated ones alone.
 
     Args:
         predictor: a registered name, or an unregistered `Factory`.
