@@ -107,7 +107,7 @@ POLICIES: Registry[Factory] = Registry("policy", ("ffnscope.sparse.policies",), 
 
 
 def import_own(module: str) -> None:
-    """Import a module of the user's, whose decorators register metrics, statistics or allocators.
+    """Import a module of the user's, whose decorators register metrics, allocators, predictors and the like.
 
     It is looked for as Python does, and in the working folder last.
 

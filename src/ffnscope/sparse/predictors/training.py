@@ -112,7 +112,7 @@ def train_low_rank(
 
     Raises:
         UsageError: no tokens to fit or to judge by; a lookahead without earlier inputs.
-        NonFiniteError: the loss is NaN or infinite.
+        NonFiniteError: contributions or logits are NaN or infinite.
         ArtifactError: the checkpoint is damaged, or another kind of file.
     """
     options = options or TrainingOptions()
@@ -193,14 +193,16 @@ def _epoch(
     random = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
     for rows in train[torch.randperm(len(train), generator=random)].split(options.batch_size):
         rows = rows.to(inputs.device)
-        contributions = predictor.ffn.contributions(fit.x[rows]).float()
+        contributions, logits = predictor.ffn.contributions(fit.x[rows]).float(), predictor.logits(inputs[rows])
+        for what, value, cure in (
+            ("contributions", contributions, "look for NaN in the traces"),
+            ("logits of the predictor", logits, "lower the learning rate"),
+        ):
+            if not bool(torch.isfinite(value).all()):
+                place = f"{what} of {predictor.ffn.name}, epoch {epoch + 1} of training"
+                raise NonFiniteError(f"{place}: NaN or infinite; {cure}.")
         labels = largest(contributions, options.density) & nonzero(contributions)
-        loss = _LOSSES[options.loss](predictor.logits(inputs[rows]), labels, contributions)
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(
-                f"the loss of the predictor of {predictor.ffn.name} is NaN or infinite in epoch {epoch + 1}. Lower the "
-                "learning rate, or look for NaN in the traces."
-            )
+        loss = _LOSSES[options.loss](logits, labels, contributions)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
