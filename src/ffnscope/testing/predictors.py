@@ -42,8 +42,8 @@ def check_predictor(predictor: str | Factory, **params: Any) -> None:
     its batch; weights, inputs and the global random state are not changed; the same arguments give the same scores;
     another order of the channels gives the scores in that order, unless it has a ``seed``; a ``state_dict`` that is
     loaded into another one of the same FFN gives the same scores; ``bytes_read`` is a whole number of at least 0, and
-    ``reads`` names only gate and up; gated and plain FFNs, bfloat16 and float64 weights work. One that raises UsageError
-    for plain FFNs is taken to be for gated ones alone.
+    ``reads`` names only gate and up; gated and plain FFNs, bfloat16 and float64 weights work. One that raises
+    UsageError for plain FFNs is taken to be for gated ones alone.
 
     Args:
         predictor: a registered name, or an unregistered `Factory`.

@@ -173,6 +173,17 @@ class TestLaws:
         assert value < 0.9 if measure == "recall" else value > 0.1
 
 
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_recall_one_at_density_one(name: str) -> None:
+    policy = {**POLICIES, "capped_threshold": CappedThreshold(4, D_FF)}[name]
+    chunks = scored(NoisyOracle(), ffn(), X, lambda c: largest(c, 0.3))
+    found = calibrate_policy(policy, chunks, Target("density", 1.0))
+    assert found.achieved == 1
+    assert mean_of(policy, chunks, found.parameter, "recall")[0] == 1
+    assert mean_of(policy, chunks, found.parameter, "missed_mass")[0] == 0
+    assert calibrate_policy(policy, chunks, Target("relative_error", 0.0)).achieved == 0
+
+
 def test_chunks_change_nothing() -> None:
     found = {
         size: calibrate_policy(

@@ -13,7 +13,8 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse import streaming
 from ffnscope.sparse.ffn import check_ffn, ffn_of
 from ffnscope.sparse.split import split_documents
-from ffnscope.sparse.traces import TraceOptions, read_traces, trace, traces_size
+from ffnscope.sparse.traces import read_traces
+from ffnscope.sparse.tracing import TraceOptions, trace, traces_size
 from offload import in_memory
 from reference import exact, padded, slow_signals_of_all, text
 from tiny import tiny

@@ -146,7 +146,7 @@ class TestTraining:
             train_low_rank(new(), tokens(), quick(learning_rate=1e30))
         fit = tokens()
         fit.x[7] = math.nan  # not among the last, which judge
-        with pytest.raises(NonFiniteError, match="contributions of the FFN, epoch 1 .*traces"):
+        with pytest.raises(NonFiniteError, match=r"contributions of the FFN, epoch 1 .*traces"):
             train_low_rank(new(), FitTokens(fit.x), quick())
 
     def test_impossible_options(self) -> None:

@@ -1,9 +1,9 @@
 """Low-rank predictors as PowerInfer and ProSparse exchange them: a file ``model_<layer>.pt`` per layer.
 
-Each holds ``fc1.weight`` [rank, d_model] and ``fc2.weight`` [d_ff, rank] (SVDP's also ``fc2.bias``), with a ReLU between.
-Theirs read the residual stream before the norm of the FFN, ours the input of the FFN behind it. For an RMS norm with the
-weights w the one is the other times w over a positive number per token. Without a bias, a column of fc1 times or over
-w_j turns one kind into the other: the signs of the logits, and with them PowerInfer's selection at the threshold 0, stay.
+Each holds ``fc1.weight`` [rank, d_model] and ``fc2.weight`` [d_ff, rank] (SVDP's also ``fc2.bias``), with a ReLU
+between. Theirs read the residual stream before the norm of the FFN, ours the input of the FFN behind it. For an RMS norm
+with the weights w this is that times w over a positive number per token. So without a bias, columns of fc1 times (or
+over) w turn one kind into the other; the signs of the logits, and PowerInfer's selection at the threshold 0, stay.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def write_fc_predictors(
     for layer, one in enumerate(predictors):
         if not one.relu or one.lookahead:
             raise UsageError(
-                f"the predictor of layer {layer} has {'a lookahead' if one.lookahead else 'no ReLU'}; the format is for "
-                "predictors of their own layer with a ReLU. Train with relu=True and lookahead=0."
+                f"the predictor of layer {layer} has {'a lookahead' if one.lookahead else 'no ReLU'}; the format is "
+                "for predictors of their own layer with a ReLU. Train with relu=True and lookahead=0."
             )
     if folder.exists() and any(folder.iterdir()):
         raise ArtifactError(f"{folder} is not empty. Choose another folder.")

@@ -36,8 +36,8 @@ class TrainingOptions:
         density: share of the channels of a token that are positives, those that contribute most, exact zeros never; and
             the density at which the missed mass is judged.
         loss: "mass", binary cross-entropy in which a positive weighs its contribution over that of the token's mean
-            positive, and a negative 1; or "published", Deja Vu's: positives weigh 1, negatives the share of positives in
-            the batch + 0.005. With that one a logit of 0 means a probability of about the base rate, not of one half.
+            positive, and a negative 1; or "published", Deja Vu's: positives weigh 1, negatives the share of positives
+            in the batch + 0.005. There a logit of 0 means a probability of about the base rate, not of one half.
         epochs: at most.
         patience: epochs without a lower missed mass after which training ends.
         batch_size: tokens per step.
