@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,20 +108,27 @@ def trace(
     if out.exists():
         return _finished(out, key, options.seed)
     partial = out.with_name(f".{out.name}.partial")
-    files = {site: f"site_{i:04d}.safetensors" for i, site in enumerate(chosen)}
-    todo = [site for site in chosen if not _is_done(partial / files[site], key)]
-    if todo:
-        for found in trace_rounds(model, todo, list(windows.batches(options.batch_size)), on_round):
-            for site, tensors in found.items():
-                write_tensors(partial / files[site], tensors, {"kind": "trace", "key": key, "site": site.name})
-    write_tensors(partial / TOKENS, {"document": documents, "window": _windows(windows)}, {"kind": "trace tokens"})
+    files = {site: partial / f"site_{i:04d}.safetensors" for i, site in enumerate(chosen)}
+    _write_sites(model, list(windows.batches(options.batch_size)), files, key, on_round)
+    tokens = {"document": documents, "window": torch.arange(len(windows)).repeat_interleave(windows.valid.sum(1))}
+    write_tensors(partial / TOKENS, tokens, {"kind": "trace tokens"})
     facts = {"key": key, **hashes, "source": windows.source, "bytes": size, "n_tokens": windows.n_tokens}
     facts |= {"seed": options.seed, "parts": {name: part.tolist() for name, part in parts.items()}}
-    facts |= {"sites": [{"site": asdict(site), "file": files[site]} for site in chosen]}
+    facts |= {"sites": [{"site": asdict(site), "file": file.name} for site, file in files.items()]}
     write_json(partial / INDEX, {"kind": KIND, "schema": SCHEMA, **facts})
     with writing(out):
         partial.rename(out)
     return read_traces(out)
+
+
+def _write_sites(
+    model: nn.Module, batches: Sequence[Windows], files: Mapping[FFNSite, Path], key: str, on_round: OnRound | None
+) -> None:
+    """Write the files of FFNs that are not there yet."""
+    todo = [site for site, file in files.items() if not _is_done(file, key)]
+    for found in trace_rounds(model, todo, batches, on_round) if todo else ():
+        for site, tensors in found.items():
+            write_tensors(files[site], tensors, {"kind": "trace", "key": key, "site": site.name})
 
 
 def _checked_size(model: nn.Module, windows: Windows, sites: Sequence[FFNSite], limit: int) -> int:
@@ -152,8 +159,3 @@ def _is_done(path: Path, key: str) -> bool:
         return False
     with disposable("the FFN is traced again"):
         return read_tensors(path)[1].get("key") == key
-
-
-def _windows(windows: Windows) -> Tensor:
-    """Index of the window of each valid token."""
-    return torch.arange(len(windows)).repeat_interleave(windows.valid.sum(1))
