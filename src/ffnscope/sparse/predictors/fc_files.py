@@ -2,8 +2,8 @@
 
 Each holds ``fc1.weight`` [rank, d_model] and ``fc2.weight`` [d_ff, rank] (SVDP's also ``fc2.bias``), with a ReLU
 between. Theirs read the residual stream before the norm of the FFN, ours the input of the FFN behind it. For an RMS
-norm with the weights w this is that times w over a positive number per token. So without a bias, columns of fc1 times (or
-over) w turn one kind into the other; the signs of the logits, and PowerInfer's selection at the threshold 0, stay.
+norm with the weights w this is that times w over a positive number per token. So without a bias, columns of fc1 times
+(or over) w turn one kind into the other; the signs of the logits, and PowerInfer's selection at the threshold 0, stay.
 """
 
 from __future__ import annotations
