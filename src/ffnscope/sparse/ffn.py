@@ -156,4 +156,4 @@ def check_input(ffn: FFN, x: Tensor) -> None:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return wide(nn.functional.linear(x.to(weight.dtype), weight, bias))
+    return wide(nn.functional.linear(x.to(weight), weight, bias))

@@ -24,6 +24,7 @@ from ffnscope.sparse.predictors.exact import exact_gate, oracle
 from ffnscope.sparse.predictors.fixed import random as chance
 from ffnscope.sparse.predictors.interface import FitTokens
 from ffnscope.sparse.predictors.low_bit import low_bit
+from ffnscope.sparse.selector import Selector
 from ffnscope.types import FFNWeights
 
 MASK = torch.tensor([[True, True, False, False], [False, False, False, False]])
@@ -106,6 +107,11 @@ class TestMeasure:
 
         found, parts = measure(ffn(), select, X, wanted), measure(ffn(), select, X, wanted, chunk=7)
         assert all(torch.allclose(found.values[name], parts.values[name]) for name in MEASURES)
+
+    def test_a_selector(self) -> None:
+        one = Selector(oracle(ffn()), TopK(), 12)
+        assert torch.equal(one(X), wanted(ffn().contributions(X)))
+        assert measure(ffn(), one, X, wanted).summary()["recall"].mean == 1
 
     def test_by_document(self) -> None:
         found = measure(ffn(), lambda x: TopK().select(oracle(ffn())(x), 6), X, wanted)

@@ -59,6 +59,12 @@ class TestByHand:
         assert kept(TopK(), 2) == [[0, 2], [2, 3]]
         assert kept(TopK(), 3) == [[0, 2, 3], [0, 2, 3]]
 
+    @pytest.mark.parametrize("k", [0, 1, 3, 11, 24, 99])
+    def test_top_k_by_rank_and_by_selection_are_the_same(self, k: int) -> None:
+        scores = (random_scores() * 6).round()  # ties
+        assert torch.equal(TopK().select(scores, k), TopK().keys(scores) >= -k)
+        assert bool((TopK().select(scores, k).sum(1) == min(k, D_FF)).all())
+
     def test_threshold_includes_itself(self) -> None:
         assert kept(Threshold(), 3.0) == [[0, 2], [2, 3]]
 

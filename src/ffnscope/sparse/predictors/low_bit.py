@@ -71,7 +71,7 @@ class LowBit(Predictor):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return wide(nn.functional.linear(x.to(weight.dtype), weight, bias))
+    return wide(nn.functional.linear(x.to(weight), weight, bias))
 
 
 @predictor("low_bit", source="own; quantised proxies also in Prox (arXiv:2607.27591)")

@@ -40,7 +40,7 @@ class LowRank(Predictor):
     def logits(self, x: Tensor) -> Tensor:
         """[T, d_model] -> logits [T, d_ff]; 0 is PowerInfer's threshold, a score of 0.5."""
         check_input(self.ffn, x)
-        inner = self.fc1(x.to(self.fc1.weight.dtype))
+        inner = self.fc1(x.to(self.fc1.weight))
         return wide(self.fc2(inner.relu() if self.relu else inner))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class SignBit(Predictor):
         if self._wide is None:
             bits = unpack(self.signs, 1, self.ffn.d_ff * self.ffn.d_model).view(self.ffn.d_ff, self.ffn.d_model)
             self._wide = bits.float() * 2 - 1
-        agreement = torch.where(x >= 0, 1.0, -1.0) @ self._wide.T
+        agreement = torch.where(x.to(self._wide.device) >= 0, 1.0, -1.0) @ self._wide.T
         return (agreement / self.ffn.d_model + 1) / 2
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:

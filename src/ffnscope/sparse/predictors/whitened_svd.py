@@ -24,7 +24,7 @@ class LowRankMatrix(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[T, d_model] -> [T, d_ff]."""
-        return wide(nn.functional.linear(x.to(self.inner.dtype) @ self.inner.T, self.outer, bias))
+        return wide(nn.functional.linear(x.to(self.inner) @ self.inner.T, self.outer, bias))
 
 
 class WhitenedSVD(Predictor):
@@ -70,7 +70,7 @@ def whitened_svd(
         raise UsageError(f"rank must be in [1, {min(ffn.d_model, ffn.d_ff)}] for {ffn.name}; got {rank}.")
     if damping <= 0:
         raise UsageError(f"damping must be positive; got {damping:g}.")
-    gram = _gram(tokens.x)
+    gram = _gram(tokens.x, ffn.weights.up.device)
     scale = gram.diagonal().mean().clamp_min(1e-300)
     factor = torch.linalg.cholesky(gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     gate = _truncated(ffn.activated_weight[0], factor, rank)
@@ -82,11 +82,12 @@ def whitened_svd(
     return WhitenedSVD(ffn, gate, None, ffn.down_norms * size.to(ffn.down_norms))
 
 
-def _gram(x: Tensor) -> Tensor:
+def _gram(x: Tensor, device: torch.device) -> Tensor:
     """Mean of x x^T over tokens, [d_model, d_model] float64."""
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=device)
     for part in x.split(4096):
-        total += wide(part).T @ wide(part)
+        rows = wide(part.to(device))
+        total += rows.T @ rows
     return total / len(x)
 
 
