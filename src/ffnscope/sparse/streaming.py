@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +29,7 @@ Found = dict[FFNSite, dict[str, Tensor]]
 
 def trace_rounds(
     model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Windows], on_round: OnRound | None = None
-) -> Iterator[Found]:
+) -> Generator[Found]:
     """Yield the inputs of some FFNs after the other: site -> "x" [n, d_model], and of an expert "tokens" [n]."""
     with frozen(model), torch.no_grad():
         try:

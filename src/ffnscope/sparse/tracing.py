@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,9 +127,12 @@ def _write_sites(
 ) -> None:
     """Write the files of FFNs that are not there yet."""
     todo = [site for site, file in files.items() if not _is_done(file, key)]
-    for found in trace_rounds(model, todo, batches, on_round) if todo else ():
-        for site, tensors in found.items():
-            write_tensors(files[site], tensors, {"kind": "trace", "key": key, "site": site.name})
+    if not todo:
+        return
+    with contextlib.closing(trace_rounds(model, todo, batches, on_round)) as rounds:  # so that a full disk frees the model
+        for found in rounds:
+            for site, tensors in found.items():
+                write_tensors(files[site], tensors, {"kind": "trace", "key": key, "site": site.name})
 
 
 def _checked_size(model: nn.Module, windows: Windows, sites: Sequence[FFNSite], limit: int) -> int:
