@@ -13,6 +13,8 @@ from ffnscope.ffn.projection import reuse, weights_of
 from ffnscope.types import FFNSite, FFNWeights
 
 Activation = Callable[[Tensor], Tensor]
+CANDIDATES = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu")
+"""Activation functions that are tried where the config names none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,11 +83,12 @@ class FFN:
         return 0 if matrix is None else matrix.numel() * matrix.element_size()
 
 
-def ffn_of(model: nn.Module, site: FFNSite) -> FFN:
+def ffn_of(model: nn.Module, site: FFNSite, activation: str | None = None) -> FFN:
     """The FFN of a site as a function of its input.
 
-    Its activation is that which `transformers` knows by the name in the config. Whether the model computes nothing else
-    between the projections is not seen here: `check_ffn` compares with activations of the model itself.
+    Its activation is that which `transformers` knows by the name in the config, or by the name given here. Whether the
+    model computes nothing else between the projections is not seen here: `find_activation` compares with activations of
+    the model itself.
 
     Raises:
         NotAvailableError: an FFN that is used several times, with a norm before down or adapters, or whose activation
@@ -93,7 +96,7 @@ def ffn_of(model: nn.Module, site: FFNSite) -> FFN:
         ModelError: the weights are offloaded, and this is not inside `materialised`.
     """
     check_site(site)
-    return FFN(weights_of(model, site), activation_named(site.activation, site.name), site.name)
+    return FFN(weights_of(model, site), activation_named(activation or site.activation, site.name), site.name)
 
 
 def check_site(site: FFNSite) -> None:
@@ -106,7 +109,6 @@ def check_site(site: FFNSite) -> None:
                 f"{site.name} has {what}, so its channels are no function of gate, up and input alone; contextual "
                 "sparsity is not available there. Leave this site out."
             )
-    activation_named(site.activation, site.name)
 
 
 def activation_named(name: str, of: str) -> Activation:
@@ -119,26 +121,34 @@ def activation_named(name: str, of: str) -> Activation:
 
     if name not in ACT2FN:
         raise NotAvailableError(
-            f"the activation function of {of} is called {name!r}, which transformers does not know; contextual "
-            "sparsity needs one of its ACT2FN, such as 'silu', 'gelu' or 'relu'."
+            f"the activation function of {of} is called {name!r}, which transformers does not know. Give ffn_of one of "
+            "its names, such as 'silu', 'gelu' or 'relu'; traces tell which it is (Traces.activation)."
         )
     return ACT2FN[name]
 
 
-def check_ffn(ffn: FFN, x: Tensor, h: Tensor) -> None:
-    """Raise NotAvailableError unless ``ffn`` gives the channel activations h [T, d_ff] that a model had for x.
+def find_activation(model: nn.Module, site: FFNSite, x: Tensor, h: Tensor) -> str:
+    """Name of the activation with which weights and inputs x [T, d_model] give the activations h [T, d_ff] of a model.
 
-    A hundredth of the largest activation may be lacking, since kernels of low precision round differently.
+    It is the one of the config where that has a known name, else the nearest of `CANDIDATES`. A hundredth of the
+    largest activation may be lacking, since kernels of low precision round differently.
+
+    Raises:
+        NotAvailableError: none does; something else happens between the projections.
     """
-    if not len(h):
-        return
-    found, largest = ffn.h(x), wide(h).abs().max()
-    if not bool((found - wide(h)).abs().max() <= 1e-2 * largest):
+    from transformers.activations import ACT2FN
+
+    names = (site.activation,) if site.activation in ACT2FN else CANDIDATES
+    made = [ffn_of(model, site, name) for name in names]
+    lacks = [float((one.h(x) - wide(h)).abs().max()) for one in made]
+    best = min(range(len(names)), key=lacks.__getitem__)
+    if not lacks[best] <= 1e-2 * float(wide(h).abs().max()):
         raise NotAvailableError(
-            f"{ffn.name} computes something else between its projections than act(gate x) * (up x) with its activation "
-            "function; its channels cannot be recomputed from its input, so contextual sparsity is not available "
-            "there. Leave this site out."
+            f"{site.name} computes something else between its projections than act(gate x) * (up x) with "
+            f"{' or '.join(names)}; its channels cannot be recomputed from its input, so contextual sparsity is not "
+            "available there. Leave this site out."
         )
+    return names[best]
 
 
 def wide(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, NotAvailableError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import materialised
-from ffnscope.sparse.ffn import check_ffn, ffn_of
+from ffnscope.sparse.ffn import find_activation
 from ffnscope.types import FFNSite
 
 HELD_BYTES = 2**30
@@ -24,13 +24,28 @@ HELD_BYTES = 2**30
 
 OnRound = Callable[[int, int], None]
 """Called after each block (or group of FFNs) with rounds done, and rounds in all."""
-Found = dict[FFNSite, dict[str, Tensor]]
+Found = dict[FFNSite, "Inputs"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """Inputs of one FFN.
+
+    Attributes:
+        x: [n, d_model].
+        tokens: which tokens these are [n], or None for all.
+        activation: name of the activation function; that of the config for an expert without tokens.
+    """
+
+    x: Tensor
+    tokens: Tensor | None
+    activation: str
 
 
 def trace_rounds(
     model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Windows], on_round: OnRound | None = None
 ) -> Generator[Found]:
-    """Yield the inputs of some FFNs after the other: site -> "x" [n, d_model], and of an expert "tokens" [n]."""
+    """Yield the inputs of some FFNs after the other."""
     with frozen(model), torch.no_grad():
         try:
             blocks, hidden = open_blocks(model, sites, batches)
@@ -75,7 +90,7 @@ class _Rows:
     sites: Sequence[FFNSite]
     x: dict[FFNSite, list[Tensor]] = field(default_factory=dict[FFNSite, list[Tensor]])
     tokens: dict[FFNSite, list[Tensor]] = field(default_factory=dict[FFNSite, list[Tensor]])
-    checked: set[FFNSite] = field(default_factory=set[FFNSite])
+    activation: dict[FFNSite, str] = field(default_factory=dict[FFNSite, str])
     n_tokens: int = 0
 
     def tapped(self, batch: Windows) -> _Tapped:
@@ -86,10 +101,10 @@ class _Rows:
         """All rows, which are not kept here any longer."""
         found: Found = {}
         for site in self.sites:
-            parts = self.x.pop(site, [torch.empty(0, site.d_model)])
-            found[site] = {"x": torch.cat(parts)}
-            if site.expert is not None:
-                found[site]["tokens"] = torch.cat(self.tokens.pop(site, [torch.empty(0, dtype=torch.int64)]))
+            x = torch.cat(self.x.pop(site, [torch.empty(0, site.d_model)]))
+            tokens = torch.cat(self.tokens.pop(site, [torch.empty(0, dtype=torch.int64)]))
+            name = self.activation.get(site, site.activation)
+            found[site] = Inputs(x, None if site.expert is None else tokens, name)
         return found
 
 
@@ -101,7 +116,7 @@ class _Tapped:
         self.rows = TokenRows(batch.valid)
         self.h: dict[FFNSite, Tensor] = {}
         self.new: dict[FFNSite, Tensor] = {}
-        unchecked = [site for site in owner.sites if site not in owner.checked]
+        unchecked = [site for site in owner.sites if site not in owner.activation]
         keep = (lambda site, h: self.h.__setitem__(site, h.clone())) if unchecked else None
         self.taps = channel_taps(owner.model, owner.sites, keep, None, SignalTap(self._note, ("x",)), self.rows.route)
 
@@ -126,11 +141,10 @@ class _Tapped:
                 f"an input of {site.name} is NaN or infinite. In float16 this is usually an overflow: load the model "
                 "in bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."
             )
-        if site not in owner.checked and site in self.h:
+        if site not in owner.activation and site in self.h:
+            h = self.rows.take(site, self.h[site])
             with materialised(owner.model, site):
-                ffn = ffn_of(owner.model, site)
-                check_ffn(ffn, x.to(ffn.weights.up.device), self.rows.take(site, self.h[site]))
-            owner.checked.add(site)
+                owner.activation[site] = find_activation(owner.model, site, x.to(h.device), h)
         owner.x.setdefault(site, []).append(x)
         if site.expert is not None:
             owner.tokens.setdefault(site, []).append(self.rows.captured(site) + owner.n_tokens)

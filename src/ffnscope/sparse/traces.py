@@ -68,6 +68,12 @@ class Traces:
         earlier = self._read(self._before(site))[0][tokens[rows]] if lookahead else None
         return FitTokens(x[rows], self.document[tokens[rows]], earlier)
 
+    def activation(self, site: FFNSite) -> str:
+        """Name of the activation function with which the weights gave the model's activations, for `ffn_of`."""
+        facts = read_tensors(self._file(site))[1]
+        with complete(self._file(site), "trace"):
+            return facts["activation"]
+
     def _before(self, site: FFNSite) -> FFNSite:
         found = [s for s in self.files if s.layer == site.layer - 1 and s.expert is None]
         if len(found) != 1 or site.expert is not None:
@@ -83,11 +89,14 @@ class Traces:
         return torch.isin(self.document[tokens], self.parts[part]).nonzero().flatten()
 
     def _read(self, site: FFNSite) -> tuple[Tensor, Tensor]:
+        tensors, _ = read_tensors(self._file(site))
+        with complete(self._file(site), "trace"):
+            return tensors["x"], tensors.get("tokens", torch.arange(len(self.document)))
+
+    def _file(self, site: FFNSite) -> Path:
         if site not in self.files:
             raise unknown_name("traced site", site.name, [s.name for s in self.files])
-        tensors, _ = read_tensors(self.files[site])
-        with complete(self.files[site], "trace"):
-            return tensors["x"], tensors.get("tokens", torch.arange(len(self.document)))
+        return self.files[site]
 
 
 def read_traces(path: Path) -> Traces:

@@ -125,14 +125,18 @@ def trace(
 def _write_sites(
     model: nn.Module, batches: Sequence[Windows], files: Mapping[FFNSite, Path], key: str, on_round: OnRound | None
 ) -> None:
-    """Write the files of FFNs that are not there yet."""
+    """Write the files of FFNs that are not there yet; when that fails, the model is left as it was at once."""
     todo = [site for site, file in files.items() if not _is_done(file, key)]
     if not todo:
         return
-    with contextlib.closing(trace_rounds(model, todo, batches, on_round)) as rounds:  # so that a full disk frees the model
+    with contextlib.closing(
+        trace_rounds(model, todo, batches, on_round)
+    ) as rounds:
         for found in rounds:
-            for site, tensors in found.items():
-                write_tensors(files[site], tensors, {"kind": "trace", "key": key, "site": site.name})
+            for site, one in found.items():
+                tensors = {"x": one.x} if one.tokens is None else {"x": one.x, "tokens": one.tokens}
+                facts = {"kind": "trace", "key": key, "site": site.name, "activation": one.activation}
+                write_tensors(files[site], tensors, facts)
 
 
 def _checked_size(model: nn.Module, windows: Windows, sites: Sequence[FFNSite], limit: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from ffnscope.errors import ArtifactError, NotAvailableError, UnknownNameError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse import streaming
-from ffnscope.sparse.ffn import check_ffn, ffn_of
+from ffnscope.sparse.ffn import ffn_of, find_activation
 from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.traces import read_traces
 from ffnscope.sparse.tracing import TraceOptions, trace, traces_size
@@ -36,6 +37,19 @@ class TestWhatIsTraced:
             assert torch.allclose(ffn_of(model, site).h(found.x(site)), signals[site]["h"], atol=1e-4)
         assert torch.equal(found.document, torch.arange(5).repeat_interleave(windows.valid.sum(1)))
         assert torch.equal(found.window, found.document)
+
+    @pytest.mark.parametrize(
+        ("arch", "name"),
+        [("llama", "silu"), ("llama_relu", "relu"), ("bloom", "gelu_pytorch_tanh"), ("gpt2", "gelu_new")],
+    )
+    def test_the_activation_is_found_where_the_config_names_none(self, arch: str, name: str, tmp_path: Path) -> None:
+        model = tiny(arch)
+        traces = trace(model, text(4), tmp_path / "t")
+        site = traces.sites[0]
+        assert traces.activation(site) == name
+        x = traces.x(site)
+        anonymous = replace(site, activation="unknown")
+        assert find_activation(model, anonymous, x, ffn_of(model, site, name).h(x)) in (name, "gelu_pytorch_tanh")
 
     def test_contributions_are_norms_of_what_a_channel_adds(self, tmp_path: Path) -> None:
         model = exact("llama")
@@ -201,15 +215,20 @@ class TestRefusals:
     def test_another_function_between_the_projections(self, llama: Any) -> None:
         site = find_sites(llama)[0]
         ffn, x = ffn_of(llama, site), torch.randn(5, 32)
-        check_ffn(ffn, x, ffn.h(x) * 1.001)
+        assert find_activation(llama, site, x, ffn.h(x) * 1.001) == "silu"
         with pytest.raises(NotAvailableError, match="something else between its projections"):
-            check_ffn(ffn, x, ffn.h(x).clamp(max=0.1))
+            find_activation(llama, site, x, ffn.h(x).clamp(max=0.1))
+
+    def test_experts_with_a_clipped_activation(self, tmp_path: Path) -> None:
+        with pytest.raises(NotAvailableError, match="something else between its projections"):
+            trace(tiny_moe("gpt_oss"), text(4), tmp_path / "traces")
 
     def test_an_unknown_activation(self, llama: Any) -> None:
-        from dataclasses import replace
-
-        with pytest.raises(NotAvailableError, match="ACT2FN"):
-            ffn_of(llama, replace(find_sites(llama)[0], activation="unknown"))
+        site = replace(find_sites(llama)[0], activation="unknown")
+        with pytest.raises(NotAvailableError, match=r"'unknown'.*Traces"):
+            ffn_of(llama, site)
+        x = torch.randn(5, 32)
+        assert torch.equal(ffn_of(llama, site, "silu").h(x), ffn_of(llama, find_sites(llama)[0]).h(x))
 
     def test_impossible_options(self) -> None:
         with pytest.raises(UsageError, match="batch_size"):
