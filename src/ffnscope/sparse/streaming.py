@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ffnscope.calibrate.blocks import open_blocks
+from ffnscope.calibrate.blocks import Blocks, open_blocks
 from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.taps import SignalTap, channel_taps
@@ -47,22 +47,36 @@ def trace_rounds(
 ) -> Generator[Found]:
     """Yield the inputs of some FFNs after the other."""
     with frozen(model), torch.no_grad():
-        try:
-            blocks, hidden = open_blocks(model, sites, batches)
-        except NotAvailableError:  # no chain
+        opened = _open(model, sites, batches)
+        if opened is None:
             yield from _whole_rounds(model, sites, batches, on_round)
-            return
-        here = blocks.sites_of(sites)
-        last = max(block for block, found in enumerate(here) if found)
-        for block in range(last + 1):
-            rows = _Rows(model, here[block])
-            for i, batch in enumerate(batches):
-                with rows.tapped(batch):
-                    hidden[i] = blocks.run(block, i, hidden[i])
-            if here[block]:
-                yield rows.finished()
-            if on_round is not None:
-                on_round(block + 1, last + 1)
+        else:
+            yield from _block_rounds(model, sites, opened, on_round)
+
+
+def _open(model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Windows]) -> tuple[Blocks, list[Tensor]] | None:
+    """The blocks of a model and the hidden states before them, or None where it is no chain."""
+    try:
+        return open_blocks(model, sites, batches)
+    except NotAvailableError:
+        return None
+
+
+def _block_rounds(
+    model: nn.Module, sites: Sequence[FFNSite], opened: tuple[Blocks, list[Tensor]], on_round: OnRound | None
+) -> Iterator[Found]:
+    blocks, hidden = opened
+    here = blocks.sites_of(sites)
+    last = max(block for block, found in enumerate(here) if found)
+    for block in range(last + 1):
+        rows = _Rows(model, here[block])
+        for i, batch in enumerate(blocks.batches):
+            with rows.tapped(batch):
+                hidden[i] = blocks.run(block, i, hidden[i])
+        if here[block]:
+            yield rows.finished()
+        if on_round is not None:
+            on_round(block + 1, last + 1)
 
 
 def _whole_rounds(

@@ -129,9 +129,7 @@ def _write_sites(
     todo = [site for site, file in files.items() if not _is_done(file, key)]
     if not todo:
         return
-    with contextlib.closing(
-        trace_rounds(model, todo, batches, on_round)
-    ) as rounds:
+    with contextlib.closing(trace_rounds(model, todo, batches, on_round)) as rounds:
         for found in rounds:
             for site, one in found.items():
                 tensors = {"x": one.x} if one.tokens is None else {"x": one.x, "tokens": one.tokens}
