@@ -1,4 +1,4 @@
-"""Named extension points: statistics, metrics and allocators, by decorator or by entry point."""
+"""Named extension points: statistics, metrics, allocators, predictors, policies; by decorator or by entry point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.rules import Allocator, Metric, Scope, Statistic
+from ffnscope.rules import Allocator, Factory, Metric, Scope, Statistic
 from ffnscope.types import Reduction, Role
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -95,17 +95,26 @@ METRICS: Registry[Metric] = Registry(
 ALLOCATORS: Registry[Allocator] = Registry(
     "allocator", ("ffnscope.plan.allocate", "ffnscope.plan.unequal"), "ffnscope.allocators"
 )
+PREDICTORS: Registry[Factory] = Registry(
+    "predictor",
+    tuple(
+        f"ffnscope.sparse.predictors.{room}"
+        for room in ("exact", "fixed", "sign_bit", "low_bit", "whitened_svd", "low_rank")
+    ),
+    "ffnscope.predictors",
+)
+POLICIES: Registry[Factory] = Registry("policy", ("ffnscope.sparse.policies",), "ffnscope.policies")
 
 
 def import_own(module: str) -> None:
-    """Import a module of the user's, whose decorators register metrics, statistics or allocators.
+    """Import a module of the user's, whose decorators register metrics, allocators, predictors and the like.
 
     It is looked for as Python does, and in the working folder last.
 
     Raises:
         UsageError: it cannot be imported, or takes a name that is registered already.
     """
-    for registry in (STATISTICS, METRICS, ALLOCATORS):
+    for registry in (STATISTICS, METRICS, ALLOCATORS, PREDICTORS, POLICIES):
         registry.names()
     here = str(Path.cwd())
     added = here not in sys.path
@@ -209,6 +218,26 @@ def allocator(name: str) -> Callable[[F], F]:
 
     def add(fn: F) -> F:
         ALLOCATORS.add(name, Allocator(name, fn, _first_line(fn)))
+        return fn
+
+    return add
+
+
+def predictor(name: str, *, source: str = "") -> Callable[[F], F]:
+    """Register what makes a predictor of channel contributions: ``make(ffn, fit, **params)`` (see `Factory`)."""
+
+    def add(fn: F) -> F:
+        PREDICTORS.add(name, Factory(name, fn, source, _first_line(fn)))
+        return fn
+
+    return add
+
+
+def policy(name: str, *, source: str = "") -> Callable[[F], F]:
+    """Register a policy, a class of ``ffnscope.sparse.policies.Policy`` or what makes one (see `Factory`)."""
+
+    def add(fn: F) -> F:
+        POLICIES.add(name, Factory(name, fn, source, _first_line(fn)))
         return fn
 
     return add

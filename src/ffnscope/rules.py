@@ -1,4 +1,4 @@
-"""What can be registered: statistics, metrics and allocators, and what they may read."""
+"""What can be registered: statistics, metrics, allocators, predictors and policies, and what they may read."""
 
 from __future__ import annotations
 
@@ -183,3 +183,19 @@ class Allocator:
     def needs_curves(self) -> bool:
         """Whether it reads measured loss curves."""
         return "curves" in inspect.signature(self.fn).parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Factory:
+    """What makes a predictor, ``make(ffn, fit, **params)``, or a policy, ``make(**params)``; see `ffnscope.sparse`."""
+
+    name: str
+    make: Callable[..., Any]
+    source: str
+    summary: str
+
+    @property
+    def params(self) -> dict[str, inspect.Parameter]:
+        """Typed parameters by name: keyword-only ones of a predictor, all of a policy."""
+        found = inspect.signature(self.make).parameters
+        return {k: p for k, p in found.items() if k not in ("ffn", "fit")}

@@ -1,0 +1,1 @@
+"""Predictors of the contribution of every channel to a token, from the input of the FFN."""

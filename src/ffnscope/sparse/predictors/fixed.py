@@ -1,0 +1,115 @@
+"""Predictors that do not look at the token: a constant selection, that of a prompt, and chance."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from ffnscope.errors import UsageError
+from ffnscope.registry import predictor
+from ffnscope.sparse.ffn import FFN, check_input
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed, token_mean
+
+
+class Constant(Predictor):
+    """The same scores for every token; nothing is read while decoding."""
+
+    scores: Tensor
+
+    def __init__(self, ffn: FFN, scores: Tensor):
+        super().__init__(ffn)
+        self.register_buffer("scores", scores.float())
+
+    @property
+    def bytes_read(self) -> int:
+        """None: the selection is made once."""
+        return 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d_model] -> scores [T, d_ff]."""
+        check_input(self.ffn, x)
+        return self.scores.expand(len(x), -1)
+
+
+class PromptConstant(Constant):
+    """Scores of the tokens of a prompt, the same for all that is generated after it."""
+
+    def begin(self, x: Tensor) -> None:
+        """Take the scores of a new prompt, x [T, d_model]."""
+        self.scores = griffin_scores(self.ffn, x)
+
+
+class Chance(Predictor):
+    """Uniform random scores, a function of the bits of a token's input and of a seed."""
+
+    def __init__(self, ffn: FFN, seed: int):
+        super().__init__(ffn)
+        self.seed = seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d_model] -> scores [T, d_ff]."""
+        check_input(self.ffn, x)
+        return torch.stack([self._row(row) for row in x]) if len(x) else x.new_zeros(0, self.ffn.d_ff).float()
+
+    def _row(self, row: Tensor) -> Tensor:
+        raw = row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        digest = hashlib.blake2b(raw, digest_size=7, salt=str(self.seed).encode()[:16]).digest()
+        random = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        return torch.rand(self.ffn.d_ff, generator=random).to(row.device)
+
+
+@predictor("random")
+def random(ffn: FFN, fit: FitTokens | None = None, *, seed: int = 0) -> Predictor:
+    """Random channels, other ones for every token: the floor of every comparison.
+
+    Args:
+        ffn: the FFN.
+        fit: not used.
+        seed: other seeds, other channels.
+    """
+    return Chance(ffn, seed)
+
+
+@predictor("static")
+def static(ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None) -> Predictor:
+    """The mean contribution over calibration tokens, or the kept channels of a pruning plan, for every token.
+
+    Args:
+        ffn: the FFN.
+        fit: tokens; not needed with ``kept``.
+        kept: indices of channels (`PruningPlan.kept`), which get the score 1, all others 0.
+
+    Raises:
+        UsageError: neither tokens nor kept channels, or channels that the FFN does not have.
+    """
+    if kept is None:
+        return Constant(ffn, token_mean(needed(fit, "static").x, ffn.contributions))
+    if not kept.numel() or not 0 <= int(kept.min()) <= int(kept.max()) < ffn.d_ff:
+        raise UsageError(f"kept must be one or more channels in [0, {ffn.d_ff}) of {ffn.name}.")
+    return Constant(ffn, torch.zeros(ffn.d_ff).index_fill_(0, kept.cpu(), 1).to(ffn.weights.up.device))
+
+
+@predictor("griffin", source="GRIFFIN (arXiv:2404.01365)")
+def griffin(ffn: FFN, fit: FitTokens | None) -> Predictor:
+    """The channels that a prompt uses, for all that follows: norms over tokens of h, each token's scaled to length 1.
+
+    Args:
+        ffn: the FFN.
+        fit: the prompt; ``begin(x)`` of what is returned takes another one.
+
+    Raises:
+        UsageError: no tokens.
+    """
+    return PromptConstant(ffn, griffin_scores(ffn, needed(fit, "griffin").x))
+
+
+def griffin_scores(ffn: FFN, x: Tensor) -> Tensor:
+    """Scores [d_ff] of a prompt x [T, d_model]."""
+
+    def squares(part: Tensor) -> Tensor:
+        h = ffn.h(part).double().square()
+        return h / h.sum(-1, keepdim=True).clamp_min(1e-300)
+
+    return (token_mean(x, squares) * len(x)).sqrt().float()

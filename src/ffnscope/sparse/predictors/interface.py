@@ -1,0 +1,97 @@
+"""What a predictor is, and the tokens that one is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ffnscope.errors import UsageError
+from ffnscope.sparse.ffn import FFN
+
+CHUNK = 1024
+"""Tokens at a time where sums over fitting tokens are made."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FitTokens:
+    """Tokens to make a predictor from.
+
+    Attributes:
+        x: inputs of the FFN [T, d_model].
+        document: document of each token [T], so that tokens to judge by are of other documents; or None.
+        earlier: inputs of the FFN of the layer before at the same tokens [T, d_model], for a predictor that looks
+            ahead; or None.
+    """
+
+    x: Tensor
+    document: Tensor | None = None
+    earlier: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.x.dim() != 2 or not len(self.x):
+            raise UsageError(f"tokens to fit must be [T, d_model] with T at least 1; got {tuple(self.x.shape)}.")
+        for name in ("document", "earlier"):
+            value: Tensor | None = getattr(self, name)
+            if value is not None and len(value) != len(self.x):
+                raise UsageError(f"{name} has {len(value)} rows for {len(self.x)} tokens.")
+
+
+class Predictor(nn.Module):
+    """Estimates c_i = |h_i| ||W_down[:, i]||_2 for every channel, or something of its order.
+
+    ``forward(x [T, d_model]) -> scores [T, d_ff]``: finite, not negative, high = keep, of each token alone. Its
+    `state_dict` is all that a file needs beside the weights of the FFN.
+
+    Attributes:
+        ffn: the FFN that it is about.
+        reads: which matrices of the FFN, of "gate" and "up", it has read in full; they need no second read for the
+            channels that are kept.
+        lookahead: 0 where ``forward`` is given the input of the FFN, 1 where it is that of the FFN one layer before.
+    """
+
+    lookahead: int = 0
+
+    def __init__(self, ffn: FFN, reads: Collection[str] = ()):
+        super().__init__()
+        self.ffn = ffn
+        self.reads = frozenset(reads)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that it reads per token: what it stores, and the matrices of ``reads``."""
+        own = sum(value.numel() * value.element_size() for value in self.state_dict().values())
+        return own + sum(self.ffn.matrix_bytes(name) for name in self.reads)
+
+
+def bytes_per_token(predictor: Predictor, density: float) -> float:
+    """Bytes read per token by a predictor and by the channels kept at a mean density, biases left out."""
+    rest = [name for name in ("gate", "up", "down") if name not in predictor.reads]
+    return predictor.bytes_read + density * sum(predictor.ffn.matrix_bytes(name) for name in rest)
+
+
+def needed(fit: FitTokens | None, name: str) -> FitTokens:
+    """The tokens to fit; raises UsageError where there are none."""
+    if fit is None:
+        raise UsageError(f"predictor {name!r} is made from calibration tokens; give FitTokens.")
+    return fit
+
+
+def check_gated(ffn: FFN, name: str) -> None:
+    """Raise UsageError for an FFN without a gate."""
+    if not ffn.gated:
+        raise UsageError(
+            f"predictor {name!r} is for gated FFNs; {ffn.name} has no gate, so its up projection is all there is to "
+            "predict. Use low_bit or whitened_svd."
+        )
+
+
+def token_mean(x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over tokens of ``of(x [n, d_model]) -> [n, ...]``, in float64."""
+    return sum((of(part).double().sum(0) for part in _chunks(x)), torch.zeros((), dtype=torch.float64)) / len(x)
+
+
+def _chunks(x: Tensor) -> Iterator[Tensor]:
+    yield from x.split(CHUNK)
