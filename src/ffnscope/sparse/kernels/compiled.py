@@ -8,6 +8,7 @@ because numba keeps compiled code on disk only for those.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,41 @@ def _dot(weight, x, index, out, start, stop):
         i += 1
 
 
+@njit(nogil=True, cache=True)
+def _activate(kind, value):
+    """Activation number ``kind`` of `rows.ACTIVATIONS`."""
+    one = np.float32(1)
+    if kind == 0:
+        return value / (one + np.exp(-value))
+    if kind == 1:
+        return np.float32(0.5) * value * (one + math.erf(value * np.float32(0.5**0.5)))
+    if kind == 2:
+        inner = np.float32((2 / np.pi) ** 0.5) * (value + np.float32(0.044715) * value * value * value)
+        return np.float32(0.5) * value * (one + np.tanh(inner))
+    positive = value if value > 0 or value != value else np.float32(0)
+    return positive if kind == 3 else positive * positive
+
+
+@njit(fastmath=REORDER, nogil=True, cache=True)
+def _gated(gate, up, x, index, h, start, stop):
+    """g and u of two rows at once, which are four streams from memory: h[0] = gate x, h[1] = up x, both [T, k]."""
+    i = start
+    while i < stop:
+        a, b = index[i], index[min(i + 1, stop - 1)]  # an odd last row is read twice, from the cache
+        for t in range(x.shape[0]):
+            g_a = g_b = u_a = u_b = np.float32(0)
+            for j in range(x.shape[1]):
+                value = x[t, j]
+                g_a += _widen(gate[a, j]) * value
+                u_a += _widen(up[a, j]) * value
+                g_b += _widen(gate[b, j]) * value
+                u_b += _widen(up[b, j]) * value
+            h[0, t, i], h[1, t, i] = g_a, u_a
+            if i + 1 < stop:
+                h[0, t, i + 1], h[1, t, i + 1] = g_b, u_b
+        i += 2
+
+
 @njit(fastmath=REORDER, nogil=True, cache=True)
 def _sum(weight, h, index, out, start, stop):
     """out[t] = sum of h[t, i] * weight[index[i]] over start <= i < stop."""
@@ -80,6 +116,34 @@ def _sum(weight, h, index, out, start, stop):
             for j in range(out.shape[1]):
                 out[t, j] += h_a * _widen(weight[a, j])
         i += 1
+
+
+@njit(nogil=True, cache=True)
+def _ffn(matrices, biases, act, x, index, h, out, start, stop):
+    gate, up, down = matrices
+    gate_bias, up_bias = biases
+    gated = gate.shape[0] > 0
+    if gated:
+        _gated(gate, up, x, index, h, start, stop)
+    else:
+        _dot(up, x, index, h[1], start, stop)
+    for t in range(x.shape[0]):
+        for i in range(start, stop):
+            u = h[1, t, i] + (up_bias[index[i]] if up_bias.shape[0] else np.float32(0))
+            if gated:
+                g = h[0, t, i] + (gate_bias[index[i]] if gate_bias.shape[0] else np.float32(0))
+                h[0, t, i] = _activate(act, g) * u
+            else:
+                h[0, t, i] = _activate(act, u)
+    _sum(down, h[0], index, out, start, stop)
+
+
+@njit(parallel=True, cache=True)
+def _ffn_parallel(matrices, biases, act, x, index, h, parts):
+    n_parts = parts.shape[0]
+    for part in prange(n_parts):
+        k = index.shape[0]
+        _ffn(matrices, biases, act, x, index, h, parts[part], part * k // n_parts, (part + 1) * k // n_parts)
 
 
 @njit(parallel=True, cache=True)
@@ -122,3 +186,23 @@ def rows_sum(weight: np.ndarray, h: np.ndarray, index: np.ndarray, n_parts: int)
     parts = np.empty((n_parts, h.shape[0], weight.shape[1]), np.float32)
     _sum_parallel(weight, h, index, parts)
     return parts.sum(0)
+
+
+def ffn(matrices: Any, biases: Any, act: int, x: np.ndarray, index: np.ndarray, n_parts: int) -> np.ndarray:
+    """Output [T, d_model] float32 of an FFN on the channels ``index``, without the bias of down, in one call.
+
+    Args:
+        matrices: gate, up and the transposed down [d_ff, d_model]; a gate without rows stands for none.
+        biases: float32 [d_ff] of gate and up; empty ones stand for none.
+        act: number of the activation.
+        x: [T, d_model] float32.
+        index: [k] int32.
+        n_parts: threads.
+    """
+    h = np.empty((2, x.shape[0], index.shape[0]), np.float32)
+    out = np.empty((n_parts, x.shape[0], x.shape[1]), np.float32)
+    if n_parts == 1:
+        _ffn(matrices, biases, act, x, index, h, out[0], 0, index.shape[0])
+        return out[0]
+    _ffn_parallel(matrices, biases, act, x, index, h, out)
+    return out.sum(0)

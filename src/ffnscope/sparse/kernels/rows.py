@@ -14,6 +14,8 @@ from ffnscope.errors import UsageError
 from ffnscope.sparse.kernels import gathered
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
+"""Activations that compiled code knows, by their number there."""
 INSTALL = "pip install 'ffnscope[sparse]'"
 
 
@@ -51,31 +53,32 @@ class RowMatrix:
             raise UsageError(f"expected a floating matrix [n, width]; got {weight.dtype} {tuple(weight.shape)}.")
         self.weight = weight.detach().contiguous()
         self.copied_bytes = 0 if self.weight.data_ptr() == weight.data_ptr() else self.weight.nbytes
-        self._array: Any = None
+        self.array: Any = None
         if compiled and why_not_compiled(weight) is None:
-            self._array = _as_array(self.weight)
+            self.array = _as_array(self.weight)
 
     @property
     def compiled(self) -> bool:
         """Whether compiled code reads the rows."""
-        return self._array is not None
+        return self.array is not None
 
     def dot(self, x: Tensor, index: Tensor) -> Tensor:
         """Products of x [T, width] with rows ``index`` [k] int32 -> [T, k] in the dtype of x."""
-        if self._array is None:
+        if self.array is None:
             return gathered.rows_dot(self.weight, x.to(self.weight.dtype), index).to(x.dtype)
-        found = _compiled().rows_dot(self._array, _as_float32(x), index.numpy(), _parts(index))
+        found = compiled_kernels().rows_dot(self.array, as_float32(x), index.numpy(), n_parts(index))
         return torch.from_numpy(found).to(x.dtype)
 
     def sum(self, h: Tensor, index: Tensor) -> Tensor:
         """Sum of rows ``index`` [k] int32, each times h [T, k] -> [T, width] in the dtype of h."""
-        if self._array is None:
+        if self.array is None:
             return gathered.rows_sum(self.weight, h.to(self.weight.dtype), index).to(h.dtype)
-        found = _compiled().rows_sum(self._array, _as_float32(h), index.numpy(), _parts(index))
+        found = compiled_kernels().rows_sum(self.array, as_float32(h), index.numpy(), n_parts(index))
         return torch.from_numpy(found).to(h.dtype)
 
 
-def _compiled() -> Any:
+def compiled_kernels() -> Any:
+    """The module of compiled code."""
     # a static import would load numba with this module; `importlib` looks into sys.modules first
     return importlib.import_module("ffnscope.sparse.kernels.compiled")
 
@@ -84,10 +87,11 @@ def _as_array(weight: Tensor) -> Any:
     return (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight).numpy()
 
 
-def _as_float32(values: Tensor) -> Any:
+def as_float32(values: Tensor) -> Any:
+    """Array of values as compiled code takes them."""
     return values.detach().float().contiguous().numpy()
 
 
-def _parts(index: Tensor) -> int:
+def n_parts(index: Tensor) -> int:
     """Threads that share the rows; 8 or more rows each."""
     return max(1, min(torch.get_num_threads(), index.numel() // 8))
