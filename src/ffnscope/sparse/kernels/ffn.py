@@ -56,9 +56,7 @@ class RowWeights:
         return RowWeights(gate, up, down, weights.gate_bias, weights.up_bias, weights.down_bias)
 
 
-def sparse_ffn(
-    x: Tensor, weights: RowWeights, index: Tensor, act: Act, *, token_mask: Tensor | None = None
-) -> Tensor:
+def sparse_ffn(x: Tensor, weights: RowWeights, index: Tensor, act: Act, *, token_mask: Tensor | None = None) -> Tensor:
     """Output of an FFN whose channels outside ``index`` are zero, reading only the rows in it.
 
     Equal, but for rounding, to ``down (m * act(gate x) * (up x)) + bias`` with the mask m of ``index``. Compiled code
