@@ -3,11 +3,11 @@
     python benchmarks/sparse_ffn.py [--shapes 576x1536 2048x8192 4096x14336] [--dtypes float32 bfloat16] [--record]
 
 Per shape, dtype and density: the kernel alone, the kernel with a predictor and the selection (a random low-rank
-predictor, x A B with rank d_model / 8, its top k, sorted), and the same product by gathers in torch. All take turns with
-torch dense and with a plain read of memory, in an order that is drawn in every round; random channels each time; a block
-larger than the last cache is read before each call. Speed-ups are ratios of medians (quartiles of the dense
-time over each sample). The bound is the bytes of the selected rows at the speed of the faster of two plain reads.
-"auto" is what runs when dense is taken above the measured break-even.
+predictor, x A B with rank d_model / 8, its top k, sorted), and the same product by gathers in torch. All take turns
+with torch dense and with plain reads of memory, in an order that is drawn in every round; random channels each time; a
+block larger than the last cache is read before each call. Speed-ups are ratios of medians (dense median over
+quartiles). The bound is the bytes of the selected rows at the speed of the faster of two plain reads. "auto" is what
+runs when dense is taken above the measured break-even.
 
 With one thread (the default) times are CPU seconds of the thread, which other jobs disturb through shared memory
 bandwidth and caches alone; with more they are wall-clock, for idle machines. --record writes results/sparse_ffn.txt.

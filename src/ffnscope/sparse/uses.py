@@ -240,13 +240,13 @@ class ProjectionUse(Use):
 
     def dense(self, x: Tensor) -> Tensor:
         """All products of the FFN, for timing."""
-        h = [self._forwards[name](x) for name in self._names][0]
-        return self._forwards[self.site.down](h[..., : self.site.d_ff])
+        h = [self._forwards[name](x) for name in self._names]
+        return self._forwards[self.site.down](h[0][..., : self.site.d_ff])
 
     def sparse(self, x: Tensor, index: Tensor) -> Tensor:
         """All products on some channels, for timing."""
-        h = [self._some(name, x, index) for name in self._names][0]
-        return self._sum(h[:, : index.numel()], index)
+        h = [self._some(name, x, index) for name in self._names]
+        return self._sum(h[0][:, : index.numel()], index)
 
 
 def projection_rows(model: nn.Module, site: FFNSite) -> dict[str, RowMatrix]:

@@ -56,9 +56,9 @@ def check_runtime(ffn: SparseFFN = sparse_ffn, *, dtypes: tuple[torch.dtype, ...
     """Check that an FFN which reads selected channels keeps the laws of its kind; silent when it does.
 
     The laws: it equals its masked-dense definition, ``down (mask * h) + bias``, within rounding, for gated and plain
-    FFNs, with and without biases, for every activation, for one token and several, also with channels of their own, for
-    no channel, few, half and all; the order of the index does not matter; arguments stay as they are; the same arguments
-    give the same bits.
+    FFNs, with and without biases, for every activation, for one token and several, also with channels of their own,
+    for no channel, few, half and all; the order of the index does not matter; arguments stay as they are; the same
+    arguments give the same bits.
 
     Args:
         ffn: a function with the arguments of `sparse_ffn`.
@@ -82,10 +82,11 @@ def _cases(dtype: torch.dtype) -> Iterator[_Case]:
                 index = torch.randperm(D_FF, generator=draw)[: round(density * D_FF)].sort().values.int()
                 own = None if n_tokens == 1 else torch.rand(n_tokens, len(index), generator=draw) < 0.5
                 for token_mask in dict.fromkeys((None, own)):
+                    own_channels = "" if token_mask is None else " with channels of their own"
                     name = (
                         f"{str(dtype).removeprefix('torch.')}, {'gated' if gated else 'plain'}, "
-                        f"{'with' if biased else 'no'} biases, {act}, {n_tokens} tokens"
-                        f"{'' if token_mask is None else ' with channels of their own'}, {len(index)} of {D_FF} channels"
+                        f"{'with' if biased else 'no'} biases, {act}, {n_tokens} tokens{own_channels}, "
+                        f"{len(index)} of {D_FF} channels"
                     )
                     yield _Case(name, x, weights, index, token_mask, act)
 

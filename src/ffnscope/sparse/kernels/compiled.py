@@ -18,17 +18,18 @@ from numba.extending import intrinsic
 
 # sums may be reordered, which vectorises them; NaN and infinity keep their meaning
 REORDER: Any = {"reassoc", "contract", "nsz"}
+compiled_in: Any = intrinsic
 BLOCK = 4
 """Rows that are read at once: as many streams from memory, and one pass over x or y for all of them."""
 
 
-@intrinsic
-def _widen(context, value):  # noqa: ANN001, ANN202 - the signature that numba asks for
+@compiled_in
+def _widen(context, value):
     """float32 of a stored number: itself, or bfloat16 as uint16, which is the upper half of a float32."""
     if value == types.float32:
         return types.float32(value), lambda context, builder, signature, args: args[0]
 
-    def expand(context, builder, signature, args):  # noqa: ANN001, ANN202
+    def expand(context, builder, signature, args):
         upper = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(upper, ir.FloatType())
 
@@ -119,9 +120,9 @@ def _sum(weight, h, index, out, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def _ffn(matrices, biases, act, x, index, h, out, start, stop):
-    gate, up, down = matrices
-    gate_bias, up_bias = biases
+def _ffn(weights, act, x, index, h, out, piece):
+    gate, up, down, gate_bias, up_bias = weights
+    start, stop = piece
     gated = gate.shape[0] > 0
     if gated:
         _gated(gate, up, x, index, h, start, stop)
@@ -139,11 +140,12 @@ def _ffn(matrices, biases, act, x, index, h, out, start, stop):
 
 
 @njit(parallel=True, cache=True)
-def _ffn_parallel(matrices, biases, act, x, index, h, parts):
+def _ffn_parallel(weights, act, x, index, h, parts):
     n_parts = parts.shape[0]
     for part in prange(n_parts):
         k = index.shape[0]
-        _ffn(matrices, biases, act, x, index, h, parts[part], part * k // n_parts, (part + 1) * k // n_parts)
+        piece = part * k // n_parts, (part + 1) * k // n_parts
+        _ffn(weights, act, x, index, h, parts[part], piece)
 
 
 @njit(parallel=True, cache=True)
@@ -188,12 +190,12 @@ def rows_sum(weight: np.ndarray, h: np.ndarray, index: np.ndarray, n_parts: int)
     return parts.sum(0)
 
 
-def ffn(matrices: Any, biases: Any, act: int, x: np.ndarray, index: np.ndarray, n_parts: int) -> np.ndarray:
+def ffn(weights: Any, act: int, x: np.ndarray, index: np.ndarray, n_parts: int) -> np.ndarray:
     """Output [T, d_model] float32 of an FFN on the channels ``index``, without the bias of down, in one call.
 
     Args:
-        matrices: gate, up and the transposed down [d_ff, d_model]; a gate without rows stands for none.
-        biases: float32 [d_ff] of gate and up; empty ones stand for none.
+        weights: gate, up and the transposed down [d_ff, d_model], float32 biases [d_ff] of gate and up; what has no
+            rows or entries is not there.
         act: number of the activation.
         x: [T, d_model] float32.
         index: [k] int32.
@@ -202,7 +204,7 @@ def ffn(matrices: Any, biases: Any, act: int, x: np.ndarray, index: np.ndarray, 
     h = np.empty((2, x.shape[0], index.shape[0]), np.float32)
     out = np.empty((n_parts, x.shape[0], x.shape[1]), np.float32)
     if n_parts == 1:
-        _ffn(matrices, biases, act, x, index, h, out[0], 0, index.shape[0])
+        _ffn(weights, act, x, index, h, out[0], (0, index.shape[0]))
         return out[0]
-    _ffn_parallel(matrices, biases, act, x, index, h, out)
+    _ffn_parallel(weights, act, x, index, h, out)
     return out.sum(0)

@@ -38,14 +38,14 @@ class RowWeights:
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     arrays: Any = field(init=False, default=None)
-    """What compiled code takes, where it reads all matrices: ((gate, up, down), (gate_bias, up_bias))."""
+    """What compiled code takes, where it reads all matrices: gate, up, down, gate_bias, up_bias."""
 
     def __post_init__(self) -> None:
         gate, up, down = (m and m.array for m in (self.gate, self.up, self.down))
         if up is None or down is None or (self.gate is not None and gate is None):
             return
         biases = [as_float32(self.up.weight.new_empty(0) if b is None else b) for b in (self.gate_bias, self.up_bias)]
-        object.__setattr__(self, "arrays", ((up[:0] if gate is None else gate, up, down), tuple(biases)))
+        object.__setattr__(self, "arrays", (up[:0] if gate is None else gate, up, down, *biases))
 
     @staticmethod
     def of(weights: FFNWeights, *, compiled: bool = True) -> RowWeights:
@@ -84,7 +84,7 @@ def sparse_ffn(x: Tensor, weights: RowWeights, index: Tensor, act: Act, *, token
     rows = x[None] if x.dim() == 1 else x
     if weights.arrays is not None and isinstance(act, str) and token_mask is None:
         kind = ACTIVATIONS.index(act)
-        found = compiled_kernels().ffn(*weights.arrays, kind, as_float32(rows), index.numpy(), n_parts(index))
+        found = compiled_kernels().ffn(weights.arrays, kind, as_float32(rows), index.numpy(), n_parts(index))
         y = torch.from_numpy(found).to(x.dtype)
     else:
         h = _channels(rows, weights, index, IN_TORCH[act] if isinstance(act, str) else act)
