@@ -90,7 +90,7 @@ class TestSparseFFN:
         rows, x = RowWeights.of(self.weights), random(1, 5)
         with pytest.raises(UsageError, match=r"int32 index \[k\] of channels; got torch.int64 \(3,\)"):
             sparse_ffn(x, rows, torch.arange(3), "silu")
-        with pytest.raises(UnknownNameError, match="Unknown activation 'silo'. Did you mean 'silu'?"):
+        with pytest.raises(UnknownNameError, match=r"Unknown activation 'silo'\. Did you mean 'silu'\?"):
             sparse_ffn(x, rows, torch.arange(3).int(), "silo")
 
 

@@ -225,7 +225,7 @@ class TestDecoding:
         ids = tokens(1, 1)
         runtime = wrap_(llama, selectors(llama), break_even=1.0)
         llama(input_ids=ids, use_cache=False).logits.sum().backward()
-        assert {row.sparse_steps for row in runtime.measured().values()} == {0.0}
+        assert runtime.measured() == {}  # no decoding
         grad = llama.model.layers[0].mlp.up_proj.weight.grad
         assert 0 < int((grad != 0).any(-1).sum()) <= round(0.3 * D_FF)
 
@@ -254,7 +254,7 @@ class TestRefusals:
             wrap_(llama, {})
         with pytest.raises(UsageError, match=r"break_even must be a density in \[0, 1\]; got 30"):
             wrap_(llama, rules, break_even=30)
-        with pytest.raises(UsageError, match="has 48 channels of width 32; this model has .24, 32. there"):
+        with pytest.raises(UsageError, match=r"has 48 channels of width 32; this model has \(24, 32\) there"):
             wrap_(tiny("llama", intermediate_size=24), rules)
         with pytest.raises(UsageError, match="is not wrapped"):
             unwrap_(llama)
@@ -270,7 +270,7 @@ class TestRefusals:
 
     def test_offloaded(self, llama) -> None:
         rules = selectors(llama)
-        with pytest.raises(ModelError, match="meta|offloaded"):
+        with pytest.raises(ModelError, match=r"offloaded|has no value|meta device"):
             wrap_(llama.to("meta"), rules)
 
     def test_a_failed_wrap_leaves_nothing(self, llama, monkeypatch) -> None:
