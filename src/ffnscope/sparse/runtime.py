@@ -17,7 +17,7 @@ from ffnscope.ffn.survey import LeftOut, describe
 from ffnscope.sparse.kernels.break_even import break_even
 from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
-from ffnscope.sparse.trial import differs, kinds_of
+from ffnscope.sparse.trial import differs, kinds_of, reached
 from ffnscope.sparse.uses import Counts, Level, ModuleUse, ProjectionUse, Selection, Selector, Step, projection_rows
 from ffnscope.types import FFNSite
 
@@ -188,7 +188,7 @@ def wrap_(
     masked: list[LeftOut] = []
     try:
         for kind in kinds_of(list(selectors)):
-            level, why = _level(model, runtime, kind[0])
+            level, why = _level(model, runtime, kind)
             for site in kind:
                 runtime.keep(site, level)
                 if why is not None:
@@ -237,8 +237,11 @@ def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float
         check_resident(model, site)
 
 
-def _level(model: nn.Module, runtime: Runtime, site: FFNSite) -> tuple[Level, str | None]:
-    """The fastest level at which an FFN computes what the mask defines; for "masked" also why no other does."""
+def _level(model: nn.Module, runtime: Runtime, kind: Sequence[FFNSite]) -> tuple[Level, str | None]:
+    """The fastest level at which FFNs compute what the mask defines; for "masked" also why no other does."""
+    site = reached(model, kind)
+    if site is None:
+        return "masked", "the token of the trial is routed to none of these experts"
     if site.norm is not None:
         return "masked", "a norm before down reads all its channels"
     if site.adapters:

@@ -41,10 +41,29 @@ def kinds_of(sites: Sequence[FFNSite]) -> list[list[FFNSite]]:
     return list(kinds.values())
 
 
+def reached(model: Any, kind: Sequence[FFNSite]) -> FFNSite | None:
+    """One of the sites of a kind that the trial's token reaches: any but for experts, which share the tokens."""
+    if kind[0].expert is None:
+        return kind[0]
+    seen: list[FFNSite] = []
+
+    def noting(site: FFNSite) -> Any:
+        return lambda module, args: seen.append(site) if args[0].numel() else None
+
+    handles = [down_projection(model, site).register_forward_pre_hook(noting(site)) for site in kind]
+    try:
+        with torch.no_grad(), frozen(model):
+            model(input_ids=probe_ids(model, 1), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0] if seen else None
+
+
 def differs(model: nn.Module, puts: Puts, site: FFNSite, level: Level) -> bool:
     """Whether an FFN at a level gives something else than under the mask, or fails, for half of its channels.
 
-    The model runs on one token, twice. An expert that this token does not reach is not tried, and so differs.
+    The model runs on one token, twice.
     """
     half = torch.randperm(site.d_ff, generator=torch.Generator().manual_seed(0)) < (site.d_ff + 1) // 2
     with torch.no_grad(), frozen(model):

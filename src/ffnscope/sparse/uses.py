@@ -80,9 +80,9 @@ class Selection:
     limit: Callable[[int], float]
     counts: Counts = field(default_factory=Counts)
 
-    def applies(self) -> bool:
-        """Whether the forward that runs is one to select in."""
-        return self.step.length == 1 or self.step.prefill
+    def applies(self, x: Tensor) -> bool:
+        """Whether the forward that runs is one to select in; an expert may be given no token at all."""
+        return x.numel() > 0 and (self.step.length == 1 or self.step.prefill)
 
     def choose(self, x: Tensor) -> Choice:
         """Select for tokens x [.., d_model].
@@ -98,7 +98,7 @@ class Selection:
                 f"{(flat.shape[0], self.site.d_ff)} = (T, d_ff), True for channels to keep."
             )
         index = _nonzero(mask[0] if mask.shape[0] == 1 else mask.any(0))
-        if self.step.length != 1 or torch.is_grad_enabled() or flat.shape[0] == 0:
+        if self.step.length != 1 or torch.is_grad_enabled():
             return Choice(mask, None)
         density = index.numel() / self.site.d_ff
         sparse = density <= self.limit(flat.shape[0])
@@ -167,7 +167,7 @@ class ModuleUse(Use):
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._choice = None  # of a call that was cut off
-        if args or kwargs or not self.selection.applies():
+        if args or kwargs or not self.selection.applies(x):
             return self.dense(x, *args, **kwargs)
         choice = self.selection.choose(x)
         if choice.index is None:
@@ -209,7 +209,7 @@ class ProjectionUse(Use):
         return forward
 
     def _choose(self, x: Tensor) -> Choice | None:
-        if not self.selection.applies():
+        if not self.selection.applies(x):
             return None
         choice = self.selection.choose(x)
         if choice.index is None or self._rows is None:

@@ -12,6 +12,8 @@ from ffnscope.sparse import runtime as module
 from ffnscope.sparse.runtime import unwrap_, wrap_
 from tiny import ARCHITECTURES, D_FF, logits, tiny, tokens
 from tiny_all import tiny_causal_lm
+from tiny_listed import tiny_listed
+from tiny_moe import TOP_K
 
 BY_PROJECTIONS = ("opt", "opt_projected", "bert", "bloom")
 
@@ -175,6 +177,21 @@ class TestOtherLayouts:
         assert set(runtime.levels.values()) == {"projections"}
         expected, _ = wrapped(model, rules, break_even=0.0)
         torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("dispatch", ["index", "sorted"])
+    def test_experts_in_a_list(self, dispatch) -> None:
+        model = tiny_listed(dispatch)
+        rules, ids = selectors(model, 0.4), tokens(3, 1)
+        results, dense = [], logits(model, ids)
+        for limit in (0.0, 1.0):
+            runtime = wrap_(model, rules, break_even=limit)
+            results.append(logits(model, ids))
+            assert set(runtime.levels.values()) == {"module"} and len(runtime.levels) == len(find_sites(model))
+            unwrap_(model)
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(results[0], dense, atol=1e-3)
+        assert torch.equal(logits(model, ids), dense)
+        assert sum(row.tokens for row in runtime.measured().values()) == 3 * TOP_K * 2  # of both layers
 
     def test_experts_that_share_parameters(self) -> None:
         model = tiny_causal_lm("mixtral")

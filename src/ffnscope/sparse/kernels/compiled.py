@@ -9,6 +9,8 @@ because numba keeps compiled code on disk only for those.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,20 @@ REORDER: Any = {"reassoc", "contract", "nsz"}
 compiled_in: Any = intrinsic
 BLOCK = 4
 """Rows that are read at once: as many streams from memory, and one pass over x or y for all of them."""
+
+_one_at_a_time = threading.Lock()  # numba's simplest pool of threads ends the process when two callers share it
+
+
+def compile_(**options: Any) -> Callable[[Any], Any]:
+    """Compile a function at its first call; kept on disk where there is a folder that can be written."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # neither beside this file nor in the user's cache folder
+            return njit(**options)(function)
+
+    return decorate
 
 
 @compiled_in
@@ -36,7 +52,7 @@ def _widen(context, value):
     return types.float32(value), expand
 
 
-@njit(fastmath=REORDER, nogil=True, cache=True)
+@compile_(fastmath=REORDER, nogil=True)
 def _dot(weight, x, index, out, start, stop):
     """out[t, i] = weight[index[i]] . x[t] for start <= i < stop."""
     i = start
@@ -62,7 +78,7 @@ def _dot(weight, x, index, out, start, stop):
         i += 1
 
 
-@njit(nogil=True, cache=True)
+@compile_(nogil=True)
 def _activate(kind, value):
     """Activation number ``kind`` of `rows.ACTIVATIONS`."""
     one = np.float32(1)
@@ -77,7 +93,7 @@ def _activate(kind, value):
     return positive if kind == 3 else positive * positive
 
 
-@njit(fastmath=REORDER, nogil=True, cache=True)
+@compile_(fastmath=REORDER, nogil=True)
 def _gated(gate, up, x, index, h, start, stop):
     """g and u of two rows at once, which are four streams from memory: h[0] = gate x, h[1] = up x, both [T, k]."""
     i = start
@@ -97,7 +113,7 @@ def _gated(gate, up, x, index, h, start, stop):
         i += 2
 
 
-@njit(fastmath=REORDER, nogil=True, cache=True)
+@compile_(fastmath=REORDER, nogil=True)
 def _sum(weight, h, index, out, start, stop):
     """out[t] = sum of h[t, i] * weight[index[i]] over start <= i < stop."""
     out[:] = np.float32(0)
@@ -119,7 +135,7 @@ def _sum(weight, h, index, out, start, stop):
         i += 1
 
 
-@njit(nogil=True, cache=True)
+@compile_(nogil=True)
 def _ffn(weights, act, x, index, h, out, piece):
     gate, up, down, gate_bias, up_bias = weights
     start, stop = piece
@@ -139,7 +155,7 @@ def _ffn(weights, act, x, index, h, out, piece):
     _sum(down, h[0], index, out, start, stop)
 
 
-@njit(parallel=True, cache=True)
+@compile_(parallel=True)
 def _ffn_parallel(weights, act, x, index, h, parts):
     n_parts = parts.shape[0]
     for part in prange(n_parts):
@@ -148,14 +164,14 @@ def _ffn_parallel(weights, act, x, index, h, parts):
         _ffn(weights, act, x, index, h, parts[part], piece)
 
 
-@njit(parallel=True, cache=True)
+@compile_(parallel=True)
 def _dot_parallel(weight, x, index, out, n_parts):
     for part in prange(n_parts):
         k = index.shape[0]
         _dot(weight, x, index, out, part * k // n_parts, (part + 1) * k // n_parts)
 
 
-@njit(parallel=True, cache=True)
+@compile_(parallel=True)
 def _sum_parallel(weight, h, index, parts):
     n_parts = parts.shape[0]
     for part in prange(n_parts):
@@ -172,7 +188,8 @@ def rows_dot(weight: np.ndarray, x: np.ndarray, index: np.ndarray, n_parts: int)
     if n_parts == 1:
         _dot(weight, x, index, out, 0, index.shape[0])
     else:
-        _dot_parallel(weight, x, index, out, n_parts)
+        with _one_at_a_time:
+            _dot_parallel(weight, x, index, out, n_parts)
     return out
 
 
@@ -186,7 +203,8 @@ def rows_sum(weight: np.ndarray, h: np.ndarray, index: np.ndarray, n_parts: int)
         _sum(weight, h, index, out, 0, index.shape[0])
         return out
     parts = np.empty((n_parts, h.shape[0], weight.shape[1]), np.float32)
-    _sum_parallel(weight, h, index, parts)
+    with _one_at_a_time:
+        _sum_parallel(weight, h, index, parts)
     return parts.sum(0)
 
 
@@ -206,5 +224,6 @@ def ffn(weights: Any, act: int, x: np.ndarray, index: np.ndarray, n_parts: int) 
     if n_parts == 1:
         _ffn(weights, act, x, index, h, out[0], (0, index.shape[0]))
         return out[0]
-    _ffn_parallel(weights, act, x, index, h, out)
+    with _one_at_a_time:
+        _ffn_parallel(weights, act, x, index, h, out)
     return out.sum(0)
