@@ -163,8 +163,8 @@ def wrap_(
     runs: where reading rows would not be faster (too dense, more than 16 tokens, gradients), or cannot be done, FFNs
     run dense under the mask. Each kind of FFN is tried out on one token first.
 
-    Compiled kernels round less than bfloat16 modules do, so texts may differ there. Weights must not change, and the model
-    not be copied, while it is wrapped; `unwrap_` it before.
+    Compiled kernels round less than bfloat16 modules do, so texts may differ there. Weights must not change, and the
+    model not be copied, while it is wrapped; `unwrap_` it before.
 
     Args:
         model: a `transformers` causal LM in memory, in evaluation mode.
