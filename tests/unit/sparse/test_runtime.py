@@ -193,6 +193,15 @@ class TestOtherLayouts:
         assert torch.equal(logits(model, ids), dense)
         assert sum(row.tokens for row in runtime.measured().values()) == 3 * TOP_K * 2  # of both layers
 
+    @pytest.mark.filterwarnings("ignore:dense under the mask in .*: the token of the trial is routed to none of these")
+    def test_an_expert_that_cannot_be_tried(self) -> None:
+        model = tiny_listed("index")
+        levels = []
+        for site, rule in selectors(model).items():
+            levels.append(wrap_(model, {site: rule}).levels[site])
+            unwrap_(model)
+        assert levels.count("module") == TOP_K * 2 and levels.count("masked") == len(levels) - TOP_K * 2 > 0
+
     def test_experts_that_share_parameters(self) -> None:
         model = tiny_causal_lm("mixtral")
         with pytest.raises(NotAvailableError, match="is an expert in a parameter that all experts"):
