@@ -44,9 +44,11 @@ FENCES = {
             *("inline_svg", "figures"),
         )
     ),
+    "numba": ("sparse/kernels/compiled.py",),
+    "llvmlite": ("sparse/kernels/compiled.py",),
     "lm_eval": ("evaluate/tasks.py", "evaluate/task_model.py"),
 }
-HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval")
+HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval", "numba")
 FILE_CEILING, FUNCTION_CEILING = 400, 60
 BANNED_FILES = ("utils.py", "helpers.py", "common.py")
 

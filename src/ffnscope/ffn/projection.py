@@ -171,7 +171,7 @@ def coupled(model: nn.Module, site: FFNSite, channels: Tensor) -> Iterator[Coupl
     Rows of gate, up and adapters with their biases, entries of the norm, and columns of down; the bias of down belongs
     to no channel. Modules that share a parameter have an entry each.
     """
-    rows = _rows(site, channels)
+    rows = producer_rows(site, channels)
     if site.stacked:
         yield from _coupled_expert(model, site, channels, rows)
         return
@@ -247,7 +247,7 @@ def _producers(site: FFNSite) -> tuple[str, ...]:
     return tuple(dict.fromkeys(n for n in (site.gate, site.up) if n is not None))
 
 
-def _rows(site: FFNSite, channels: Tensor) -> Tensor:
+def producer_rows(site: FFNSite, channels: Tensor) -> Tensor:
     """Outputs of the producers that belong to channels, in the order of a narrower producer."""
     if site.fused is None:
         return channels

@@ -1,1 +1,1 @@
-"""Contextual sparsity: which channels matter for a token, and decoding that reads only these."""
+"""Contextual sparsity: which channels a token needs, and FFNs that read only those."""

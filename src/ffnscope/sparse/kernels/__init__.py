@@ -1,0 +1,1 @@
+"""Products with some rows of a matrix, for FFNs that read only the selected channels."""

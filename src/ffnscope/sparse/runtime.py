@@ -1,0 +1,293 @@
+"""Decode with the channels that a selector asks for: FFNs of a model are replaced, and put back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.ffn.offload import check_values
+from ffnscope.ffn.projection import check_resident, modules_of, shape_of, uses_of, weights_of
+from ffnscope.ffn.survey import LeftOut, describe
+from ffnscope.sparse.kernels.break_even import break_even
+from ffnscope.sparse.kernels.ffn import RowWeights
+from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
+from ffnscope.sparse.trial import differs, kinds_of, reached
+from ffnscope.sparse.uses import Counts, Level, ModuleUse, ProjectionUse, Selection, Selector, Step, projection_rows
+from ffnscope.types import FFNSite
+
+MOST_TOKENS = 16
+"""Largest batch whose FFNs read rows; more tokens than that run dense under their masks."""
+MEASURED_SITES = 8
+ACTIVATION_NAMES = {
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    "gelu": "gelu",
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_tanh"), "gelu_tanh"),
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+"""Activations as configs name them -> as the kernels do. Whether they are what a module computes is tried out."""
+_KEY = "_ffnscope_runtime"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one FFN did while decoding.
+
+    Attributes:
+        tokens: that were decoded.
+        density: mean share of the channels that were selected for a token.
+        read: mean share of the channels that a step read: those that any token of the batch selected, or all of them.
+        sparse_steps: share of the steps that read only selected channels; the others ran dense under the mask.
+    """
+
+    tokens: int
+    density: float
+    read: float
+    sparse_steps: float
+
+
+class Runtime:
+    """A model that decodes with selected channels, as `wrap_` leaves it.
+
+    Attributes:
+        levels: how each FFN runs: "module" (one kernel), "projections" (one kernel per projection), or "masked".
+        copied_bytes: memory of weights that had to be copied to lie row by row, down projections above all.
+    """
+
+    def __init__(self, model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float | None, step: Step):
+        self.levels: dict[FFNSite, Level] = {}
+        self.copied_bytes = 0
+        self._model, self._step = model, step
+        self._given_limit = limit
+        self._selections = {s: Selection(s, rule, step, self._limit_of(s)) for s, rule in selectors.items()}
+        self._uses: dict[FFNSite, list[ModuleUse | ProjectionUse]] = {}
+        self._rows: dict[tuple[FFNSite, Level], Any] = {}
+        self._handles = [m.register_forward_pre_hook(self._note, with_kwargs=True) for m in _entrances(model)]
+
+    def measured(self) -> dict[FFNSite, Measured]:
+        """What happened since the model was wrapped, for every FFN that has decoded a token."""
+        counts = {site: selection.counts for site, selection in self._selections.items()}
+        return {site: _measured(site, c) for site, c in counts.items() if c.tokens}
+
+    def put(self, site: FFNSite, level: Level, selector: Selector | None = None) -> None:
+        """Let an FFN run at a level; with a ``selector`` for a trial, which reads rows whatever that costs."""
+        selection = self._selections[site]
+        if selector is not None:
+            selection = Selection(site, selector, self._step, lambda n_tokens: 1.0)
+        self._uses[site] = [self._use(use, level, selection) for use in uses_of(site)]
+
+    def remove(self, site: FFNSite) -> None:
+        """Put the FFN back as it was."""
+        for use in self._uses.pop(site, []):
+            use.undo()
+
+    def close(self) -> None:
+        """Put everything back as it was."""
+        for site in list(self._uses):
+            self.remove(site)
+        for handle in self._handles:
+            handle.remove()
+
+    def keep(self, site: FFNSite, level: Level) -> None:
+        """Settle on a level."""
+        self.put(site, level)
+        self.levels[site] = level
+        held = self._rows.get((site, level))
+        for matrix in _matrices(held):
+            self.copied_bytes += matrix.copied_bytes
+
+    def drop_rows(self) -> None:
+        """Forget matrices of levels that no FFN runs at."""
+        self._rows = {key: held for key, held in self._rows.items() if self.levels.get(key[0]) == key[1]}
+
+    def _use(self, use: FFNSite, level: Level, selection: Selection) -> ModuleUse | ProjectionUse:
+        site, model = selection.site, self._model
+        if level == "masked":
+            return ProjectionUse(model, use, selection, None)
+        if (site, level) not in self._rows:
+            made = RowWeights.of(weights_of(model, site)) if level == "module" else projection_rows(model, site)
+            self._rows[site, level] = made
+        held = self._rows[site, level]
+        if level == "module":
+            return ModuleUse(model, use, selection, held, ACTIVATION_NAMES[site.activation])
+        return ProjectionUse(model, use, selection, held)
+
+    def _limit_of(self, site: FFNSite) -> Callable[[int], float]:
+        def limit(n_tokens: int) -> float:
+            if self._given_limit is not None:
+                return self._given_limit
+            return self._break_even(site, n_tokens) if n_tokens <= MOST_TOKENS else 0.0
+
+        return limit
+
+    def _break_even(self, site: FFNSite, n_tokens: int) -> float:
+        level = self.levels.get(site, "masked")
+        if level == "masked":
+            return 0.0
+        alike = [s for s, at in self.levels.items() if at == level and _shape(s) == _shape(site)][:MEASURED_SITES]
+        weight = next(self._model.get_submodule(site.path).parameters())
+        x = torch.randn(n_tokens, 1, site.d_model, generator=torch.Generator().manual_seed(0)).to(weight)
+        uses = [self._uses[s][0] for s in alike]
+
+        def dense_of(use: ModuleUse | ProjectionUse) -> Callable[[], object]:
+            return lambda: use.dense(x)
+
+        def sparse_of(use: ModuleUse | ProjectionUse) -> Callable[[Tensor], object]:
+            return lambda index: use.sparse(x[:, 0], index)
+
+        shape = (_shape(site), level, n_tokens, weight.dtype)
+        with torch.no_grad():
+            dense, sparse = [dense_of(u) for u in uses], [sparse_of(u) for u in uses]
+            return break_even(shape, site.d_ff, dense, sparse, weight.device)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        self._step.length = ids.shape[-1] if ids is not None else 0 if embeds is None else embeds.shape[-2]
+
+
+def wrap_(
+    model: nn.Module, selectors: Mapping[FFNSite, Selector], *, prefill: bool = False, break_even: float | None = None
+) -> Runtime:
+    """Let FFNs compute only the channels that selectors ask for while the model decodes, in place.
+
+    Works with the model's forward and ``generate``; parameters, names and state_dict stay as they are. A step with one
+    new token per sequence is decoding; all else is prefill and runs dense. In a batch, the union of the channels of its
+    tokens is read, and each token has its own. The output is that of the model with h multiplied by the mask, whatever
+    runs: where reading rows would not be faster (too dense, more than 16 tokens, gradients), or cannot be done, FFNs
+    run dense under the mask. Each kind of FFN is tried out on one token first.
+
+    Compiled kernels round less than bfloat16 modules do, so texts may differ there. Weights must not change, and the
+    model not be copied, while it is wrapped; `unwrap_` it before.
+
+    Args:
+        model: a `transformers` causal LM in memory, in evaluation mode.
+        selectors: site -> function of x [T, d_model] that gives the mask [T, d_ff] of bool, True = keep.
+        prefill: also apply the masks where many tokens are read at once, without reading less: to measure quality.
+        break_even: largest density at which rows are read, in [0, 1]; None measures it once per shape, on first use.
+
+    Returns:
+        The runtime, which tells how each FFN runs and what was measured.
+
+    Warns:
+        which FFNs run dense under the mask, or with torch instead of compiled kernels, and why.
+
+    Raises:
+        UsageError: no selectors, sites of another model, a model that is wrapped already, or a ``break_even`` outside
+            [0, 1].
+        NotAvailableError: an expert in parameters that all experts of its layer share.
+        ModelError: weights are offloaded.
+    """
+    _check(model, selectors, break_even)
+    runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
+    masked: list[LeftOut] = []
+    try:
+        for kind in kinds_of(list(selectors)):
+            level, why = _level(model, runtime, kind)
+            for site in kind:
+                runtime.keep(site, level)
+                if why is not None:
+                    masked.append(LeftOut(site.name, why))
+    except BaseException:
+        runtime.close()
+        raise
+    runtime.drop_rows()
+    vars(model)[_KEY] = runtime
+    _warn(model, runtime, masked)
+    return runtime
+
+
+def unwrap_(model: nn.Module) -> nn.Module:
+    """Put back the FFNs that `wrap_` replaced; returns the model, as it was.
+
+    Raises:
+        UsageError: the model is not wrapped.
+    """
+    runtime: Runtime | None = vars(model).pop(_KEY, None)
+    if runtime is None:
+        raise UsageError(f"{type(model).__name__} is not wrapped, so there is nothing to put back.")
+    runtime.close()
+    return model
+
+
+def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float | None) -> None:
+    if _KEY in vars(model):
+        raise UsageError(f"{type(model).__name__} is wrapped already; call unwrap_(model) first.")
+    if not selectors:
+        raise UsageError("no selectors were given; expected one per FFN that is to be sparse, as {site: function}.")
+    if limit is not None and not 0 <= limit <= 1:
+        raise UsageError(f"break_even must be a density in [0, 1]; got {limit:g}.")
+    for site in selectors:
+        if site.stacked:
+            raise NotAvailableError(
+                f"{site.name} is an expert in a parameter that all experts of its layer share; selecting channels per "
+                "token is supported for FFNs and experts that are modules. Leave it out."
+            )
+        if shape_of(model, site) != (site.d_ff, site.d_model):
+            raise UsageError(
+                f"{site.name} has {site.d_ff} channels of width {site.d_model}; this model has "
+                f"{shape_of(model, site)} there. Use the model that the selectors were made for."
+            )
+        check_values(model, site)
+        check_resident(model, site)
+
+
+def _level(model: nn.Module, runtime: Runtime, kind: Sequence[FFNSite]) -> tuple[Level, str | None]:
+    """The fastest level at which FFNs compute what the mask defines; for "masked" also why no other does."""
+    site = reached(model, kind)
+    if site is None:
+        return "masked", "the token of the trial is routed to none of these experts"
+    if site.norm is not None:
+        return "masked", "a norm before down reads all its channels"
+    if site.adapters:
+        return "masked", "adapters of its uses add to all its channels"
+    levels: list[Level] = ["projections"]
+    if site.activation in ACTIVATION_NAMES and _is_whole_module(model, site):
+        levels.insert(0, "module")
+    for level in levels:
+        if not differs(model, runtime, site, level):
+            return level, None
+    return "masked", "its code names its width, so it cannot be given fewer channels"
+
+
+def _is_whole_module(model: nn.Module, site: FFNSite) -> bool:
+    """Whether the parameters of the module of a site are those of its projections."""
+    own = {id(p) for name in modules_of(site) for p in model.get_submodule(name).parameters()}
+    return bool(site.path) and {id(p) for p in model.get_submodule(site.path).parameters()} <= own
+
+
+def _warn(model: nn.Module, runtime: Runtime, masked: Sequence[LeftOut]) -> None:
+    if masked:
+        warnings.warn(f"dense under the mask in {type(model).__name__}: {describe(masked)}.", stacklevel=3)
+    found = [LeftOut(s.name, w) for s, at in runtime.levels.items() if at != "masked" if (w := _slow(model, s))]
+    if found:
+        warnings.warn(f"rows are copied by torch in {type(model).__name__}: {describe(found)}.", stacklevel=3)
+
+
+def _slow(model: nn.Module, site: FFNSite) -> str | None:
+    return why_not_compiled(weights_of(model, site).up)
+
+
+def _entrances(model: Any) -> list[nn.Module]:
+    base = getattr(model, "base_model", model)
+    return [model] if base is model else [model, base]
+
+
+def _matrices(held: Any) -> list[RowMatrix]:
+    found = list(held.values()) if isinstance(held, dict) else [] if held is None else [held.gate, held.up, held.down]
+    return [m for m in found if m is not None]
+
+
+def _shape(site: FFNSite) -> tuple[Any, ...]:
+    return site.d_model, site.d_ff, site.gate is None, site.fused
+
+
+def _measured(site: FFNSite, counts: Counts) -> Measured:
+    n_selected = counts.selected / (counts.tokens * site.d_ff)
+    return Measured(counts.tokens, n_selected, counts.read / counts.steps, counts.sparse / counts.steps)

@@ -1,0 +1,123 @@
+"""Products with gathered rows against dense products, compiled and in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffnscope.errors import UnknownNameError, UsageError
+from ffnscope.sparse.kernels import break_even as timing
+from ffnscope.sparse.kernels.ffn import RowWeights, sparse_ffn
+from ffnscope.sparse.kernels.rows import COMPILED_DTYPES, RowMatrix, why_not_compiled
+from ffnscope.types import FFNWeights
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[0])).to(dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("k", [0, 1, 2, 5, 16, 37])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products(dtype, compiled, k, n_tokens, threads) -> None:
+    torch.set_num_threads(threads)
+    weight, x, h = random(37, 19, dtype=dtype), random(n_tokens, 19, dtype=dtype), random(n_tokens, k or 1, dtype=dtype)
+    matrix, index, h = RowMatrix(weight, compiled=compiled), torch.randperm(37)[:k].int(), h[:, :k]
+    assert matrix.compiled == (compiled and dtype in COMPILED_DTYPES) and matrix.copied_bytes == 0
+    chosen, limit = weight[index.long()], TOLERANCE[dtype]
+    for found, expected in ((matrix.dot(x, index), x @ chosen.T), (matrix.sum(h, index), h @ chosen)):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, atol=limit * 10, rtol=limit)
+
+
+def test_rows_of_a_view_are_copied() -> None:
+    weight = random(8, 6)
+    assert RowMatrix(weight[2:5]).copied_bytes == 0
+    assert RowMatrix(weight.T).copied_bytes == weight.nbytes
+    weight[3] = 1  # seen through the view
+    assert RowMatrix(weight[2:5]).dot(torch.ones(1, 6), torch.tensor([1], dtype=torch.int32)).item() == 6
+
+
+def test_what_is_no_matrix() -> None:
+    with pytest.raises(UsageError, match=r"floating matrix \[n, width\]; got torch.int64 \(3,\)"):
+        RowMatrix(torch.arange(3))
+
+
+def test_why_torch() -> None:
+    assert why_not_compiled(torch.zeros(1, 1)) is None
+    assert "torch.float16, and compiled kernels read float32 and bfloat16" in why_not_compiled(torch.zeros(1).half())
+    assert "on meta" in why_not_compiled(torch.zeros(1, device="meta"))
+
+
+def test_no_numba(monkeypatch) -> None:
+    monkeypatch.setattr("ffnscope.sparse.kernels.rows.has_compiler", lambda: False)
+    assert why_not_compiled(torch.zeros(1)) == "numba is not installed; pip install 'ffnscope[sparse]'"
+    assert not RowMatrix(torch.zeros(1, 1)).compiled
+
+
+class TestSparseFFN:
+    weights = FFNWeights(random(12, 5), random(12, 5) + 1, random(5, 12))
+
+    def test_by_hand(self) -> None:
+        """gate and up of channel 0 give 2 and 3, of channel 1 give -1 and 5; ReLU; down columns (1, 10) and (7, 7)."""
+        weights = FFNWeights(
+            torch.tensor([[2.0, 0], [-1, 0]]), torch.tensor([[0.0, 3], [0, 5]]), torch.tensor([[1.0, 7], [10, 7]])
+        )
+        rows, x = RowWeights.of(weights), torch.tensor([1.0, 1])
+        for index, expected in (([0], [6.0, 60]), ([1], [0, 0]), ([0, 1], [6, 60]), ([], [0, 0])):
+            found = sparse_ffn(x, rows, torch.tensor(index, dtype=torch.int32), "relu")
+            assert found.tolist() == expected
+
+    def test_infinity_and_nan_are_kept(self) -> None:
+        x = torch.full((1, 5), float("inf"))
+        found = sparse_ffn(x, RowWeights.of(self.weights), torch.arange(12).int(), "silu")
+        assert not torch.isfinite(found).any()
+        found = sparse_ffn(x * float("nan"), RowWeights.of(self.weights), torch.arange(12).int(), "relu")
+        assert torch.isnan(found).all()
+
+    def test_a_function_as_activation(self) -> None:
+        rows, x, index = RowWeights.of(self.weights), random(1, 5), torch.tensor([0, 3, 7], dtype=torch.int32)
+        named = sparse_ffn(x, rows, index, "silu")
+        torch.testing.assert_close(sparse_ffn(x, rows, index, torch.nn.functional.silu), named)
+        assert not torch.allclose(sparse_ffn(x, rows, index, torch.tanh), named)
+
+    def test_wrong_arguments(self) -> None:
+        rows, x = RowWeights.of(self.weights), random(1, 5)
+        with pytest.raises(UsageError, match=r"int32 index \[k\] of channels; got torch.int64 \(3,\)"):
+            sparse_ffn(x, rows, torch.arange(3), "silu")
+        with pytest.raises(UnknownNameError, match=r"Unknown activation 'silo'\. Did you mean 'silu'\?"):
+            sparse_ffn(x, rows, torch.arange(3).int(), "silo")
+
+
+class TestBreakEven:
+    @pytest.fixture(autouse=True)
+    def nothing_measured(self, monkeypatch) -> None:
+        monkeypatch.setattr(timing, "_measured", {})
+
+    @pytest.mark.parametrize(
+        ("slope", "expected"),
+        [(0.0, 1.0), (1.0, 1.0), (2.0, 0.5), (1.6, 0.625), (4.0, 0.25), (1.8, 1 / 1.8), (40.0, 0.0)],
+    )
+    def test_where_a_line_crosses(self, slope, expected) -> None:
+        assert timing._crossing([slope * d for d in timing.DENSITIES], 1.0) == pytest.approx(expected)
+
+    def test_measured_once(self) -> None:
+        calls = []
+
+        def sparse(index):
+            calls.append(len(index))
+
+        def dense():
+            sum(range(20_000))
+
+        for _ in range(2):
+            limit = timing.break_even("shape", 64, [dense], [sparse], torch.device("cpu"))
+            assert limit == 1.0
+        assert calls[:9] == [4, 8, 16, 24, 32, 40, 48, 56, 64]
+        assert len(calls) == len(timing.DENSITIES) * (timing.ROUNDS + 1)
+        assert timing.break_even("other", 64, [lambda: None], [lambda index: dense()], torch.device("cpu")) == 0.0
