@@ -187,7 +187,7 @@ class TestBiases:
         with reconstructed(model, found):
             assert distance(logits(model), by_mask) > VISIBLE
         with pytest.raises(
-            NotAvailableError, match=r"no field of its config gives them one.*Evaluate it in memory with"
+            NotAvailableError, match=r"no field of its config gives them one.*Evaluate it in memory"
         ):
             reconstruct_(model, found)
         assert unchanged(model, before)
