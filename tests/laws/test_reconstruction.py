@@ -186,9 +186,7 @@ class TestBiases:
             by_mask = logits(model)
         with reconstructed(model, found):
             assert distance(logits(model), by_mask) > VISIBLE
-        with pytest.raises(
-            NotAvailableError, match=r"no field of its config gives them one.*Evaluate it in memory"
-        ):
+        with pytest.raises(NotAvailableError, match=r"no field of its config gives them one.*Evaluate it in memory"):
             reconstruct_(model, found)
         assert unchanged(model, before)
 
