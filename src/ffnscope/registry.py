@@ -83,6 +83,7 @@ METRICS: Registry[Metric] = Registry(
             "information",
             "reconstruction",
             "obs",
+            "obs_general",
             "supernode",
             "combine",
             "pagerank",

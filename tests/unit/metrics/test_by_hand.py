@@ -107,6 +107,8 @@ EXPECTED = {
     # channel 1 goes first; then all of the output is lost, less what was lost before
     "obs": (DAMPED - 25 * FIRST + 66 * -14 / 3, 25 * FIRST),
     "obs_loss": ((LOSS - 17 * FIRST + 130 * -14 / 3) / 2, 17 * FIRST / 2),
+    # the mean ranks of obs_loss (channel 0 first) and of minitron (channel 1 first) are equal: as obs_loss
+    "obs_general": ((LOSS - 17 * FIRST + 130 * -14 / 3) / 2, 17 * FIRST / 2),
     "flap": (38 / 9 * 169, 104 / 9 * 25),
     "composite": (1.0, 0.0),  # channel 0 is first by scar_loss_proxy and by wanda
     "weight_magnitude": (19.0, 16.0),

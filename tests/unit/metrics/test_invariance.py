@@ -37,6 +37,7 @@ TABLE = {
     "flap": 0,
     "obs": None,
     "obs_loss": None,
+    "obs_general": None,
     "supernode_protection_score": 0,
     "supernode_connectivity_score": 0,
     "composite": 0,
