@@ -318,6 +318,7 @@ def test_every_metric_is_compared_here_or_by_its_own_test():
     here = Path(__file__).read_text(encoding="utf-8")
     elsewhere = {
         "activation_outlier_index",  # test_histogram.py
+        "obs_general",  # test_obs_general.py
         "scar_activation_power",  # the square of activation_l2_norm, by hand
         "scar_loss_proxy_factored",  # a product of two that are here, by hand
         "weight_magnitude",  # test_layouts.py

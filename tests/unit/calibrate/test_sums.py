@@ -26,7 +26,7 @@ def test_sums_without_memory_name_the_statistic_and_who_needs_it():
     text = (
         r"out of memory for the sums of the calibration pass, [\d,]+ MiB for 1 FFNs: statistic 'h_outer' alone takes "
         r"536,870,912 MiB. Leave out the metrics that need it \(average_redundancy, pairwise_redundancy_gaussian, "
-        r"sparsegpt, obs, obs_loss\), or calibrate fewer FFNs \(model.tracked_layers, --tracked\)\."
+        r"sparsegpt, obs, obs_loss, obs_general\), or calibrate fewer FFNs \(model.tracked_layers, --tracked\)\."
     )
     with pytest.raises(DeviceError, match=text):
         observed(HUGE, ["act_sq", "h_outer"], torch.zeros(1, 2, 2**23))
