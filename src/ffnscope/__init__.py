@@ -15,11 +15,12 @@ from ffnscope.analyze.cross_layer import CrossLayer, cross_layer
 from ffnscope.analyze.curves import CurveOptions, measure_curves
 from ffnscope.analyze.halo import HaloAnalysis, HaloOptions, halo_analysis
 from ffnscope.analyze.levels import CoreRule, calibrate_all
-from ffnscope.analyze.measured import CurveRounds, plan_and_reconstruct, plan_by_curves
+from ffnscope.analyze.measured import CurveRounds, plan_by_curves
 from ffnscope.analyze.neighbours import null_channels
 from ffnscope.analyze.paired import PairedLoss, paired_losses
 from ffnscope.analyze.pipeline import BasePipeline, ChainedFFNPipeline, IsolatedFFNPipeline, PipelineResult
 from ffnscope.analyze.probes import Probe, ProbeRow, control_probes, dose_probes, run_probes
+from ffnscope.analyze.pruning import plan_and_reconstruct
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeats import Repeat, repeat_scores
 from ffnscope.analyze.sample import ChannelSample

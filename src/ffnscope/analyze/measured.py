@@ -6,22 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ffnscope.analyze.curves import CurveOptions, first_solution, measure_curves
-from ffnscope.apply import method as methods
-from ffnscope.apply.method import GRADIENT_WINDOWS, Method, named_method, reconstruct_plan
-from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.sequential import SequentialOptions
-from ffnscope.calibrate.collect import PassOptions, collect, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.plan.build import build_plan
 from ffnscope.plan.curves import Curves
-from ffnscope.scoring import score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
 Stats = Mapping[FFNSite, ChannelStats]
@@ -68,6 +61,22 @@ def without_unreached(scores: Scores) -> Scores:
     return Scores(scores.metric, {s: v for s, v in scores.values.items() if s.name not in unreached}, scores.facts)
 
 
+def measure_round(
+    model: nn.Module,
+    scores: Scores,
+    stats: Stats | None,
+    windows: Windows,
+    plan: PruningPlan | None,
+    *,
+    options: CurveOptions,
+    on_cut: Callable[[int, int], None] | None = None,
+) -> Curves:
+    """`measure_curves` of the FFNs that some token reached: in the dense model, or around a plan (`first_solution`)."""
+    around = None if plan is None else first_solution(model, plan, stats)
+    reached = without_unreached(scores)
+    return measure_curves(model, reached, stats, windows, around=around, options=options, on_cut=on_cut)
+
+
 def solve_in_rounds(
     measure: Callable[[int, PruningPlan | None], Curves], make: Callable[[Curves], PruningPlan], rounds: int
 ) -> tuple[PruningPlan, list[Curves]]:
@@ -111,12 +120,10 @@ def plan_by_curves(
         UsageError, NonFiniteError, DeviceError, ArtifactError: see `measure_curves` and `build_plan`.
     """
     asked = rounds or CurveRounds()
-    reached = without_unreached(scores)
 
     def measure(number: int, plan: PruningPlan | None) -> Curves:
-        around = None if plan is None else first_solution(model, plan, stats)
         options = replace(asked.options, checkpoint=_numbered(asked.options.checkpoint, number))
-        return measure_curves(model, reached, stats, windows, around=around, options=options, on_cut=on_cut)
+        return measure_round(model, scores, stats, windows, plan, options=options, on_cut=on_cut)
 
     make = partial(build_plan, scores, budget, asked.allocator)
     return solve_in_rounds(measure, lambda curves: make(curves=curves), asked.rounds)
@@ -124,46 +131,6 @@ def plan_by_curves(
 
 def _numbered(path: Path | None, number: int) -> Path | None:
     return path if path is None or number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
-
-
-def plan_and_reconstruct(
-    model: nn.Module,
-    windows: Windows,
-    budget: Budget | float,
-    *,
-    method: Method | str = "best",
-    options: PassOptions | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-    on_block: Callable[[int, int], None] | None = None,
-) -> Pruned:
-    """Calibrate, score, plan and reconstruct: everything but the cut, for which see `reconstruct_` and `prune_`.
-
-    With an allocator that reads measured curves these are measured on 16 of the windows, evenly spread over the text,
-    in two rounds (`CurveRounds`), and refitted where the method refits. Scores and least squares see these windows
-    too; held out must be the text that the result is judged on. Call `plan_by_curves` for other numbers or other text.
-
-    Arguments, result and errors are those of `ffnscope.apply.method.plan_and_reconstruct`, which this is otherwise.
-    """
-    method = named_method(method) if isinstance(method, str) else method
-    if not method.measures:
-        given: Any = {"method": method, "options": options, "on_batch": on_batch, "on_block": on_block}
-        return methods.plan_and_reconstruct(model, windows, budget, **given)
-    budget = budget if isinstance(budget, Budget) else Budget(budget)
-    method.check_budget(budget)
-    options = options or PassOptions(gradient_windows=GRADIENT_WINDOWS)
-    names = (*required_statistics([method.metric]), *method.statistics, *method.curve_statistics)
-    stats = collect(model, windows, list(dict.fromkeys(names)), options=options, on_batch=on_batch)
-    scores = score(model, stats, method.metric, facts={"model": weights_hash(model)})
-    curves = CurveOptions(batch_size=options.batch_size, checkpoint=_beside(options, ".json"))
-    measured = CurveRounds(options=curves, allocator=method.allocator)
-    refit = stats if method.curve_statistics else None
-    plan, _ = plan_by_curves(model, scores, refit, measured.windows(windows), budget, rounds=measured)
-    sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=_beside(options, ".blocks"))
-    return reconstruct_plan(model, plan, method, windows=windows, stats=stats, options=sequential, on_block=on_block)
-
-
-def _beside(options: PassOptions, suffix: str) -> Path | None:
-    return None if options.checkpoint is None else options.checkpoint.with_suffix(suffix)
 
 
 def curve_cuts(sites: Sequence[FFNSite], rounds: CurveRounds) -> int:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ffnscope.apply.block_fit import Columns
 from ffnscope.apply.distill import Distillation, OnEpoch, distill
-from ffnscope.apply.ffn_tokens import Activation, FFNTokens, channels, widened
+from ffnscope.apply.ffn_tokens import FFNTokens, widened
 from ffnscope.apply.rows import ChannelRows
 from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.rows import TokenRows
 from ffnscope.calibrate.taps import SignalTap, channel_taps
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.ffn.function import FFN, Activation
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
 from ffnscope.types import FFNSite, FFNWeights
@@ -154,7 +155,7 @@ def _matching(model: nn.Module, site: FFNSite, x: Tensor, h: Tensor) -> Activati
         for name in dict.fromkeys((site.activation, *FUNCTIONS)):
             function = _named(name)
             if function is not None:
-                found = channels(wide, weights, function)
+                found = FFN(weights, function).h(wide)
                 if float((found - h.to(found)).abs().max()) <= allowed:
                     return function
     raise NotAvailableError(

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ffnscope.apply.block_fit import SiteSums
-from ffnscope.apply.ffn_tokens import FIELDS, Activation, FFNTokens, channels, mapped, widened
+from ffnscope.apply.ffn_tokens import FIELDS, FFNTokens, mapped, widened
 from ffnscope.apply.refit import LeastSquares, Moments, choose_damping, refit_down
 from ffnscope.errors import UsageError
+from ffnscope.ffn.function import FFN, Activation
 from ffnscope.types import FFNWeights
 
 BETAS = (0.9, 0.98)
@@ -157,7 +158,7 @@ def _errors(
     x: Tensor, wanted: Tensor, weights: FFNWeights, activation: Activation, error_weights: Tensor | None
 ) -> Tensor:
     """e^T G e per token, [n]."""
-    left = wanted - torch.nn.functional.linear(channels(x, weights, activation), weights.down, weights.down_bias)
+    left = wanted - torch.nn.functional.linear(FFN(weights, activation).h(x), weights.down, weights.down_bias)
     return _power(left, error_weights)
 
 
@@ -222,7 +223,7 @@ def _moments(tokens: FFNTokens, weights: FFNWeights, activation: Activation) -> 
     sums = SiteSums.empty()
     for place, held_out in ((sums.fit, False), (sums.held_out, True)):
         for x, wanted in tokens.pieces(held_out=held_out):
-            h = channels(x, weights, activation)
+            h = FFN(weights, activation).h(x)
             place.add(h, wanted - torch.nn.functional.linear(h, weights.down, weights.down_bias))
     assert sums.fit.moments is not None and sums.held_out.moments is not None, "there are both"
     return sums.fit.moments, sums.held_out.moments

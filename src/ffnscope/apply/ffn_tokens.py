@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from ffnscope.ffn.function import FFN, Activation, wide
 from ffnscope.types import FFNSite, FFNWeights
 
-Activation = Callable[[Tensor], Tensor]
 PIECE = 2048
 """Tokens at a time where no gradient is needed."""
 
@@ -53,9 +52,10 @@ class FFNTokens:
         """Add the output of the dense FFN to what is wanted beyond it."""
         assert self.x is not None and self.wanted is not None, "there are tokens"
         whole = widened(weights)
+        function = FFN(whole, activation)
         for part in torch.arange(self.n, device=self.x.device).split(PIECE):
-            x = _wide(self.x[part])
-            self.wanted[part] += (channels(x, whole, activation) @ whole.down.T).to(self.wanted)
+            x = wide(self.x[part])
+            self.wanted[part] += (function.h(x) @ whole.down.T).to(self.wanted)
 
     def pieces(self, *, held_out: bool, size: int = PIECE) -> Iterator[tuple[Tensor, Tensor]]:
         """x and the wanted output, each [size, d_model] in at least float32, of the tokens to fit or those held out."""
@@ -63,13 +63,13 @@ class FFNTokens:
         first, last = (self.n_fit, self.n) if held_out else (0, self.n_fit)
         for start in range(first, last, size):
             part = slice(start, min(start + size, last))
-            yield _wide(self.x[part]), _wide(self.wanted[part])
+            yield wide(self.x[part]), wide(self.wanted[part])
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """x and the wanted output of some tokens, in at least float32."""
         assert self.x is not None and self.wanted is not None, "there are tokens"
         index = index.to(self.x.device)
-        return _wide(self.x[index]), _wide(self.wanted[index])
+        return wide(self.x[index]), wide(self.wanted[index])
 
 
 def token_bytes(model: nn.Module, sites: Sequence[FFNSite], n_tokens: int) -> int:
@@ -77,17 +77,9 @@ def token_bytes(model: nn.Module, sites: Sequence[FFNSite], n_tokens: int) -> in
     return 2 * n_tokens * max(site.d_model for site in sites) * next(iter(model.parameters())).element_size()
 
 
-def channels(x: Tensor, weights: FFNWeights, activation: Activation) -> Tensor:
-    """h [n, k] of inputs x [n, d_model]: act(up x), or act(gate x) * (up x) where there is a gate."""
-    up = linear(x, weights.up, weights.up_bias)
-    if weights.gate is None:
-        return activation(up)
-    return activation(linear(x, weights.gate, weights.gate_bias)) * up
-
-
 def widened(weights: FFNWeights) -> FFNWeights:
     """The same in float32, or in float64 where they are that."""
-    return mapped(weights, _wide)
+    return mapped(weights, wide)
 
 
 def mapped(weights: FFNWeights, change: Activation) -> FFNWeights:
@@ -97,7 +89,3 @@ def mapped(weights: FFNWeights, change: Activation) -> FFNWeights:
 
 
 FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()

@@ -1,4 +1,4 @@
-"""Named ways to prune: a metric, an allocator, and how what stays is reconstructed; and all of it in one call."""
+"""Named ways to prune: a metric, an allocator, and how what stays is reconstructed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from ffnscope.apply.distill import Distillation
 from ffnscope.apply.one_shot import compensate_bias, reconstruct
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import check_linear
-from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
 from ffnscope.apply.sequential import TARGET, SequentialOptions, reconstruct_sequential
-from ffnscope.calibrate.collect import PassOptions, collect, required_statistics, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.registry import ALLOCATORS
-from ffnscope.scoring import score
-from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
+from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan
 
 Refit = Literal["none", "one_shot", "sequential", "bias"]
 REFITS: tuple[Refit, ...] = get_args(Refit)
@@ -201,57 +198,3 @@ def reconstruct_plan(
         chosen = method.sequential(options or SequentialOptions())
         return reconstruct_sequential(model, windows, plan, options=chosen, on_block=on_block)
     return plan
-
-
-def plan_and_reconstruct(
-    model: nn.Module,
-    windows: Windows,
-    budget: Budget | float,
-    *,
-    method: Method | str = "best",
-    options: PassOptions | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-    on_block: Callable[[int, int], None] | None = None,
-) -> Pruned:
-    """Calibrate, score, plan and reconstruct: everything but the cut, for which see `reconstruct_` and `prune_`.
-
-    Args:
-        model: the dense model; left as it was.
-        windows: calibration text, also of the reconstruction; 128 windows of 256 tokens suit models of 1,536 channels
-            per FFN, larger ones want at least 4 tokens per channel.
-        budget: how much to remove; a number is a sparsity.
-        method: a name of `METHODS` or your own. Its metric can need neither a core nor a reference model.
-        options: sizes of the pass; default: 32 windows run backward. With a checkpoint, blocks of an unfinished
-            reconstruction are in a folder beside it.
-        on_batch: called with (tokens done, tokens in all) of the pass.
-        on_block: called with (blocks done, blocks in all) of the reconstruction.
-
-    Returns:
-        A `Reconstruction`, or with reconstruct "none" a `PruningPlan`.
-
-    Raises:
-        UsageError: an impossible budget, or a metric that needs more.
-        NotAvailableError, NonFiniteError, DeviceError, ArtifactError: see `collect` and `reconstruct_plan`.
-    """
-    method = named_method(method) if isinstance(method, str) else method
-    budget = budget if isinstance(budget, Budget) else Budget(budget)
-    method.check_budget(budget)
-    options = options or PassOptions(gradient_windows=GRADIENT_WINDOWS)
-    names = dict.fromkeys((*required_statistics([method.metric]), *method.statistics))
-    options = replace(options, model_hash=options.model_hash or weights_hash(model))
-    stats = collect(model, windows, list(names), options=options, on_batch=on_batch)
-    facts = {"model": options.model_hash}
-    scores = score(model, stats, method.metric, facts=facts)
-    folder = None if options.checkpoint is None else options.checkpoint.with_suffix(".blocks")
-    sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=folder, model_hash=options.model_hash)
-    given: Any = {"windows": windows, "stats": stats, "options": sequential, "on_block": on_block}
-
-    def again(number: int) -> Scores:
-        part = None if options.checkpoint is None else options.checkpoint.with_suffix(f".round_{number}.safetensors")
-        sizes = replace(options, model_hash=None, checkpoint=part)
-        found = collect(model, windows, required_statistics([method.metric]), options=sizes, on_batch=on_batch)
-        return score(model, found, method.metric, facts=facts)
-
-    steps = RoundSteps(again, lambda plan: reconstruct_plan(model, plan, method.untrained, **given))
-    plan = plan_in_rounds(model, scores, budget, method, steps)
-    return reconstruct_plan(model, plan, method, **given)

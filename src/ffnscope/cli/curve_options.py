@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from ffnscope.analyze.curves import CurveOptions, first_solution, measure_curves
-from ffnscope.analyze.measured import WINDOWS, CurveRounds, solve_in_rounds, without_unreached
+from ffnscope.analyze.curves import CurveOptions
+from ffnscope.analyze.measured import WINDOWS, CurveRounds, measure_round, solve_in_rounds
 from ffnscope.apply.method import Method
 from ffnscope.cli import options as opt
 from ffnscope.cli.groups import option_names
@@ -73,7 +73,7 @@ class CurveChoice:
         measures = known is None or self.curve_rounds > 1
         stats = job.stats(part) if measures and job.method.curve_statistics else None
         asked = self.rounds(job.method, job.text.batch_size)
-        measure = partial(measure_round, job, without_unreached(one), stats, asked, part)
+        measure = partial(numbered_round, job, one, stats, asked, part)
 
         def curves(number: int, plan: PruningPlan | None) -> Curves:
             first = None if known is None or plan is not None else known.of_this_model(job)
@@ -99,7 +99,7 @@ class KnownCurves:
         return self.curves
 
 
-def measure_round(
+def numbered_round(
     job: PruneJob,
     scores: Scores,
     stats: Mapping[FFNSite, ChannelStats] | None,
@@ -109,15 +109,13 @@ def measure_round(
     plan: PruningPlan | None,
 ) -> Curves:
     """Measure one round, around a plan if one is given, on a part of the calibration text; it can be interrupted."""
-    around = None if plan is None else first_solution(job.loaded.model, plan, stats)
     path = part / f"curves_{number}.json"
     discard_damaged(job.reporter, path, read_json)
     options = replace(asked.options, checkpoint=path)
-    what = "measure curves" if around is None else "measure curves around the solution"
+    what = "measure curves" if plan is None else "measure curves around the solution"
     with job.reporter.task(what, "cuts") as update:
-        return measure_curves(
-            job.loaded.model, scores, stats, asked.windows(job.windows), around=around, options=options, on_cut=update
-        )
+        windows = asked.windows(job.windows)
+        return measure_round(job.loaded.model, scores, stats, windows, plan, options=options, on_cut=update)
 
 
 def keep_beside(found: Sequence[Curves], plan: PruningPlan, job: PruneJob, out: Path) -> None:

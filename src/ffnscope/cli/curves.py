@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from ffnscope.analyze.curves import CurveOptions
-from ffnscope.analyze.measured import WINDOWS, CurveRounds, without_unreached
+from ffnscope.analyze.measured import WINDOWS, CurveRounds
 from ffnscope.apply.method import Method
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
-from ffnscope.cli.curve_options import measure_round, write_curve_files
+from ffnscope.cli.curve_options import numbered_round, write_curve_files
 from ffnscope.cli.files import Out, Overwrite, check_folder_output, read_metric, unfinished
 from ffnscope.cli.groups import grouped, option_names
 from ffnscope.cli.prune import calibration_of, of_this_model
@@ -74,5 +74,5 @@ def curves_command(
     with unfinished(out / UNFINISHED) as part:
         one = job.score(part) if found is None else found
         stats = job.stats(part) if refit else None
-        curves = measure_round(job, without_unreached(one), stats, asked, part, 1, plan)
+        curves = numbered_round(job, one, stats, asked, part, 1, plan)
         write_curve_files(out, [NAME], [curves], plan, job)

@@ -7,8 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ffnscope.analyze.curves import first_solution, measure_curves
-from ffnscope.analyze.measured import solve_in_rounds, without_unreached
+from ffnscope.analyze.measured import measure_round, solve_in_rounds
 from ffnscope.io import plan_to_dict, read_json, write_csv, writing
 from ffnscope.plan.curves import Curves, read_curves, write_curves
 from ffnscope.run.analyses import calibrated_keys, tables, write_tables
@@ -55,13 +54,9 @@ def _measured(
     def make() -> None:
         part = path.with_suffix(".part.json")
         discard_damaged(job.reporter, part, read_json)
-        solution = None if plan is None else first_solution(job.loaded.model, plan, stats)
         options = replace(rounds.options, checkpoint=part)
-        reached = without_unreached(scores)
         with job.reporter.task(f"{CURVES}{name}", "cuts") as update:
-            made = measure_curves(
-                job.loaded.model, reached, stats, windows, around=solution, options=options, on_cut=update
-            )
+            made = measure_round(job.loaded.model, scores, stats, windows, plan, options=options, on_cut=update)
         write_curves(files[0], made)
         write_csv(files[1], made.rows())
         with writing(part):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.sparse.ffn import FFN
+from ffnscope.ffn.function import FFN
 from ffnscope.sparse.measures import Label, Truth, density, missed_mass, recall, relative_error, truths
 from ffnscope.sparse.policies import Policy
 from ffnscope.sparse.quantile import Quantile, float_of, order_of, reach

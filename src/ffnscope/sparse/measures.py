@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
-from ffnscope.sparse.ffn import FFN, wide
+from ffnscope.ffn.function import FFN, wide
 
 MEASURES = ("density", "recall", "precision", "missed_mass", "relative_error")
 """Names of what is measured for every token."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import ContractError, UsageError
+from ffnscope.ffn.function import FFN
 from ffnscope.registry import PREDICTORS
 from ffnscope.rules import Factory
-from ffnscope.sparse.ffn import FFN
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor
 from ffnscope.types import FFNWeights
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from ffnscope.apply.distill import Distillation, distill, held_out_error
-from ffnscope.apply.ffn_tokens import FFNTokens, channels, mapped
+from ffnscope.apply.ffn_tokens import FFNTokens, mapped
 from ffnscope.errors import UsageError
+from ffnscope.ffn.function import FFN
 from ffnscope.types import FFNWeights
 
 D_MODEL, D_FF, KEPT, TOKENS, HELD = 8, 24, 12, 640, 80
@@ -91,7 +92,7 @@ class TestErrors:
         factor = drawn(D_MODEL, D_MODEL, seed=12, dtype=torch.float64)
         metric = factor @ factor.T if weighted else None
         (x, wanted), wide = next(tokens.pieces(held_out=True)), torch.eye(D_MODEL, dtype=torch.float64)
-        left = wanted - channels(x, some, silu) @ some.down.T - some.down_bias
+        left = wanted - FFN(some, silu).h(x) @ some.down.T - some.down_bias
         expected = sum(float(e @ (wide if metric is None else metric) @ e) for e in left) / HELD
         assert held_out_error(tokens, some, silu, metric) == pytest.approx(expected)
 

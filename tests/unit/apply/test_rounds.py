@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from faults import stop_at
-from ffnscope.apply.method import Method, plan_and_reconstruct, reconstruct_plan
+from ffnscope.analyze.pruning import plan_and_reconstruct
+from ffnscope.apply.method import Method, reconstruct_plan
 from ffnscope.apply.pruned import as_pruned, plan_of
 from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.apply.rounds import RoundSteps, plan_in_rounds

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UnknownNameError, UsageError
+from ffnscope.ffn.function import FFN
 from ffnscope.sparse.calibration import Scored, Target, bisect_density, calibrate_policy, mean_of, scored
-from ffnscope.sparse.ffn import FFN
 from ffnscope.sparse.labels import largest
 from ffnscope.sparse.measures import Truth
 from ffnscope.sparse.policies import (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
-from ffnscope.sparse.ffn import FFN
+from ffnscope.ffn.function import FFN
 from ffnscope.sparse.labels import largest, nonzero, top_mass
 from ffnscope.sparse.measures import (
     MEASURES,

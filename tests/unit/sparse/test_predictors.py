@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
+from ffnscope.ffn.function import FFN
 from ffnscope.registry import PREDICTORS
-from ffnscope.sparse.ffn import FFN
 from ffnscope.sparse.predictors.exact import exact_gate, exact_up, oracle
 from ffnscope.sparse.predictors.fixed import PromptConstant, griffin, static
 from ffnscope.sparse.predictors.fixed import random as chance

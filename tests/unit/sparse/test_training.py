@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import ArtifactError, NonFiniteError, UnknownNameError, UsageError
-from ffnscope.sparse.ffn import FFN
+from ffnscope.ffn.function import FFN
 from ffnscope.sparse.labels import largest
 from ffnscope.sparse.measures import measure
 from ffnscope.sparse.policies import TopK

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import ContractError, UsageError
+from ffnscope.ffn.function import FFN
 from ffnscope.rules import Factory
-from ffnscope.sparse.ffn import FFN
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor
 from ffnscope.testing import check_predictor
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection
 
 from torch import Tensor
 
+from ffnscope.ffn.function import FFN, wide
 from ffnscope.registry import predictor
-from ffnscope.sparse.ffn import FFN, check_input, wide
+from ffnscope.sparse.ffn import check_input
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor, check_gated, needed, token_mean
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.ffn.function import FFN
 from ffnscope.io import replacing
-from ffnscope.sparse.ffn import FFN
 from ffnscope.sparse.predictors.low_rank import LowRank
 
 

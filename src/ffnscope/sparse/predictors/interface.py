@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
-from ffnscope.sparse.ffn import FFN
+from ffnscope.ffn.function import FFN
 
 CHUNK = 1024
 """Tokens at a time where sums over fitting tokens are made."""

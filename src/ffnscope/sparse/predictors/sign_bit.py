@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ffnscope.ffn.function import FFN
 from ffnscope.registry import predictor
-from ffnscope.sparse.ffn import FFN, check_input
+from ffnscope.sparse.ffn import check_input
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor
 from ffnscope.sparse.predictors.packing import pack, unpack
 

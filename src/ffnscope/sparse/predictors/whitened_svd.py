@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
+from ffnscope.ffn.function import FFN, wide
 from ffnscope.registry import predictor
-from ffnscope.sparse.ffn import FFN, check_input, wide
+from ffnscope.sparse.ffn import check_input
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed, token_mean
 
 
