@@ -37,8 +37,7 @@ def plan_and_reconstruct(
     """Calibrate, score, plan and reconstruct: everything but the cut, for which see `reconstruct_` and `prune_`.
 
     With an allocator that reads measured curves these are measured on 16 of the windows, evenly spread over the text,
-    in two rounds (`CurveRounds`), and refitted where the method refits. Scores and least squares see these windows
-    too; held out must be the text that the result is judged on. Call `plan_by_curves` for other numbers or other text.
+    in two rounds (`CurveRounds`), and refitted where the method refits; `plan_by_curves` takes other numbers or text.
 
     Args:
         model: the dense model; left as it was.
