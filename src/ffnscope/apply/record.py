@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -235,11 +235,16 @@ def read_record(folder: Path) -> PruningRecord:
             Budget(**told["budget"]),
             told["model"],
             told["batch_size"],
-            None if text is None else TextRecipe(TextSource(**text.pop("source")), **text),
+            None if text is None else TextRecipe(_source(**text.pop("source")), **text),
             told["held_out"],
             {site: torch.tensor(protected[site.name]) for site in scores.values if site.name in protected},
             with_h_outer(folder / FOLDER / STATISTICS),
         )
+
+
+def _source(*, mix: Sequence[Mapping[str, Any]] = (), **told: Any) -> TextSource:
+    parts = tuple(_source(**one) for one in mix)
+    return TextSource(**told, mix=parts)
 
 
 def with_h_outer(path: Path) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ffnscope.calibrate.corpora import SPLITS, corpus, corpus_names, describe_co
 from ffnscope.calibrate.documents import Document, Place, documents_of, read_jsonl, read_text, wikitext_articles
 from ffnscope.calibrate.pack import Cut, Mode, cut_windows, make_windows
 from ffnscope.calibrate.tokens import Tokenizer
-from ffnscope.calibrate.windows import Windows
+from ffnscope.calibrate.windows import Windows, joined
 from ffnscope.errors import TextError, UsageError, unknown_name
 
 __all__ = ["HUB_NAMES", "TextSource", "check_text", "load_documents", "load_windows", "make_windows"]
@@ -40,6 +40,7 @@ class TextSource:
         text_field: column of the text or messages; None: found by its name, or the only column of strings.
         revision: commit, tag or branch of a hub data set.
         max_documents: read only this many documents from the beginning.
+        mix: further texts; windows are cut from all of them in equal parts.
     """
 
     name: str
@@ -49,15 +50,30 @@ class TextSource:
     text_field: str | None = None
     revision: str | None = None
     max_documents: int | None = None
+    mix: tuple[TextSource, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise UsageError("the name of a text is empty; give a shipped corpus, a path or a hub id.")
         if self.max_documents is not None and self.max_documents < 1:
             raise UsageError(f"max_documents must be at least 1; got {self.max_documents}.")
+        if any(one.mix for one in self.mix):
+            raise UsageError("a text of a mixture is itself a mixture; name all texts in one list.")
+        twice = [one for place, one in enumerate(self.parts) if one in self.parts[:place]]
+        if twice:
+            raise UsageError(f"{twice[0].describe()} is in the mixture twice; name each text once.")
+
+    @property
+    def parts(self) -> tuple[TextSource, ...]:
+        """The text alone, then those mixed with it."""
+        return (replace(self, mix=()), *self.mix) if self.mix else (self,)
 
     def describe(self) -> str:
         """The source in words."""
+        return " + ".join(one.describe_one() for one in self.parts)
+
+    def describe_one(self) -> str:
+        """The source in words, without what is mixed with it."""
         hub_id, subset = HUB_NAMES.get(self.name, (self.name, None))
         shipped = self.name in corpus_names()
         local = not shipped and Path(self.name).expanduser().exists()
@@ -77,13 +93,15 @@ def load_documents(source: TextSource, *, by_line: bool = False) -> Iterator[Doc
     """Find a text and yield its documents: strings, or chats (lists of messages with ``role`` and ``content``).
 
     Args:
-        source: which text.
+        source: which text; of a mixture one text after the other.
         by_line: make each line of a ``.txt`` file, and each row of WikiText, a document of its own.
 
     Raises:
         UnknownNameError: a shipped corpus has no such split.
         TextError: not found, not readable, or an option that this kind of text does not have.
     """
+    if source.mix:
+        return itertools.chain.from_iterable(load_documents(one, by_line=by_line) for one in source.parts)
     path = Path(source.name).expanduser()
     if source.name in corpus_names():
         found: Iterator[Document] = (text for _, text in corpus(source.name, _corpus_split(source)))
@@ -102,7 +120,10 @@ def check_text(source: TextSource) -> None:
 
     Of a local text the first document is read; a hub data set is not asked for, only the library that reads it.
     """
-    if source.name in corpus_names():
+    if source.mix:
+        for one in source.parts:
+            check_text(one)
+    elif source.name in corpus_names():
         _corpus_split(source)
     elif Path(source.name).expanduser().exists():
         next(load_documents(source), None)
@@ -124,14 +145,31 @@ def load_windows(
 ) -> Windows:
     """Load a text and cut it into windows: `load_documents`, then `make_windows`, which has the arguments.
 
+    Of a mixture the ``n`` windows are shared equally, the first texts taking one more where that leaves some over; they
+    stand text by text, so that every choice of evenly spread windows is shared equally too.
+
     Raises:
         UsageError: an argument has an impossible value.
         TextError: the text is not found, not readable or too short.
     """
+    if source.mix:
+        given: Any = {"length": length, "mode": mode, "seed": seed, "answers_only": answers_only}
+        shares = _shares(n, source)
+        found = [load_windows(one, tokenizer, n=k, **given) for one, k in zip(source.parts, shares, strict=True)]
+        return joined(found, source.describe())
     cut = Cut(n, length, mode, seed, answers_only, source.describe())
     if n is None and source.max_documents is None and HUB_NAMES.get(source.name, (source.name,))[0] in _STREAMED:
         raise TextError(f"all windows of {source.name} would take days; give n, or max_documents.")
     return cut_windows(load_documents(source, by_line=mode == "lines"), tokenizer, cut)
+
+
+def _shares(n: int | None, source: TextSource) -> list[int | None]:
+    count = len(source.parts)
+    if n is None:
+        return [None] * count
+    if n < count:
+        raise UsageError(f"{n} window(s) cannot be shared by the {count} texts of a mixture; ask for {count} or more.")
+    return [n // count + (place < n % count) for place in range(count)]
 
 
 def _corpus_split(source: TextSource) -> str:

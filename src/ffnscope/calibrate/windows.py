@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,3 +87,22 @@ def contiguous_windows(ids: Tensor, source: str, document: Tensor | None = None)
     if document is None:
         document = torch.arange(ids.shape[0])
     return Windows(ids, torch.ones_like(targets), targets, document, source)
+
+
+def joined(parts: Sequence[Windows], source: str) -> Windows:
+    """Windows of several texts, one text after the other, as those of one; shorter ones are padded to the longest.
+
+    Documents are numbered on from text to text.
+    """
+    length = max(one.length for one in parts)
+    longer = [[_padded(t, length) for t in (one.input_ids, one.valid, one.targets)] for one in parts]
+    documents: list[Tensor] = []
+    for one in parts:
+        first = int(documents[-1].max()) + 1 if documents else 0
+        documents.append(one.document + first)
+    ids, valid, targets = (torch.cat(rows) for rows in zip(*longer, strict=True))
+    return Windows(ids, valid, targets, torch.cat(documents), source)
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]))

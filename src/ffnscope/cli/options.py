@@ -193,6 +193,9 @@ class TextChoice:
 
     text: Annotated[str, typer.Option("--text", help="Shipped corpus, .txt, .jsonl, folder, or hub dataset.")] = "sotu"
     split: Annotated[str | None, typer.Option(help="Split of the text.")] = None
+    mix: Annotated[
+        list[str] | None, typer.Option("--mix", help="Further text, in equal parts with the first; can be repeated.")
+    ] = None
     num_samples: Annotated[int, typer.Option("--num-samples", help="Token windows.")] = 64
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens per window.")] = 512
     batch_size: Annotated[
@@ -235,22 +238,34 @@ class TextChoice:
         if seeds < 1:
             raise UsageError(f"--repeats must be at least 1, the number of seeds; got {seeds}.")
         every = range(self.seed, self.seed + seeds)
-        found: dict[str, TextChoice] = {f"{self.text} seed {s}": replace(self, seed=s) for s in every}
+        of = " + ".join(self.names)
+        found: dict[str, TextChoice] = {f"{of} seed {s}": replace(self, seed=s) for s in every}
         for text in texts:
             label = f"{text} seed {self.seed}"
             if label in found:
                 raise UsageError(f"--repeat-text {text} is there already; name each further text once.")
-            found[label] = replace(self, text=text, split=None)
+            found[label] = replace(self, text=text, split=None, mix=None)
         return found if len(found) > 1 else {}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The text, then those mixed with it."""
+        return (self.text, *(self.mix or ()))
+
     def _calibration(self) -> TextSource:
-        return TextSource(self.text, split=self.split or (None if Path(self.text).is_file() else "train"))
+        mix = tuple(TextSource(name, split=_train_split(name)) for name in self.mix or ())
+        return TextSource(self.text, split=self.split or _train_split(self.text), mix=mix)
 
     def _held_out(self) -> TextSource:
-        return TextSource(self.text, split=self.split or held_out_split(self.text))
+        mix = tuple(TextSource(name, split=held_out_split(name)) for name in self.mix or ())
+        return TextSource(self.text, split=self.split or held_out_split(self.text), mix=mix)
 
     def _windows(self, source: TextSource, loaded: LoadedModel) -> Windows:
         return load_windows(source, loaded.tokenizer, n=self.num_samples, length=self.max_length, seed=self.seed)
+
+
+def _train_split(name: str) -> str | None:
+    return None if Path(name).is_file() else "train"
 
 
 def metric_params(given: list[str] | None, metrics: list[str], seed: int) -> dict[str, dict[str, Any]]:

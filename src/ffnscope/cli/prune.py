@@ -28,7 +28,7 @@ from ffnscope.plan.curves import Curves
 from ffnscope.report.error_table import print_profile
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
-from ffnscope.run.texts import held_out_split
+from ffnscope.run.texts import SHIPPED_TEXTS, held_out_split
 from ffnscope.types import Budget, PruningPlan, Scores
 
 WINDOWS, LENGTH = 128, 256
@@ -77,8 +77,9 @@ def prune_command(
 ) -> None:
     """Prune and save: score -> plan -> reconstruct -> slice -> OUT, a checkpoint, or a DeciLM or GGUF export.
 
-    With a reconstruction the calibration has 128 windows of 256 tokens unless --num-samples and --max-length say
-    otherwise, and 32 of them run backward where the metric needs it. An interrupted call goes on where it stopped.
+    With a reconstruction the calibration has 128 windows of 256 tokens, a mixture of all shipped texts, unless
+    --num-samples, --max-length, --text and --mix say otherwise; 32 of them run backward where the metric needs it.
+    An interrupted call goes on where it stopped.
 
     With --from, nothing is calibrated: the scores, the text and, where not given, the other parts are those of an
     earlier prune or run, and MODEL may be left out.
@@ -88,6 +89,8 @@ def prune_command(
     if record is not None:
         record.check_method(method)
         text, loading = text_of(context, text, record), loading_of(context, loading, record)
+    else:
+        text = mixed(context, text, method)
     refits = method.reconstruct != "none"
     _refuse_useless(context, wanted, not evaluate and not refits, refits)
     check_output(out, overwrite)
@@ -162,6 +165,13 @@ def _finish(job: PruneJob, plan: PruningPlan, saving: Saving, held_out: opt.Text
     saving.prune_and_save(job.loaded, pruned, {row.label: row.results for row in rows}, job.reporter)
 
 
+def mixed(context: typer.Context, text: opt.TextChoice, method: Method) -> opt.TextChoice:
+    """The text, and for a reconstruction all shipped texts mixed, unless the user named one."""
+    if method.reconstruct == "none" or any(opt.given(context, name) for name in ("text", "mix", "split")):
+        return text
+    return replace(text, mix=[name for name in SHIPPED_TEXTS if name != text.text])
+
+
 def calibration_of(context: typer.Context, text: opt.TextChoice, method: Method) -> opt.TextChoice:
     """The text to calibrate on: more and shorter windows for a reconstruction, unless the user gave other numbers."""
     if method.reconstruct == "none":
@@ -187,13 +197,13 @@ def _refuse_useless(context: typer.Context, wanted: PlanChoice, reads_no_text: b
 
 def _held_out(text: opt.TextChoice) -> opt.TextChoice:
     """The text to measure on; raises UsageError where it is not known which part is held out."""
-    held_out = held_out_split(text.text)
-    if held_out is None:
-        raise UsageError(
-            f"{text.text} has no known held-out split to measure on. Pass --no-evaluate, and use `ffnscope eval` with "
-            "another text."
-        )
-    if text.split == held_out:
+    for name in text.names:
+        if held_out_split(name) is None:
+            raise UsageError(
+                f"{name} has no known held-out split to measure on. Pass --no-evaluate, and use `ffnscope eval` with "
+                "another text."
+            )
+    if text.split == held_out_split(text.text):
         raise UsageError(
             f"--split {text.split} is the held-out split of {text.text}, on which the result is measured. Calibrate on "
             "another, or pass --no-evaluate."

@@ -12,7 +12,8 @@ from ffnscope.cli import options as opt
 from ffnscope.errors import UsageError
 from ffnscope.run.earlier import find_record
 
-_DECIDED = ("method", "split", "num_samples", "max_length", "seed", "param", "core_fraction", "reference", "background")
+_OF_TEXT = ("split", "mix", "num_samples", "max_length", "seed")
+_DECIDED = ("method", *_OF_TEXT, "param", "core_fraction", "reference", "background")
 
 
 def open_record(
@@ -33,10 +34,10 @@ def open_record(
 
 def text_of(context: typer.Context, text: opt.TextChoice, record: PruningRecord) -> opt.TextChoice:
     """The text and the windows that the earlier result was measured on; the batch size may be given."""
-    name = text.text if record.text is None else record.text.source.name
+    names = text.names if record.text is None else tuple(one.name for one in record.text.source.parts)
     size = text.batch_size if opt.given(context, "batch_size") else record.batch_size
     of = record.held_out
-    return opt.TextChoice(name, None, of["n"], of["length"], size, of["seed"])
+    return opt.TextChoice(names[0], None, list(names[1:]), of["n"], of["length"], size, of["seed"])
 
 
 def loading_of(context: typer.Context, loading: opt.Loading, record: PruningRecord) -> opt.Loading:

@@ -94,13 +94,15 @@ class ValidateOptions:
     def text(self, calibration: opt.TextChoice) -> opt.TextChoice:
         """The held-out text; raises UsageError unless there is one that is not calibrated on."""
         name = self.held_out or calibration.text
-        chosen = replace(calibration, text=name, split=None, num_samples=self.held_out_samples)
-        if name == calibration.text:
+        mix = calibration.mix if self.held_out is None else None
+        chosen = replace(calibration, text=name, split=None, mix=mix, num_samples=self.held_out_samples)
+        if name in calibration.names:
+            for one in chosen.names:
+                if held_out_split(one) is None:
+                    raise UsageError(
+                        f"{one} has no known held-out split to measure on. Name another text with --held-out."
+                    )
             split = held_out_split(name)
-            if split is None:
-                raise UsageError(
-                    f"{name} has no known held-out split to measure on. Name another text with --held-out."
-                )
             if calibration.split == split:
                 raise UsageError(
                     f"--split {split} is the held-out split of {name}, on which is measured. Calibrate on another, or "

@@ -56,6 +56,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _device_map,
         _text_keys,
         _splits,
+        _mixture,
         _held_out,
         _tasks,
         _checkpoints,
@@ -246,6 +247,7 @@ def _device_map(config: RunConfig) -> Iterator[Finding]:
 
 def _text_keys(config: RunConfig) -> Iterator[Finding]:
     texts: list[tuple[KeyPath, Any, str]] = [(("dataset",), config.dataset, config.dataset.name)]
+    texts += [(path, text, text.name) for path, text in zip(_mix_paths(config), config.dataset.mix, strict=True)]
     if config.evaluation.enabled:
         texts.append((("evaluation",), config.evaluation, config.evaluation_text.name))
         texts += [(("evaluation", "extra", i), text, text.name) for i, text in enumerate(config.evaluation.extra)]
@@ -263,12 +265,30 @@ def _text_keys(config: RunConfig) -> Iterator[Finding]:
 
 def _splits(config: RunConfig) -> Iterator[Finding]:
     texts: list[tuple[KeyPath, TextSource]] = [(("dataset",), config.calibration_text)]
+    texts += zip(_mix_paths(config), config.mixed_texts, strict=True)
     if config.evaluation.enabled:
         texts += zip(_held_out_paths(config), config.evaluation_texts, strict=True)
     for path, text in texts:
         if text.name in SHIPPED_TEXTS and text.split not in (None, *SPLITS):
             message = f"{text.name!r} has no split {text.split!r}. Known: {', '.join(SPLITS)}"
             yield _finding((*path, "split"), message, (*path, "name"), ("dataset", "name"))
+
+
+def _mix_paths(config: RunConfig) -> list[KeyPath]:
+    return [("dataset", "mix", i) for i in range(len(config.dataset.mix))]
+
+
+def _mixture(config: RunConfig) -> Iterator[Finding]:
+    seen = {config.calibration_text.identity}
+    for path, text in zip(_mix_paths(config), config.mixed_texts, strict=True):
+        if text.identity in seen:
+            message = f"the text {text.words!r} is in the mixture twice. Name another, or remove it"
+            yield _finding(path, message, ("dataset",))
+        seen.add(text.identity)
+    if config.calibration.num_samples < (count := 1 + len(config.dataset.mix)):
+        message = f"{config.calibration.num_samples} window(s) cannot be shared by the {count} texts of dataset.mix"
+        path = ("calibration", "num_samples")
+        yield _finding(path, f"{message}. Ask for {count} or more", path, ("dataset", "mix"))
 
 
 def _held_out_paths(config: RunConfig) -> list[KeyPath]:
@@ -285,7 +305,8 @@ def _useless_keys(text: TextSource) -> tuple[str, ...]:
 def _held_out(config: RunConfig) -> Iterator[Finding]:
     if not config.evaluation.enabled:
         return
-    seen = {config.calibration_text.identity: "dataset (the calibration)"}
+    seen = {text.identity: show(path) for path, text in zip(_mix_paths(config), config.mixed_texts, strict=True)}
+    seen[config.calibration_text.identity] = "dataset (the calibration)"
     for path, text in zip(_held_out_paths(config), config.evaluation_texts, strict=True):
         reads: tuple[KeyPath, ...] = (("dataset",), ("evaluation",))
         if text.split is None and not text.is_file:

@@ -12,7 +12,7 @@ from ffnscope.run.choices import find_core
 from ffnscope.run.folder import CONFIG
 from ffnscope.run.load import load_config
 from ffnscope.run.schema import RunConfig
-from ffnscope.run.windows import text_source
+from ffnscope.run.windows import calibration_source
 from ffnscope.types import Budget
 
 
@@ -59,7 +59,7 @@ def _of_run(folder: Path, config: RunConfig, metric: str | None) -> PruningRecor
         Budget(asked.ratios[0], asked.multiple_of, asked.min_width),
         {**model, "revision": config.model.revision},
         given.batch_size,
-        TextRecipe(text_source(config.calibration_text), hash=facts["calibration"]["hash"], **size),
+        TextRecipe(calibration_source(config), hash=facts["calibration"]["hash"], **size),
         {"n": config.evaluation.num_samples, "length": config.evaluation_max_length, "seed": config.experiment.seed},
         protected or {},
         with_h_outer(folder / STATISTICS),

@@ -202,7 +202,10 @@ def resolve(config: RunConfig) -> RunConfig:
     text = {key: getattr(held_out, key) for key in type(held_out).model_fields}
     lengths = {"num_samples": config.scar_num_samples, "max_length": config.scar_max_length}
     blocks: dict[str, Any] = {
-        "dataset": {"split": config.calibration_text.split},
+        "dataset": {
+            "split": config.calibration_text.split,
+            "mix": tuple(ExtraText(**source.model_dump()) for source in config.mixed_texts),
+        },
         "calibration": {"seed": config.seed},
         "metrics": {"scar": scar.model_copy(update=lengths)},
         "supernode": {"core_fraction": fraction},

@@ -91,6 +91,10 @@ class Model(Block):
     """Model before fine-tuning, for delta_alignment: a model_id."""
 
 
+class ExtraText(TextSource):
+    """A further text, to calibrate on in a mixture, or held out."""
+
+
 class Dataset(TextSource):
     """Text that calibrates; also the base of the evaluation text."""
 
@@ -98,6 +102,8 @@ class Dataset(TextSource):
     """Shipped text (sotu, pydoc_topics, ...), hub dataset (wikitext, allenai/c4, ...), local folder, .txt or .jsonl."""
     split: Text | None = "train"
     """Part of the text that calibrates; a local file has none."""
+    mix: tuple[ExtraText, ...] = ()
+    """Further texts that calibrate, in equal parts with this one."""
     batch_size: Count = 1
     """Windows per forward pass of the evaluation."""
 
@@ -199,10 +205,6 @@ class Tasks(Block):
     """Requests per forward pass."""
 
 
-class ExtraText(TextSource):
-    """A further held-out text, for rows out of the calibration's domain."""
-
-
 class Evaluation(Block):
     """Held-out text and what is measured on it."""
 
@@ -297,6 +299,11 @@ class RunConfig(Block):
     def calibration_text(self) -> TextSource:
         """Text that calibrates."""
         return _source(self.dataset, self.dataset.split)
+
+    @property
+    def mixed_texts(self) -> tuple[TextSource, ...]:
+        """Texts that calibrate in equal parts with the calibration text."""
+        return tuple(_source(text, text.split, "train") for text in self.dataset.mix)
 
     @property
     def evaluation_text(self) -> TextSource:

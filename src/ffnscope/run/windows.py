@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ffnscope.calibrate.text import TextSource, check_text, load_documents, load_windows
@@ -13,7 +14,7 @@ from ffnscope.run.schema import RunConfig
 def check_texts(config: RunConfig) -> None:
     """Raise TextError when a text is missing or not readable: before a model is loaded, whose tokenizer cuts it."""
     others = map(text_source, config.stability_texts)
-    for source in (text_source(config.calibration_text), *_held_out_sources(config), *others):
+    for source in (calibration_source(config), *_held_out_sources(config), *others):
         check_text(source)
 
 
@@ -23,7 +24,7 @@ def calibration_windows(
     """Cut the calibration text, or another ``text``, into the windows that the configuration asks for."""
     asked = config.calibration
     return load_windows(
-        text_source(text or config.calibration_text),
+        text_source(text) if text else calibration_source(config),
         tokenizer,
         n=asked.num_samples,
         length=asked.max_length,
@@ -53,6 +54,12 @@ def evaluation_windows(config: RunConfig, tokenizer: Any) -> list[Windows]:
 
 def _held_out_sources(config: RunConfig) -> list[TextSource]:
     return [text_source(text) for text in config.evaluation_texts] if config.evaluation.enabled else []
+
+
+def calibration_source(config: RunConfig) -> TextSource:
+    """The text that calibrates, with those mixed with it, for the loader."""
+    mix = tuple(text_source(text) for text in config.mixed_texts)
+    return replace(text_source(config.calibration_text), mix=mix)
 
 
 def text_source(text: texts.TextSource) -> TextSource:
