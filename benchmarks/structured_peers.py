@@ -78,7 +78,7 @@ class Bench:
 
     @cached_property
     def texts(self):
-        return {name: structured.windows(self.loaded, name, "test", 32, 512, 42) for name in structured.DOMAINS}
+        return structured.evaluation_windows(self.loaded)
 
     @cached_property
     def dense(self) -> Path:
@@ -89,7 +89,7 @@ class Bench:
         return folder
 
     def calibration(self, seed: int) -> rows.Calibration:
-        text = structured.windows(self.loaded, "sotu", "train", 128, 256, seed)
+        text = structured.calibration_windows(self.loaded, seed)
         return rows.Calibration(self.loaded.model, text, seed, self.work)
 
     def python(self, peer: Peer) -> Path:

@@ -61,10 +61,11 @@ class Calibration:
         return found
 
     def _calibrate(self, path: Path) -> None:
-        sums = ["h_outer", "dy_outer", "act_sum"]
+        sums = ["h_outer", "dy_outer", "act_sum", "act_window_sq"]
         options = ffnscope.PassOptions(gradient_windows=GRADIENT_WINDOWS)
         ours = ffnscope.collect(self.model, self.windows, sums, options=options)
         found = [ffnscope.score(self.model, ours, "obs_loss"), ffnscope.score(self.model, ours, "obs")]
+        found.append(ffnscope.score(self.model, ours, "obs_general"))
         found.append(ffnscope.score(self.model, ours, "random", seed=self.seed))
         names = [name for name in SCORES.values() if name != "random"]
         stats, core = calibrate_all(self.model, self.windows, {name: {} for name in names}, sites=list(ours))
@@ -115,6 +116,7 @@ DEFAULT = "ffnscope default"
 OURS: dict[str, Make] = {
     DEFAULT: sequential("obs_loss", "halfway"),
     "obs_loss, local + sequential": sequential("obs_loss"),
+    "obs_general, halfway + sequential": sequential("obs_general", "halfway"),
     "obs_loss, halfway + one-shot": one_shot("obs_loss", "halfway"),
     "obs_loss, local + one-shot": one_shot("obs_loss"),
     "obs, local + one-shot": one_shot("obs"),

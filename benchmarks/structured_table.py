@@ -13,7 +13,7 @@ from scipy import stats as distributions
 
 from ffnscope.io import write_text
 
-DOMAINS = {"sotu": "in domain", "pydoc_topics": "out of domain"}
+DOMAINS = ("in", "out")
 CHANNELS = "channels"
 """What the sparsity of a cell is of, where it does not say so itself."""
 
@@ -56,7 +56,7 @@ def section(sparsity: float, rows: dict[str, list[dict]], dense: dict, score_onl
     excess = {d: {row: mean_nll(cells, d) - mean_nll([dense], d) for row, cells in rows.items()} for d in DOMAINS}
     best = {d: min((e for row, e in excess[d].items() if row in score_only), default=math.nan) for d in DOMAINS}
     lines = [f"## {sparsity:.0%} of the channels removed", "", COLUMNS, RULE]
-    for row in sorted(rows, key=excess["sotu"].__getitem__):
+    for row in sorted(rows, key=excess["in"].__getitem__):
         words = [f"**{row}**" if row == default else row, str(len(rows[row]))]
         for domain in DOMAINS:
             dense_nll = mean_nll([dense], domain)
@@ -69,7 +69,7 @@ def section(sparsity: float, rows: dict[str, list[dict]], dense: dict, score_onl
 def section_of_weights(of: str, sparsity: float, rows: dict[str, list[dict]]) -> list[str]:
     """Rows that set single weights to zero: nothing gets smaller, so no share of and no interval against channels."""
     lines = [f"## Not channel pruning: {sparsity:.0%} of the {of}", "", OF_WEIGHTS, "", WEIGHT_COLUMNS, WEIGHT_RULE]
-    for row in sorted(rows, key=lambda row: mean_nll(rows[row], "sotu")):
+    for row in sorted(rows, key=lambda row: mean_nll(rows[row], "in")):
         found = [f"{math.exp(mean_nll(rows[row], domain)):.2f}" for domain in DOMAINS]
         lines.append("| " + " | ".join([row, str(len(rows[row])), *found]) + " |")
     return [*lines, ""]
@@ -98,7 +98,8 @@ def against(row: list[dict], default: list[dict], domain: str) -> str:
 
 HEAD = (
     "Made by `benchmarks/structured.py`, whose docstring has the protocol: SmolLM2-135M-Instruct, FFN channels only, "
-    "nothing trained, 32,768 calibration tokens of speeches, 16,352 predicted tokens of each evaluation text. "
+    "nothing trained, 32,768 calibration tokens (speeches and source code, mixed), 16,352 predicted tokens of each "
+    "evaluation text. "
     "Share: excess log-perplexity over dense as a share of that of the best score-only row (no refit, no bias) of the "
     "domain. Against the default: difference of log-perplexity, paired by window, with its 95 % interval over windows; "
     "above zero the default is better. Rows whose plan reads no text have one seed."
