@@ -13,6 +13,7 @@ from ffnscope.apply.method import GRADIENT_WINDOWS
 from ffnscope.apply.pruned import Pruned
 from ffnscope.types import Budget
 
+ELEMENTS = "llm_pruner_elements"
 SCORES = {
     "random": "random",
     "magnitude (product of norms)": "magnitude",
@@ -23,7 +24,8 @@ SCORES = {
     "Minitron": "minitron",
     "Wanda, channels": "wanda",
     "FLAP score": "flap",
-    "LLM-Pruner": "llm_pruner",
+    "LLM-Pruner, vectors": "llm_pruner",
+    "LLM-Pruner, elements": ELEMENTS,
     "SCAR-LP": "scar_loss_proxy",
     "SCAR-Prot": "supernode_protection_score",
     "SCAR-Conn": "supernode_connectivity_score",
@@ -51,7 +53,15 @@ class Calibration:
         if not path.exists():
             self._calibrate(path)
         found, _ = ffnscope.read_scores(path)
-        return found
+        return found | {ELEMENTS: self.element_scores}
+
+    @cached_property
+    def element_scores(self) -> ffnscope.Scores:
+        """LLM-Pruner as its code has it by default: sums of |w dL/dw| over gate, up and down, of every 4th window."""
+        path = self.folder / "element_scores.safetensors"
+        if not path.exists():
+            ffnscope.write_scores(path, [element_taylor(self.model, self.windows[::4])], {})
+        return ffnscope.read_scores(path)[0][ELEMENTS]
 
     @cached_property
     def stats(self):
@@ -67,7 +77,7 @@ class Calibration:
         found = [ffnscope.score(self.model, ours, "obs_loss"), ffnscope.score(self.model, ours, "obs")]
         found.append(ffnscope.score(self.model, ours, "obs_general"))
         found.append(ffnscope.score(self.model, ours, "random", seed=self.seed))
-        names = [name for name in SCORES.values() if name != "random"]
+        names = [name for name in SCORES.values() if name not in ("random", ELEMENTS)]
         stats, core = calibrate_all(self.model, self.windows, {name: {} for name in names}, sites=list(ours))
         found += [ffnscope.score(self.model, stats, name, core=core) for name in names]
         ffnscope.write_stats(self.folder / "stats.safetensors", keep(ours, ("h_outer", "act_sum")), {})
@@ -75,6 +85,30 @@ class Calibration:
 
     def plan(self, metric: str, sparsity: float, allocator: str = "local"):
         return ffnscope.build_plan(self.scores[metric], Budget(sparsity), allocator)
+
+
+def element_taylor(model, windows: ffnscope.Windows) -> ffnscope.Scores:
+    """Sum over the weights of a channel of |w dL/dw|, L = mean loss of the windows (arXiv:2305.11627, param_first)."""
+    sites = ffnscope.find_sites(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    of_ffn = {f"{site.path}.{name}" for site in sites for name in (site.gate, site.up, site.down)}
+    chosen = {name: p for name, p in model.named_parameters() if name.removesuffix(".weight") in of_ffn}
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    for batch in windows.batches(4):
+        loss = model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss
+        (loss * len(batch) / len(windows)).backward()
+
+    def product(site: ffnscope.FFNSite, name: str):
+        weight = chosen[f"{site.path}.{name}.weight"]
+        return (weight.detach() * weight.grad).abs()
+
+    values = {s: product(s, s.gate).sum(1) + product(s, s.up).sum(1) + product(s, s.down).sum(0) for s in sites}
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    return ffnscope.Scores(ELEMENTS, values)
 
 
 def keep(stats, names):
