@@ -133,7 +133,7 @@ def learn_then_test(losses: Tensor, limit: float, failure: float, p_value: PValu
 def hoeffding_bentkus(losses: Tensor, limit: float) -> float:
     """P-value of «the expected loss is above the limit» from losses [n] in [0, 1]; valid for every n.
 
-    The smaller of exp(-n kl(min(mean, limit), limit)) (Hoeffding) and e P(Binomial(n, limit) <= ceil(n mean)) (Bentkus).
+    The smaller of exp(-n kl(min(mean, limit), limit)) (Hoeffding) and e P(Binomial(n, limit) <= ceil(n mean)).
     """
     n, mean = len(losses), float(losses.double().mean())
     hoeffding = math.exp(-n * _kl(min(mean, limit), limit))

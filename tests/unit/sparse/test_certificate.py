@@ -29,6 +29,21 @@ class TestByHand:
         # bounds 4/5 mean + 1/5: 0.2, 0.28, 0.36, 0.68
         settings = [risk_control(losses, limit).setting for limit in (0.2, 0.27, 0.28, 0.36, 0.67, 0.68)]
         assert settings == [0, 0, 1, 2, 2, 3]
+        found = risk_control(losses, 0.36)
+        assert found == Certificate("risk_control", 0.36, 0.0, 2, 4, pytest.approx(0.2))
+        assert found.statement.startswith("the expected loss of a new document is at most 0.36")
+
+    def test_a_loss_that_falls_again_counts_as_the_largest_before(self) -> None:
+        losses = torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
+        # means of the largest so far: 0, 1/6, 1/3 -> bounds 1/4, 3/8, 1/2
+        assert risk_control(losses, 0.49).setting == 1
+        assert risk_control(losses, 0.5).setting == 2
+
+    def test_split_conformal_takes_a_rank_of_needed_settings(self) -> None:
+        # document j needs setting j or safer: its loss is 0 up to there
+        losses = (torch.arange(5)[None] > torch.arange(4)[:, None]).float()
+        # ceil(5 (1 - failure)) of the needed settings 3, 2, 1, 0, from aggressive to safe
+        assert [split_conformal(losses, 0.5, f).setting for f in (0.2, 0.3, 0.4, 0.6, 0.8)] == [0, 0, 1, 2, 3]
 
     def test_learn_then_test_stops_at_the_first_that_is_not_rejected(self) -> None:
         losses = torch.zeros(50, 4)
