@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def allocate(
     steps: list[tuple[float, int, FFNSite, Point, Point]] = []
     for number, (site, options) in enumerate(points.items()):
         path = envelope(options)
-        for before, after in zip(path, path[1:], strict=False):
+        for before, after in itertools.pairwise(path):
             slope = (after.damage - before.damage) / (before.bytes_read - after.bytes_read)
             steps.append((slope, number, site, before, after))
     chosen = {site: options[0] for site, options in points.items()}

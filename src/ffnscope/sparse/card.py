@@ -81,8 +81,11 @@ class WantedChannels:
     @property
     def label(self) -> Label:
         """Contributions [T, d_ff] -> mask."""
-        made = {"top_mass": lambda c: top_mass(c, self.share), "largest": lambda c: largest(c, self.share)}
-        made["nonzero"] = nonzero
+        made: dict[str, Label] = {
+            "top_mass": lambda c: top_mass(c, self.share),
+            "largest": lambda c: largest(c, self.share),
+            "nonzero": nonzero,
+        }
         if self.kind not in made:
             raise UsageError(f"wanted channels are one of {', '.join(made)}; got {self.kind!r}.")
         return made[self.kind]

@@ -62,5 +62,5 @@ def loss_change(dense: Tensor, sparse: Tensor, windows: Windows) -> LossChange:
     sums, counts = document_sums(sparse - dense, windows)
     value, stderr = window_ratio(sums, counts)
     n = windows.n_targets
-    perplexities = (math.exp(float(nll.sum()) / n) for nll in (dense, sparse))
-    return LossChange(*perplexities, value, stderr, int((counts > 0).sum()), n)
+    before, after = (math.exp(float(nll.sum()) / n) for nll in (dense, sparse))
+    return LossChange(before, after, value, stderr, int((counts > 0).sum()), n)

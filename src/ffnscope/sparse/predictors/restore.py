@@ -52,8 +52,8 @@ def _by_factory(name: str, ffn: FFN, params: Params) -> Predictor:
         return PREDICTORS.get(name).make(ffn, None, **params)
     except UsageError as error:
         raise UsageError(
-            f"predictor {name!r} cannot be made again from a file, since its factory needs tokens ({error}) Let it make "
-            "a predictor with empty tensors when fit is None."
+            f"predictor {name!r} cannot be made again from a file, since its factory needs tokens ({error}) Let it "
+            "make a predictor with empty tensors when fit is None."
         ) from error
 
 
