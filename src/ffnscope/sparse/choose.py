@@ -28,7 +28,9 @@ from ffnscope.types import FFNSite
 
 Fitted = Mapping[FFNSite, FittedSite]
 Z = 1.96
-NEEDS_WINDOWS = "perplexity targets and allocations need the text itself: give CardTexts(windows=...), the windows that were traced."
+NEEDS_WINDOWS = (
+    "perplexity targets and allocations need the text itself: give CardTexts(windows=...), as it was traced."
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

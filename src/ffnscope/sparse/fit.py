@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -106,6 +106,7 @@ class _Fitting:
     options: CardOptions
     texts: CardTexts
     on_site: OnSite
+    known: dict[Part, ModelLosses] = field(default_factory=dict[Part, ModelLosses])
 
     @property
     def ladder(self) -> Ladder:
@@ -156,7 +157,11 @@ class _Fitting:
     def losses(self, fitted: Mapping[FFNSite, FittedSite], part: Part) -> ModelLosses | None:
         """The loss on the windows of a part of the documents; None where no text was given."""
         windows = self._windows(part)
-        return None if windows is None else ModelLosses(self.model, fitted, windows, self.options.batch_size)
+        if windows is None:
+            return None
+        if part not in self.known:
+            self.known[part] = ModelLosses(self.model, fitted, windows, self.options.batch_size)
+        return self.known[part]
 
     def card(
         self, fitted: Mapping[FFNSite, FittedSite], choice: Choice, settings: Mapping[FFNSite, int]
