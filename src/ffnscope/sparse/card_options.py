@@ -115,10 +115,12 @@ class CardTexts:
     Attributes:
         windows: the text that was traced, which says what to predict; needed for perplexity and for allocations.
         second: traces of another text, to see what the card does there.
+        second_windows: another text, to see what the card does to its loss.
     """
 
     windows: Windows | None = None
     second: Traces | None = None
+    second_windows: Windows | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.sparse.allocation import DamageCurve, allocate
 from ffnscope.sparse.calibration import Target
+from ffnscope.sparse.card import LossChange
 from ffnscope.sparse.card_options import CAP, CardOptions, CardTarget, Certify, Ladder, PerplexityTarget, loss_limit
 from ffnscope.sparse.certificate import (
     Certificate,
@@ -62,6 +63,10 @@ class ModelLosses:
             chosen = selectors_at(self.fitted, settings)
             self._known[key] = window_losses(self.model, chosen, self.windows, self.batch_size)
         return self._known[key]
+
+    def change(self, settings: Mapping[FFNSite, int]) -> LossChange:
+        """What settings do to the loss."""
+        return loss_change(self.at({}), self.at(settings), self.windows)
 
     def rise(self, settings: Mapping[FFNSite, int]) -> float:
         """Mean NLL per token over the dense model's."""

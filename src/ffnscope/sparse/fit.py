@@ -30,7 +30,6 @@ from ffnscope.sparse.card_options import (
 from ffnscope.sparse.choose import NEEDS_WINDOWS, Choice, ModelLosses, check_certificate, choose, selectors_at, spread
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.gradients import OutputGradients, output_gradients
-from ffnscope.sparse.losses import loss_change
 from ffnscope.sparse.rule import SelectionRule, tensors_of
 from ffnscope.sparse.selector import Selector
 from ffnscope.sparse.site_fit import FittedSite, SiteJob, SiteTokens, fit_site, read_site, write_site
@@ -182,7 +181,10 @@ class _Fitting:
         for part in ("calibrate", "test"):
             losses = self.losses(fitted, part)
             if losses is not None:
-                loss[part] = loss_change(losses.at({}), losses.at(settings), losses.windows)
+                loss[part] = losses.change(settings)
+        if self.texts.second_windows is not None:
+            other = ModelLosses(self.model, fitted, self.texts.second_windows, self.options.batch_size)
+            loss["second"] = other.change(settings)
         return SparsityCard(
             self.rule, self.options.wanted, self._asked, tuple(rows), measured.whole(), loss, choice.certificate,
             choice.allocation, tensors, self._facts(fitted),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,8 @@ class SelectionRule:
             raise NotAvailableError("a predictor that reads the input of an earlier FFN cannot run here; lookahead=0.")
         _check_params("predictor", self.predictor, self.predictor_params, PREDICTORS.get(self.predictor).params)
         policy, params = self._plain_policy()
-        _check_params("policy", policy, params, POLICIES.get(policy).params)
+        own = {} if policy == "channel_threshold" else POLICIES.get(policy).params
+        _check_params("policy", policy, params, own)
 
     def make_predictor(self, ffn: FFN, fit: FitTokens | None) -> Predictor:
         """The predictor of an FFN."""
@@ -107,7 +109,10 @@ def tensors_of(predictor: Predictor, policy: Policy) -> dict[str, Tensor]:
     return found
 
 
-def _check_params(kind: str, name: str, asked: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def _check_params(kind: str, name: str, asked: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> None:
     for key in asked:
         if key not in known:
             raise unknown_name(f"parameter of {kind} {name!r}", key, known)
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in asked:
+            raise UsageError(f"{kind} {name!r} needs {key}; give it in {kind}_params.")

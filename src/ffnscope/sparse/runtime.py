@@ -204,18 +204,7 @@ def wrap_(
         selectors = watch.selectors
     _check(model, selectors, break_even)
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
-    masked: list[LeftOut] = []
-    try:
-        for kind in kinds_of(list(selectors)):
-            level, why = _level(model, runtime, kind)
-            for site in kind:
-                runtime.keep(site, level)
-                if why is not None:
-                    masked.append(LeftOut(site.name, why))
-    except BaseException:
-        runtime.close()
-        raise
-    runtime.drop_rows()
+    masked = _settle(model, runtime, list(selectors))
     runtime.monitor = watch
     vars(model)[_KEY] = runtime
     _warn(model, runtime, masked)
@@ -257,6 +246,23 @@ def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float
             )
         check_values(model, site)
         check_resident(model, site)
+
+
+def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> list[LeftOut]:
+    """Let every FFN run at its fastest level; returns those that run under the mask, and why."""
+    masked: list[LeftOut] = []
+    try:
+        for kind in kinds_of(sites):
+            level, why = _level(model, runtime, kind)
+            for site in kind:
+                runtime.keep(site, level)
+                if why is not None:
+                    masked.append(LeftOut(site.name, why))
+    except BaseException:
+        runtime.close()
+        raise
+    runtime.drop_rows()
+    return masked
 
 
 def _level(model: nn.Module, runtime: Runtime, kind: Sequence[FFNSite]) -> tuple[Level, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -119,10 +119,11 @@ def fit_site(ffn: FFN, tokens: SiteTokens, job: SiteJob) -> FittedSite:
     """
     predictor = job.rule.make_predictor(ffn, tokens.fit)
     policy = job.rule.make_policy(predictor, tokens.fit)
-    part = tokens.fit if job.ladder.part == "fit" else tokens.calibrate
-    parameters = (None, *_parameters(policy, _held(predictor, ffn, part, job), job.ladder))
+    calibrate = _held(predictor, policy, tokens.calibrate, job)
+    chunks = _held(predictor, policy, tokens.fit, job) if job.ladder.part == "fit" else calibrate
+    parameters = (None, *_parameters(_by_keys(policy, job), chunks, job.ladder))
     made = FittedSite(predictor, policy, parameters, *(torch.empty(0) for _ in range(5)))
-    return _measured(made, tokens, job)
+    return _measured(made, tokens, calibrate, job)
 
 
 def write_site(path: Path, key: str, fitted: FittedSite) -> None:
@@ -164,25 +165,52 @@ def _parameters(policy: Policy, chunks: Chunks, ladder: Ladder) -> Iterator[floa
         yield last
 
 
-def _held(predictor: Predictor, ffn: FFN, tokens: FitTokens, job: SiteJob) -> Chunks:
-    """The scored tokens; in memory where they are few."""
-    chunks = scored(predictor, ffn, tokens.x, job.wanted.label)
-    if len(tokens.x) * ffn.d_ff > HELD_VALUES:
+@dataclass(frozen=True, slots=True)
+class _Keys(Policy):
+    """A policy that is given its keys in the place of scores, so that many settings share one computation of them."""
+
+    policy: Policy
+    parameter: ClassVar[str] = "that of the policy"
+
+    def keys(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def _level(self, parameter: float) -> float:
+        return self.policy.level(parameter)
+
+    def _natural(self, level: float) -> float:
+        return self.policy.natural(level)
+
+
+def _by_keys(policy: Policy, job: SiteJob) -> Policy:
+    """The policy for what `_held` gives."""
+    return _Keys(policy) if len(job.ladder.values) > 1 else policy
+
+
+def _held(predictor: Predictor, policy: Policy, tokens: FitTokens, job: SiteJob) -> Chunks:
+    """The scored tokens, with keys as scores where there are several settings; in memory where they are few."""
+    scores = scored(predictor, predictor.ffn, tokens.x, job.wanted.label)
+
+    def keyed() -> Iterator[Scored]:
+        return (Scored(policy.keys(one.scores), one.truth) for one in scores())
+
+    chunks = keyed if len(job.ladder.values) > 1 else scores
+    if len(tokens.x) * predictor.ffn.d_ff > HELD_VALUES:
         return chunks
     held: list[Scored] = list(chunks())
     return lambda: held
 
 
-def _measured(fitted: FittedSite, tokens: SiteTokens, job: SiteJob) -> FittedSite:
+def _measured(fitted: FittedSite, tokens: SiteTokens, chunks: Chunks, job: SiteJob) -> FittedSite:
     """Add density, losses by document and damage at every setting."""
     document = tokens.calibrate.document
     assert document is not None, "traces know the documents of their tokens"
     documents = document.unique()
     densities, losses = [torch.ones(())], [torch.zeros(len(document), dtype=torch.float64)]
     errors: list[float] = [0.0]
-    chunks = _held(fitted.predictor, fitted.predictor.ffn, tokens.calibrate, job)
+    policy = _by_keys(fitted.policy, job)
     for parameter in fitted.parameters[1:]:
-        found = [_measures(one, fitted.policy, parameter, job) for one in chunks()]
+        found = [_measures(one, policy, parameter, job) for one in chunks()]
         rows = {name: torch.cat([row[name] for row in found]) for name in found[0]}
         densities.append(rows["density"].mean())
         losses.append(rows.get("loss", losses[0]))

@@ -23,8 +23,8 @@ from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.losses import loss_change, selecting, window_losses
 from ffnscope.sparse.measures import measure
 from ffnscope.sparse.rule import SelectionRule
-from ffnscope.sparse.tracing import trace
 from ffnscope.sparse.traces import Traces
+from ffnscope.sparse.tracing import trace
 from reference import padded, text
 from tiny import tiny, tokens
 from tiny_moe import tiny_moe
@@ -118,10 +118,12 @@ class TestTargets:
 
     def test_a_second_text(self, one: Set, tmp_path: Path) -> None:
         second = trace(one.model, text(5, seed=9), tmp_path / "second")
-        card, selectors = fit_card(one.model, one.traces, RULE, Target("recall", 0.9), texts=CardTexts(second=second))
+        texts = CardTexts(second=second, second_windows=text(5, seed=9))
+        card, selectors = fit_card(one.model, one.traces, RULE, Target("recall", 0.9), texts=texts)
         assert "second" in card.facts
         site = card.sites[0].site
         expected = measure(selectors[site].predictor.ffn, selectors[site], second.x(site), WantedChannels().label)
+        assert (list(card.loss), card.loss["second"].n_documents) == (["second"], 5)
         assert card.sites[0].figures["second"]["recall"].mean == pytest.approx(expected.summary()["recall"].mean)
 
     def test_experts_without_tokens_are_left_out(self, tmp_path: Path) -> None:
@@ -281,10 +283,14 @@ class TestRules:
             assert found[site].predictor.bytes_read == selector.predictor.bytes_read
 
     def test_refused(self) -> None:
-        with pytest.raises(UnknownNameError, match="Unknown predictor 'low_bits'. Did you mean 'low_bit'"):
+        with pytest.raises(UnknownNameError, match=r"Unknown predictor 'low_bits'\. Did you mean 'low_bit'"):
             SelectionRule("low_bits")
         with pytest.raises(UnknownNameError, match="parameter of policy 'capped_threshold'"):
             SelectionRule("oracle", "capped_threshold", {}, {"kmin": 2})
+        with pytest.raises(UsageError, match=r"policy 'capped_threshold' needs k_max; give"):
+            SelectionRule("oracle", "capped_threshold", {}, {"k_min": 2})
+        with pytest.raises(UnknownNameError, match="parameter of policy 'channel_threshold' 'gain'"):
+            SelectionRule("oracle", "channel_threshold", {}, {"gain": 1})
         with pytest.raises(NotAvailableError, match="griffin"):
             SelectionRule("griffin")
         with pytest.raises(NotAvailableError, match="lookahead"):
@@ -326,7 +332,7 @@ class TestFiles:
         raw = bytearray(file.read_bytes())
         raw[-1] ^= 1
         file.write_bytes(raw)
-        with pytest.raises(ArtifactError, match="is not the file that was written with card.json"):
+        with pytest.raises(ArtifactError, match=r"is not the file that was written with card\.json"):
             read_card(path)
         file.unlink()
         with pytest.raises(ArtifactError, match="is missing"):

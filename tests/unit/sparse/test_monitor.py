@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,7 +87,7 @@ class TestWrapped:
             assert not any(drift.alarms for drift in runtime.monitor.report())
 
     def test_audits_are_exact_and_take_turns(self, made: Made) -> None:
-        model, card, selectors = made
+        _, card, selectors = made
         watch = Monitor(card, selectors, MonitorOptions(audit_every=2))
         x = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
         for row in x.split(1):
