@@ -85,11 +85,35 @@ from ffnscope.metrics.scorers import (
 from ffnscope.plan.build import build_plan, diff_plans, top_core
 from ffnscope.plan.curves import Curves, read_curves, write_curves
 from ffnscope.plan.pruners import BasePruner, GlobalPruner, LocalPruner
-from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS, allocator, metric, statistic
+from ffnscope.registry import (
+    ALLOCATORS,
+    METRICS,
+    POLICIES,
+    PREDICTORS,
+    STATISTICS,
+    allocator,
+    metric,
+    policy,
+    predictor,
+    statistic,
+)
 from ffnscope.report.page import write_report
 from ffnscope.report.ranking import ranking
 from ffnscope.report.run_folder import RunFolder, read_run
 from ffnscope.scoring import score
+from ffnscope.sparse.calibration import Target
+from ffnscope.sparse.card import Figure, LossChange, SiteCard, SparsityCard, WantedChannels
+from ffnscope.sparse.card_files import read_card, write_card
+from ffnscope.sparse.card_options import CardOptions, CardTexts, Certify, PerplexityTarget
+from ffnscope.sparse.certificate import Certificate
+from ffnscope.sparse.fit import fit_card
+from ffnscope.sparse.losses import selecting
+from ffnscope.sparse.monitor import MonitorOptions
+from ffnscope.sparse.rule import SelectionRule
+from ffnscope.sparse.runtime import unwrap_, wrap_
+from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.traces import Traces, read_traces
+from ffnscope.sparse.tracing import TraceOptions, trace, traces_size
 from ffnscope.types import (
     Budget,
     ChannelStats,
@@ -103,6 +127,35 @@ from ffnscope.types import (
 load = load_model
 
 __all__ = [
+    "POLICIES",
+    "PREDICTORS",
+    "policy",
+    "predictor",
+    "Target",
+    "Figure",
+    "LossChange",
+    "SiteCard",
+    "SparsityCard",
+    "WantedChannels",
+    "read_card",
+    "write_card",
+    "CardOptions",
+    "CardTexts",
+    "Certify",
+    "PerplexityTarget",
+    "Certificate",
+    "fit_card",
+    "selecting",
+    "MonitorOptions",
+    "SelectionRule",
+    "unwrap_",
+    "wrap_",
+    "Selector",
+    "Traces",
+    "read_traces",
+    "TraceOptions",
+    "trace",
+    "traces_size",
     "ALLOCATORS",
     "METHODS",
     "METRICS",

@@ -14,9 +14,11 @@ from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.ffn.offload import check_values
 from ffnscope.ffn.projection import check_resident, modules_of, shape_of, uses_of, weights_of
 from ffnscope.ffn.survey import LeftOut, describe
+from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.kernels.break_even import break_even
 from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
+from ffnscope.sparse.monitor import Monitor, MonitorOptions
 from ffnscope.sparse.trial import differs, kinds_of, reached
 from ffnscope.sparse.uses import Counts, Level, ModuleUse, ProjectionUse, Selection, Selector, Step, projection_rows
 from ffnscope.types import FFNSite
@@ -58,11 +60,13 @@ class Runtime:
     Attributes:
         levels: how each FFN runs: "module" (one kernel), "projections" (one kernel per projection), or "masked".
         copied_bytes: memory of weights that had to be copied to lie row by row, down projections above all.
+        monitor: of a model that was wrapped by a card; else None.
     """
 
     def __init__(self, model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float | None, step: Step):
         self.levels: dict[FFNSite, Level] = {}
         self.copied_bytes = 0
+        self.monitor: Monitor | None = None
         self._model, self._step = model, step
         self._given_limit = limit
         self._selections = {s: Selection(s, rule, step, self._limit_of(s)) for s, rule in selectors.items()}
@@ -150,10 +154,17 @@ class Runtime:
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeds = kwargs.get("inputs_embeds")
         self._step.length = ids.shape[-1] if ids is not None else 0 if embeds is None else embeds.shape[-2]
+        if self.monitor is not None:
+            self.monitor.check()
 
 
 def wrap_(
-    model: nn.Module, selectors: Mapping[FFNSite, Selector], *, prefill: bool = False, break_even: float | None = None
+    model: nn.Module,
+    selectors: Mapping[FFNSite, Selector] | SparsityCard,
+    *,
+    prefill: bool = False,
+    break_even: float | None = None,
+    monitor: MonitorOptions | None = None,
 ) -> Runtime:
     """Let FFNs compute only the channels that selectors ask for while the model decodes, in place.
 
@@ -168,9 +179,11 @@ def wrap_(
 
     Args:
         model: a `transformers` causal LM in memory, in evaluation mode.
-        selectors: site -> function of x [T, d_model] that gives the mask [T, d_ff] of bool, True = keep.
+        selectors: site -> function of x [T, d_model] that gives the mask [T, d_ff] of bool, True = keep; or a card,
+            with which decoding is watched too: an FFN runs dense while it is outside of the card's bands (`Monitor`).
         prefill: also apply the masks where many tokens are read at once, without reading less: to measure quality.
         break_even: largest density at which rows are read, in [0, 1]; None measures it once per shape, on first use.
+        monitor: how decoding by a card is watched.
 
     Returns:
         The runtime, which tells how each FFN runs and what was measured.
@@ -179,25 +192,20 @@ def wrap_(
         which FFNs run dense under the mask, or with torch instead of compiled kernels, and why.
 
     Raises:
+        ArtifactError: the card is of another model.
         UsageError: no selectors, sites of another model, a model that is wrapped already, or a ``break_even`` outside
             [0, 1].
         NotAvailableError: an expert in parameters that all experts of its layer share.
         ModelError: weights are offloaded.
     """
+    watch = None
+    if isinstance(selectors, SparsityCard):
+        watch = Monitor(selectors, selectors.selectors(model), monitor)
+        selectors = watch.selectors
     _check(model, selectors, break_even)
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
-    masked: list[LeftOut] = []
-    try:
-        for kind in kinds_of(list(selectors)):
-            level, why = _level(model, runtime, kind)
-            for site in kind:
-                runtime.keep(site, level)
-                if why is not None:
-                    masked.append(LeftOut(site.name, why))
-    except BaseException:
-        runtime.close()
-        raise
-    runtime.drop_rows()
+    masked = _settle(model, runtime, list(selectors))
+    runtime.monitor = watch
     vars(model)[_KEY] = runtime
     _warn(model, runtime, masked)
     return runtime
@@ -220,7 +228,9 @@ def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float
     if _KEY in vars(model):
         raise UsageError(f"{type(model).__name__} is wrapped already; call unwrap_(model) first.")
     if not selectors:
-        raise UsageError("no selectors were given; expected one per FFN that is to be sparse, as {site: function}.")
+        raise UsageError(
+            "no selectors were given; expected one per FFN that is to be sparse, or a card with such an FFN."
+        )
     if limit is not None and not 0 <= limit <= 1:
         raise UsageError(f"break_even must be a density in [0, 1]; got {limit:g}.")
     for site in selectors:
@@ -236,6 +246,23 @@ def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float
             )
         check_values(model, site)
         check_resident(model, site)
+
+
+def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> list[LeftOut]:
+    """Let every FFN run at its fastest level; returns those that run under the mask, and why."""
+    masked: list[LeftOut] = []
+    try:
+        for kind in kinds_of(sites):
+            level, why = _level(model, runtime, kind)
+            for site in kind:
+                runtime.keep(site, level)
+                if why is not None:
+                    masked.append(LeftOut(site.name, why))
+    except BaseException:
+        runtime.close()
+        raise
+    runtime.drop_rows()
+    return masked
 
 
 def _level(model: nn.Module, runtime: Runtime, kind: Sequence[FFNSite]) -> tuple[Level, str | None]:

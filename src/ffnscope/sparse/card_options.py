@@ -1,0 +1,180 @@
+"""What a card is fitted to: targets, certificates, allocations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import UsageError, unknown_name
+from ffnscope.sparse.calibration import Measure, Target
+from ffnscope.sparse.card import WantedChannels
+from ffnscope.sparse.certificate import Method
+from ffnscope.sparse.split import Part
+from ffnscope.sparse.traces import Traces
+
+Allocation = Literal["uniform", "relative_error", "fisher", "measured"]
+DENSITIES = tuple(round(0.95 - 0.05 * i, 2) for i in range(19))
+LOSS_STEPS = tuple((i + 1) / 16 for i in range(24))
+"""Settings of a certificate for recall or missed mass, as shares of the loss that is allowed."""
+CAP = 10.0
+"""A document's rise of the loss counts up to so many times the allowed one, since a certificate needs a bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityTarget:
+    """How much the perplexity may rise.
+
+    Attributes:
+        increase: share of the dense perplexity: 0.01 is +1 %.
+    """
+
+    increase: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.increase <= 10:
+            raise UsageError(
+                f"the increase of the perplexity must be in (0, 10], 0.01 for +1 %; got {self.increase:g}."
+            )
+
+    @property
+    def nats(self) -> float:
+        """Rise of the mean NLL per token."""
+        return math.log1p(self.increase)
+
+
+CardTarget = Target | PerplexityTarget
+
+
+@dataclass(frozen=True, slots=True)
+class Certify:
+    """Choose the setting so that the target is promised for new documents, instead of met on the calibration's.
+
+    The loss of a document is 1 - recall, the missed mass or the relative error (at most 1), over its tokens and all
+    FFNs; or its rise of the NLL per token, from 0 up to `CAP` times the allowed one and over that.
+
+    Attributes:
+        method: see `ffnscope.sparse.certificate`; for perplexity learn_then_test is the usual one.
+        failure: of split_conformal and learn_then_test.
+    """
+
+    method: Method = "risk_control"
+    failure: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise unknown_name("method of a certificate", self.method, get_args(Method))
+        if not 0 < self.failure < 1:
+            raise UsageError(f"failure of a certificate must be in (0, 1); got {self.failure:g}.")
+
+
+@dataclass(frozen=True, slots=True)
+class CardOptions:
+    """How a card is fitted.
+
+    Attributes:
+        wanted: channels that recall is about.
+        certify: None meets the target on the calibration documents.
+        allocation: "uniform", the same density (or recall, ...) in every FFN; or by damage curves, "relative_error",
+            "fisher" (error weighted with the squared gradient of the loss) or "measured" (loss with that FFN alone
+            sparse), which is only used where it lowers the loss on the calibration's windows beyond its interval.
+        floor: lowest density of the first and the last layer in such an allocation.
+        densities: settings that are tried where one density is searched for, from high to low.
+        gradient_windows: that "fisher" runs a backward on, and "measured" its forwards.
+        batch_size: windows per forward.
+        checkpoint: folder of a file per FFN: a call that was cut off, or has another way to choose, goes on from them.
+    """
+
+    wanted: WantedChannels = field(default_factory=WantedChannels)
+    certify: Certify | None = None
+    allocation: Allocation = "uniform"
+    floor: float = 0.3
+    densities: tuple[float, ...] = DENSITIES
+    gradient_windows: int = 8
+    batch_size: int = 4
+    checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.allocation not in get_args(Allocation):
+            raise unknown_name("allocation", self.allocation, get_args(Allocation))
+        falling = all(a > b for a, b in itertools.pairwise(self.densities))
+        if not self.densities or not falling or not 0 < self.densities[-1] <= self.densities[0] < 1:
+            raise UsageError(f"densities must fall and be in (0, 1), such as 0.9, 0.8, ...; got {self.densities}.")
+        for name in ("gradient_windows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CardTexts:
+    """Texts beside the traces.
+
+    Attributes:
+        windows: the text that was traced, which says what to predict; needed for perplexity and for allocations.
+        second: traces of another text, to see what the card does there.
+        second_windows: another text, to see what the card does to its loss.
+    """
+
+    windows: Windows | None = None
+    second: Traces | None = None
+    second_windows: Windows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Settings of a selection from safe to aggressive. Before the first of ``values`` comes the dense model.
+
+    Attributes:
+        measure: that a setting meets in every FFN.
+        values: of the measure.
+        part: documents on which the parameters meet it.
+    """
+
+    measure: Measure
+    values: tuple[float, ...]
+    part: Part
+
+
+def ladder_of(target: CardTarget, options: CardOptions) -> Ladder:
+    """The settings among which a target is met.
+
+    Raises:
+        UsageError: a combination that is not offered.
+    """
+    searched = options.certify is not None or options.allocation != "uniform" or isinstance(target, PerplexityTarget)
+    if not searched and isinstance(target, Target):
+        return Ladder(target.measure, (target.value,), "calibrate")
+    _check_offered(target, options)
+    part: Part = "calibrate" if options.certify is None else "fit"
+    if isinstance(target, PerplexityTarget) or target.measure == "relative_error":
+        return Ladder("density", options.densities, part)
+    if target.measure == "density":
+        values = {*options.densities, target.value}
+        return Ladder("density", tuple(sorted(values, reverse=True)), part)
+    allowed = loss_limit(target)
+    losses = [allowed * step for step in LOSS_STEPS if allowed * step < 1]
+    return Ladder(target.measure, tuple(1 - x if target.measure == "recall" else x for x in losses), part)
+
+
+def loss_limit(target: CardTarget) -> float:
+    """What a certificate bounds, in [0, 1]."""
+    if isinstance(target, PerplexityTarget):
+        return 1 / CAP
+    return 1 - target.value if target.measure == "recall" else target.value
+
+
+def _check_offered(target: CardTarget, options: CardOptions) -> None:
+    if options.certify is not None and options.allocation != "uniform":
+        raise UsageError(
+            "a certificate needs settings fixed before, which an allocation is not; choose one of the two."
+        )
+    if options.certify is not None and isinstance(target, Target) and target.measure == "density":
+        raise UsageError("a density is a cost and has no certificate; give recall, missed mass, error or perplexity.")
+    if options.allocation != "uniform" and isinstance(target, Target) and target.measure != "density":
+        raise UsageError(
+            f"a target {target.measure} fixes the density of every FFN, so there is nothing to allocate; give a "
+            "density or a perplexity, or allocation 'uniform'."
+        )

@@ -1,0 +1,256 @@
+"""`fit_card`: from traces to a calibrated contextual sparsity, one FFN in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffnscope.calibrate.collect import weights_hash
+from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.ffn.function import FFN
+from ffnscope.io import hash_json
+from ffnscope.sparse.calibration import Target
+from ffnscope.sparse.card import LossChange, SiteCard, Source, SparsityCard
+from ffnscope.sparse.card_figures import CardFigures
+from ffnscope.sparse.card_options import (
+    CAP,
+    CardOptions,
+    CardTarget,
+    CardTexts,
+    Ladder,
+    PerplexityTarget,
+    ladder_of,
+    loss_limit,
+)
+from ffnscope.sparse.choose import NEEDS_WINDOWS, Choice, ModelLosses, check_certificate, choose, selectors_at, spread
+from ffnscope.sparse.ffn import ffn_of
+from ffnscope.sparse.gradients import OutputGradients, output_gradients
+from ffnscope.sparse.rule import SelectionRule, tensors_of
+from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.site_fit import FittedSite, SiteJob, SiteTokens, fit_site, read_site, write_site
+from ffnscope.sparse.split import Part
+from ffnscope.sparse.traces import Traces
+from ffnscope.types import FFNSite
+
+OnSite = Callable[[str, int, int], None]
+"""Called after each FFN with "fit" or "measure", FFNs done, and FFNs in all."""
+
+
+def fit_card(
+    model: nn.Module,
+    traces: Traces,
+    rule: SelectionRule,
+    target: CardTarget,
+    *,
+    options: CardOptions | None = None,
+    texts: CardTexts | None = None,
+    on_site: OnSite | None = None,
+) -> tuple[SparsityCard, dict[FFNSite, Selector]]:
+    """Fit predictors, calibrate the policy to a target, and measure the result on documents that had no part in it.
+
+    Predictors are made from the fit documents. A target is met on the calibration documents, in every FFN by itself; or
+    for perplexity, by one density for all of them, the lowest of ``options.densities`` that was measured to be within
+    it. With a certificate, settings are fixed on the fit documents and the calibration documents choose among them. The
+    test documents, and a second text, only measure. An FFN that would read more bytes than it does dense stays dense,
+    and so does one (an expert) without tokens to fit and calibrate with, which is left out of the card.
+
+    Args:
+        model: the traced model; left as it was.
+        traces: inputs of its FFNs.
+        rule: predictor and policy.
+        target: what is wanted.
+        options: certificate, allocation, files to go on from.
+        texts: the traced windows (for perplexity, and its figures), traces of a second text.
+        on_site: see `OnSite`.
+
+    Returns:
+        The card, and the selections of the FFNs that are not dense, for `wrap_`.
+
+    Raises:
+        UsageError: a target that cannot be met, too few documents for a certificate, other windows than were traced.
+        ArtifactError: traces of another model.
+    """
+    options, texts = options or CardOptions(), texts or CardTexts()
+    fitting = _Fitting(model, traces, rule, target, options, texts, on_site or _silent)
+    fitting.check()
+    fitted = fitting.fit()
+    losses = fitting.losses(fitted, "calibrate")
+    choice = choose(fitted, fitting.ladder, target, options, losses)
+    settings = {s: _unless_dearer(one, choice.settings[s]) for s, one in fitted.items()}
+    return fitting.card(fitted, choice, settings), selectors_at(fitted, settings)
+
+
+def _unless_dearer(one: FittedSite, setting: int) -> int:
+    """Dense where a setting reads as many bytes as that."""
+    return setting if one.bytes_read(setting) < one.bytes_dense else 0
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass(slots=True, eq=False)
+class _Fitting:
+    """One call of `fit_card`."""
+
+    model: nn.Module
+    traces: Traces
+    rule: SelectionRule
+    target: CardTarget
+    options: CardOptions
+    texts: CardTexts
+    on_site: OnSite
+    known: dict[Part, ModelLosses] = field(default_factory=dict[Part, ModelLosses])
+
+    @property
+    def ladder(self) -> Ladder:
+        return ladder_of(self.target, self.options)
+
+    @property
+    def job(self) -> SiteJob:
+        certified = self.options.certify is not None and isinstance(self.target, Target)
+        loss: Any = self.target.measure if certified and isinstance(self.target, Target) else None
+        allocation = self.options.allocation
+        damage = allocation if allocation in ("relative_error", "fisher") else None
+        return SiteJob(self.rule, self.ladder, self.options.wanted, loss, damage)
+
+    def check(self) -> None:
+        """Refuse what cannot work before any work."""
+        assert self.ladder.values
+        facts = self.traces.facts
+        if weights_hash(self.model) != facts["weights_hash"]:
+            raise ArtifactError(
+                f"the traces in {self.traces.path} are of other weights than this {type(self.model).__name__} has. "
+                "Load the traced model in the same dtype, or trace again."
+            )
+        if self.options.certify is not None:
+            check_certificate(self.options.certify, self.target, len(self.traces.parts["calibrate"]))
+        windows = self.texts.windows
+        if windows is not None and windows.hash != facts["windows_hash"]:
+            raise UsageError(
+                f"the windows of {windows.source} are not those that were traced; give the same windows to trace and "
+                "to fit_card, so that documents mean the same in both."
+            )
+        needs = isinstance(self.target, PerplexityTarget) or self.options.allocation != "uniform"
+        if windows is None and needs:
+            raise UsageError(NEEDS_WINDOWS)
+
+    def fit(self) -> dict[FFNSite, FittedSite]:
+        """All FFNs that have tokens, with all settings."""
+        found: dict[FFNSite, FittedSite] = {}
+        gradients = self._gradients()
+        key = self._key()
+        for done, site in enumerate(self.traces.sites, start=1):
+            if all(len(self.traces.tokens(site, part)) for part in ("fit", "calibrate")):
+                found[site] = self._site(done - 1, site, key, gradients.get(site))
+            self.on_site("fit", done, len(self.traces.sites))
+        if not found:
+            raise UsageError("no FFN of these traces has tokens to fit and to calibrate with; trace a longer text.")
+        return found
+
+    def losses(self, fitted: Mapping[FFNSite, FittedSite], part: Part) -> ModelLosses | None:
+        """The loss on the windows of a part of the documents; None where no text was given."""
+        windows = self._windows(part)
+        if windows is None:
+            return None
+        if part not in self.known:
+            self.known[part] = ModelLosses(self.model, fitted, windows, self.options.batch_size)
+        return self.known[part]
+
+    def card(
+        self, fitted: Mapping[FFNSite, FittedSite], choice: Choice, settings: Mapping[FFNSite, int]
+    ) -> SparsityCard:
+        """Measure, and write down."""
+        measured = CardFigures(self.traces, self.texts.second, self.options.wanted)
+        rows: list[SiteCard] = []
+        for done, (site, one) in enumerate(fitted.items(), start=1):
+            rows.append(measured.site(site, one, settings[site]))
+            self.on_site("measure", done, len(fitted))
+        tensors = {
+            f"{site.name}/{name}": value
+            for site, one in fitted.items()
+            if settings[site]
+            for name, value in tensors_of(one.predictor, one.policy).items()
+        }
+        loss: dict[Source, LossChange] = {}
+        for part in ("calibrate", "test"):
+            losses = self.losses(fitted, part)
+            if losses is not None:
+                loss[part] = losses.change(settings)
+        if self.texts.second_windows is not None:
+            other = ModelLosses(self.model, fitted, self.texts.second_windows, self.options.batch_size)
+            loss["second"] = other.change(settings)
+        return SparsityCard(
+            self.rule, self.options.wanted, self._asked, tuple(rows), measured.whole(), loss, choice.certificate,
+            choice.allocation, tensors, self._facts(fitted),
+        )  # fmt: skip
+
+    def ffn(self, site: FFNSite) -> FFN:
+        return ffn_of(self.model, site, self.traces.activation(site))
+
+    @property
+    def _asked(self) -> tuple[str, float]:
+        if isinstance(self.target, PerplexityTarget):
+            return "perplexity", self.target.increase
+        return self.target.measure, self.target.value
+
+    def _site(self, number: int, site: FFNSite, key: str, gradients: OutputGradients | None) -> FittedSite:
+        folder, ffn = self.options.checkpoint, self.ffn(site)
+        path = None if folder is None else folder / f"site_{number:04d}.safetensors"
+        found = None if path is None else read_site(path, key, ffn, self.rule)
+        if found is None:
+            traces = self.traces
+            tokens = SiteTokens(traces.fit_tokens(site), traces.fit_tokens(site, "calibrate"), gradients)
+            found = fit_site(ffn, tokens, self.job)
+            if path is not None:
+                write_site(path, key, found)
+        return found
+
+    def _gradients(self) -> Mapping[FFNSite, OutputGradients]:
+        windows = self._windows("calibrate")
+        if self.options.allocation != "fisher" or windows is None:
+            return {}
+        return output_gradients(self.model, self.traces.sites, spread(windows, self.options.gradient_windows))
+
+    def _windows(self, part: Part) -> Windows | None:
+        if self.texts.windows is None:
+            return None
+        return self.texts.windows[torch.isin(self.texts.windows.document, self.traces.parts[part])]
+
+    def _key(self) -> str:
+        """Hash of all that a fitted FFN depends on."""
+        job = asdict(self.job)
+        windows = self.options.gradient_windows if self.options.allocation == "fisher" else 0
+        return hash_json([job, self.traces.facts["key"], self.traces.facts["seed"], windows])
+
+    def _facts(self, fitted: Mapping[FFNSite, FittedSite]) -> dict[str, Any]:
+        traces, second, certify = self.traces, self.texts.second, self.options.certify
+        facts: dict[str, Any] = {
+            "weights_hash": traces.facts["weights_hash"],
+            "windows_hash": traces.facts["windows_hash"],
+            "source": traces.facts["source"],
+            "documents": {name: len(part) for name, part in traces.parts.items()},
+            "seed": traces.facts["seed"],
+            "left_out": [site.name for site in traces.sites if site not in fitted],
+            "allocation": self.options.allocation,
+            "floor": self.options.floor,
+        }
+        if second is not None:
+            facts["second"] = {"source": second.facts["source"], "windows_hash": second.facts["windows_hash"]}
+        if certify is not None:
+            facts["certified_loss"] = _LOSS_WORDS[self._asked[0]]
+            facts["limit"] = loss_limit(self.target)
+        return facts
+
+
+_LOSS_WORDS = {
+    "recall": "1 - recall",
+    "missed_mass": "missed mass",
+    "relative_error": "relative error, at most 1",
+    "perplexity": f"rise of the NLL per token, from 0 to {CAP:g} times the allowed one, over that",
+}

@@ -1,0 +1,118 @@
+"""Which predictor and which policy, by name: what makes the selection of every FFN of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ffnscope.errors import NotAvailableError, UsageError, unknown_name
+from ffnscope.ffn.function import FFN
+from ffnscope.registry import POLICIES, PREDICTORS
+from ffnscope.sparse.policies import ChannelThreshold, Hybrid, Policy, TopK, channel_gain
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed, token_mean
+from ffnscope.sparse.predictors.restore import restore_predictor
+
+GAIN_TOKENS = 4096
+"""Tokens on which gains of channels are measured, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRule:
+    """A predictor and a policy, with their parameters as a file can hold them.
+
+    Two policies are given something of each FFN: ``channel_threshold`` its gains, and ``hybrid`` its core, the share
+    ``core`` (default 0.02) of channels with the largest mean contributions; all else in the parameters of ``hybrid`` is
+    ``rest``, the name of the other policy, and its parameters.
+
+    Attributes:
+        predictor: name.
+        policy: name.
+        predictor_params: keyword arguments of the predictor's factory.
+        policy_params: keyword arguments of the policy.
+    """
+
+    predictor: str = "low_bit"
+    policy: str = "nucleus"
+    predictor_params: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    policy_params: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        if self.predictor == "griffin":
+            raise NotAvailableError(
+                "griffin takes its scores from each prompt, so no calibration holds for it; use static, or begin() of "
+                "its predictor before every prompt."
+            )
+        if self.predictor_params.get("lookahead"):
+            raise NotAvailableError("a predictor that reads the input of an earlier FFN cannot run here; lookahead=0.")
+        _check_params("predictor", self.predictor, self.predictor_params, PREDICTORS.get(self.predictor).params)
+        policy, params = self._plain_policy()
+        own = {} if policy == "channel_threshold" else POLICIES.get(policy).params
+        _check_params("policy", policy, params, own)
+
+    def make_predictor(self, ffn: FFN, fit: FitTokens | None) -> Predictor:
+        """The predictor of an FFN."""
+        made: Predictor = PREDICTORS.get(self.predictor).make(ffn, fit, **self.predictor_params)
+        return made.eval().requires_grad_(False)
+
+    def make_policy(self, predictor: Predictor, fit: FitTokens | None) -> Policy:
+        """The policy of an FFN."""
+        name, params = self._plain_policy()
+        if name == "channel_threshold":
+            x = needed(fit, "channel_threshold").x[:GAIN_TOKENS]
+            return ChannelThreshold(channel_gain(predictor(x), predictor.ffn.contributions(x)))
+        made: Policy = POLICIES.get(name).make(**params)
+        if self.policy != "hybrid":
+            return made
+        mean = token_mean(needed(fit, "hybrid").x, predictor.ffn.contributions).float()
+        k = round(self.core_share * len(mean))
+        return Hybrid(TopK().select(mean[None], k)[0].nonzero().flatten(), made)
+
+    def restore(self, ffn: FFN, tensors: Mapping[str, Tensor]) -> tuple[Predictor, Policy]:
+        """Predictor and policy of an FFN from what `tensors_of` gave."""
+        state = {k.removeprefix("predictor/"): v for k, v in tensors.items() if k.startswith("predictor/")}
+        predictor = restore_predictor(self.predictor, ffn, self.predictor_params, state)
+        name, params = self._plain_policy()
+        if name == "channel_threshold":
+            return predictor, ChannelThreshold(tensors["policy/gain"])
+        made: Policy = POLICIES.get(name).make(**params)
+        return predictor, Hybrid(tensors["policy/core"], made) if self.policy == "hybrid" else made
+
+    @property
+    def core_share(self) -> float:
+        """Share of channels in the core of ``hybrid``."""
+        return self.policy_params.get("core", 0.02)
+
+    def _plain_policy(self) -> tuple[str, dict[str, Any]]:
+        """The policy that decides by scores, and its parameters."""
+        if self.policy != "hybrid":
+            return self.policy, dict(self.policy_params)
+        rest = self.policy_params.get("rest", "nucleus")
+        if rest in ("hybrid", "channel_threshold") or not 0 <= self.core_share < 1:
+            raise UsageError(
+                f"hybrid needs a share core in [0, 1) and another simple policy as rest; got {self.core_share!r} and "
+                f"{rest!r}."
+            )
+        return rest, {k: v for k, v in self.policy_params.items() if k not in ("core", "rest")}
+
+
+def tensors_of(predictor: Predictor, policy: Policy) -> dict[str, Tensor]:
+    """All tensors that a file needs to make these two again."""
+    found = {f"predictor/{name}": value.detach().cpu() for name, value in predictor.state_dict().items()}
+    if isinstance(policy, ChannelThreshold):
+        found["policy/gain"] = policy.gain.cpu()
+    if isinstance(policy, Hybrid):
+        found["policy/core"] = policy.core.cpu()
+    return found
+
+
+def _check_params(kind: str, name: str, asked: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> None:
+    for key in asked:
+        if key not in known:
+            raise unknown_name(f"parameter of {kind} {name!r}", key, known)
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in asked:
+            raise UsageError(f"{kind} {name!r} needs {key}; give it in {kind}_params.")

@@ -1,0 +1,258 @@
+"""One FFN of a card: its predictor, its parameters at every setting, and what these cost and lose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ffnscope.errors import UsageError
+from ffnscope.ffn.function import FFN, wide
+from ffnscope.io import disposable, expect_kind, read_tensors, write_tensors
+from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored
+from ffnscope.sparse.card import WantedChannels
+from ffnscope.sparse.card_options import Ladder
+from ffnscope.sparse.figures import sums_by_document
+from ffnscope.sparse.gradients import OutputGradients, fisher_damage
+from ffnscope.sparse.measures import density, missed_mass, recall, relative_error
+from ffnscope.sparse.policies import Policy
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor, bytes_per_token
+from ffnscope.sparse.rule import SelectionRule, tensors_of
+from ffnscope.sparse.selector import Selector
+
+KIND = "fitted FFN"
+HELD_VALUES = 2**26
+"""Scores of a part of the documents that are held in memory (13 bytes each); more are made again for each setting."""
+SiteLoss = Literal["recall", "missed_mass", "relative_error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteJob:
+    """What is wanted of every FFN.
+
+    Attributes:
+        rule: predictor and policy.
+        ladder: settings.
+        wanted: channels that recall is about.
+        loss: that a certificate is about; None where it is not one of FFNs.
+        damage: of an allocation; None where none is made of FFNs.
+    """
+
+    rule: SelectionRule
+    ladder: Ladder
+    wanted: WantedChannels
+    loss: SiteLoss | None = None
+    damage: Literal["relative_error", "fisher"] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteTokens:
+    """Tokens of one FFN.
+
+    Attributes:
+        fit: to make the predictor from, and the settings where these have a certificate.
+        calibrate: other documents, to see what settings cost and lose.
+        gradients: for the damage "fisher".
+    """
+
+    fit: FitTokens
+    calibrate: FitTokens
+    gradients: OutputGradients | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedSite:
+    """One FFN with all settings of a ladder; the first is dense.
+
+    Attributes:
+        predictor: of this FFN.
+        policy: of this FFN.
+        parameters: of the policy, one per setting; None = dense.
+        density: mean on the calibration documents [n].
+        damage: on them [n], or empty.
+        loss_sums: sums over the tokens of each of these documents, ascending [n_documents, n], or empty.
+        documents: which they are [n_documents].
+        loss_counts: their tokens [n_documents].
+    """
+
+    predictor: Predictor
+    policy: Policy
+    parameters: tuple[float | None, ...]
+    density: Tensor
+    damage: Tensor
+    loss_sums: Tensor
+    documents: Tensor
+    loss_counts: Tensor
+
+    def selector(self, setting: int) -> Selector | None:
+        """The selection at a setting; None where dense."""
+        parameter = self.parameters[setting]
+        return None if parameter is None else Selector(self.predictor, self.policy, parameter)
+
+    @property
+    def bytes_dense(self) -> int:
+        """Bytes of the dense FFN."""
+        return sum(self.predictor.ffn.matrix_bytes(name) for name in ("gate", "up", "down"))
+
+    def bytes_read(self, setting: int) -> float:
+        """Bytes per token at a setting."""
+        if self.parameters[setting] is None:
+            return self.bytes_dense
+        return bytes_per_token(self.predictor, float(self.density[setting]))
+
+    @property
+    def break_even(self) -> float:
+        """Density above which predictor and kept channels are more bytes than the dense FFN, in [0, 1]."""
+        fixed = bytes_per_token(self.predictor, 0.0)
+        return min(1.0, max(0.0, (self.bytes_dense - fixed) / (bytes_per_token(self.predictor, 1.0) - fixed)))
+
+
+def fit_site(ffn: FFN, tokens: SiteTokens, job: SiteJob) -> FittedSite:
+    """Make the predictor, calibrate every setting, and measure all of them on the calibration documents.
+
+    Raises:
+        UsageError: the one setting of a ladder cannot be met.
+    """
+    predictor = job.rule.make_predictor(ffn, tokens.fit)
+    policy = job.rule.make_policy(predictor, tokens.fit)
+    calibrate = _held(predictor, policy, tokens.calibrate, job)
+    chunks = _held(predictor, policy, tokens.fit, job) if job.ladder.part == "fit" else calibrate
+    parameters = (None, *_parameters(_by_keys(policy, job), chunks, job.ladder))
+    made = FittedSite(predictor, policy, parameters, *(torch.empty(0) for _ in range(5)))
+    return _measured(made, tokens, calibrate, job)
+
+
+def write_site(path: Path, key: str, fitted: FittedSite) -> None:
+    """Write a fitted FFN."""
+    measured = {name: getattr(fitted, name) for name in _MEASURED}
+    facts = {"kind": KIND, "key": key, "parameters": list(fitted.parameters)}
+    write_tensors(path, {**tensors_of(fitted.predictor, fitted.policy), **measured}, facts)
+
+
+def read_site(path: Path, key: str, ffn: FFN, rule: SelectionRule) -> FittedSite | None:
+    """A fitted FFN from its file; None where there is none, or one of other arguments.
+
+    Raises:
+        ArtifactError: a damaged file.
+    """
+    if not path.exists():
+        return None
+    with disposable("the FFN is fitted again"):
+        tensors, facts = read_tensors(path)
+        expect_kind(path, facts, KIND)
+        if facts.get("key") != key:
+            return None
+        predictor, policy = rule.restore(ffn, tensors)
+        return FittedSite(predictor, policy, tuple(facts["parameters"]), **{name: tensors[name] for name in _MEASURED})
+
+
+_MEASURED = ("density", "damage", "loss_sums", "documents", "loss_counts")
+
+
+def _parameters(policy: Policy, chunks: Chunks, ladder: Ladder) -> Iterator[float | None]:
+    """A parameter per setting. What a policy cannot reach is the setting before it, unless it is the only one."""
+    last: float | None = None
+    for value in ladder.values:
+        try:
+            last = calibrate_policy(policy, chunks, Target(ladder.measure, value)).parameter
+        except UsageError:
+            if len(ladder.values) == 1:
+                raise
+        yield last
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys(Policy):
+    """A policy that is given its keys in the place of scores, so that many settings share one computation of them."""
+
+    policy: Policy
+    parameter: ClassVar[str] = "that of the policy"
+
+    def keys(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def _level(self, parameter: float) -> float:
+        return self.policy.level(parameter)
+
+    def _natural(self, level: float) -> float:
+        return self.policy.natural(level)
+
+
+def _by_keys(policy: Policy, job: SiteJob) -> Policy:
+    """The policy for what `_held` gives."""
+    return _Keys(policy) if len(job.ladder.values) > 1 else policy
+
+
+def _held(predictor: Predictor, policy: Policy, tokens: FitTokens, job: SiteJob) -> Chunks:
+    """The scored tokens, with keys as scores where there are several settings; in memory where they are few."""
+    scores = scored(predictor, predictor.ffn, tokens.x, job.wanted.label)
+
+    def keyed() -> Iterator[Scored]:
+        return (Scored(policy.keys(one.scores), one.truth) for one in scores())
+
+    chunks = keyed if len(job.ladder.values) > 1 else scores
+    if len(tokens.x) * predictor.ffn.d_ff > HELD_VALUES:
+        return chunks
+    held: list[Scored] = list(chunks())
+    return lambda: held
+
+
+def _measured(fitted: FittedSite, tokens: SiteTokens, chunks: Chunks, job: SiteJob) -> FittedSite:
+    """Add density, losses by document and damage at every setting."""
+    document = tokens.calibrate.document
+    assert document is not None, "traces know the documents of their tokens"
+    documents = document.unique()
+    densities, losses = [torch.ones(())], [torch.zeros(len(document), dtype=torch.float64)]
+    errors: list[float] = [0.0]
+    policy = _by_keys(fitted.policy, job)
+    for parameter in fitted.parameters[1:]:
+        found = [_measures(one, policy, parameter, job) for one in chunks()]
+        rows = {name: torch.cat([row[name] for row in found]) for name in found[0]}
+        densities.append(rows["density"].mean())
+        losses.append(rows.get("loss", losses[0]))
+        errors.append(float(rows["relative_error"].mean()) if "relative_error" in rows else 0.0)
+    if job.damage == "fisher":
+        errors = _fisher(fitted, tokens.gradients)
+    sums, counts = sums_by_document(torch.stack(losses, 1), document, documents)
+    damage = torch.tensor(errors if job.damage else [], dtype=torch.float64)
+    density_of = torch.stack([value.double() for value in densities])
+    found = replace(fitted, density=density_of, damage=damage)
+    return replace(found, loss_sums=sums, documents=documents, loss_counts=counts)
+
+
+def _measures(one: Scored, policy: Policy, parameter: float | None, job: SiteJob) -> dict[str, Tensor]:
+    mask = torch.ones_like(one.truth.labels) if parameter is None else policy.select(one.scores, parameter)
+    found = {"density": density(mask).cpu()}
+    if job.loss is not None:
+        found["loss"] = _LOSSES[job.loss](one, mask).clamp(0, 1).cpu()
+    if job.damage == "relative_error":
+        found["relative_error"] = relative_error(mask, one.truth.h, one.truth.down).cpu()
+    return found
+
+
+_LOSSES: dict[SiteLoss, Callable[[Scored, Tensor], Tensor]] = {
+    "recall": lambda one, mask: 1 - recall(mask, one.truth.labels),
+    "missed_mass": lambda one, mask: missed_mass(mask, one.truth.contributions),
+    "relative_error": lambda one, mask: relative_error(mask, one.truth.h, one.truth.down),
+}
+
+
+def _fisher(fitted: FittedSite, gradients: OutputGradients | None) -> list[float]:
+    """The gradient-weighted error at every setting; 0 for an expert that no token of these windows reached."""
+    if gradients is None:
+        return [0.0] * len(fitted.parameters)
+    ffn = fitted.predictor.ffn
+    h, down = ffn.h(gradients.x), wide(ffn.weights.down)
+    scores = fitted.predictor(gradients.x)
+
+    def damage(parameter: float | None) -> float:
+        if parameter is None:
+            return 0.0
+        lost = (h * ~fitted.policy.select(scores, parameter)).to(down) @ down.T
+        return fisher_damage(lost.cpu(), gradients.dy)
+
+    return [damage(parameter) for parameter in fitted.parameters]

@@ -1,0 +1,153 @@
+"""A model that decodes by a card: the same text, what the monitor sees, and what it does about drift."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.sparse.calibration import Target
+from ffnscope.sparse.card import SparsityCard
+from ffnscope.sparse.fit import fit_card
+from ffnscope.sparse.monitor import HORIZON, Monitor, MonitorOptions, RunningMean, band_of, signals
+from ffnscope.sparse.rule import SelectionRule
+from ffnscope.sparse.runtime import unwrap_, wrap_
+from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.tracing import trace
+from ffnscope.types import FFNSite
+from reference import text
+from tiny import tiny, tokens
+
+Made = tuple[Any, SparsityCard, dict[FFNSite, Selector]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    model = tiny("llama")
+    traces = trace(model, text(40), tmp_path_factory.mktemp("monitor") / "traces")
+    return model, *fit_card(model, traces, SelectionRule("oracle", "threshold"), Target("density", 0.4))
+
+
+@torch.no_grad()
+def decode(model: Any, steps: int = 6, rows: int = 1) -> Tensor:
+    ids = tokens(rows, 5 + steps)
+    out = model(input_ids=ids[:, :5], use_cache=True)
+    found = []
+    for step in range(steps):
+        out = model(input_ids=ids[:, 5 + step : 6 + step], past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits[:, -1])
+    return torch.stack(found)
+
+
+def shifted(card: SparsityCard, by: float) -> SparsityCard:
+    """The card with bands somewhere else."""
+    bands = {"density": (0.4 + by, 0.41 + by)}
+    return replace(card, sites=tuple(replace(one, bands=bands) for one in card.sites))
+
+
+class TestByHand:
+    def test_running_mean(self) -> None:
+        mean, keep = RunningMean(), 1 - 1 / HORIZON
+        for value in (1.0, 2.0, 4.0):
+            mean.add(value)
+        expected = (keep**2 * 1 + keep * 2 + 4) / (keep**2 + keep + 1)
+        assert (mean.value, mean.tokens) == (pytest.approx(expected), 3)
+        several = RunningMean()
+        several.add(1.0, 5)
+        assert (several.value, several.tokens) == (pytest.approx(1), 5)
+
+    def test_band(self) -> None:
+        assert band_of(torch.full((300,), 0.25)) == pytest.approx((0.25, 0.25))
+        low, high = band_of(torch.rand(5000, generator=torch.Generator().manual_seed(0)))
+        assert 0.4 < low < 0.48 < 0.52 < high < 0.6
+
+    def test_signals(self) -> None:
+        scores = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+        found = signals(scores, torch.tensor([[False, True], [True, False]]))
+        assert found["density"].tolist() == [0.5, 0.5]
+        assert found["kept_mass"].tolist() == [0.75, 1.0]
+
+
+class TestWrapped:
+    def test_by_a_card_as_by_its_selectors(self, made: Made) -> None:
+        model, card, selectors = made
+        wrap_(model, selectors, break_even=1.0)
+        expected = decode(model)
+        unwrap_(model)
+        for every in (None, 1):
+            runtime = wrap_(model, card, break_even=1.0, monitor=MonitorOptions(audit_every=every))
+            assert torch.equal(decode(model), expected)
+            unwrap_(model)
+            assert runtime.monitor is not None
+            assert [drift.tokens for drift in runtime.monitor.report()] == [6, 6]
+            assert not any(drift.alarms for drift in runtime.monitor.report())
+
+    def test_audits_are_exact_and_take_turns(self, made: Made) -> None:
+        _, card, selectors = made
+        watch = Monitor(card, selectors, MonitorOptions(audit_every=2))
+        x = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+        for row in x.split(1):
+            for selector in watch.selectors.values():
+                selector(row)
+        report = watch.report()
+        assert [drift.audits for drift in report] == [5, 5]  # of 20 tokens every second one, in one of two FFNs
+        site = report[0].site
+        ffn = selectors[site].predictor.ffn
+        rows = x[3::4]
+        missed = (ffn.contributions(rows) * ~selectors[site](rows)).sum(-1) / ffn.contributions(rows).sum(-1)
+        assert report[0].audited["missed_mass"] == pytest.approx(float(missed.mean()), rel=1e-5)
+
+    def test_drift_makes_an_ffn_dense_until_it_is_back(self, made: Made) -> None:
+        _, card, selectors = made
+        site = card.sites[0].site
+        x = torch.randn(1, 32)
+        for fallback in (True, False):
+            watch = Monitor(shifted(card, 0.5), selectors, MonitorOptions(fallback=fallback))
+            selector = watch.selectors[site]
+            masks = [selector(x) for _ in range(HORIZON + 3)]
+            assert not masks[HORIZON - 2].all()
+            assert bool(masks[-1].all()) == fallback
+            assert watch.drifting == (site,)
+            assert watch.report()[0].alarms == 1
+            selector.card = replace(selector.card, bands={"density": (0.0, 1.0)})
+            assert not selector(x).all()
+            assert watch.drifting == ()
+
+    def test_a_batch_counts_its_tokens(self, made: Made) -> None:
+        model, card, _ = made
+        runtime = wrap_(model, card, break_even=1.0)
+        decode(model, rows=3)
+        unwrap_(model)
+        assert runtime.monitor is not None
+        assert [drift.tokens for drift in runtime.monitor.report()] == [18, 18]
+
+    def test_the_warning(self, made: Made) -> None:
+        model, card, _ = made
+        away = replace(card, facts=card.facts, sites=shifted(card, 0.5).sites)
+        runtime = wrap_(model, away, break_even=1.0)
+        try:
+            with pytest.warns(
+                UserWarning, match=r"unlike the calibration's in .* FFN\(s\), which run dense: .*density"
+            ):
+                for _ in range(3):
+                    decode(model, steps=40)
+            dense = decode(model, steps=4)
+        finally:
+            unwrap_(model)
+        torch.testing.assert_close(dense, decode(model, steps=4), atol=1e-5, rtol=1e-4)
+        assert runtime.monitor is not None
+        assert len(runtime.monitor.drifting) == 2
+
+    def test_refused(self, made: Made) -> None:
+        model, card, _ = made
+        with pytest.raises(ArtifactError, match="was made for weights with the hash"):
+            wrap_(tiny("gpt2"), card)
+        dense = replace(card, sites=tuple(replace(one, parameter=None) for one in card.sites))
+        with pytest.raises(UsageError, match="or a card with such an FFN"):
+            wrap_(model, dense)
+        with pytest.raises(UsageError, match="audit_every must be at least 1"):
+            MonitorOptions(audit_every=0)
