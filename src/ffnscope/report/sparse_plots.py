@@ -91,7 +91,6 @@ def draw_sites(rows: Mapping[str, Sequence[SiteMeasures]], measure: str, title: 
         UsageError: nothing to draw, or an unknown measure.
     """
     import numpy as np
-    from matplotlib import colormaps
 
     if measure not in SITE_MEASURES:
         raise UsageError(f"measure must be one of {', '.join(SITE_MEASURES)}; got {measure!r}.")
@@ -101,9 +100,8 @@ def draw_sites(rows: Mapping[str, Sequence[SiteMeasures]], measure: str, title: 
     width = min(max(4.6 + 0.2 * len(layers), 6.4), 14.0)
     figure = new_figure(width, 1.5 + 0.28 * len(rows), f"{measure.replace('_', ' ').capitalize()} by layer", title)
     axes = figure.add_subplot()
-    colours = colormaps["viridis"].copy()
-    colours.set_bad(PALE)
-    image = axes.imshow(cells, cmap=colours, aspect="auto", interpolation="nearest")
+    axes.set_facecolor(PALE)
+    image = axes.imshow(cells, cmap="viridis", aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(rows)), list(rows), parse_math=False)
     step = max(1, math.ceil(len(layers) / 20))
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
