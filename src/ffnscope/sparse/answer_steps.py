@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ffnscope.evaluate.intervals import Estimate, over_documents
 from ffnscope.registry import POLICIES, PREDICTORS
 from ffnscope.sparse.answer_rows import RULES, AnswerOptions, Calibration, Domain, EqualDensity, OnStep, Reuse
-from ffnscope.sparse.calibration import Target, calibrate_policy, scored
+from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored
 from ffnscope.sparse.evaluation import Losses, form_losses
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.forms import MaskedForm
@@ -25,6 +25,8 @@ from ffnscope.types import FFNSite
 
 EQUAL = "equal density"
 """Stands where otherwise the domain does that a parameter was calibrated on."""
+HELD = 2**26
+"""Scores of calibrating tokens that are held in memory; with what else is known of them about 13 bytes each."""
 Key = tuple[str, str]
 """Domain that a parameter was calibrated on, or `EQUAL`, and the rule."""
 
@@ -95,7 +97,7 @@ def calibrate_rules(
         ffn = ffn_of(model, site, next(iter(domains.values())).traces.activation(site))
         predictors[site] = factory.make(ffn, _pooled(domains, site), **options.params)
         for name, domain in domains.items():
-            chunks = scored(predictors[site], ffn, domain.traces.x(site, "calibrate"), options.label)
+            chunks = _held(scored(predictors[site], ffn, domain.traces.x(site, "calibrate"), options.label))
             for rule, policy in policies.items():
                 parameter = calibrate_policy(policy, chunks, options.target).parameter
                 calibrated[name, site, rule] = parameter
@@ -196,6 +198,16 @@ def _measure_site(
                 parts[key, name].append(value)
     for (key, name), values in parts.items():
         found.values[domain, key, name].append(torch.cat(values))
+
+
+def _held(chunks: Chunks) -> Chunks:
+    """The same chunks, kept in memory as long as they are few: every policy passes over them twice or more."""
+    kept: list[Scored] = []
+    for one in chunks():
+        kept.append(one)
+        if len(kept) * one.scores.numel() > HELD:
+            return chunks
+    return lambda: kept
 
 
 def _pooled(domains: Mapping[str, Domain], site: FFNSite) -> FitTokens:
