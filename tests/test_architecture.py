@@ -40,7 +40,7 @@ FENCES = {
     "matplotlib": tuple(
         f"report/{name}.py"
         for name in (
-            *("plots", "drawing", "layered_graph", "validation_plots", "analysis_plots", "curve_plots"),
+            *("plots", "drawing", "layered_graph", "validation_plots", "analysis_plots", "curve_plots", "sparse_plots"),
             *("inline_svg", "figures"),
         )
     ),

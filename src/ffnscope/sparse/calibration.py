@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.function import FFN
-from ffnscope.sparse.measures import Label, Truth, density, missed_mass, recall, relative_error, truths
+from ffnscope.sparse.measures import Label, Truth, of_mask, truths
 from ffnscope.sparse.policies import Policy
 from ffnscope.sparse.quantile import Quantile, float_of, order_of, reach
 
@@ -114,7 +114,7 @@ def mean_of(policy: Policy, chunks: Chunks, parameter: float, measure: Measure) 
     """Mean of a measure over tokens with a parameter, and the number of tokens."""
     total, n_tokens = 0.0, 0
     for one in chunks():
-        values = _MEASURED[measure](policy.select(one.scores, parameter), one.truth)
+        values = of_mask(policy.select(one.scores, parameter), one.truth, (measure,))[measure]
         total, n_tokens = total + float(values.sum()), n_tokens + len(values)
     return total / n_tokens, n_tokens
 
@@ -233,10 +233,4 @@ _WEIGHTS: dict[str, Callable[[Truth], tuple[Tensor, float]]] = {
     "recall": _recall_weights,
     "missed_mass": _mass_weights,
     "density": _equal_weights,
-}
-_MEASURED: dict[str, Callable[[Tensor, Truth], Tensor]] = {
-    "recall": lambda mask, truth: recall(mask, truth.labels),
-    "missed_mass": lambda mask, truth: missed_mass(mask, truth.contributions),
-    "density": lambda mask, truth: density(mask),
-    "relative_error": lambda mask, truth: relative_error(mask, truth.h, truth.down),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,15 +133,9 @@ def measure(ffn: FFN, select: Select, x: Tensor, label: Label, chunk: int = 1024
     return TokenMeasures({name: torch.cat([row[name] for row in rows]) for name in MEASURES})
 
 
-def of_mask(mask: Tensor, truth: Truth) -> dict[str, Tensor]:
-    """All measures of a mask [T, d_ff] on some tokens, name -> [T]."""
-    return {
-        "density": density(mask).cpu(),
-        "recall": recall(mask, truth.labels).cpu(),
-        "precision": precision(mask, truth.labels).cpu(),
-        "missed_mass": missed_mass(mask, truth.contributions).cpu(),
-        "relative_error": relative_error(mask, truth.h, truth.down).cpu(),
-    }
+def of_mask(mask: Tensor, truth: Truth, names: Sequence[str] = MEASURES) -> dict[str, Tensor]:
+    """Some measures of a mask [T, d_ff] on some tokens, name -> [T]."""
+    return {name: _OF[name](mask, truth).cpu() for name in names}
 
 
 def summarise(values: Tensor) -> Summary:
@@ -155,3 +149,12 @@ def _share(part: Tensor, whole: Tensor, empty: float) -> Tensor:
     """part / whole in float64, and ``empty`` where the whole is 0."""
     divisor = whole.double()
     return torch.where(divisor > 0, part.double() / divisor.where(divisor > 0, 1.0), empty)
+
+
+_OF: dict[str, Callable[[Tensor, Truth], Tensor]] = {
+    "density": lambda mask, truth: density(mask),
+    "recall": lambda mask, truth: recall(mask, truth.labels),
+    "precision": lambda mask, truth: precision(mask, truth.labels),
+    "missed_mass": lambda mask, truth: missed_mass(mask, truth.contributions),
+    "relative_error": lambda mask, truth: relative_error(mask, truth.h, truth.down),
+}

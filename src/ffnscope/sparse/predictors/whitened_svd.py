@@ -71,30 +71,33 @@ def whitened_svd(
         raise UsageError(f"rank must be in [1, {min(ffn.d_model, ffn.d_ff)}] for {ffn.name}; got {rank}.")
     if damping <= 0:
         raise UsageError(f"damping must be positive; got {damping:g}.")
-    gram = _gram(tokens.x, ffn.weights.up.device)
-    scale = gram.diagonal().mean().clamp_min(1e-300)
-    factor = torch.linalg.cholesky(gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    gate = _truncated(ffn.activated_weight[0], factor, rank)
+    factor = whitening(tokens.x, ffn.weights.up.device, damping)
+    gate = truncated(ffn.activated_weight[0], factor, rank)
     if not ffn.gated:
         return WhitenedSVD(ffn, gate, None, ffn.down_norms)
     if up:
-        return WhitenedSVD(ffn, gate, _truncated(ffn.weights.up, factor, rank), ffn.down_norms)
+        return WhitenedSVD(ffn, gate, truncated(ffn.weights.up, factor, rank), ffn.down_norms)
     size = token_mean(tokens.x, lambda x: ffn.up(x).square()).sqrt()
     return WhitenedSVD(ffn, gate, None, ffn.down_norms * size.to(ffn.down_norms))
 
 
-def _gram(x: Tensor, device: torch.device) -> Tensor:
-    """Mean of x x^T over tokens, [d_model, d_model] float64."""
+def whitening(x: Tensor, device: torch.device, damping: float = 1e-4) -> Tensor:
+    """L with L L^T = mean of x x^T over tokens x [T, n] + damping * mean(diagonal) I, [n, n] float64."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=device)
     for part in x.split(4096):
         rows = wide(part.to(device))
         total += rows.T @ rows
-    return total / len(x)
+    moments = total / len(x)
+    scale = damping * moments.diagonal().mean().clamp_min(1e-300)
+    return torch.linalg.cholesky(moments + scale * torch.eye(len(moments), dtype=moments.dtype, device=device))
 
 
-def _truncated(weight: Tensor, factor: Tensor, rank: int) -> LowRankMatrix:
-    """The matrix of a rank that is nearest to ``weight`` where inputs have the second moments factor factor^T."""
+def truncated(weight: Tensor, factor: Tensor, rank: int) -> LowRankMatrix:
+    """The matrix of a rank nearest to ``weight`` [out, in] where inputs have the second moments factor factor^T."""
     whitened = weight.double() @ factor
+    if weight.shape[0] < weight.shape[1]:  # the smaller of the two products; no inverse of the factor
+        outer = torch.linalg.eigh(whitened @ whitened.T).eigenvectors.flip(1)[:, :rank]
+        return LowRankMatrix(outer.to(weight.dtype), (outer.T @ weight.double()).to(weight.dtype))
     vectors = torch.linalg.eigh(whitened.T @ whitened).eigenvectors.flip(1)[:, :rank]  # of the largest values first
     inner = torch.linalg.solve_triangular(factor, vectors.T.contiguous(), upper=False, left=False)
     return LowRankMatrix((whitened @ vectors).to(weight.dtype), inner.to(weight.dtype))

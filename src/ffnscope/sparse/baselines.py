@@ -1,0 +1,151 @@
+"""Rows of a comparison: labelled selectors that every report on contextual sparsity should hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ffnscope.errors import unknown_name
+from ffnscope.ffn.function import FFN
+from ffnscope.registry import POLICIES, PREDICTORS
+from ffnscope.sparse.calibration import Target, calibrate_policy, scored
+from ffnscope.sparse.costs import GROUP, low_bit_share, rank_for
+from ffnscope.sparse.ffn import ffn_of
+from ffnscope.sparse.labels import nonzero
+from ffnscope.sparse.policies import Policy, TopK
+from ffnscope.sparse.predictors.interface import Predictor
+from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.traces import Traces
+from ffnscope.types import FFNSite
+
+OnSite = Callable[[int, int], None]
+"""Called after each FFN with FFNs done, and FFNs in all."""
+
+
+def _no_params(ffn: FFN) -> Mapping[str, Any]:
+    return {}
+
+
+def _given(**params: Any) -> Callable[[FFN], Mapping[str, Any]]:
+    return lambda ffn: params
+
+
+def _same_bytes(n_matrices: int, **params: Any) -> Callable[[FFN], Mapping[str, Any]]:
+    """The rank at which factors are as large as gate and up in 4 bits."""
+
+    def of(ffn: FFN) -> Mapping[str, Any]:
+        share = low_bit_share(4) * (2 / 3 if ffn.gated else 1 / 2)
+        return {"rank": rank_for(ffn, share, n_matrices if ffn.gated else 1), **params}
+
+    return of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Baseline:
+    """A predictor and a policy under the name that a report gives them.
+
+    Attributes:
+        label: the name.
+        predictor: name in the registry.
+        policy: name in the registry.
+        params: parameters of the predictor for an FFN.
+        gated: whether it is for gated FFNs only.
+        needs_prompt: whether its selection is that of the prompt of a window, so that it needs one to be fair.
+    """
+
+    label: str
+    predictor: str
+    policy: str = "top_k"
+    params: Callable[[FFN], Mapping[str, Any]] = field(default=_no_params)
+    gated: bool = False
+    needs_prompt: bool = False
+
+
+_ROWS = (
+    Baseline("oracle top-k", "oracle"),
+    Baseline("oracle |h| top-k, no norm", "oracle", params=_given(norm=False)),
+    Baseline("oracle threshold", "oracle", "threshold"),
+    Baseline("oracle nucleus", "oracle", "nucleus"),
+    Baseline("oracle statistical top-k", "oracle", "statistical_top_k"),
+    Baseline("oracle top-k per bank of 64", "oracle", "bank_top_k"),
+    Baseline("CATS", "exact_gate", "threshold", _given(up_size=False, norm=False), gated=True),
+    Baseline("CHESS", "exact_gate", "threshold", _given(norm=False), gated=True),
+    Baseline("exact gate, sized", "exact_gate", params=_no_params, gated=True),
+    Baseline("exact up (COUNTDOWN)", "exact_up", "threshold", _given(gate_size=False, norm=False), gated=True),
+    Baseline("exact up, sized", "exact_up", params=_no_params, gated=True),
+    Baseline("4-bit proxy top-k", "low_bit", params=_given(bits=4, group=GROUP)),
+    Baseline("4-bit proxy threshold", "low_bit", "threshold", _given(bits=4, group=GROUP)),
+    Baseline("4-bit proxy nucleus", "low_bit", "nucleus", _given(bits=4, group=GROUP)),
+    Baseline("3-bit proxy top-k", "low_bit", params=_given(bits=3, group=GROUP)),
+    Baseline("3-bit proxy threshold", "low_bit", "threshold", _given(bits=3, group=GROUP)),
+    Baseline("whitened SVD, bytes of the 4-bit proxy", "whitened_svd", params=_same_bytes(2)),
+    Baseline("trained low rank, bytes of the 4-bit proxy", "low_rank", params=_same_bytes(1)),
+    Baseline("sign bits", "sign_bit"),
+    Baseline("static mean", "static"),
+    Baseline("GRIFFIN", "griffin", needs_prompt=True),
+    Baseline("random", "random"),
+)
+BASELINES: dict[str, Baseline] = {row.label: row for row in _ROWS}
+"""Label -> row: oracles, published rules, predictors at equal bytes, floors. Dense FFNs of equal bytes are `forms`."""
+
+
+def baseline(label: str) -> Baseline:
+    """The row of a label; raises UnknownNameError with a suggestion."""
+    if label not in BASELINES:
+        raise unknown_name("row", label, BASELINES)
+    return BASELINES[label]
+
+
+def fit_predictors(
+    model: nn.Module,
+    traces: Traces,
+    row: Baseline,
+    *,
+    sites: Sequence[FFNSite] | None = None,
+    on_site: OnSite | None = None,
+) -> dict[FFNSite, Predictor]:
+    """Make the predictor of a row for every traced FFN, from the fitting part of the traces.
+
+    Raises:
+        UsageError: a row for gated FFNs and one without a gate, or no token of the part.
+        ModelError: the weights of an FFN are offloaded.
+    """
+    chosen = list(traces.sites if sites is None else sites)
+    factory, found = PREDICTORS.get(row.predictor), dict[FFNSite, Predictor]()
+    for done, site in enumerate(chosen, 1):
+        ffn = ffn_of(model, site, traces.activation(site))
+        found[site] = factory.make(ffn, traces.fit_tokens(site), **row.params(ffn))
+        if on_site is not None:
+            on_site(done, len(chosen))
+    return found
+
+
+def at_density(
+    traces: Traces, predictors: Mapping[FFNSite, Predictor], policy: Policy, density: float, chunk: int = 1024
+) -> dict[FFNSite, Selector]:
+    """Selectors whose mean density over the calibrating tokens is the same in every FFN, and never above ``density``.
+
+    Raises:
+        UsageError: a density that the policy cannot meet.
+    """
+    target = Target("density", density)
+    found: dict[FFNSite, Selector] = {}
+    for site, predictor in predictors.items():
+        if isinstance(policy, TopK):  # needs no text
+            found[site] = Selector(predictor, policy, math.floor(density * site.d_ff + 1e-9))
+            continue
+        chunks = scored(predictor, predictor.ffn, traces.x(site, "calibrate"), nonzero, chunk)
+        found[site] = Selector(predictor, policy, calibrate_policy(policy, chunks, target).parameter)
+    return found
+
+
+def selectors_of(
+    model: nn.Module, traces: Traces, row: Baseline, density: float, *, on_site: OnSite | None = None
+) -> dict[FFNSite, Selector]:
+    """Fit and calibrate a row at one density; for several, fit once and call `at_density`."""
+    predictors = fit_predictors(model, traces, row, on_site=on_site)
+    return at_density(traces, predictors, POLICIES.get(row.policy).make(), density)
