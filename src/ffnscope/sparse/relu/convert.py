@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ffnscope.apply.card import loading_code
 from ffnscope.apply.export import save_model, write_card
 from ffnscope.apply.folder import refuse_existing, replacing_folder
 from ffnscope.calibrate.collect import weights_hash
@@ -21,12 +20,13 @@ from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import SCHEMA, check_writable, hash_json, read_json, write_json, writing
 from ffnscope.sparse.relu.activation import replace_activation_, set_thresholds_
+from ffnscope.sparse.relu.card import relu_card
 from ffnscope.sparse.relu.measure import measure_zeros
-from ffnscope.sparse.relu.thresholds import OnTrial, calibrate_thresholds, write_thresholds
+from ffnscope.sparse.relu.thresholds import THRESHOLDS, OnTrial, calibrate_thresholds, write_thresholds
 from ffnscope.sparse.relu.training import OnStep, Progress, ReluOptions, Training
 from ffnscope.types import FFNSite
 
-RECORD, PROGRESS, THRESHOLDS = "relufy.json", "progress.jsonl", "thresholds.json"
+RECORD, PROGRESS = "relufy.json", "progress.jsonl"
 CALIBRATION = 16  # windows that are kept from the training for the thresholds, at most
 
 
@@ -106,18 +106,7 @@ def relufy_(
     progress = Progress.read(part / PROGRESS)
     n_kept = min(CALIBRATION, max(1, len(text) // 4))
     job = Training(model, (), text[: len(text) - n_kept], held_out, options, progress, watch.on_step)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    if not progress.has("dense"):
-        _measure(job, "dense", find_sites(model), 0)
-    job.sites = replace_activation_(model, options.activation)
-    _cast(model, dict.fromkeys(dtypes, torch.float32))
-    if options.threshold:
-        set_thresholds_(model, dict.fromkeys(job.sites, options.threshold))
-    if not progress.has("replaced"):
-        _measure(job, "replaced", job.sites, 0)
-    job.run(part / "checkpoints")
-    _cast(model, dtypes)
-    _measure(job, "trained", job.sites, options.steps)
+    _train(job, part)
     thresholds = _shift(job, text[len(text) - n_kept :], watch.on_trial)
     _save(loaded, out, overwrite, asked, progress, thresholds)
     with writing(part):
@@ -128,6 +117,23 @@ def relufy_(
 def unfinished_folder(out: Path) -> Path:
     """Where an unfinished call keeps its checkpoints."""
     return out.with_name(f".{out.name}.relufy.part")
+
+
+def _train(job: Training, part: Path) -> None:
+    """Replace and train, and measure before and after; the model then has the dtypes that it came with."""
+    model, options = job.model, job.options
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if not job.progress.has("dense"):
+        _measure(job, "dense", find_sites(model), 0)
+    job.sites = replace_activation_(model, options.activation)
+    _cast(model, dict.fromkeys(dtypes, torch.float32))
+    if options.threshold:
+        set_thresholds_(model, dict.fromkeys(job.sites, options.threshold))
+    if not job.progress.has("replaced"):
+        _measure(job, "replaced", job.sites, 0)
+    job.run(part / "checkpoints")
+    _cast(model, dtypes)
+    _measure(job, "trained", job.sites, options.steps)
 
 
 def _cast(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -221,30 +227,3 @@ def _save(
         Progress(folder / PROGRESS, progress.rows).save()
         if thresholds:
             write_thresholds(folder / THRESHOLDS, thresholds, {"model_id": out.name})
-
-
-def relu_card(
-    name: str, asked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], thresholds: Mapping[FFNSite, float]
-) -> str:
-    """Markdown text of the model card."""
-    front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [relu, ffnscope]\n---\n"
-    options, told = asked["options"], {row["stage"]: row for row in rows}
-    lines = [
-        front,
-        f"# {name}\n",
-        loading_code(name, remote=False),
-        f"Made from {asked['model_id']}: the activation of its FFNs is {options['activation']}, and all weights were "
-        f"**trained** for {options['steps']} steps with an L1 penalty on channel activations. Compare it with trained "
-        "models only.\n",
-        "| stage | perplexity | exact zeros |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {stage} | {row['perplexity']:.4g} | {row['sparsity']:.2%} |" for stage, row in told.items()]
-    lines.append(f"\nPerplexity on {asked['held_out']['source']}; zeros are shares of the FFN channels per token.")
-    if thresholds:
-        lines.append(
-            f"\nThe last row is with the thresholds of FATReLU in `{THRESHOLDS}`, which plain transformers does not "
-            "read: what it loads has plain ReLUs. `set_thresholds_(model, read_thresholds(path))` of "
-            "`ffnscope.sparse.relu` applies them."
-        )
-    return "\n".join(lines) + "\n"

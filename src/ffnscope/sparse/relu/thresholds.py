@@ -21,6 +21,8 @@ from ffnscope.sparse.streaming import trace_rounds
 from ffnscope.types import FFNSite
 
 KIND = "activation thresholds"
+THRESHOLDS = "thresholds.json"
+"""Their file beside the weights of a checkpoint."""
 POINTS, TOKENS, TRIALS = 24, 1024, 10
 LARGEST_QUANTILE = 0.9
 OnTrial = Callable[[int, int], None]
