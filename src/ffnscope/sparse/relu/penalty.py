@@ -69,15 +69,12 @@ class ProgressiveL1:
 
     def weight(self, done: float) -> float:
         """Weight at a share of the steps that is done, in [0, 1]."""
-        before = start = 0.0
-        for stage in self.stages:
-            if done < stage.until or stage.until == 1:
-                break
-            before, start = stage.weight, stage.until
-        if before == 0:
+        number = next((i for i, stage in enumerate(self.stages) if done < stage.until), len(self.stages) - 1)
+        stage, before = self.stages[number], self.stages[number - 1] if number else Stage(0.0, 0.0)
+        if before.weight == 0:
             return stage.weight
-        rise = (1 - math.cos(math.pi * (done - start) / (stage.until - start))) / 2
-        return before + rise * (stage.weight - before)
+        rise = (1 - math.cos(math.pi * (done - before.until) / (stage.until - before.until))) / 2
+        return before.weight + rise * (stage.weight - before.weight)
 
 
 @dataclass(slots=True, eq=False)

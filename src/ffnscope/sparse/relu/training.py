@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ffnscope.calibrate.forward import memory_errors
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, UsageError, unknown_name
+from ffnscope.ffn.messages import quiet_transformers
 from ffnscope.io import write_text
 from ffnscope.sparse.relu.activation import ACTIVATIONS, check_threshold
 from ffnscope.sparse.relu.measure import measure_zeros
@@ -142,7 +143,8 @@ class Training:
             callbacks=[_callback_class(self)()],
         )
         _silence(trainer)
-        with memory_errors("out of memory while training; lower the batch size, accumulate more, or shorten windows."):
+        cure = "lower the batch size, accumulate more, or shorten windows"
+        with quiet_transformers(), memory_errors(f"out of memory while training; {cure}."):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.eval()
@@ -244,14 +246,14 @@ def _trainer_class(job: Training) -> Any:
         ) -> Any:
             """The loss of the language model and the penalty."""
             targets = int((inputs["labels"] != -100).sum())
-            summed = bool(self.model_accepts_loss_kwargs) and num_items_in_batch is not None
+            items: Any = num_items_in_batch if self.model_accepts_loss_kwargs else None
             penalty = Penalty(job.sites)
             with penalty.of(job.model, inputs["attention_mask"].bool()):
                 found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
             language, outputs = found
             # a mean over this forward is divided by the number of forwards later, a sum over the step's targets is not
-            share = targets / float(num_items_in_batch) if summed else 1.0
-            job.note_language(float(language.detach()) * (1.0 if summed else 1 / job.options.accumulate))
+            share = 1.0 if items is None else targets / float(items)
+            job.note_language(float(language.detach()) * (1 / job.options.accumulate if items is None else 1.0))
             total = job.loss(language, penalty, self.state.global_step / job.options.steps, share)
             return (total, outputs) if return_outputs else total
 
