@@ -1,4 +1,4 @@
-"""SmolLM2 with ReLU: exact zeros and perplexity over a training with a growing penalty, and what the runtime makes of it.
+"""SmolLM2 with ReLU: zeros and perplexity over a training with a growing penalty, and what the runtime makes of it.
 
     python benchmarks/relufy.py [--steps 300] [--l1 0.2] [--batch-size 4] [--length 256] [--record]
 

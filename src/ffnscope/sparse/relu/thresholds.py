@@ -23,7 +23,7 @@ from ffnscope.types import FFNSite
 KIND = "activation thresholds"
 THRESHOLDS = "thresholds.json"
 """Their file beside the weights of a checkpoint."""
-POINTS, TOKENS, TRIALS = 24, 1024, 10
+POINTS, TOKENS, TRIALS = 16, 512, 10
 LARGEST_QUANTILE = 0.9
 OnTrial = Callable[[int, int], None]
 
@@ -116,7 +116,7 @@ def calibrate_thresholds(
 def error_curves(
     model: nn.Module, windows: Windows, sites: Sequence[FFNSite], *, batch_size: int = 4
 ) -> dict[FFNSite, ErrorCurve]:
-    """Relative error of the output of every FFN at rising thresholds, on at most 1,024 of the windows' tokens.
+    """Relative error of the output of every FFN at rising thresholds, on at most 512 of the windows' tokens.
 
     The error at T is ||W_down d|| / ||W_down h|| with the h that T makes zero in d, both summed in squares over tokens.
     It is made not to fall with T.

@@ -135,7 +135,8 @@ class Training:
             DeviceError: the accelerator is out of memory.
         """
         last = last_checkpoint(folder)
-        self.progress.go_back(0 if last is None else int(last.name.rpartition("-")[2]))
+        done = 0 if last is None else int(last.name.rpartition("-")[2])
+        self.progress.go_back(done)
         trainer = _trainer_class(self)(
             model=self.model,
             args=_arguments(self.options, folder, next(self.model.parameters()).device),
@@ -145,7 +146,10 @@ class Training:
         _silence(trainer)
         cure = "lower the batch size, accumulate more, or shorten windows"
         with quiet_transformers(), memory_errors(f"out of memory while training; {cure}."):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            if done == self.options.steps:  # the Trainer would take one more step
+                trainer.restore(str(last))
+            else:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.eval()
 
@@ -256,6 +260,10 @@ def _trainer_class(job: Training) -> Any:
             job.note_language(float(language.detach()) * (1 / job.options.accumulate if items is None else 1.0))
             total = job.loss(language, penalty, self.state.global_step / job.options.steps, share)
             return (total, outputs) if return_outputs else total
+
+        def restore(self, path: str) -> None:
+            """Load the weights of a checkpoint."""
+            self._load_from_checkpoint(path)
 
     return PenaltyTrainer
 

@@ -65,9 +65,7 @@ def test_a_field_that_the_code_does_not_read_is_refused(llama):
 
     llama.__class__ = Fixed
     kind = type(llama.model.layers[0].mlp.act_fn)
-    with pytest.raises(
-        NotAvailableError, match=r"SiLU at model\.layers\.0\.mlp\.act_fn, where this model has ReLU"
-    ):
+    with pytest.raises(NotAvailableError, match=r"SiLU at model\.layers\.0\.mlp\.act_fn, where this model has ReLU"):
         replace_activation_(llama)
     assert llama.config.hidden_act == before
     assert type(llama.model.layers[1].mlp.act_fn) is kind

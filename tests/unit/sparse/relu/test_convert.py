@@ -143,6 +143,21 @@ def test_a_cut_off_call_goes_on(folders, texts, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_call_that_is_cut_off_after_the_training_trains_no_more(folders, texts, tmp_path):
+    whole = made(folders, texts, tmp_path / "whole")
+
+    def stop(done, total):
+        raise Stopped
+
+    out, steps = tmp_path / "again", []
+    with pytest.raises(Stopped):
+        made(folders, texts, out, watch=Watch(on_trial=stop))
+    result = made(folders, texts, out, watch=Watch(lambda step, total: steps.append(step)))
+    assert steps == [] and result.rows == whole.rows
+    first, second = (load_model(str(one.path)).model.state_dict() for one in (whole, result))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_accumulated_batches_are_one_batch(folders, texts, tmp_path):
     """Windows of unequal numbers of targets, where a mean of means would differ."""
     text = texts[0]
