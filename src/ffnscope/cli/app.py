@@ -23,6 +23,7 @@ from ffnscope.cli.files import Overwrite
 from ffnscope.cli.inspect import inspect_command
 from ffnscope.cli.prune import prune_command
 from ffnscope.cli.rank import rank_command
+from ffnscope.cli.relufy import relufy_command
 from ffnscope.cli.report import compare_command, report_command
 from ffnscope.cli.score import score_command
 from ffnscope.errors import FFNScopeError, UsageError
@@ -39,6 +40,7 @@ app.command("rank")(rank_command)
 app.command("prune")(prune_command)
 app.command("curves")(curves_command)
 app.command("eval")(eval_command)
+app.command("relufy")(relufy_command)
 app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
 app.command("report")(report_command)
@@ -69,7 +71,7 @@ def _call() -> int | str | None:
         return 2 if isinstance(error, UsageError) else 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            going_on = "`run`, `score`, `prune`, `curves` and `rank --validate`"
+            going_on = "`run`, `score`, `prune`, `curves`, `relufy` and `rank --validate`"
             _say(f"interrupted. Called again, {going_on} go on where they stopped.")
         return end.code
     return 0

@@ -1,0 +1,78 @@
+"""The command relufy on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from checkpoints import make_checkpoint
+
+QUICK = ("--max-length", 32, "--steps", 4, "--held-out-samples", 4, "--learning-rate", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "bert", "bert")
+
+
+def test_makes_a_checkpoint(checkpoint, tmp_path, ok):
+    result = ok(
+        "relufy", checkpoint, "--out", tmp_path / "out", *QUICK, "--measure-every", 2, "--l1", 1.5, "--rise", 0.05
+    )
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "progress.jsonl", "relufy.json", "thresholds.json"}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "progress.jsonl").read_text().splitlines()]
+    stages = ["dense", "replaced", "training", "training", "trained", "shifted"]
+    assert [row["stage"] for row in rows] == stages and rows[-1]["step"] == 4
+    record = json.loads((tmp_path / "out" / "relufy.json").read_text())
+    assert record["options"]["penalty"]["stages"][-1]["weight"] == pytest.approx(1.5)
+    assert record["options"]["rise"] == 0.05 and record["text"]["windows"] == 4 * 4 + 4
+    assert "exact zeros" in result.output and "shifted" in result.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_act == "relu"
+
+
+def test_the_plot(checkpoint, tmp_path, ok):
+    pytest.importorskip("matplotlib")
+    ok("relufy", checkpoint, "--out", tmp_path / "out", *QUICK)
+    assert (tmp_path / "out" / "relufy.png").stat().st_size > 10_000
+
+
+def test_dry_run_changes_nothing(checkpoint, tmp_path, ok):
+    result = ok("relufy", checkpoint, "--out", tmp_path / "out", *QUICK, "--dry-run")
+    assert "4 steps, 512 tokens" in result.output and "2 FFNs get relu" in result.output
+    assert "peak memory" in result.output and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--no-shift", "--rise", 0.1), "--rise would do nothing with --no-shift"),
+        (("--threshold", 0.1), "Set rise to None (--no-shift)"),
+        (("--steps", 0), "steps must be at least 1"),
+        (("--activation", "gelu"), "Unknown activation 'gelu'"),
+        (("--split", "test"), "cannot be trained on and measured on"),
+        (("--held-out-samples", 0), "--held-out-samples must be at least 1"),
+        (("--l1", -1.0), "the weight of a stage must be 0 or more"),
+    ],
+)
+def test_refusals(checkpoint, tmp_path, fails, more, message):
+    options = [str(value) for value in more]
+    assert message in fails(2, "relufy", checkpoint, "--out", tmp_path / "out", *options)
+
+
+def test_an_own_text_needs_another_one(checkpoint, texts, tmp_path, fails, ok):
+    train, test = texts / "train.txt", texts / "test.txt"
+    call = ("relufy", checkpoint, "--out", tmp_path / "out", "--text", train)
+    assert "Give --held-out-text" in fails(2, *call)
+    assert "cannot be trained on" in fails(2, *call, "--held-out-text", train)
+    ok(*call, "--held-out-text", test, *QUICK, "--no-shift")
+    assert not (tmp_path / "out" / "thresholds.json").exists()
+    assert "already exists" in fails(1, *call, "--held-out-text", test)
+
+
+def test_a_model_whose_activation_cannot_be_replaced(bert, tmp_path, fails):
+    written = fails(2, "relufy", bert, "--out", tmp_path / "out", *QUICK)
+    assert "transform_act_fn" in written and "use another one" in written
+    assert not (tmp_path / "out").exists()
