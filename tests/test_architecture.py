@@ -41,7 +41,7 @@ FENCES = {
         f"report/{name}.py"
         for name in (
             *("plots", "drawing", "layered_graph", "validation_plots", "analysis_plots", "curve_plots", "sparse_plots"),
-            *("inline_svg", "figures", "relufy_plot"),
+            *("inline_svg", "figures", "relufy_plot", "card_plot"),
         )
     ),
     "numba": ("sparse/kernels/compiled.py",),

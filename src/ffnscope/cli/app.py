@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ffnscope import __version__
+from ffnscope.cli.answer import answer_command
 from ffnscope.cli.bench import bench_command
 from ffnscope.cli.channels import OUT, eval_command
 from ffnscope.cli.curves import curves_command
@@ -26,6 +27,7 @@ from ffnscope.cli.rank import rank_command
 from ffnscope.cli.relufy import relufy_command
 from ffnscope.cli.report import compare_command, report_command
 from ffnscope.cli.score import score_command
+from ffnscope.cli.sparsify import sparsify_command
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.io import read_plan
 from ffnscope.plan.build import diff_plans
@@ -40,6 +42,8 @@ app.command("rank")(rank_command)
 app.command("prune")(prune_command)
 app.command("curves")(curves_command)
 app.command("eval")(eval_command)
+app.command("sparsify")(sparsify_command)
+app.command("answer")(answer_command)
 app.command("relufy")(relufy_command)
 app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
@@ -71,7 +75,7 @@ def _call() -> int | str | None:
         return 2 if isinstance(error, UsageError) else 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            going_on = "`run`, `score`, `prune`, `curves`, `relufy` and `rank --validate`"
+            going_on = "`run`, `score`, `prune`, `curves`, `sparsify`, `answer`, `relufy` and `rank --validate`"
             _say(f"interrupted. Called again, {going_on} go on where they stopped.")
         return end.code
     return 0

@@ -147,7 +147,7 @@ def ladder_of(target: CardTarget, options: CardOptions) -> Ladder:
     searched = options.certify is not None or options.allocation != "uniform" or isinstance(target, PerplexityTarget)
     if not searched and isinstance(target, Target):
         return Ladder(target.measure, (target.value,), "calibrate")
-    _check_offered(target, options)
+    check_offered(target, options)
     part: Part = "calibrate" if options.certify is None else "fit"
     if isinstance(target, PerplexityTarget) or target.measure == "relative_error":
         return Ladder("density", options.densities, part)
@@ -166,7 +166,8 @@ def loss_limit(target: CardTarget) -> float:
     return 1 - target.value if target.measure == "recall" else target.value
 
 
-def _check_offered(target: CardTarget, options: CardOptions) -> None:
+def check_offered(target: CardTarget, options: CardOptions) -> None:
+    """Raise UsageError for a combination that is not offered."""
     if options.certify is not None and options.allocation != "uniform":
         raise UsageError(
             "a certificate needs settings fixed before, which an allocation is not; choose one of the two."

@@ -37,7 +37,9 @@ def test_a_reconstruction_reads_all_shipped_texts(ok: Ok, prune: tuple[Any, ...]
 
 
 @pytest.mark.parametrize("own", [("--text", "pydoc_topics"), ("--split", "validation")])
-def test_but_not_beside_a_text_of_the_user(ok: Ok, prune: tuple[Any, ...], own: tuple[str, str], tmp_path: Path) -> None:
+def test_but_not_beside_a_text_of_the_user(
+    ok: Ok, prune: tuple[Any, ...], own: tuple[str, str], tmp_path: Path
+) -> None:
     ok(*prune, "--method", "best", *own)
     assert len(names(tmp_path / "out")) == 1
 

@@ -1,0 +1,149 @@
+"""The command answer: top-k or threshold, and which k, for one or several models on several texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from ffnscope.calibrate.windows import Windows
+from ffnscope.cli import options as opt
+from ffnscope.cli.channels import OUT
+from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
+from ffnscope.cli.groups import grouped
+from ffnscope.cli.sparse_options import PROXY, params_of, target_of, traced
+from ffnscope.errors import UsageError
+from ffnscope.ffn.load import LoadedModel
+from ffnscope.io import write_text
+from ffnscope.report.answer_table import answer_markdown, print_answer, write_answer
+from ffnscope.run.progress import Reporter
+from ffnscope.run.texts import SHIPPED_TEXTS
+from ffnscope.sparse.answer import answer
+from ffnscope.sparse.answer_rows import Answer, AnswerOptions, Domain
+from ffnscope.sparse.calibration import Target
+from ffnscope.sparse.tracing import traces_size
+
+UNFINISHED = "answer.part"
+Models = Annotated[
+    list[str], typer.Argument(metavar="MODEL...", help="Hub ids, directories, .gguf files or package:DIST.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainChoice:
+    """The texts that are compared, and how much is read of each."""
+
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Text domain, two or more; repeatable [all shipped texts].")
+    ] = None
+    num_samples: Annotated[int, typer.Option("--num-samples", help="Windows of each text to calibrate on.")] = 96
+    max_length: Annotated[int, typer.Option("--max-length", help="Tokens per window.")] = 128
+    held_out_samples: Annotated[int, typer.Option(help="Held-out windows of each text to measure perplexity on.")] = 8
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per forward.")] = 4
+    seed: Annotated[int, typer.Option(help="Seed that chooses the windows.")] = 42
+
+    def texts(self) -> dict[str, tuple[opt.TextChoice, opt.TextChoice]]:
+        """Name -> windows to calibrate on, and held-out ones; raises for one that cannot be read, or one alone."""
+        names = tuple(self.text or SHIPPED_TEXTS)
+        if len(set(names)) < 2:
+            raise UsageError(f"an answer compares text domains; got {', '.join(names)}. Give two --text or more.")
+        found: dict[str, tuple[opt.TextChoice, opt.TextChoice]] = {}
+        for name in dict.fromkeys(names):
+            one = opt.TextChoice(name, None, None, self.num_samples, self.max_length, self.batch_size, self.seed)
+            found[name] = one, replace(one, num_samples=self.held_out_samples)
+            one.check_calibration()
+            found[name][1].check_held_out()
+        return found
+
+
+@grouped
+def answer_command(
+    *,
+    models: Models,
+    out: Out,
+    target: Annotated[
+        str, typer.Option(help="What each rule is calibrated to: recall=, missed_mass=, density= or relative_error=.")
+    ] = "recall=0.95",
+    wanted: Annotated[
+        float, typer.Option(help="Recall is of the fewest channels that miss this share; 0: of all that are not zero.")
+    ] = 0.2,
+    predictor: Annotated[str, typer.Option(help="What scores the channels of a token.")] = "low_bit",
+    predictor_param: Annotated[
+        list[str] | None, typer.Option("--predictor-param", help="NAME=VALUE of the predictor; repeatable.")
+    ] = None,
+    choice: DomainChoice,
+    loading: opt.Loading,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; nothing is computed.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Top-k or threshold, and which k? A page for each MODEL and all texts: OUT/answer.md and a JSON file per model.
+
+    Top-k, threshold and nucleus are calibrated in every FFN and text to the target, and measured on held-out documents:
+    at their own densities, all at the density of top-k, and with the parameters of another text. An interrupted call
+    goes on with the traces that are complete.
+    """
+    check_folder_output(out, overwrite, UNFINISHED)
+    asked = target_of(target)
+    if not isinstance(asked, Target):
+        raise UsageError("each rule is calibrated in every FFN by itself; --target perplexity is for sparsify.")
+    params = (PROXY if predictor == "low_bit" else {}) | params_of("--predictor-param", predictor_param)
+    options = AnswerOptions(asked, wanted or None, predictor, params, choice.batch_size)
+    texts = choice.texts()
+    reporter = Reporter()
+    if dry_run:
+        for model in models:
+            _print_plan(loading.open(reporter, model), texts, reporter)
+        reporter.say("dry run: nothing was computed")
+        return
+    with unfinished(out / UNFINISHED) as part:
+        pages = [_page(model, loading, texts, options, part, out, reporter) for model in models]
+        write_text(out / "answer.md", "\n".join(pages))
+
+
+def _print_plan(
+    loaded: LoadedModel, texts: dict[str, tuple[opt.TextChoice, opt.TextChoice]], reporter: Reporter
+) -> None:
+    for calibration, _ in texts.values():
+        windows = calibration.calibration(loaded)
+        size = traces_size(loaded.model, windows) / 2**30
+        documents = len(windows.document.unique())
+        reporter.say(
+            f"{windows.source}: {windows.n_tokens:,} tokens of {documents} documents, traces of {size:.2f} GiB"
+        )
+
+
+def _page(
+    model: str,
+    loading: opt.Loading,
+    texts: dict[str, tuple[opt.TextChoice, opt.TextChoice]],
+    options: AnswerOptions,
+    part: Path,
+    out: Path,
+    reporter: Reporter,
+) -> str:
+    loaded = loading.open(reporter, model)
+    label = model.removeprefix("package:").strip("/").replace("/", "_")
+    domains: dict[str, Domain] = {}
+    for place, (name, (calibration, held_out)) in enumerate(texts.items()):
+        windows: Windows = calibration.calibration(loaded)
+        found = traced(loaded, windows, part / f"{label}_{place}", name, reporter, options.batch_size)
+        domains[name] = Domain(found, held_out.held_out(loaded))
+    found_answer = _answer(loaded, domains, options, reporter)
+    OUT.print(Text(f"{model}: top-k or threshold, and which k?", style="bold"))
+    print_answer(found_answer, OUT)
+    write_answer(out / f"{label}.json", found_answer)
+    return answer_markdown(found_answer, f"{model}: top-k or threshold, and which k?")
+
+
+def _answer(loaded: LoadedModel, domains: dict[str, Domain], options: AnswerOptions, reporter: Reporter) -> Answer:
+    steps = ("calibrating", "measuring", "perplexity")
+    n_sites = len(next(iter(domains.values())).traces.sites)
+    with reporter.task("calibrate and measure", "steps") as update:
+
+        def on_step(what: str, done: int, total: int) -> None:
+            update(steps.index(what) * n_sites + done * n_sites // total, len(steps) * n_sites)
+
+        return answer(loaded.model, domains, options=options, on_step=on_step)

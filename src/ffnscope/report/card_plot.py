@@ -1,0 +1,56 @@
+"""The plot of a sparsity card: what its selections do, by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffnscope.report.drawing import COLOURS, INK, PALE, legend, need, new_figure, save, tidy
+from ffnscope.sparse.card import SparsityCard
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS = {"recall": "recall, %", "density": "density, %", "missed_mass": "missed mass, %"}
+LINES = {"test": "test documents", "second": "second text"}
+
+
+def plot_card(card: SparsityCard, path: Path, title: str = "") -> Path:
+    """Save `draw_card`; returns ``path``."""
+    return save(draw_card(card, title), path)
+
+
+def draw_card(card: SparsityCard, title: str = "") -> Figure:
+    """Draw recall, density and missed mass by FFN in the order of the model, a line per text.
+
+    Args:
+        card: with figures.
+        title: second line of the heading.
+
+    Raises:
+        UsageError: the card has no figures, or matplotlib is not installed.
+    """
+    sources = [name for name in LINES if any(name in one.figures for one in card.sites)]
+    need(sources, "figures of a card")
+    figure = new_figure(10.5, 3.4, "Selections by layer", title)
+    shown: dict[str, Any] = {}
+    for place, (measure, label) in enumerate(PANELS.items(), 1):
+        axes = figure.add_subplot(1, len(PANELS), place)
+        for index, source in enumerate(sources):
+            shown[LINES[source]] = _line(axes, card, source, measure, COLOURS[index])
+        axes.set_ylabel(label, color=INK, size=9)
+        axes.set_xlabel("FFN, in the order of the model", color=INK, size=9)
+        axes.set_ylim(0, 100)
+        axes.grid(color=PALE, linewidth=0.5)
+        tidy(axes)
+    legend(figure, shown)
+    return figure
+
+
+def _line(axes: Axes, card: SparsityCard, source: Any, measure: str, colour: str) -> Any:
+    found = [(at, one.figures[source][measure]) for at, one in enumerate(card.sites) if source in one.figures]
+    places = [at for at, _ in found]
+    low, high = ([100 * value for value in ends] for ends in zip(*((f.p5, f.p95) for _, f in found), strict=True))
+    axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+    return axes.plot(places, [100 * f.mean for _, f in found], "o-", color=colour, markersize=2.5, linewidth=1.2)[0]
