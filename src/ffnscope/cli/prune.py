@@ -77,12 +77,9 @@ def prune_command(
 ) -> None:
     """Prune and save: score -> plan -> reconstruct -> slice -> OUT, a checkpoint, or a DeciLM or GGUF export.
 
-    With a reconstruction the calibration has 128 windows of 256 tokens, a mixture of all shipped texts, unless
-    --num-samples, --max-length, --text and --mix say otherwise; 32 of them run backward where the metric needs it.
-    An interrupted call goes on where it stopped.
-
-    With --from, nothing is calibrated: the scores, the text and, where not given, the other parts are those of an
-    earlier prune or run, and MODEL may be left out.
+    With a reconstruction the calibration has 128 windows of 256 tokens, a mixture of all shipped texts, unless you say
+    otherwise; 32 of them run backward where the metric needs it. With --from, nothing is calibrated: scores, text and
+    what is not given are those of an earlier result. An interrupted call goes on.
     """
     record = open_record(context, wanted.run, choice.metric, text, form.keep_statistics) if wanted.run else None
     method = choice.chosen(context, record and record.method)

@@ -19,7 +19,9 @@ def mixture(*mix: TextSource) -> TextSource:
 class TestWindows:
     def test_equal_parts_text_by_text(self, tokenizer):
         found = load_windows(mixture(HELP, CODE), tokenizer, n=8, length=16, seed=3)
-        alone = [load_windows(one, tokenizer, n=k, length=16, seed=3) for one, k in ((SPEECHES, 3), (HELP, 3), (CODE, 2))]
+        alone = [
+            load_windows(one, tokenizer, n=k, length=16, seed=3) for one, k in ((SPEECHES, 3), (HELP, 3), (CODE, 2))
+        ]
         assert torch.equal(found.input_ids, torch.cat([one.input_ids for one in alone]))
         assert found.n_targets == sum(one.n_targets for one in alone)
 

@@ -37,7 +37,9 @@ def test_a_reconstruction_reads_all_shipped_texts(ok: Ok, prune: tuple[Any, ...]
 
 
 @pytest.mark.parametrize("own", [("--text", "pydoc_topics"), ("--split", "validation")])
-def test_but_not_beside_a_text_of_the_user(ok: Ok, prune: tuple[Any, ...], own: tuple[str, str], tmp_path: Path) -> None:
+def test_but_not_beside_a_text_of_the_user(
+    ok: Ok, prune: tuple[Any, ...], own: tuple[str, str], tmp_path: Path
+) -> None:
     ok(*prune, "--method", "best", *own)
     assert len(names(tmp_path / "out")) == 1
 
@@ -67,9 +69,9 @@ def test_it_is_the_mixture_of_the_library(ok: Ok, prune: tuple[Any, ...], checkp
 
 def test_held_out_of_every_text_must_be_known(fails: Fails, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     mix = ("--mix", texts / "train.txt")
-    told = fails("prune", checkpoint, "--out", tmp_path / "out", "--sparsity", 0.5, "--metric", "wanda", *mix)
+    told = fails(2, "prune", checkpoint, "--out", tmp_path / "out", "--sparsity", 0.5, "--metric", "wanda", *mix)
     assert "train.txt has no known held-out split to measure on" in told
 
 
 def test_the_same_text_twice(fails: Fails, prune: tuple[Any, ...]) -> None:
-    assert "is in the mixture twice" in fails(*prune, "--metric", "wanda", "--mix", "sotu")
+    assert "is in the mixture twice" in fails(2, *prune, "--metric", "wanda", "--mix", "sotu")
