@@ -93,6 +93,9 @@ class TestHowManyDocuments:
         with pytest.raises(UsageError, match=r"learn_then_test .* needs at least 22"):
             learn_then_test(torch.zeros(21, 2), 0.1, 0.1)
         assert learn_then_test(torch.zeros(22, 2), 0.1, 0.1).setting == 1
+        with pytest.raises(UsageError, match=r"needs at least 50 calibration documents; there are 49"):
+            learn_then_test(torch.zeros(49, 2), 0.1, 0.1, bootstrap)
+        assert learn_then_test(torch.zeros(50, 2), 0.1, 0.1, bootstrap).setting == 1
 
     def test_impossible_losses(self) -> None:
         with pytest.raises(UsageError, match=r"must be in \[0, 1\]; got \[0, 2\]"):
