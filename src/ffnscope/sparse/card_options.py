@@ -112,6 +112,8 @@ class CardOptions:
         falling = all(a > b for a, b in itertools.pairwise(self.densities))
         if not self.densities or not falling or not 0 < self.densities[-1] <= self.densities[0] < 1:
             raise UsageError(f"densities must fall and be in (0, 1), such as 0.9, 0.8, ...; got {self.densities}.")
+        if not 0 <= self.floor <= 1:
+            raise UsageError(f"floor must be a density in [0, 1]; got {self.floor:g}.")
         for name in ("gradient_windows", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}.")

@@ -144,6 +144,16 @@ class TestCoverage:
         assert wrong <= failure + 2 * (failure * (1 - failure) / SPLITS) ** 0.5
         assert sum(setting >= 4 for setting in settings) / SPLITS > 0.9
 
+    def test_learn_then_test_by_bootstrap(self) -> None:
+        limit, failure, splits = 0.1, 0.1, 200
+        risk = population(200_000, -1 % 2**31).mean(0)
+        drawn = [population(50, 2 * i) for i in range(splits)]
+        settings = [learn_then_test(c, limit, failure, bootstrap).setting for c in drawn]
+        wrong = sum(float(risk[setting]) > limit for setting in settings) / splits
+        assert wrong <= failure + 2 * (failure * (1 - failure) / splits) ** 0.5
+        careful = [learn_then_test(c, limit, failure).setting for c in drawn]
+        assert sum(careful) < 0.7 * sum(settings)
+
     def test_the_plain_mean_breaks_the_promise(self) -> None:
         limit = 0.1
         found = [(int((c.mean(0) <= limit).nonzero().max()), new) for c, new in self.draws(30)]
