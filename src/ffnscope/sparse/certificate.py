@@ -8,6 +8,7 @@ documents that could have been drawn in the place of these (exchangeable with th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,10 +149,16 @@ def bootstrap(losses: Tensor, limit: float) -> float:
     Right for many documents only; with few, or with rare large losses, it promises too much.
     """
     values = losses.double().cpu()
-    random = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=random)
-    excess = values[drawn].mean(1) - values.mean() + limit
+    excess = _resamples(len(values)) @ values - values.mean() + limit
     return (1 + int((excess <= values.mean()).sum())) / (1 + RESAMPLES)
+
+
+@functools.lru_cache(maxsize=4)
+def _resamples(n: int) -> Tensor:
+    """Weights of n documents in every resampled mean, [RESAMPLES, n]; the same at every call."""
+    drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(RESAMPLES, n, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts)) / n
 
 
 def needed_documents(method: Method, limit: float, failure: float = 0.0, p_value: PValue = hoeffding_bentkus) -> int:
