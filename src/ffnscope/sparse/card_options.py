@@ -12,7 +12,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.sparse.calibration import Measure, Target
 from ffnscope.sparse.card import WantedChannels
-from ffnscope.sparse.certificate import Method
+from ffnscope.sparse.certificate import Method, PValue, bootstrap, hoeffding_bentkus
 from ffnscope.sparse.split import Part
 from ffnscope.sparse.traces import Traces
 
@@ -59,16 +59,25 @@ class Certify:
     Attributes:
         method: see `ffnscope.sparse.certificate`; for perplexity learn_then_test is the usual one.
         failure: of split_conformal and learn_then_test.
+        test: p-value of learn_then_test; "bootstrap" is sharper, right for many documents only.
     """
 
     method: Method = "risk_control"
     failure: float = 0.1
+    test: Literal["hoeffding_bentkus", "bootstrap"] = "hoeffding_bentkus"
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise unknown_name("method of a certificate", self.method, get_args(Method))
+        if self.test not in ("hoeffding_bentkus", "bootstrap"):
+            raise unknown_name("test of a certificate", self.test, ("hoeffding_bentkus", "bootstrap"))
         if not 0 < self.failure < 1:
             raise UsageError(f"failure of a certificate must be in (0, 1); got {self.failure:g}.")
+
+    @property
+    def p_value(self) -> PValue:
+        """The function of that name."""
+        return bootstrap if self.test == "bootstrap" else hoeffding_bentkus
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,8 @@ class CardOptions:
         falling = all(a > b for a, b in itertools.pairwise(self.densities))
         if not self.densities or not falling or not 0 < self.densities[-1] <= self.densities[0] < 1:
             raise UsageError(f"densities must fall and be in (0, 1), such as 0.9, 0.8, ...; got {self.densities}.")
+        if not 0 <= self.floor <= 1:
+            raise UsageError(f"floor must be a density in [0, 1]; got {self.floor:g}.")
         for name in ("gradient_windows", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}.")

@@ -8,6 +8,7 @@ documents that could have been drawn in the place of these (exchangeable with th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ Method = Literal["risk_control", "split_conformal", "learn_then_test"]
 PValue = Callable[[Tensor, float], float]
 """Losses [n] of documents, and a limit -> p-value of «the expected loss is above the limit»."""
 RESAMPLES = 2000
+BOOTSTRAP_DOCUMENTS = 50
+"""Fewer are refused: with none that is bad among a few documents the bootstrap believes that there is none at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +126,7 @@ def learn_then_test(losses: Tensor, limit: float, failure: float, p_value: PValu
     """
     n = _check(losses, limit)
     p_value = p_value or hoeffding_bentkus
-    if p_value is hoeffding_bentkus:
-        check_documents("learn_then_test", n, limit, failure)
+    check_documents("learn_then_test", n, limit, failure, p_value)
     _check_share("failure", failure)
     passed = torch.tensor([True] + [p_value(row, limit) <= failure for row in losses.T[1:]])
     return _certificate("learn_then_test", losses, (limit, failure), _last_before_first_failure(passed))
@@ -147,25 +149,35 @@ def bootstrap(losses: Tensor, limit: float) -> float:
     Right for many documents only; with few, or with rare large losses, it promises too much.
     """
     values = losses.double().cpu()
-    random = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=random)
-    excess = values[drawn].mean(1) - values.mean() + limit
+    excess = _resamples(len(values)) @ values - values.mean() + limit
     return (1 + int((excess <= values.mean()).sum())) / (1 + RESAMPLES)
 
 
-def needed_documents(method: Method, limit: float, failure: float = 0.0) -> int:
+@functools.lru_cache(maxsize=4)
+def _resamples(n: int) -> Tensor:
+    """Weights of n documents in every resampled mean, [RESAMPLES, n]; the same at every call."""
+    drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(RESAMPLES, n, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts)) / n
+
+
+def needed_documents(method: Method, limit: float, failure: float = 0.0, p_value: PValue = hoeffding_bentkus) -> int:
     """Documents below which nothing but the dense model can be certified, whatever their losses."""
     _check_share("limit", limit)
     if method != "risk_control":
         _check_share("failure", failure)
+    if method == "learn_then_test" and p_value is bootstrap:
+        return BOOTSTRAP_DOCUMENTS
     if method == "learn_then_test":  # losses of 0: the Hoeffding part is (1 - limit)^n, and Bentkus's e times that
         return math.ceil(math.log(failure) / math.log1p(-limit) - 1e-9)
     return math.ceil(1 / (limit if method == "risk_control" else failure) - 1 - 1e-9)
 
 
-def check_documents(method: Method, n: int, limit: float, failure: float = 0.0) -> None:
+def check_documents(
+    method: Method, n: int, limit: float, failure: float = 0.0, p_value: PValue = hoeffding_bentkus
+) -> None:
     """Raise UsageError where n documents are too few to certify anything, and say how many are needed."""
-    needed = needed_documents(method, limit, failure)
+    needed = needed_documents(method, limit, failure, p_value)
     if n < needed:
         asked = f"{limit:g}" if method == "risk_control" else f"{limit:g} and a failure of {failure:g}"
         raise UsageError(

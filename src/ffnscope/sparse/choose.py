@@ -117,7 +117,7 @@ def check_certificate(certify: Certify, target: CardTarget, n_documents: int) ->
     limit = loss_limit(target)
     if not 0 < limit < 1:
         raise UsageError(f"a target with the loss {limit:g} cannot be promised; allow a loss in (0, 1).")
-    check_documents(certify.method, n_documents, limit, certify.failure)
+    check_documents(certify.method, n_documents, limit, certify.failure, certify.p_value)
 
 
 def _certified(
@@ -141,8 +141,9 @@ def _certified(
 def _certificate(losses: Tensor, limit: float, certify: Certify) -> Certificate:
     if certify.method == "risk_control":
         return risk_control(losses, limit)
-    of = split_conformal if certify.method == "split_conformal" else learn_then_test
-    return of(losses, limit, certify.failure)
+    if certify.method == "split_conformal":
+        return split_conformal(losses, limit, certify.failure)
+    return learn_then_test(losses, limit, certify.failure, certify.p_value)
 
 
 def _document_losses(fitted: Fitted) -> Tensor:

@@ -245,6 +245,7 @@ class _Fitting:
         if certify is not None:
             facts["certified_loss"] = _LOSS_WORDS[self._asked[0]]
             facts["limit"] = loss_limit(self.target)
+            facts["certify"] = asdict(certify)
         return facts
 
 

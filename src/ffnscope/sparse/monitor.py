@@ -31,16 +31,22 @@ class MonitorOptions:
             to see what is missed. The text does not depend on it. None audits nothing.
         margin: by how much a band is widened to either side, as a share of its width, before there is an alarm.
         fallback: run an FFN dense while it is outside of its bands.
+        min_kept_mass: run an FFN dense for a token of whose scores the kept channels have a smaller share than this.
     """
 
     audit_every: int | None = 64
     margin: float = 0.5
     fallback: bool = True
+    min_kept_mass: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.audit_every is not None and self.audit_every < 1) or self.margin < 0:
             raise UsageError(
                 f"audit_every must be at least 1 and margin not negative; got {self.audit_every}, {self.margin:g}."
+            )
+        if not 0 <= self.min_kept_mass <= 1:
+            raise UsageError(
+                f"min_kept_mass must be in [0, 1], a share of a token's scores; got {self.min_kept_mass:g}."
             )
 
 
@@ -127,7 +133,8 @@ class Watched:
         """Inputs [T, d_model] -> mask [T, d_ff]; all channels while outside of a band and ``fallback`` is on."""
         scores = self.selector.predictor(x)
         mask = self.selector.policy.select(scores, self.selector.parameter)
-        for name, values in signals(scores, mask).items():
+        seen = signals(scores, mask)
+        for name, values in seen.items():
             self.means[name].add(float(values.mean()), len(values))
         self.steps += 1
         if self.period is not None and self.steps % self.period == self.offset:
@@ -135,7 +142,9 @@ class Watched:
         before, self.outside = self.outside, self._is_outside()
         if self.outside and not before:
             self.alarms += 1
-        return torch.ones_like(mask) if self.outside and self.options.fallback else mask
+        if self.outside and self.options.fallback:
+            return torch.ones_like(mask)
+        return mask | (seen["kept_mass"] < self.options.min_kept_mass)[:, None]
 
     def drift(self) -> Drift:
         """What was seen."""

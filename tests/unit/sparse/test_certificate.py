@@ -93,6 +93,9 @@ class TestHowManyDocuments:
         with pytest.raises(UsageError, match=r"learn_then_test .* needs at least 22"):
             learn_then_test(torch.zeros(21, 2), 0.1, 0.1)
         assert learn_then_test(torch.zeros(22, 2), 0.1, 0.1).setting == 1
+        with pytest.raises(UsageError, match=r"needs at least 50 calibration documents; there are 49"):
+            learn_then_test(torch.zeros(49, 2), 0.1, 0.1, bootstrap)
+        assert learn_then_test(torch.zeros(50, 2), 0.1, 0.1, bootstrap).setting == 1
 
     def test_impossible_losses(self) -> None:
         with pytest.raises(UsageError, match=r"must be in \[0, 1\]; got \[0, 2\]"):
@@ -140,6 +143,16 @@ class TestCoverage:
         wrong = sum(float(risk[setting]) > limit for setting in settings) / SPLITS
         assert wrong <= failure + 2 * (failure * (1 - failure) / SPLITS) ** 0.5
         assert sum(setting >= 4 for setting in settings) / SPLITS > 0.9
+
+    def test_learn_then_test_by_bootstrap(self) -> None:
+        limit, failure, splits = 0.1, 0.1, 200
+        risk = population(200_000, -1 % 2**31).mean(0)
+        drawn = [population(50, 2 * i) for i in range(splits)]
+        settings = [learn_then_test(c, limit, failure, bootstrap).setting for c in drawn]
+        wrong = sum(float(risk[setting]) > limit for setting in settings) / splits
+        assert wrong <= failure + 2 * (failure * (1 - failure) / splits) ** 0.5
+        careful = [learn_then_test(c, limit, failure).setting for c in drawn]
+        assert sum(careful) < 0.7 * sum(settings)
 
     def test_the_plain_mean_breaks_the_promise(self) -> None:
         limit = 0.1

@@ -211,6 +211,10 @@ class TestCertificates:
             one.fit(target=Target("recall", 1.0), certify=Certify())
         with pytest.raises(UsageError, match="choose one of the two"):
             one.fit(target=PerplexityTarget(0.1), certify=Certify(), allocation="fisher")
+        with pytest.raises(UsageError, match="needs at least 50 calibration documents; there are 12"):
+            one.fit(target=PerplexityTarget(0.1), certify=Certify("learn_then_test", test="bootstrap"))
+        with pytest.raises(UnknownNameError, match="test of a certificate"):
+            Certify("learn_then_test", test="wald")  # type: ignore[arg-type]
         with pytest.raises(UnknownNameError, match="method of a certificate"):
             Certify("crc")  # type: ignore[arg-type]
 

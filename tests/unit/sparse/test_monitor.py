@@ -117,6 +117,20 @@ class TestWrapped:
             assert not selector(x).all()
             assert watch.drifting == ()
 
+    def test_a_token_with_little_kept_mass_runs_dense(self, made: Made) -> None:
+        _, card, selectors = made
+        site = card.sites[0].site
+        x = torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
+        scores, mask = selectors[site].predictor(x), selectors[site](x)
+        kept = signals(scores, mask)["kept_mass"]
+        limit = float(kept.median())
+        watch = Monitor(card, selectors, MonitorOptions(min_kept_mass=limit, audit_every=None, margin=1e9))
+        found = watch.selectors[site](x)
+        assert torch.equal(found.all(-1), kept < limit)
+        assert torch.equal(found[kept >= limit], mask[kept >= limit])
+        with pytest.raises(UsageError, match=r"min_kept_mass must be in \[0, 1\]"):
+            MonitorOptions(min_kept_mass=2)
+
     def test_a_batch_counts_its_tokens(self, made: Made) -> None:
         model, card, _ = made
         runtime = wrap_(model, card, break_even=1.0)
