@@ -29,18 +29,19 @@ def perplexity(cell: dict) -> float:
     return math.exp(sum(cell["nll"]) / sum(cell["targets"]))
 
 
-def write() -> None:
+def write(plots: Path) -> None:
+    """Write the page, and plots of every domain to a folder."""
     lines = [HEAD, ""]
     cells = {(c["row"], c["at"], c["domain"], c["windows"]): c for c in read("perplexity")}
     for windows in sorted({key[3] for key in cells}, reverse=True):
-        lines += qualities([c for key, c in cells.items() if key[3] == windows])
+        lines += qualities([c for key, c in cells.items() if key[3] == windows], plots)
     lines += targets(read("targets"))
     for cell in read("certificates"):
         lines += certificates(cell)
     write_text(CELLS.with_suffix(".md"), "\n".join(lines))
 
 
-def qualities(cells: list[dict]) -> list[str]:
+def qualities(cells: list[dict], plots: Path) -> list[str]:
     lines: list[str] = []
     for domain in dict.fromkeys(c["domain"] for c in cells):
         own = [c for c in cells if c["domain"] == domain]
@@ -57,11 +58,12 @@ def qualities(cells: list[dict]) -> list[str]:
         for label, found in rows.items():
             lines += [table_line(label, one) for one in sorted(found, key=lambda one: -one.bytes_share)]
         lines.append("")
+        curves: dict[str, list[FormRow]] = defaultdict(list)
+        for label, found in rows.items():
+            curves["dense FFN of 2 to 8 bits" if label.endswith("-bit dense FFN") else label] += found
         for cost in ("density", "bytes_share"):
-            if any(one.density is not None or cost == "bytes_share" for found in rows.values() for one in found):
-                path = CELLS.with_name(f"contextual_{domain}_{cost}.png")
-                plot_quality(dict(rows), cost, path, f"SmolLM2-135M-Instruct, {domain}")
-                lines += [f"![]({path.name})", ""]
+            if cost == "bytes_share" or any(one.density is not None for found in rows.values() for one in found):
+                plot_quality(curves, cost, plots / f"{domain}_{cost}.png", f"SmolLM2-135M-Instruct, {domain}")
     return lines
 
 

@@ -74,11 +74,11 @@ def test_the_page(table, tmp_path, monkeypatch):
     monkeypatch.setattr(table, "CELLS", path)
     monkeypatch.setattr(table, "SPLITS", 20)
     monkeypatch.setattr(table, "read", lambda part: [one for one in cells if one["part"] == part])
-    table.write()
+    table.write(tmp_path)
     page = (tmp_path / "contextual.md").read_text()
     assert "## sotu (in domain), 3 windows, dense 20.00" in page
     assert "| oracle top-k | 0.500 | 83.0 | 21.00 | +5.0 (" in page
     assert "| 4-bit dense FFN | – | 28.0 | 20.40 | +2.0 (" in page
     assert "| sotu (9) | sotu | 3 | top_k | 0.9 | 0.9000 (0.8503 to 0.9497) | 0.900 |" in page
     assert "60 documents, 20 splits in halves" in page and "documents above a missed mass of 0.25" in page
-    assert (tmp_path / "contextual_sotu_bytes_share.png").exists()
+    assert (tmp_path / "sotu_bytes_share.png").exists()
