@@ -2,7 +2,7 @@
 
     python benchmarks/contextual.py perplexity [--rows LABEL ...] [--densities 0.5 0.3 0.15] [--domains NAME ...]
     python benchmarks/contextual.py targets|certificates [--layers 0 6 12 18 29] [--domains NAME ...]
-    python benchmarks/contextual.py answer
+    python benchmarks/contextual.py answer [--layers ...]
     python benchmarks/contextual.py table
 
 perplexity: 16 windows of 256 tokens of each domain's test split, of which the first 64 are a prompt that runs dense and
@@ -16,7 +16,7 @@ certificates: mean missed mass of every document on a grid of densities, from wh
 
 Weights of the shipped model come from Q4_1, groups of 32. So 4 bits use groups of 64, and even these may be flattered.
 Every cell is appended to results/contextual.jsonl once it is measured; an interrupted run goes on with the missing
-ones. Traces are kept in the folder --work.
+ones. Traces and plots go to the folder --work.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import contextual_table
 import torch
 
 import ffnscope
+from ffnscope.ffn.sites import find_sites
 from ffnscope.io import write_text
 from ffnscope.registry import POLICIES
 from ffnscope.report.answer_table import answer_markdown, write_answer
@@ -55,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="LABEL")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.3, 0.15])
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 6, 12, 18, 29])
+    parser.add_argument("--layers", type=int, nargs="+", help="default: 0 6 12 18 29; of the answer: all")
     parser.add_argument("--windows", type=int, default=16, help="of 256 tokens, to evaluate on")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "ffnscope" / "contextual")
     return parser.parse_args()
@@ -69,8 +70,9 @@ def main() -> None:
     elif args.part == "answer":
         write_answers(args)
     elif args.part != "table":
+        args.layers = args.layers or [0, 6, 12, 18, 29]
         contextual_documents.measure(args, ffnscope.load_model(MODEL), add)
-    contextual_table.write()
+    contextual_table.write(args.work)
 
 
 def add(cell: dict) -> None:
@@ -148,7 +150,8 @@ def write_answers(args) -> None:
         name: Domain(traced(loaded, name, args.work, 32), windows_of(loaded, name, "test", args.windows // 2, 256))
         for name in args.domains
     }
-    found = answer(loaded.model, domains, on_step=lambda *step: print(*step, flush=True))
+    sites = [site for site in find_sites(loaded.model) if args.layers is None or site.layer in args.layers]
+    found = answer(loaded.model, domains, sites=sites, on_step=lambda *step: print(*step, flush=True))
     folder = contextual_table.CELLS.parent
     write_answer(folder / "answer_smollm2.json", found)
     write_text(folder / "answer_smollm2.md", answer_markdown(found, "SmolLM2: top-k or threshold, and which k?"))

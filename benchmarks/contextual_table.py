@@ -29,18 +29,19 @@ def perplexity(cell: dict) -> float:
     return math.exp(sum(cell["nll"]) / sum(cell["targets"]))
 
 
-def write() -> None:
+def write(plots: Path) -> None:
+    """Write the page, and plots of every domain to a folder."""
     lines = [HEAD, ""]
     cells = {(c["row"], c["at"], c["domain"], c["windows"]): c for c in read("perplexity")}
     for windows in sorted({key[3] for key in cells}, reverse=True):
-        lines += qualities([c for key, c in cells.items() if key[3] == windows])
+        lines += qualities([c for key, c in cells.items() if key[3] == windows], plots)
     lines += targets(read("targets"))
     for cell in read("certificates"):
         lines += certificates(cell)
     write_text(CELLS.with_suffix(".md"), "\n".join(lines))
 
 
-def qualities(cells: list[dict]) -> list[str]:
+def qualities(cells: list[dict], plots: Path) -> list[str]:
     lines: list[str] = []
     for domain in dict.fromkeys(c["domain"] for c in cells):
         own = [c for c in cells if c["domain"] == domain]
@@ -57,11 +58,12 @@ def qualities(cells: list[dict]) -> list[str]:
         for label, found in rows.items():
             lines += [table_line(label, one) for one in sorted(found, key=lambda one: -one.bytes_share)]
         lines.append("")
+        curves: dict[str, list[FormRow]] = defaultdict(list)
+        for label, found in rows.items():
+            curves["dense FFN of 2 to 8 bits" if label.endswith("-bit dense FFN") else label] += found
         for cost in ("density", "bytes_share"):
-            if any(one.density is not None or cost == "bytes_share" for found in rows.values() for one in found):
-                path = CELLS.with_name(f"contextual_{domain}_{cost}.png")
-                plot_quality(dict(rows), cost, path, f"SmolLM2-135M-Instruct, {domain}")
-                lines += [f"![]({path.name})", ""]
+            if cost == "bytes_share" or any(one.density is not None for found in rows.values() for one in found):
+                plot_quality(curves, cost, plots / f"{domain}_{cost}.png", f"SmolLM2-135M-Instruct, {domain}")
     return lines
 
 
@@ -114,7 +116,7 @@ def certificates(cell: dict) -> list[str]:
     lines += ["| what is promised | promised | found | standard error | mean density |", "|---|---|---|---|---|"]
     for limit in LIMITS:
         for what, rule in (("mean missed mass", risk_control), ("documents above", conformal)):
-            found = [rule(losses, limit, seed) for seed in range(SPLITS)]
+            found = [rule(losses, cell["grid"], limit, seed) for seed in range(SPLITS)]
             wrong, density = (torch.tensor([one[i] for one in found], dtype=torch.float64) for i in (0, 1))
             promised = limit if rule is risk_control else ALPHA
             name = what if rule is risk_control else f"{what} a missed mass of {limit:g}"
@@ -135,28 +137,28 @@ def halves(losses, seed: int):
     return losses[:, order[: len(order) // 2]], losses[:, order[len(order) // 2 :]]
 
 
-def risk_control(losses, limit: float, seed: int) -> tuple[float, float]:
+def risk_control(losses, grid: list[float], limit: float, seed: int) -> tuple[float, float]:
     """Conformal risk control: the lowest density with n / (n + 1) * mean + 1 / (n + 1) at most the limit."""
     calibrating, others = halves(losses, seed)
     n = calibrating.shape[1]
     safe = (calibrating.sum(1) + 1) / (n + 1) <= limit
-    return used(safe, others, lambda row: float(row.mean()))
+    return used(safe, others, grid, lambda row: float(row.mean()))
 
 
-def conformal(losses, limit: float, seed: int) -> tuple[float, float]:
+def conformal(losses, grid: list[float], limit: float, seed: int) -> tuple[float, float]:
     """Split conformal: the lowest density at which at least (n + 1) (1 - alpha) documents are within the limit."""
     calibrating, others = halves(losses, seed)
     n = calibrating.shape[1]
     safe = (calibrating <= limit).sum(1) >= math.ceil((n + 1) * (1 - ALPHA))
-    return used(safe, others, lambda row: float((row > limit).double().mean()))
+    return used(safe, others, grid, lambda row: float((row > limit).double().mean()))
 
 
-def used(safe, others, wrong) -> tuple[float, float]:
+def used(safe, others, grid, wrong) -> tuple[float, float]:
     """What goes wrong at the lowest safe density, all channels where none is; and that density."""
     if not bool(safe.any()):
         return 0.0, 1.0
     place = int(safe.nonzero()[0])
-    return wrong(others[place]), 0.05 * (place + 1)
+    return wrong(others[place]), grid[place]
 
 
 HEAD = (

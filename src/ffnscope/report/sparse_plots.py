@@ -22,7 +22,7 @@ from ffnscope.report.drawing import (
     save,
     tidy,
 )
-from ffnscope.sparse.evaluation import DENSE, FormRow
+from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.site_measures import SITE_MEASURES, SiteMeasures
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ AXES: dict[Cost, str] = {
     "density": "density: channels kept per token, %",
     "bytes_share": "bytes that FFNs read per token, predictor included, % of dense",
 }
-HIGHEST = 20.0
-"""Perplexity over dense at which the axis ends; what is above is drawn at its edge."""
+LOWEST, HIGHEST = 0.3, 2000.0
+"""Rise of the perplexity, in %, at which the axis ends; what is beyond is an open mark at its edge."""
 DETAILED = 16  # layers up to which cells hold their numbers
 
 
@@ -50,9 +50,9 @@ def plot_sites(rows: Mapping[str, Sequence[SiteMeasures]], measure: str, path: P
 
 
 def draw_quality(lines: Mapping[str, Sequence[FormRow]], cost: Cost, title: str = "") -> Figure:
-    """Draw perplexity over that of the dense model against what a token costs: a line per label, 95 % intervals.
+    """Draw the rise of the perplexity over dense against what a token costs: a line per label, 95 % intervals.
 
-    Forms without a density are left out where that is the cost. Values above `HIGHEST` are open marks at the edge.
+    The axis is logarithmic, from `LOWEST` to `HIGHEST`. Forms without a density are left out where that is the cost.
 
     Args:
         lines: label -> rows at several costs, on one text; a line per label.
@@ -67,12 +67,10 @@ def draw_quality(lines: Mapping[str, Sequence[FormRow]], cost: Cost, title: str 
     shown_lines = {label: _points(rows, cost) for label, rows in lines.items()}
     shown_lines = {label: points for label, points in shown_lines.items() if points}
     need(shown_lines, "rows with this cost")
-    figure = new_figure(7.2, 4.4, "Perplexity over dense, against what a token costs", title)
+    figure = new_figure(7.2, 4.4, "Rise of the perplexity over dense, against what a token costs", title)
     axes = figure.add_subplot()
-    shown: dict[str, Any] = {DENSE: axes.axhline(1.0, color=INK, linewidth=1, linestyle="--")}
-    for index, (label, points) in enumerate(shown_lines.items()):
-        shown[label] = _line(axes, points, index)
-    _quality_axes(axes, cost, [point for points in shown_lines.values() for point in points])
+    _quality_axes(axes, cost)
+    shown = {label: _line(axes, points, index) for index, (label, points) in enumerate(shown_lines.items())}
     legend(figure, shown)
     return figure
 
@@ -115,7 +113,7 @@ def draw_sites(rows: Mapping[str, Sequence[SiteMeasures]], measure: str, title: 
 
 
 Point = tuple[float, float, float, float]
-"""Cost in %, and value, lower and upper end of perplexity over dense."""
+"""Cost in %, and value, lower and upper end of the rise of the perplexity in %."""
 
 
 def _points(rows: Sequence[FormRow], cost: Cost) -> list[Point]:
@@ -126,7 +124,7 @@ def _points(rows: Sequence[FormRow], cost: Cost) -> list[Point]:
             continue
         one = row.difference
         ends = (one.value if end is None else end for end in (one.low, one.high))
-        value, low, high = (math.exp(min(x, 700.0)) for x in (one.value, *ends))
+        value, low, high = (100 * math.expm1(min(x, 600.0)) for x in (one.value, *ends))
         found.append((100 * at, value, low, high))
     return sorted(found)
 
@@ -134,31 +132,35 @@ def _points(rows: Sequence[FormRow], cost: Cost) -> list[Point]:
 def _line(axes: Axes, points: Sequence[Point], index: int) -> Any:
     marker, style = STYLES[index // len(COLOURS) % len(STYLES)]
     colour = COLOURS[index % len(COLOURS)]
-    inside = [(at, value, low, min(high, HIGHEST)) for at, value, low, high in points if value <= HIGHEST]
-    at = [point[0] for point in points]
-    line = axes.plot(
-        at, [min(p[1], HIGHEST) for p in points], style, marker=marker, color=colour, linewidth=1.1, markersize=4
-    )[0]
-    axes.vlines([p[0] for p in inside], [p[2] for p in inside], [p[3] for p in inside], color=colour, linewidth=1)
-    above = [point[0] for point in points if point[1] > HIGHEST]
-    look: Any = {"markerfacecolor": "white", "color": colour, "markersize": 6, "clip_on": False}
-    axes.plot(above, [HIGHEST] * len(above), "^", **look, zorder=4)
+    at, drawn = [point[0] for point in points], [_within(point[1]) for point in points]
+    line = axes.plot(at, drawn, style, marker=marker, color=colour, linewidth=1.1, markersize=4)[0]
+    axes.vlines(at, [_within(p[2]) for p in points], [_within(p[3]) for p in points], color=colour, linewidth=1)
+    for edge, shape, beyond in (
+        (HIGHEST, "^", [p[0] for p in points if p[1] > HIGHEST]),
+        (LOWEST, "v", _below(points)),
+    ):
+        if beyond:
+            look: Any = {"markerfacecolor": "white", "color": colour, "markersize": 6, "linestyle": "none"}
+            axes.plot(beyond, [edge] * len(beyond), shape, **look, clip_on=False, zorder=4)
     return line
 
 
-def _quality_axes(axes: Axes, cost: Cost, points: Sequence[Point]) -> None:
-    highest = min(max(point[1] for point in points), HIGHEST)
+def _within(value: float) -> float:
+    return min(max(value, LOWEST), HIGHEST)
+
+
+def _below(points: Sequence[Point]) -> list[float]:
+    return [point[0] for point in points if point[1] < LOWEST]
+
+
+def _quality_axes(axes: Axes, cost: Cost) -> None:
     axes.set_yscale("log")
-    marks = [1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20]
-    lowest = min(0.99, *(point[2] for point in points))
-    kept = [mark for mark in marks if mark <= highest * 1.15]
-    if highest > 3:
-        kept = [mark for mark in kept if mark not in (1.02, 1.05)]
-    axes.set_ylim(lowest, max(highest * 1.03, 1.02))
-    axes.set_yticks(kept, [f"{mark:g}x" for mark in kept])
+    axes.set_ylim(LOWEST, HIGHEST)
+    marks = (0.3, 1, 3, 10, 30, 100, 300, 1000)
+    axes.set_yticks(marks, [f"{mark:g} %" for mark in marks])
     axes.minorticks_off()
     axes.set_xlabel(AXES[cost], color=INK, size=9)
-    axes.set_ylabel("perplexity over dense", color=INK, size=9)
+    axes.set_ylabel("rise of the perplexity", color=INK, size=9)
     axes.grid(color=PALE, linewidth=0.5)
     axes.tick_params(colors=GREY)
     tidy(axes)

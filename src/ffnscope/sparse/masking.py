@@ -69,12 +69,18 @@ def masked_by(model: nn.Module, selectors: Mapping[FFNSite, Select], prompt: int
 
     Raises:
         UsageError: no selectors.
-        NotAvailableError: an expert in shared parameters; a prompt where an FFN is an expert.
+        NotAvailableError: an expert in shared parameters; a prompt where an FFN is an expert; a predictor that looks
+            ahead.
     """
     if not selectors:
         raise UsageError("no selectors were given; expected one per FFN that is to be masked, as {site: function}.")
-    for site in selectors:
+    for site, select in selectors.items():
         _check(site, prompt)
+        if isinstance(select, Selector) and select.predictor.lookahead:
+            raise NotAvailableError(
+                f"the predictor of {site.name} looks ahead from the FFN one layer before; a masked run gives it the "
+                "input of its own FFN. Use a predictor with lookahead 0."
+            )
     selected = Selected(prompt)
     rules = {site: _rule(site, select, selected) for site, select in selectors.items()}
     runtime = Runtime(model, rules, 0.0, Step(prefill=True))

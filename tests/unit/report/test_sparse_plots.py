@@ -9,7 +9,7 @@ import pytest
 
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.intervals import Estimate
-from ffnscope.report.sparse_plots import HIGHEST, draw_quality, draw_sites, plot_quality, plot_sites
+from ffnscope.report.sparse_plots import HIGHEST, LOWEST, draw_quality, draw_sites, plot_quality, plot_sites
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.measures import Summary
 from ffnscope.sparse.site_measures import SITE_MEASURES, OverTokens, SiteMeasures
@@ -31,29 +31,34 @@ LINES = {
 
 def drawn(figure):
     (axes,) = figure.axes
-    return axes, [line for line in axes.lines if line.get_marker() not in ("None", "^", None)]
+    return axes, [
+        line for line in axes.lines if line.get_marker() not in ("None", "v", None) and line.get_markersize() == 4
+    ]
 
 
 class TestQuality:
     def test_lines_against_density_leave_dense_forms_out(self) -> None:
         axes, lines = drawn(draw_quality(LINES, "density", "a model"))
         assert len(lines) == 2
-        assert lines[0].get_xdata().tolist() == [20, 50] and lines[0].get_ydata().tolist() == pytest.approx([2, 1.05])
-        assert axes.get_ylim()[1] > HIGHEST and axes.get_yscale() == "log"
+        assert lines[0].get_xdata().tolist() == [20, 50] and lines[0].get_ydata().tolist() == pytest.approx([100, 5])
+        assert axes.get_ylim() == (LOWEST, HIGHEST) and axes.get_yscale() == "log"
 
     def test_what_is_above_the_axis_is_an_open_mark_at_its_edge(self) -> None:
         axes, lines = drawn(draw_quality(LINES, "density"))
-        assert lines[1].get_ydata().tolist() == pytest.approx([HIGHEST, 1.5])
-        marks = [line for line in axes.lines if line.get_marker() == "^" and len(line.get_xdata())]
-        assert [list(line.get_xdata()) for line in marks] == [[20.0]]
+        assert lines[1].get_ydata().tolist() == pytest.approx([HIGHEST, 50])
+        assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "^"] == [[20.0]]
+        better = {"a": [row("a", 0.5, 0.99, 0.5), row("a", 0.2, 1.1, 0.2)]}
+        axes, lines = drawn(draw_quality(better, "density"))
+        assert lines[0].get_ydata().tolist() == pytest.approx([10, LOWEST])
+        assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "v"] == [[50.0]]
 
     def test_bytes_have_them_and_intervals_are_of_the_ratio(self) -> None:
         axes, lines = drawn(draw_quality(LINES, "bytes_share"))
         assert [line.get_xdata().tolist() for line in lines] == [[73, 83], [47, 67], [pytest.approx(28)]]
         ends = axes.collections[-1].get_segments()[0][:, 1]
-        assert ends.tolist() == pytest.approx([1.02 * math.exp(-0.1), 1.02 * math.exp(0.1)])
+        assert ends.tolist() == pytest.approx([LOWEST, 100 * (1.02 * math.exp(0.1) - 1)])
         names = [text.get_text() for text in axes.figure.legends[0].get_texts()]
-        assert names == ["dense", *LINES]
+        assert names == list(LINES)
 
     def test_refusals(self, tmp_path) -> None:
         with pytest.raises(UsageError, match="nothing to plot"):

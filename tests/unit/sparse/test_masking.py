@@ -17,6 +17,7 @@ from ffnscope.sparse.policies import TopK
 from ffnscope.sparse.predictors.exact import oracle
 from ffnscope.sparse.predictors.fixed import griffin, griffin_scores
 from ffnscope.sparse.predictors.interface import FitTokens
+from ffnscope.sparse.predictors.low_rank import LowRank
 from ffnscope.sparse.selector import Selector
 from reference import exact, padded, text
 from tiny import logits, tiny
@@ -126,4 +127,12 @@ class TestPrompts:
 
 def test_no_selectors() -> None:
     with pytest.raises(UsageError, match="no selectors"), masked_by(tiny("llama"), {}):
+        pass
+
+
+def test_predictors_that_look_ahead() -> None:
+    model = tiny("llama")
+    site = find_sites(model)[1]
+    selector = Selector(LowRank(ffn_of(model, site), 4, relu=True, lookahead=1), TopK(), 3)
+    with pytest.raises(NotAvailableError, match="looks ahead"), masked_by(model, {site: selector}):
         pass

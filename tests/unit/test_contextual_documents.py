@@ -1,0 +1,54 @@
+"""Cells of benchmarks/contextual.py about documents, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffnscope.sparse.tracing import trace
+from reference import exact, text
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks are not part of a source distribution")
+
+
+@pytest.fixture(scope="module")
+def documents():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("contextual_documents", FOLDER / "contextual_documents.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    model, folder = exact("llama"), tmp_path_factory.mktemp("documents")
+    return model, {name: trace(model, text(20, 16, seed), folder / name) for seed, name in enumerate("ab")}
+
+
+def test_targets_are_measured_on_documents_that_were_not_calibrated_on(documents, traced):
+    model, traces = traced
+    found = documents.targets(model, "a", traces)
+    rows = {(r["used_on"], r["rule"], r["target"], r["measure"]): r["documents"] for r in found["rows"]}
+    assert len(rows) == 2 * 3 * 2 * 2 and found["calibrating"] == 4
+    assert len(rows["a", "top_k", 0.9, "recall"]) == 16
+    for rule in documents.RULES:
+        low, high = (torch.tensor(rows["a", rule, t, "recall"]).mean() for t in (0.9, 0.95))
+        assert 0.85 < low < high
+        assert all(0 < d < 1 for d in rows["b", rule, 0.9, "density"])
+    assert len(found["parameters"]["top_k 0.9"]) == 2
+
+
+def test_missed_mass_of_documents_falls_with_density(documents, traced):
+    model, traces = traced
+    losses = torch.tensor(documents.certificates(model, traces["a"])["losses"])
+    assert losses.shape == (len(documents.GRID), 20)
+    assert bool((losses.diff(dim=0) <= 0).all()) and float(losses[0].min()) > 0.5 > float(losses[100].max())
