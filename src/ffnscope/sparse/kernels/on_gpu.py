@@ -4,7 +4,7 @@ Rows are float32, bfloat16 or float16; sums are accumulated in float32. With TRI
 tensors of the CPU, very slowly, which is how it is tested without a GPU.
 """
 # Triton has no type stubs, is not installed everywhere, and what it compiles is no ordinary Python
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 # ruff: noqa: PLR0913 (a kernel takes every pointer and size by itself)
 
 from __future__ import annotations

@@ -50,8 +50,10 @@ class SplitFFN:
         The fast part is started first, and runs at the same time where its device is not the CPU.
         """
         index = index.long().cpu()
+        inputs = [x.to(device) for _, device in self.parts]  # a copy would wait for what was started before it
         found: list[Tensor] = []
-        for chosen, (rows, device) in zip((self.is_hot[index], ~self.is_hot[index]), self.parts, strict=True):
+        both = zip((self.is_hot[index], ~self.is_hot[index]), self.parts, inputs, strict=True)
+        for chosen, (rows, device), own_x in both:
             if bool(chosen.any()):
                 own = None if token_mask is None else token_mask[:, chosen.to(token_mask.device)].to(device)
                 found.append(
