@@ -57,7 +57,7 @@ class SplitFFN:
             if bool(chosen.any()):
                 own = None if token_mask is None else token_mask[:, chosen.to(token_mask.device)].to(device)
                 found.append(
-                    sparse_ffn(x.to(device), rows, self.place[index[chosen]].to(device), self.act, token_mask=own)
+                    sparse_ffn(own_x, rows, self.place[index[chosen]].to(device), self.act, token_mask=own)
                 )
         y = sum((part.to(x.device) for part in found), torch.zeros_like(x))
         return y if self.bias is None else y + self.bias.to(x.device)
