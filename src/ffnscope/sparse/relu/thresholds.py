@@ -153,7 +153,9 @@ def activation_input(ffn: FFN, x: Tensor) -> Tensor:
 class NonZero:
     """A selector for `wrap_` that keeps exactly the channels that a ReLU, or a FATReLU, does not make zero.
 
-    It reads the whole gate (or up, without a gate) and no predictor, so at most two thirds of an FFN are saved.
+    It reads the whole gate (or up, without a gate) and no predictor, so at most two thirds of an FFN are saved. With it
+    a model with plain ReLUs computes what one with FATReLU does, and kernels know plain ReLUs only: leave thresholds
+    out of the modules (`set_thresholds_` with 0), or modules run projection by projection.
 
     Args:
         model: with `relu` or `relu2`.
