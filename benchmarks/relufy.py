@@ -119,7 +119,7 @@ def runtime(args, ours, sites, thresholds, lines):
         dense, seconds = decode(model, ids, args.new_tokens)
         times["dense"].append(seconds)
         set_thresholds_(model, dict.fromkeys(sites, 0.0))  # the selection has the thresholds; kernels know plain ReLUs
-        wrapped = wrap_(model, {site: NonZero(model, site, thresholds[site]) for site in sites})
+        wrapped = wrap_(model, {site: NonZero(model, site, thresholds[site]) for site in sites}, prefill=True)
         sparse, seconds = decode(model, ids, args.new_tokens)
         measured = wrapped.measured()
         unwrap_(model)

@@ -154,8 +154,9 @@ class NonZero:
     """A selector for `wrap_` that keeps exactly the channels that a ReLU, or a FATReLU, does not make zero.
 
     It reads the whole gate (or up, without a gate) and no predictor, so at most two thirds of an FFN are saved. With it
-    a model with plain ReLUs computes what one with FATReLU does, and kernels know plain ReLUs only: leave thresholds
-    out of the modules (`set_thresholds_` with 0), or modules run projection by projection.
+    and ``prefill=True`` a model with plain ReLUs computes what one with FATReLU does. Kernels know plain ReLUs only:
+    with thresholds in its modules (`set_thresholds_`) a model runs projection by projection, which is slower, and needs
+    no ``prefill``.
 
     Args:
         model: with `relu` or `relu2`.
