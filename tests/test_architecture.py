@@ -46,9 +46,10 @@ FENCES = {
     ),
     "numba": ("sparse/kernels/compiled.py",),
     "llvmlite": ("sparse/kernels/compiled.py",),
+    "triton": ("sparse/kernels/on_gpu.py",),
     "lm_eval": ("evaluate/tasks.py", "evaluate/task_model.py"),
 }
-HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval", "numba")
+HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval", "numba", "triton")
 FILE_CEILING, FUNCTION_CEILING = 400, 60
 BANNED_FILES = ("utils.py", "helpers.py", "common.py")
 

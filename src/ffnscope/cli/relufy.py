@@ -208,6 +208,8 @@ def _estimate(loaded: LoadedModel, text: Windows, held_out: Windows, options: Re
     if options.rise is not None:
         n_tokens = min(CALIBRATION, max(1, len(text) // 4)) * text.length
         lines.append(Line("shift", f"12 times {n_tokens:,} tokens", 12 * speed * n_tokens))
+    disk = f"up to {2 * 12 * n_parameters / 2**30:.1f} GiB beside the output until it is finished"
+    lines.append(Line("checkpoints", f"one every {options.every} steps, {disk}"))
     print_lines(lines, "relufy", console)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     saved = sum(4 * s.d_ff + 12 * s.d_model for s in sites) * 4

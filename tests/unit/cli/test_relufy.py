@@ -42,6 +42,7 @@ def test_the_plot(checkpoint, tmp_path, ok):
 def test_dry_run_changes_nothing(checkpoint, tmp_path, ok):
     result = ok("relufy", checkpoint, "--out", tmp_path / "out", *QUICK, "--dry-run")
     assert "4 steps, 512 tokens" in result.output and "2 FFNs get relu" in result.output
+    assert "one every 1 steps" in result.output
     assert "peak memory" in result.output and list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ffnscope.errors import UsageError, unknown_name
-from ffnscope.sparse.kernels.rows import ACTIVATIONS, RowMatrix, as_float32, compiled_kernels, n_parts
+from ffnscope.sparse.kernels.rows import (
+    ACTIVATIONS,
+    RowMatrix,
+    as_float32,
+    compiled_kernels,
+    gpu_kernels,
+    n_parts,
+)
 from ffnscope.types import FFNWeights
 
 Act = str | Callable[[Tensor], Tensor]
@@ -87,16 +94,23 @@ def sparse_ffn(x: Tensor, weights: RowWeights, index: Tensor, act: Act, *, token
         found = compiled_kernels().ffn(weights.arrays, kind, as_float32(rows), index.numpy(), n_parts(index))
         y = torch.from_numpy(found).to(x.dtype)
     else:
-        h = _channels(rows, weights, index, IN_TORCH[act] if isinstance(act, str) else act)
+        h = _channels(rows, weights, index, act)
         y = weights.down.sum(h if token_mask is None else h * token_mask, index)
     if weights.down_bias is not None:
         y = y + weights.down_bias
     return y[0] if x.dim() == 1 else y
 
 
-def _channels(x: Tensor, weights: RowWeights, index: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-    u = _producer(x, weights.up, weights.up_bias, index)
-    return act(u) if weights.gate is None else act(_producer(x, weights.gate, weights.gate_bias, index)) * u
+def _channels(x: Tensor, weights: RowWeights, index: Tensor, act: Act) -> Tensor:
+    gate, up = weights.gate, weights.up
+    biases = None if weights.gate_bias is None else (weights.gate_bias, weights.up_bias)
+    alike = (biases is None) == (weights.up_bias is None)
+    if gate is not None and gate.on_gpu and up.on_gpu and isinstance(act, str) and alike:
+        kind = ACTIVATIONS.index(act)
+        return gpu_kernels().rows_gated(gate.weight, up.weight, biases, kind, x, index).to(x.dtype)
+    function = IN_TORCH[act] if isinstance(act, str) else act
+    u = _producer(x, up, weights.up_bias, index)
+    return function(u) if gate is None else function(_producer(x, gate, weights.gate_bias, index)) * u
 
 
 def _producer(x: Tensor, weight: RowMatrix, bias: Tensor | None, index: Tensor) -> Tensor:

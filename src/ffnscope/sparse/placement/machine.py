@@ -68,7 +68,7 @@ def probe_bandwidth(device: torch.device | str = "cpu", n_bytes: int = PROBE_BYT
     for _ in range(ROUNDS + 1):
         _wait(device)
         start = time.perf_counter()
-        weight @ x
+        torch.mv(weight, x)
         _wait(device)
         times.append(time.perf_counter() - start)
     return weight.nbytes / min(times[1:])

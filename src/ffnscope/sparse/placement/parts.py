@@ -50,13 +50,13 @@ class SplitFFN:
         The fast part is started first, and runs at the same time where its device is not the CPU.
         """
         index = index.long().cpu()
+        inputs = [x.to(device) for _, device in self.parts]  # a copy would wait for what was started before it
         found: list[Tensor] = []
-        for chosen, (rows, device) in zip((self.is_hot[index], ~self.is_hot[index]), self.parts, strict=True):
+        both = zip((self.is_hot[index], ~self.is_hot[index]), self.parts, inputs, strict=True)
+        for chosen, (rows, device), own_x in both:
             if bool(chosen.any()):
                 own = None if token_mask is None else token_mask[:, chosen.to(token_mask.device)].to(device)
-                found.append(
-                    sparse_ffn(x.to(device), rows, self.place[index[chosen]].to(device), self.act, token_mask=own)
-                )
+                found.append(sparse_ffn(own_x, rows, self.place[index[chosen]].to(device), self.act, token_mask=own))
         y = sum((part.to(x.device) for part in found), torch.zeros_like(x))
         return y if self.bias is None else y + self.bias.to(x.device)
 
@@ -74,8 +74,8 @@ def split_(
 
     All that is not FFN is on ``fast``, with a copy of the hot rows; the FFN modules are on ``slow``, which has a copy
     of the cold rows too, and run there dense where many tokens are read at once. A step with one new token per sequence
-    computes the selected channels only: the result is that of the model with h multiplied by the mask. At the end the
-    model is back on its device, as it was.
+    computes the selected channels only: the result is that of the model with h multiplied by the mask. A prompt is read
+    without it, so also without the thresholds of `NonZero`. At the end the model is back on its device, as it was.
 
     Args:
         model: a `transformers` causal LM on one device, whose FFNs are modules of their own.

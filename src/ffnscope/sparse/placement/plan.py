@@ -99,8 +99,9 @@ def plan_placement(
     slower, where the fast device would become the one to wait for, or where the first channel of an FFN costs a
     synchronisation. So a larger budget is never predicted slower, and may stay unused.
 
-    The prediction takes mean bytes per token of both devices, FFN by FFN: the mean of the maximum over tokens, which
-    `simulate` takes, is longer, and an FFN counts as synchronised for every token or for none. Of equal frequencies the earlier FFN and channel is first.
+    The prediction takes mean bytes per token of both devices, FFN by FFN. The mean over tokens of the maximum, which
+    `simulate` takes, is longer; there an FFN is synchronised for the tokens that need both, here for all or none. Of
+    equal frequencies the earlier FFN and channel is first.
 
     Args:
         frequencies: site -> how often each channel is selected per token, [d_ff], in [0, 1].
@@ -184,5 +185,6 @@ def read_placement(path: Path) -> Placement:
         sites = [FFNSite(**row["site"]) for row in value["sites"]]
         hot = {s: torch.tensor(row["hot"], dtype=torch.int64) for s, row in zip(sites, value["sites"], strict=True)}
         sizes = {s: int(row["channel_bytes"]) for s, row in zip(sites, value["sites"], strict=True)}
-        speeds = (Speed(**value[name]) for name in ("predicted", "all_slow"))
-        return Placement(hot, sizes, value["budget"], Machine(**value["machine"]), *speeds, value["facts"])
+        predicted, all_slow = Speed(**value["predicted"]), Speed(**value["all_slow"])
+        machine = Machine(**value["machine"])
+        return Placement(hot, sizes, value["budget"], machine, predicted, all_slow, value["facts"])

@@ -155,6 +155,8 @@ def check_threshold(value: float) -> float:
 
 
 def _dense_sites(model: Any) -> list[FFNSite]:
+    if len(probe_ids(model, 1)) > 1:
+        raise NotAvailableError(f"{type(model).__name__} reads several codebooks at once, not text; use another model.")
     sites = find_sites(model)
     for site in sites:
         if site.expert is not None:

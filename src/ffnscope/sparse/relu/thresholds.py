@@ -153,7 +153,10 @@ def activation_input(ffn: FFN, x: Tensor) -> Tensor:
 class NonZero:
     """A selector for `wrap_` that keeps exactly the channels that a ReLU, or a FATReLU, does not make zero.
 
-    It reads the whole gate (or up, without a gate) and no predictor, so at most two thirds of an FFN are saved.
+    It reads the whole gate (or up, without a gate) and no predictor, so at most two thirds of an FFN are saved. With it
+    and ``prefill=True`` a model with plain ReLUs computes what one with FATReLU does. Kernels know plain ReLUs only:
+    with thresholds in its modules (`set_thresholds_`) a model runs projection by projection, which is slower, and needs
+    no ``prefill``.
 
     Args:
         model: with `relu` or `relu2`.

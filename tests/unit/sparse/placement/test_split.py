@@ -19,6 +19,8 @@ from ffnscope.sparse.relu.activation import replace_activation_, set_thresholds_
 from ffnscope.sparse.relu.thresholds import NonZero
 from ffnscope.sparse.runtime import ACTIVATION_NAMES, unwrap_, wrap_
 from ffnscope.sparse.tracing import trace
+from ffnscope.testing import check_runtime
+from ffnscope.types import FFNWeights
 from tiny import tiny, tokens
 
 ARCHS = ("llama", "llama_bias", "gpt2", "phi3", "falcon", "gemma")
@@ -91,6 +93,19 @@ def test_two_parts_are_the_whole(arch, n_hot):
             torch.testing.assert_close(split(x, index, own), expected, atol=1e-5, rtol=1e-5)
             whole = sparse_ffn(x, RowWeights.of(weights), index, act)
             torch.testing.assert_close(split(x, index), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_laws_of_a_runtime():
+    cpu = torch.device("cpu")
+
+    def in_two(x, weights, index, act, *, token_mask=None):
+        gate = None if weights.gate is None else weights.gate.weight
+        biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
+        whole = FFNWeights(gate, weights.up.weight, weights.down.weight.T, *biases)
+        hot = torch.arange(0, weights.up.weight.shape[0], 3)
+        return SplitFFN(whole, hot, act, cpu, cpu)(x, index, token_mask)
+
+    check_runtime(in_two, dtypes=(torch.float32,))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from ffnscope.errors import NotAvailableError, UnknownNameError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse.relu.activation import FATReLU, places, replace_activation_, set_thresholds_
 from tiny import ARCHITECTURES, logits, tiny, tokens
+from tiny_all import tiny_causal_lm
 from tiny_moe import tiny_moe
 
 FIXED = ("bloom", "bert")  # in the code; by the same field as the activation of the language model head
@@ -76,6 +77,11 @@ def test_experts_and_names_are_refused(llama):
         replace_activation_(tiny_moe("mixtral"))
     with pytest.raises(UnknownNameError, match="Did you mean 'relu'"):
         replace_activation_(llama, "rellu")
+
+
+def test_codebooks_are_refused():
+    with pytest.raises(NotAvailableError, match="several codebooks"):
+        replace_activation_(tiny_causal_lm("musicgen"))
 
 
 class TestFATReLU:

@@ -99,6 +99,11 @@ def test_the_runtime_loses_nothing(arch, activation, threshold):
     unwrap_(model)
     torch.testing.assert_close(found, dense, atol=1e-5, rtol=1e-5)
     assert all(row.sparse_steps == 1 for row in measured.values())
+    set_thresholds_(model, dict.fromkeys(sites, 0.0))  # the selection has them
+    plain = wrap_(model, {s: NonZero(model, s, threshold) for s in sites}, prefill=True, break_even=1.0)
+    torch.testing.assert_close(decode(), dense, atol=1e-5, rtol=1e-5)
+    assert set(plain.levels.values()) == {"projections" if arch == "opt" else "module"}
+    unwrap_(model)
     density = sum(row.density for row in measured.values()) / len(sites)
     assert density < 0.7 and density == pytest.approx(1 - zeros, abs=0.15)
 
