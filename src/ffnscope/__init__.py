@@ -107,7 +107,8 @@ from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CardOptions, CardTexts, Certify, PerplexityTarget
 from ffnscope.sparse.certificate import Certificate
 from ffnscope.sparse.fit import fit_card
-from ffnscope.sparse.losses import selecting
+from ffnscope.sparse.evaluation import compare_forms
+from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.monitor import MonitorOptions
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import unwrap_, wrap_
@@ -145,7 +146,8 @@ __all__ = [
     "PerplexityTarget",
     "Certificate",
     "fit_card",
-    "selecting",
+    "masked_by",
+    "compare_forms",
     "MonitorOptions",
     "SelectionRule",
     "unwrap_",

@@ -22,7 +22,9 @@ from ffnscope.sparse.certificate import (
     risk_control,
     split_conformal,
 )
-from ffnscope.sparse.losses import document_sums, loss_change, window_losses
+from ffnscope.sparse.evaluation import form_losses
+from ffnscope.sparse.forms import MaskedForm
+from ffnscope.sparse.losses import document_sums, loss_change
 from ffnscope.sparse.selector import Selector
 from ffnscope.sparse.site_fit import FittedSite
 from ffnscope.types import FFNSite
@@ -61,7 +63,8 @@ class ModelLosses:
         key = tuple(settings.get(site, 0) for site in self.fitted)
         if key not in self._known:
             chosen = selectors_at(self.fitted, settings)
-            self._known[key] = window_losses(self.model, chosen, self.windows, self.batch_size)
+            form = MaskedForm("card", chosen) if chosen else None
+            self._known[key] = form_losses(self.model, form, self.windows, batch_size=self.batch_size).nll
         return self._known[key]
 
     def change(self, settings: Mapping[FFNSite, int]) -> LossChange:

@@ -1,52 +1,14 @@
-"""The loss of a model whose FFNs compute under the masks of selectors, paired with that of the dense model."""
+"""What masks do to the loss, from summed losses per window, paired with those of the dense model."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Generator, Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ffnscope.calibrate.windows import Windows
-from ffnscope.evaluate.perplexity import check_targets, token_nll, window_ratio
+from ffnscope.evaluate.perplexity import window_ratio
 from ffnscope.sparse.card import LossChange
-from ffnscope.sparse.runtime import Runtime
-from ffnscope.sparse.uses import Selector, Step
-from ffnscope.types import FFNSite
-
-
-@contextlib.contextmanager
-def selecting(model: nn.Module, selectors: Mapping[FFNSite, Selector]) -> Generator[nn.Module]:
-    """Within the block FFNs run dense under the masks of selectors, for every token: to measure what they cost.
-
-    An empty mapping leaves the model dense. Unlike `wrap_` nothing is tried out, copied or warned about.
-    """
-    runtime = Runtime(model, selectors, 0.0, Step(prefill=True))
-    try:
-        for site in selectors:
-            runtime.put(site, "masked")
-        yield model
-    finally:
-        runtime.close()
-
-
-def window_losses(
-    model: nn.Module, selectors: Mapping[FFNSite, Selector], windows: Windows, batch_size: int = 4
-) -> Tensor:
-    """Summed NLL of every window [n], nats, float64.
-
-    Raises:
-        UsageError: nothing to predict.
-        NonFiniteError: a loss is NaN or infinite.
-    """
-    check_targets(windows)
-    with selecting(model, selectors):
-        parts = [
-            token_nll(model, batch, first=i * batch_size)[0] for i, batch in enumerate(windows.batches(batch_size))
-        ]
-    return torch.cat(parts)
 
 
 def document_sums(values: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,10 @@ from ffnscope.sparse.card import SparsityCard, WantedChannels
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CAP, CardOptions, CardTexts, Certify, PerplexityTarget
 from ffnscope.sparse.fit import fit_card
-from ffnscope.sparse.losses import loss_change, selecting, window_losses
+from ffnscope.sparse.evaluation import form_losses
+from ffnscope.sparse.forms import MaskedForm
+from ffnscope.sparse.losses import loss_change
+from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.measures import measure
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.traces import Traces
@@ -141,10 +144,10 @@ class TestPerplexity:
     def test_the_loss_under_selections(self, one: Set) -> None:
         card, selectors = fit_card(one.model, one.traces, RULE, Target("density", 0.3), texts=CardTexts(one.windows))
         windows = one.windows[:7]
-        dense, sparse = window_losses(one.model, {}, windows), window_losses(one.model, selectors, windows)
+        dense, sparse = (form_losses(one.model, form, windows).nll for form in (None, MaskedForm("card", selectors)))
         change = loss_change(dense, sparse, windows)
         assert change.dense == pytest.approx(perplexity(one.model, windows).value)
-        with selecting(one.model, selectors):
+        with masked_by(one.model, selectors):
             assert change.sparse == pytest.approx(perplexity(one.model, windows).value)
         assert change.sparse != pytest.approx(change.dense, rel=1e-4)
         assert change.difference == pytest.approx(math.log(change.sparse / change.dense))
