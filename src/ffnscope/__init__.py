@@ -106,8 +106,8 @@ from ffnscope.sparse.card import Figure, LossChange, SiteCard, SparsityCard, Wan
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CardOptions, CardTexts, Certify, PerplexityTarget
 from ffnscope.sparse.certificate import Certificate
-from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.evaluation import compare_forms
+from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.monitor import MonitorOptions
 from ffnscope.sparse.rule import SelectionRule

@@ -19,8 +19,8 @@ from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard, WantedChannels
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CAP, CardOptions, CardTexts, Certify, PerplexityTarget
-from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.evaluation import form_losses
+from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.forms import MaskedForm
 from ffnscope.sparse.losses import loss_change
 from ffnscope.sparse.masking import masked_by
