@@ -130,6 +130,35 @@ def materialised(model: nn.Module, *sites: FFNSite, write: bool = False) -> Gene
 
 
 @contextlib.contextmanager
+def resident(model: nn.Module, *modules: nn.Module) -> Generator[None]:
+    """Within the block, the offloaded weights of these modules and all that is in them stay in the model.
+
+    They are read once, on the device that computes with them, however often the modules run; nothing is kept of what is
+    changed. On exit they are offloaded again. Weights that are not offloaded are left alone, so contexts nest.
+
+    Raises:
+        ModelError: a weight has no value.
+    """
+    held: list[_Held] = []
+    hooks: dict[int, Any] = {}
+    try:
+        for module in dict.fromkeys(part for one in modules for part in one.modules()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if is_offloaded(parameter):
+                    held.append(_Held(module, name, stored(model, module, name), parameter.shape))
+                    held[-1].load(copy=False)
+                    hooks[id(held[-1].place.hook)] = held[-1].place.hook
+        for hook in hooks.values():
+            hook.offload = False
+        yield
+    finally:
+        for hook in hooks.values():
+            hook.offload = True
+        for one in held:
+            one.offload(one.shape)
+
+
+@contextlib.contextmanager
 def edited(model: nn.Module, module: nn.Module, name: str, edit: Edit) -> Generator[None]:
     """Within the block, whoever reads an offloaded parameter, the forward included, gets ``edit(value)``.
 
