@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import MutableSequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,32 @@ from torch import Tensor
 from ffnscope.ffn.streamed import Place
 
 Key = tuple[int, int]
-"""What a tensor is: the block that it waits for (or -1 for a gradient), and its batch."""
+"""What a tensor is: the block that it waits for (-1 for a gradient) or the sequence that it is in, and its batch."""
+
+
+class StateSequence(MutableSequence[Tensor]):
+    """Tensors in order, kept by `HiddenStates`; it grows at its end only."""
+
+    def __init__(self, states: HiddenStates, row: int):
+        self._states, self._row, self._length = states, row, 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._states.get((self._row, range(self._length)[index]))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._states.put((self._row, range(self._length)[index]), value)
+
+    def __delitem__(self, index: Any) -> None:
+        raise TypeError("what waits in order is not taken out")
+
+    def insert(self, index: int, value: Tensor) -> None:
+        """Add a tensor at the end."""
+        assert index == self._length, "it grows at its end only"
+        self._length += 1
+        self[index] = value
 
 
 class HiddenStates:
@@ -29,6 +56,7 @@ class HiddenStates:
         self._folder: Path | None = None
         self._held: dict[Key, Tensor] = {}
         self._devices: dict[Key, torch.device] = {}
+        self._sequences = 0
 
     def __enter__(self) -> HiddenStates:
         return self
@@ -66,6 +94,11 @@ class HiddenStates:
             self._file(key).unlink()
         else:
             del self._held[key]
+
+    def sequence(self) -> StateSequence:
+        """A new sequence of tensors that wait here too."""
+        self._sequences += 1
+        return StateSequence(self, self._sequences)
 
     def _file(self, key: Key) -> Path:
         if self._folder is None:

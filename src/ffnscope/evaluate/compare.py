@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from ffnscope.evaluate.fidelity import fidelity
 from ffnscope.evaluate.forward import batch_logits, check_finite, evaluating, memory_errors
 from ffnscope.evaluate.perplexity import check_targets, nll_sums, perplexity_result, protocol, window_ratio
 from ffnscope.evaluate.progress import DENSE, Progress, check_labels, open_progress, plan_key
+from ffnscope.evaluate.streamed import shares_as_batches, streamed_text
+from ffnscope.ffn.streamed import is_streamed
 from ffnscope.types import EvalResult
 
 
@@ -54,7 +57,8 @@ def compare_plans(
     """Evaluate the dense model and every plan (by masking) or reconstruction on the same windows.
 
     Windows are the outer loop, so dense logits exist for one batch at a time. The numbers are sums per window: they do
-    not depend on the batch size, nor on where a comparison was cut off and continued.
+    not depend on the batch size, nor on where a comparison was cut off and continued. Of a streamed model, whose blocks
+    are read once per row, rows are the outer loop, and ``state`` is written after each row.
 
     Args:
         model: the dense model; bit-identical afterwards.
@@ -80,6 +84,8 @@ def compare_plans(
     distinct = {keys[label]: (label, plan) for label, plan in plans.items()}
     progress = open_progress(state, model, windows)
     total = math.ceil(len(windows) / batch_size) if batch_size > 0 else 0
+    if is_streamed(model):
+        _measure_streamed(model, distinct, list(windows.batches(batch_size)), progress, on_batch)
     with evaluating(model):
         for index, batch in enumerate(windows.batches(batch_size)):
             if _measure(model, distinct, batch, index * batch_size, progress):
@@ -107,6 +113,34 @@ def _measure(
                     check_finite(value, model, batch, first)
             progress.put(key, part, sums)
     return True
+
+
+def _measure_streamed(
+    model: nn.Module,
+    plans: Mapping[str, tuple[str, Pruned]],
+    batches: Sequence[Windows],
+    progress: Progress,
+    on_batch: Callable[[int, int], None] | None,
+) -> None:
+    """Fill what is missing with one way of all windows through the blocks per row."""
+    starts = list(accumulate((len(batch) for batch in batches), initial=0))
+    whole = slice(0, starts[-1])
+    missing = [key for key in plans if not progress.has(key, whole)]
+    if not missing and progress.has(DENSE, whole):
+        return
+    with memory_errors(len(batches[0]), batches[0].length), streamed_text(model, batches) as text:
+        for key in (DENSE, *missing):
+            label = DENSE if key == DENSE else plans[key][0]
+            tell = shares_as_batches(on_batch, len(batches))
+            pruned = contextlib.nullcontext() if key == DENSE else as_pruned(model, plans[key][1])
+            with _naming(label):
+                with pruned:
+                    sums = text.nll(tell) if key == DENSE else text.fidelity(tell)
+                for start, batch, found in zip(starts, batches, sums, strict=False):
+                    for value in found.values():
+                        check_finite(value, model, batch, start)
+                    progress.put(key, slice(start, start + len(batch)), found)
+            progress.save()
 
 
 def _dense_sums(logits: Tensor, batch: Windows) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from ffnscope.evaluate.forward import (
     memory_errors,
     target_chunks,
 )
+from ffnscope.evaluate.streamed import shares_as_batches, streamed_text
+from ffnscope.ffn.streamed import is_streamed
 from ffnscope.types import EvalResult
 
 MAX_MEAN_NLL = 700.0  # exp of more is not a float
@@ -47,6 +49,8 @@ def perplexity(
         DeviceError: the accelerator is out of memory.
     """
     check_targets(windows)
+    if is_streamed(model):
+        return perplexity_result(_streamed_nll(model, windows, batch_size, on_batch), windows)
     total = math.ceil(len(windows) / batch_size) if batch_size > 0 else 0
     parts: list[Tensor] = []
     for done, batch in enumerate(windows.batches(batch_size), start=1):
@@ -55,6 +59,18 @@ def perplexity(
         if on_batch is not None:
             on_batch(done, total)
     return perplexity_result(torch.cat(parts), windows)
+
+
+def _streamed_nll(
+    model: nn.Module, windows: Windows, batch_size: int, on_batch: Callable[[int, int], None] | None
+) -> Tensor:
+    """NLL sums [n] of all windows by a model that runs block by block."""
+    batches = list(windows.batches(batch_size))
+    with memory_errors(batch_size, windows.length), streamed_text(model, batches) as text:
+        sums = [found["nll"] for found in text.nll(shares_as_batches(on_batch, len(batches)))]
+    for i, (nll, batch) in enumerate(zip(sums, batches, strict=True)):
+        check_finite(nll, model, batch, i * batch_size)
+    return torch.cat(sums)
 
 
 def token_nll(model: nn.Module, batch: Windows, *, first: int = 0) -> tuple[Tensor, Tensor]:
