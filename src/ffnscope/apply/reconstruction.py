@@ -182,8 +182,8 @@ def part_of(reconstruction: Reconstruction, sites: Sequence[FFNSite]) -> Reconst
     """The same of some sites only, without facts."""
     whole = reconstruction
     plan = replace(whole.plan, kept={s: whole.plan.kept[s] for s in sites}, protected={}, provenance={})
-    down, bias, rows = ({s: of[s] for s in sites if s in of} for of in (whole.down, whole.bias, whole.rows))
-    return Reconstruction(plan, down, bias, {}, rows)
+    down, bias = ({s: of[s] for s in sites if s in of} for of in (whole.down, whole.bias))
+    return Reconstruction(plan, down, bias, {}, {s: whole.rows[s] for s in sites if s in whole.rows})
 
 
 def _edits(model: nn.Module, reconstruction: Reconstruction, sites: Sequence[FFNSite]) -> Iterator[list[Edit]]:
