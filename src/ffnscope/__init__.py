@@ -52,10 +52,12 @@ from ffnscope.apply.sparse_weights import (
     write_sparse_weights,
 )
 from ffnscope.apply.unstructured import dass_weights, magnitude_weights, sparsegpt_weights, wanda_weights
+from ffnscope.apply.write_pruned import Output, reconstruct_to, write_pruned
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
 from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, weights_hash
 from ffnscope.calibrate.pack import make_windows
+from ffnscope.calibrate.parallel import shared_windows
 from ffnscope.calibrate.text import TextSource, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import FFNScopeError
@@ -253,7 +255,11 @@ __all__ = [
     "weights_of",
     "write_curves",
     "write_plan",
+    "shared_windows",
+    "write_pruned",
     "write_reconstruction",
+    "reconstruct_to",
+    "Output",
     "write_record",
     "write_scores",
     "write_sparse_weights",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,18 @@ from torch import Tensor, nn
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate.checkpoint import Checkpoint
 from ffnscope.calibrate.groups import document_groups
-from ffnscope.calibrate.observe import not_finite, observe_batch
-from ffnscope.calibrate.steps import Step, begin_step
+from ffnscope.calibrate.passes import OnBatch, run_steps
+from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.sums import Surroundings, following
-from ffnscope.calibrate.sweep import sweep
-from ffnscope.calibrate.taps import SignalTap
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
-from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import named_values
 from ffnscope.ffn.sites import find_sites
 from ffnscope.ffn.stream import find_stream
-from ffnscope.ffn.streamed import is_streamed
 from ffnscope.ffn.survey import survey
 from ffnscope.io import hash_json, hash_tensors
 from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.types import ChannelStats, FFNSite
-
-OnBatch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,40 +137,10 @@ def collect(
     accumulator = Accumulator(sites, names, core, around)
     steps = plan_steps(windows, names, options)
     saver = _checkpoint(model, windows, names, accumulator, options) if steps else None
-    with frozen(model):
-        _run_steps(model, sites, steps, accumulator, saver, on_batch)
+    run_steps(model, sites, steps, accumulator, saver, on_batch)
     if saver:
         saver.finish(len(steps), accumulator, keep=options.keep_checkpoint)
     return accumulator.result(copy=False)
-
-
-def _run_steps(
-    model: nn.Module,
-    sites: Sequence[FFNSite],
-    steps: Sequence[Step],
-    accumulator: Accumulator,
-    saver: Checkpoint | None,
-    on_batch: OnBatch | None,
-) -> None:
-    """Run what a checkpoint has not: all at once where the model is streamed, else step by step."""
-    total = sum(s.batch.n_tokens for s in steps)
-    start = saver.resume(accumulator) if saver else 0
-    if is_streamed(model) and start < len(steps):
-        done = sum(s.batch.n_tokens for s in steps[:start])
-        tell = None if on_batch is None else partial(_tell_share, on_batch, done, total)
-        sweep(model, sites, steps[start:], accumulator, tell)
-        return
-    for i in range(start, len(steps)):
-        _run(model, sites, steps[i], accumulator, last=i == len(steps) - 1)
-        if saver:
-            saver.after(i, len(steps[i].batch), accumulator)
-        if on_batch:
-            on_batch(sum(s.batch.n_tokens for s in steps[: i + 1]), total)
-
-
-def _tell_share(on_batch: OnBatch, before: int, total: int, done: int, of: int) -> None:
-    """Tell a share of a streamed pass as tokens."""
-    on_batch(before + (total - before) * done // of, total)
 
 
 def _surroundings(
@@ -277,18 +240,6 @@ def weights_hash(model: nn.Module) -> str:
 def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Iterator[Step]:
     for batch in windows.batches(size):
         yield Step(batch, forward, backward)
-
-
-def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator, *, last: bool) -> None:
-    batch = step.batch
-    begin_step(accumulator, step, forward=step.forward, backward=step.backward)
-    observe = accumulator.observe if accumulator.reads_activation else None
-    observe_gradient = accumulator.observe_gradient if step.backward else None
-    tap = SignalTap(accumulator.observe_signal, accumulator.signals) if accumulator.signals else None
-    observe_batch(model, sites, batch, observe, observe_gradient, tap, accumulator.observe_routing)
-    suspect = accumulator.first_not_finite(matrices=last)
-    if suspect is not None:
-        raise not_finite(model, sites, batch, suspect)
 
 
 def _checkpoint(

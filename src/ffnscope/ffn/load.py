@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = [
     "read_token",
     "resolve_device",
     "resolve_dtype",
+    "source_of",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -154,7 +156,16 @@ def load_model(source: ModelSource | str) -> LoadedModel:
             stream_(model, source.stream, device or torch.device("cpu"), folder)
         elif device is not None:
             model = model.to(device)
+    _SOURCES[model] = source
     return LoadedModel(model.eval(), tokenizer, source, origin, commit)
+
+
+_SOURCES: weakref.WeakKeyDictionary[nn.Module, ModelSource] = weakref.WeakKeyDictionary()
+
+
+def source_of(model: nn.Module) -> ModelSource | None:
+    """What a model was loaded from by `load_model`, or None."""
+    return _SOURCES.get(model)
 
 
 def resolve_device(name: str) -> torch.device:
