@@ -52,7 +52,7 @@ from ffnscope.apply.sparse_weights import (
     write_sparse_weights,
 )
 from ffnscope.apply.unstructured import dass_weights, magnitude_weights, sparsegpt_weights, wanda_weights
-from ffnscope.apply.write_pruned import Output, reconstruct_to, write_pruned
+from ffnscope.apply.write_pruned import Destination, reconstruct_to, write_pruned
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
 from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, weights_hash
@@ -106,6 +106,7 @@ load = load_model
 
 __all__ = [
     "ALLOCATORS",
+    "Destination",
     "METHODS",
     "METRICS",
     "STATISTICS",
@@ -190,7 +191,9 @@ __all__ = [
     "dose_probes",
     "load_tasks",
     "read_run",
+    "reconstruct_to",
     "run_probes",
+    "shared_windows",
     "write_report",
     "concentration",
     "core_overlap",
@@ -255,11 +258,8 @@ __all__ = [
     "weights_of",
     "write_curves",
     "write_plan",
-    "shared_windows",
     "write_pruned",
     "write_reconstruction",
-    "reconstruct_to",
-    "Output",
     "write_record",
     "write_scores",
     "write_sparse_weights",

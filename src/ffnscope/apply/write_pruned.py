@@ -28,7 +28,7 @@ from ffnscope.types import EvalResult, FFNSite, PruningPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class Destination:
     """Where a checkpoint is written, and how.
 
     Attributes:
@@ -47,7 +47,7 @@ class Output:
 def write_pruned(
     model: nn.Module,
     tokenizer: Any,
-    output: Output,
+    output: Destination,
     pruned: Pruned,
     results: Mapping[str, Sequence[EvalResult]] | None = None,
 ) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def write_pruned(
 def reconstruct_to(
     model: nn.Module,
     tokenizer: Any,
-    output: Output,
+    output: Destination,
     windows: Windows,
     plan: PruningPlan,
     options: SequentialOptions | None = None,
@@ -132,7 +132,7 @@ def reconstruct_to(
 
 
 @contextlib.contextmanager
-def _writing(model: nn.Module, output: Output, plan: PruningPlan) -> Generator[tuple[BlockWriter, Path]]:
+def _writing(model: nn.Module, output: Destination, plan: PruningPlan) -> Generator[tuple[BlockWriter, Path]]:
     refuse_existing(output.path, output.overwrite)
     check_prunable(model, plan)
     with replacing_folder(output.path, output.overwrite) as folder, quiet_transformers():
@@ -145,7 +145,7 @@ def _finish(
     folder: Path,
     tokenizer: Any,
     plan: PruningPlan,
-    output: Output,
+    output: Destination,
     results: Mapping[str, Sequence[EvalResult]],
 ) -> tuple[int, int]:
     changes = writer.finish()

@@ -13,7 +13,7 @@ from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
 from ffnscope.apply.padding import zeroed_channels
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import Reconstruction, reconstruct_
-from ffnscope.apply.write_pruned import Output, write_pruned
+from ffnscope.apply.write_pruned import Destination, write_pruned
 from ffnscope.errors import NotAvailableError, unknown_name
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.narrowed import MODELING
@@ -100,7 +100,7 @@ class Saving:
         """The same for a model that is streamed: it is not cut, but what is left of each block is written."""
         plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
         before = sum(p.numel() for p in loaded.model.parameters())
-        output = Output(self.out, self.max_shard_size, self.pad_to_widest, self.overwrite)
+        output = Destination(self.out, self.max_shard_size, self.pad_to_widest, self.overwrite)
         after, zeroed = write_pruned(loaded.model, loaded.tokenizer, output, pruned, results)
         self._tell(reporter, before, after, plan, zeroed)
 

@@ -14,7 +14,7 @@ import ffnscope
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.reconstruction import Reconstruction, reconstruct_
 from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
-from ffnscope.apply.write_pruned import Output, reconstruct_to, write_pruned
+from ffnscope.apply.write_pruned import Destination, reconstruct_to, write_pruned
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.errors import ArtifactError, NotAvailableError
 from ffnscope.ffn.load import ModelSource, load_model
@@ -64,7 +64,7 @@ def test_files_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     plan = a_plan(model)
     twin = streamed(model)
     before = weights_hash(twin)
-    n_parameters, _ = write_pruned(twin, None, Output(tmp_path / "found"), plan)
+    n_parameters, _ = write_pruned(twin, None, Destination(tmp_path / "found"), plan)
     assert weights_hash(twin) == before
     assert all(p.device.type == "meta" for p in twin.parameters())
     cut = prune_(model, plan)
@@ -77,7 +77,7 @@ def test_files_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
 def test_different_widths(pad: bool, tmp_path: Path) -> None:
     model = tiny("llama")
     plan = a_plan(model, 0.4, "global")
-    write_pruned(streamed(model), None, Output(tmp_path / "found", pad_to_widest=pad), plan)
+    write_pruned(streamed(model), None, Destination(tmp_path / "found", pad_to_widest=pad), plan)
     save_model(prune_(model, plan, pad_to_widest=pad), None, tmp_path / "wanted", plan=plan)
     check_same(tmp_path / "found", tmp_path / "wanted")
     assert (tmp_path / "found" / "README.md").read_text() == (tmp_path / "wanted" / "README.md").read_text().replace(
@@ -90,7 +90,7 @@ def test_plain_transformers_loads_it(tmp_path: Path) -> None:
 
     model = tiny("llama")
     plan = a_plan(model)
-    write_pruned(streamed(model), None, Output(tmp_path / "found", max_shard_size="5KB"), plan)
+    write_pruned(streamed(model), None, Destination(tmp_path / "found", max_shard_size="5KB"), plan)
     assert len(list((tmp_path / "found").glob("*.safetensors"))) > 4
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "found").eval()
     assert torch.equal(logits(found), logits(prune_(model, plan)))
@@ -102,7 +102,7 @@ def test_reconstruction_block_by_block(name: str, tmp_path: Path) -> None:
     model = tiny_moe(name) if name == "mixtral" else tiny(name, dtype=torch.float64)
     plan, options = a_plan(model), SequentialOptions(batch_size=4)
     found = reconstruct_sequential(model, text(16), plan, options=options)
-    told = reconstruct_to(streamed(model), None, Output(tmp_path / "found"), text(16), plan, options)
+    told = reconstruct_to(streamed(model), None, Destination(tmp_path / "found"), text(16), plan, options)
     assert told.provenance["reconstruction"].keys() == found.facts.keys()
     save_model(reconstruct_(model, found), None, tmp_path / "wanted", plan=found.told_plan)
     one, other = tensors(tmp_path / "found"), tensors(tmp_path / "wanted")
@@ -137,7 +137,7 @@ def test_one_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return save(self, names)
 
     monkeypatch.setattr(BlockWriter, "_save", look)
-    write_pruned(model, None, Output(tmp_path / "out"), a_plan(model))
+    write_pruned(model, None, Destination(tmp_path / "out"), a_plan(model))
     assert most == [1, 1, 1, 1, 0]
 
 
@@ -148,11 +148,11 @@ def test_nothing_stays_after_a_failure_and_nothing_is_replaced(tmp_path: Path) -
     pruned = Reconstruction(plan, {}, {site: torch.zeros(site.d_model)})
     for one, why in ((model, "cannot be given one"), (streamed(model), "offloaded and have no bias")):
         with pytest.raises(NotAvailableError, match=why):
-            write_pruned(one, None, Output(tmp_path / "out"), pruned)
+            write_pruned(one, None, Destination(tmp_path / "out"), pruned)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     with pytest.raises(ArtifactError, match="already exists"):
-        write_pruned(streamed(model), None, Output(tmp_path / "out"), plan)
+        write_pruned(streamed(model), None, Destination(tmp_path / "out"), plan)
 
 
 def test_from_files_to_files(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_from_files_to_files(tmp_path: Path) -> None:
     stats = ffnscope.calibrate(loaded.model, text(8), ["scar_loss_proxy"])
     plan = ffnscope.build_plan(ffnscope.score(loaded.model, stats, "scar_loss_proxy"), 0.5)
     rows = ffnscope.compare_plans(loaded.model, {"half": plan}, text(4), batch_size=2)
-    write_pruned(loaded.model, loaded.tokenizer, Output(tmp_path / "out"), plan)
+    write_pruned(loaded.model, loaded.tokenizer, Destination(tmp_path / "out"), plan)
     again = load_model(ModelSource(str(tmp_path / "out"), device="cpu", stream="cpu"))
     value = ffnscope.perplexity(again.model, text(4), batch_size=2).value
     assert value == pytest.approx(rows[1].results[0].value, rel=1e-5)
@@ -187,7 +187,7 @@ def small_tokenizer(folder: Path) -> None:
 def test_a_resident_model_is_left_as_it_was(name: str, tmp_path: Path) -> None:
     model: nn.Module = tiny(name)
     before, plan = weights_hash(model), a_plan(model)
-    write_pruned(model, None, Output(tmp_path / "found"), plan)
+    write_pruned(model, None, Destination(tmp_path / "found"), plan)
     assert weights_hash(model) == before
     save_model(prune_(model, plan), None, tmp_path / "wanted", plan=plan)
     check_same(tmp_path / "found", tmp_path / "wanted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 
 import ffnscope
 from checkpoints import make_checkpoint
+from ffnscope.calibrate import passes
 from ffnscope.calibrate.collect import PassOptions
-from ffnscope.calibrate.parallel import ALONE, shared_windows
+from ffnscope.calibrate.parallel import ALONE, shared, shared_windows
 from ffnscope.errors import NonFiniteError, UsageError
+from ffnscope.evaluate import measuring
+from ffnscope.evaluate import perplexity as perplexities
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import ModelSource
 from ffnscope.io import read_plan, read_stats, write_json, write_plan, write_stats
@@ -35,20 +39,34 @@ with ffnscope.shared_windows() as leads:
 """
 
 
+def noting(sizes: list[int]) -> None:
+    """Note how many processes take part in each pass from now on."""
+
+    def note(*arguments: Any) -> Any:
+        ranks = shared(*arguments)
+        sizes.append(ranks.size)
+        return ranks
+
+    for module in (passes, measuring, perplexities):
+        module.shared = note  # type: ignore[attr-defined]
+
+
 def work(checkpoint: Path, out: Path, stream: Any, batch_size: int = 2) -> None:
     """Calibrate, plan and evaluate, and write what is found."""
+    sizes: list[int] = []
+    noting(sizes)
     model = ffnscope.load_model(ModelSource(str(checkpoint), device="cpu", dtype="float64", stream=stream)).model
     options = PassOptions(batch_size=batch_size, checkpoint=out / "part.safetensors", checkpoint_every=2)
     stats = ffnscope.calibrate(model, WINDOWS, METRICS, options=options)
     plan = ffnscope.build_plan(ffnscope.score(model, stats, "scar_loss_proxy"), 0.5)
     rows = ffnscope.compare_plans(model, {"half": plan}, WINDOWS, batch_size=batch_size, state=out / "state.json")
-    masked = ffnscope.perplexity(model, WINDOWS, batch_size=batch_size).value
     with ffnscope.masked(model, plan):  # the others do not know of it
         masked = ffnscope.perplexity(model, WINDOWS, batch_size=batch_size).value
     write_stats(out / "stats.safetensors", stats.values(), {})
     write_plan(out / "plan.json", plan)
     dense = ffnscope.perplexity(model, WINDOWS, batch_size=batch_size).value
     write_json(out / "values.json", {"dense": dense, "masked": masked, "rows": values(rows)})
+    write_json(out / "sizes.json", {"sizes": sizes})
 
 
 def values(rows: list[EvalRow]) -> list[float]:
@@ -61,10 +79,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("single")
+    before = [module.shared for module in (passes, measuring, perplexities)]
     work(checkpoint, out, None)
-    return out
+    for module, one in zip((passes, measuring, perplexities), before, strict=True):
+        module.shared = one  # type: ignore[attr-defined]
+    yield out
 
 
 @pytest.mark.parametrize(("size", "stream"), [(2, ""), (3, ""), (2, "cpu")])
@@ -82,14 +103,13 @@ def test_several_processes_are_as_one(size: int, stream: str, checkpoint: Path, 
     one, other = (json.loads((folder / "values.json").read_text()) for folder in (out, single))
     for name, value in other.items():
         assert one[name] == pytest.approx(value, rel=1e-9)
+    assert json.loads((out / "sizes.json").read_text())["sizes"] == [size, size, 1, size]
     assert {p.name for p in out.iterdir()} == {p.name for p in single.iterdir()}
 
 
 def test_a_single_process_leads_and_shares_nothing(llama: Any) -> None:
     with shared_windows() as leads:
         assert leads
-        from ffnscope.calibrate.parallel import shared
-
         assert shared(llama, print) is ALONE
 
 
