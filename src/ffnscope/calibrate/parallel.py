@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ffnscope.io import hash_tensors
 from ffnscope.registry import import_own, own_modules
 
 _PATIENCE = timedelta(days=30)  # the leader may compute for long between two passes
-_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_FAREWELL = 30.0  # seconds that the leader waits for others that are not there to hear its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,12 @@ class Ranks:
     def reduced(self, value: Tensor, how: str) -> Tensor:
         """Reduce a tensor of all processes to the leader's; what the others get is of no use."""
         there = value.cpu().contiguous()
-        dist.reduce(there, 0, op=_OPERATIONS[how])
+        dist.reduce(there, 0, op=dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
         return there
 
 
 ALONE = Ranks()
-_STATE: dict[str, Any] = {"leads": False, "serves": False}
+_STATE = {"leads": False}
 _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = weakref.WeakKeyDictionary()
 
 
@@ -99,18 +100,24 @@ def shared_windows() -> Generator[bool]:
     if torch.cuda.is_available():
         torch.cuda.set_device(_integer("LOCAL_RANK", rank) % torch.cuda.device_count())
     dist.init_process_group("gloo", timeout=_PATIENCE)
+    if rank != 0:
+        _serve()
+        yield False
+        return
+    _STATE["leads"] = True
     try:
-        if rank != 0:
-            _serve()
-            yield False
-            return
-        _STATE["leads"] = True
-        try:
-            yield True
-        finally:
-            _STATE["leads"] = False
-            dist.broadcast_object_list([None])
+        yield True
     finally:
+        _STATE["leads"] = False
+        _dismiss()
+
+
+def _dismiss() -> None:
+    """Tell the others to end, in a thread: after an interrupt they may be within a pass, and not listen."""
+    told = threading.Thread(target=dist.broadcast_object_list, args=([None],), daemon=True)
+    told.start()
+    told.join(_FAREWELL)
+    if not told.is_alive():
         dist.destroy_process_group()
 
 
@@ -136,6 +143,7 @@ def _serve() -> None:
         message: list[Any] = [None]
         dist.broadcast_object_list(message)
         if message[0] is None:
+            dist.destroy_process_group()
             return
         serve, source, wanted, modules, arguments = message[0]
         model = _same_model(known, source, wanted, modules)
