@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,10 @@ def test_an_error_in_one_process_ends_the_pass_in_all(tmp_path: Path) -> None:
     assert [status for status, _ in ended] == [0, 0], ended
     assert "told: window" in ended[0][1]
     assert NonFiniteError.__name__ not in ended[1][1]
+
+
+def test_a_batch_is_sent_without_the_rest_of_the_text() -> None:
+    batch = next(iter(padded([16] * 200).batches(2)))
+    sent = pickle.dumps(batch)
+    assert len(sent) < 4000
+    assert pickle.loads(sent).hash == batch.hash
