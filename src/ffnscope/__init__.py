@@ -52,10 +52,12 @@ from ffnscope.apply.sparse_weights import (
     write_sparse_weights,
 )
 from ffnscope.apply.unstructured import dass_weights, magnitude_weights, sparsegpt_weights, wanda_weights
+from ffnscope.apply.write_pruned import Destination, reconstruct_to, write_pruned
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import Capture, read_capture
 from ffnscope.calibrate.collect import PassOptions, calibrate, collect, join_statistics, weights_hash
 from ffnscope.calibrate.pack import make_windows
+from ffnscope.calibrate.parallel import shared_windows
 from ffnscope.calibrate.text import TextSource, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import FFNScopeError
@@ -159,6 +161,7 @@ __all__ = [
     "trace",
     "traces_size",
     "ALLOCATORS",
+    "Destination",
     "METHODS",
     "METRICS",
     "STATISTICS",
@@ -243,7 +246,9 @@ __all__ = [
     "dose_probes",
     "load_tasks",
     "read_run",
+    "reconstruct_to",
     "run_probes",
+    "shared_windows",
     "write_report",
     "concentration",
     "core_overlap",
@@ -308,6 +313,7 @@ __all__ = [
     "weights_of",
     "write_curves",
     "write_plan",
+    "write_pruned",
     "write_reconstruction",
     "write_record",
     "write_scores",

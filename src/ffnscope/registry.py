@@ -107,6 +107,14 @@ PREDICTORS: Registry[Factory] = Registry(
 POLICIES: Registry[Factory] = Registry("policy", ("ffnscope.sparse.policies",), "ffnscope.policies")
 
 
+_OWN: list[str] = []
+
+
+def own_modules() -> tuple[str, ...]:
+    """Modules of the user's that were imported by `import_own`, in order."""
+    return tuple(_OWN)
+
+
 def import_own(module: str) -> None:
     """Import a module of the user's, whose decorators register metrics, allocators, predictors and the like.
 
@@ -123,6 +131,8 @@ def import_own(module: str) -> None:
         sys.path.append(here)
     try:
         importlib.import_module(module)
+        if module not in _OWN:
+            _OWN.append(module)
     except (ImportError, SyntaxError, ValueError) as error:
         if isinstance(error, UsageError):
             raise

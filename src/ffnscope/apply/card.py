@@ -15,12 +15,21 @@ from ffnscope.types import EvalResult, PruningPlan
 
 
 def model_card(
-    model: nn.Module, name: str, loading: str, plan: PruningPlan | None, results: Mapping[str, Sequence[EvalResult]]
+    model: nn.Module,
+    name: str,
+    loading: str,
+    plan: PruningPlan | None,
+    results: Mapping[str, Sequence[EvalResult]],
+    zeroed: int | None = None,
 ) -> str:
-    """Markdown text of the card; ``loading`` is the part that tells how to load the model."""
+    """Markdown text of the card; ``loading`` is the part that tells how to load the model.
+
+    ``zeroed`` is what `zeroed_channels` gives, for a model that cannot be run.
+    """
     parts = [_front(plan), f"# {name}\n", loading]
     if plan is not None:
-        parts += [_plan(model, plan), _widths(plan)]
+        zeroed = zeroed_channels(model, plan) if zeroed is None else zeroed
+        parts += [_plan(model, plan, zeroed), _widths(plan)]
         told = plan.provenance.get("reconstruction")
         parts += [_reconstruction(plan, told)] if told else []
         trained = plan.provenance.get("trained")
@@ -50,7 +59,7 @@ def loading_code(name: str, *, remote: bool) -> str:
     )
 
 
-def _plan(model: nn.Module, plan: PruningPlan) -> str:
+def _plan(model: nn.Module, plan: PruningPlan, zeroed: int) -> str:
     rows: dict[str, Any] = {
         "made from": _base(plan),
         "weights hash": plan.provenance.get("model"),
@@ -62,7 +71,6 @@ def _plan(model: nn.Module, plan: PruningPlan) -> str:
         "widths are multiples of": plan.budget.multiple_of if plan.budget.multiple_of > 1 else None,
         "protected channels": sum(index.numel() for index in plan.protected.values()) or None,
     }
-    zeroed = zeroed_channels(model, plan)
     if zeroed:
         rows["of these still in the files"] = f"{zeroed:,} channels, as zeros, so that the widths fit together"
     text: Mapping[str, Any] = plan.provenance.get("calibration") or {}

@@ -105,18 +105,29 @@ def save_model(
         NotAvailableError: different widths in a model whose code is not part of `transformers`.
     """
     check_shard_size(max_shard_size)
+    changes = config_changes(model)
+    with replacing_folder(path, overwrite) as part, quiet_transformers():
+        write_checkpoint(part, model, tokenizer, plan, max_shard_size)
+        if changes:
+            add_modeling(part, model, changes, {site.name: site.d_ff for site in find_sites(model)})
+        loading = loading_code(path.name, remote=bool(changes))
+        write_card(part, model_card(model, path.name, loading, plan, results or {}))
+
+
+def config_changes(model: nn.Module) -> dict[str, Any]:
+    """Fit the config to a pruned model and return what it cannot say (see `narrowing`), {} where that is nothing.
+
+    Raises:
+        ModelError: the config does not build this model's parameters.
+        NotAvailableError: something is left to say of a model whose code is not part of `transformers`.
+    """
     changes = {} if fit_config(model) else narrowing(model)
     if changes and not stock_class(model).__module__.startswith("transformers."):
         raise NotAvailableError(
             f"{type(model).__name__} comes with code of its own, whose config cannot express these widths. Pad to the "
             "widest (--pad-to-widest), or use the allocator 'local'."
         )
-    with replacing_folder(path, overwrite) as part, quiet_transformers():
-        write_checkpoint(part, model, tokenizer, plan, max_shard_size)
-        if changes:
-            _add_modeling(part, model, changes)
-        loading = loading_code(path.name, remote=bool(changes))
-        write_card(part, model_card(model, path.name, loading, plan, results or {}))
+    return changes
 
 
 def check_shard_size(size: str) -> None:
@@ -131,6 +142,11 @@ def write_checkpoint(
     """Write weights, configs, tokenizer and plan into a new folder, without what an earlier pruning left."""
     with saving(model) as arguments:
         cast(Any, model).save_pretrained(folder, max_shard_size=max_shard_size, **arguments)
+    complete_checkpoint(folder, tokenizer, plan)
+
+
+def complete_checkpoint(folder: Path, tokenizer: Any, plan: PruningPlan | None) -> None:
+    """Add tokenizer and plan to a new folder with weights and configs; remove what an earlier pruning left."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if plan is not None:
@@ -157,10 +173,10 @@ def write_card(folder: Path, text: str) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _add_modeling(folder: Path, model: nn.Module, changes: dict[str, Any]) -> None:
+def add_modeling(folder: Path, model: nn.Module, changes: dict[str, Any], widths: Mapping[str, int]) -> None:
     """Lay our modeling file beside the weights, and write into ``config.json`` what it needs."""
     shutil.copyfile(MODELING, folder / MODELING.name)
     config = read_config(folder)
     config["auto_map"] = {**config.get("auto_map", {}), AUTO: f"{MODELING.stem}.{stock_class(model).__name__}"}
-    config[WIDTHS] = {site.name: site.d_ff for site in find_sites(model)}
+    config[WIDTHS] = dict(widths)
     write_config(folder, {**config, NARROWED: changes})

@@ -25,16 +25,26 @@ Widths = Mapping[FFNSite, int]
 
 def pad_(model: nn.Module, plan: PruningPlan, widths: Widths) -> PruningPlan:
     """Zero removed channels in place until every site has its width, and return the plan that keeps them too."""
-    kept: dict[FFNSite, Tensor] = dict(plan.kept)
-    surplus = {s: plan.removed(s)[: widths[s] - index.numel()] for s, index in plan.kept.items() if s in widths}
-    surplus = {s: index for s, index in surplus.items() if index.numel()}
+    surplus = _surplus(plan, widths)
     for sites in stored_together(surplus):
         with torch.no_grad(), materialised(model, sites[0], write=True):
             for site in sites:
                 for entry in coupled(model, site, surplus[site]):
                     entry.parameter.index_fill_(entry.axis, entry.index.to(entry.parameter.device), 0)
-                kept[site] = torch.cat([kept[site], surplus[site]]).sort().values
+    return padded_plan(plan, widths)
+
+
+def padded_plan(plan: PruningPlan, widths: Widths) -> PruningPlan:
+    """The plan that keeps removed channels too, until every site has its width."""
+    kept: dict[FFNSite, Tensor] = dict(plan.kept)
+    for site, extra in _surplus(plan, widths).items():
+        kept[site] = torch.cat([kept[site], extra]).sort().values
     return PruningPlan(kept, plan.metric, plan.allocator, plan.budget, plan.protected, plan.provenance)
+
+
+def _surplus(plan: PruningPlan, widths: Widths) -> dict[FFNSite, Tensor]:
+    surplus = {s: plan.removed(s)[: widths[s] - index.numel()] for s, index in plan.kept.items() if s in widths}
+    return {s: index for s, index in surplus.items() if index.numel()}
 
 
 def widest_widths(model: nn.Module, plan: PruningPlan) -> dict[FFNSite, int]:
@@ -48,7 +58,11 @@ def widest_widths(model: nn.Module, plan: PruningPlan) -> dict[FFNSite, int]:
 
 def zeroed_channels(model: nn.Module, plan: PruningPlan) -> int:
     """How many channels that a plan removes a pruned model still holds, as zeros (see `prune_`)."""
-    found = {site.name: site.d_ff for site in survey(model).sites}
+    return zeroed_among({site.name: site.d_ff for site in survey(model).sites}, plan)
+
+
+def zeroed_among(found: Mapping[str, int], plan: PruningPlan) -> int:
+    """The same from the widths of a pruned model's FFNs by name."""
     return sum(max(0, found.get(site.name, width) - width) for site, width in plan.widths.items())
 
 

@@ -166,11 +166,24 @@ def reconstruct_(model: nn.Module, reconstruction: Reconstruction, *, pad_to_wid
     check_prunable(model, reconstruction.plan)
     if switch is not None:
         switch_on_(model, switch)
+    rewrite_(model, reconstruction)
+    return cut_(model, reconstruction.plan, pad_to_widest=pad_to_widest)
+
+
+def rewrite_(model: nn.Module, reconstruction: Reconstruction) -> None:
+    """Write the new columns, rows and biases into a model, in place; every FFN that is given a bias has one."""
     for sites in stored_together(reconstruction.sites):
         with materialised(model, sites[0], write=True):
             for edit in chain.from_iterable(_edits(model, reconstruction, sites)):
                 edit.write(edit.entry.parameter)
-    return cut_(model, reconstruction.plan, pad_to_widest=pad_to_widest)
+
+
+def part_of(reconstruction: Reconstruction, sites: Sequence[FFNSite]) -> Reconstruction:
+    """The same of some sites only, without facts."""
+    whole = reconstruction
+    plan = replace(whole.plan, kept={s: whole.plan.kept[s] for s in sites}, protected={}, provenance={})
+    down, bias = ({s: of[s] for s in sites if s in of} for of in (whole.down, whole.bias))
+    return Reconstruction(plan, down, bias, {}, {s: whole.rows[s] for s in sites if s in whole.rows})
 
 
 def _edits(model: nn.Module, reconstruction: Reconstruction, sites: Sequence[FFNSite]) -> Iterator[list[Edit]]:

@@ -30,17 +30,20 @@ from ffnscope.apply.rows import row_edits
 from ffnscope.apply.streams import Streams, open_streams
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.forward import memory_errors
+from ffnscope.calibrate.states import HiddenStates
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, UsageError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import down_bias, weights_of
+from ffnscope.ffn.streamed import waiting_place
 from ffnscope.io import hash_json, hash_tensors, plan_to_dict
 from ffnscope.types import FFNSite, FFNWeights, PruningPlan
 
 OnBlock = Callable[[int, int], None]
 TARGET = 0.35
 HELD_OUT_EVERY = 8
+TRAINED = "_trained"  # key in what is told of an FFN within a call
 OUT_OF_MEMORY = "out of memory in the sequential reconstruction ({} windows at a time). Lower batch_size."
 
 
@@ -130,6 +133,25 @@ def reconstruct_sequential(
         DeviceError: out of memory.
         ArtifactError: a checkpoint is damaged or cannot be written.
     """
+    found: dict[FFNSite, Columns] = {}
+    facts = fit_blocks(model, windows, plan, options, take=found.update, on_block=on_block, error_weights=error_weights)
+    return reconstruction_of(plan, found, facts)
+
+
+def fit_blocks(
+    model: nn.Module,
+    windows: Windows,
+    plan: PruningPlan,
+    options: SequentialOptions | None = None,
+    *,
+    take: Callable[[dict[FFNSite, Columns]], None],
+    on_block: OnBlock | None = None,
+    error_weights: Mapping[FFNSite, Tensor] | None = None,
+) -> dict[str, Any]:
+    """`reconstruct_sequential`, which gives away what it finds, block by block, and keeps none; return its facts.
+
+    ``take`` is called within ``no_grad``, the model being frozen and as it was.
+    """
     options = options or SequentialOptions()
     check_plan(model, plan)
     check_linear(list(plan.kept))
@@ -137,24 +159,34 @@ def reconstruct_sequential(
         raise UsageError("a sequential reconstruction needs at least one window of text and one FFN in the plan.")
     key = "" if options.checkpoint is None else _key(model, windows, plan, options, error_weights or {})
     files = BlockFiles(options.checkpoint, key)
-    with frozen(model), torch.no_grad(), memory_errors(OUT_OF_MEMORY.format(options.batch_size)):
+    limited = memory_errors(OUT_OF_MEMORY.format(options.batch_size))
+    with frozen(model), torch.no_grad(), limited, HiddenStates(*waiting_place(model)) as states:
         split = _batches(windows, options)
         distiller = open_distiller(model, list(plan.kept), windows, options.distillation, error_weights)
-        streams = open_streams(model, list(plan.kept), *split, options.mix, keeps_inputs=distiller is not None)
+        keeps = distiller is not None
+        streams = open_streams(model, list(plan.kept), *split, options.mix, keeps_inputs=keeps, states=states)
         work = _Work(streams, plan, options, files, windows.n_tokens, distiller)
-        found = _all_blocks(work, on_block)
+        told = _all_blocks(work, on_block, take)
     files.remove(range(streams.n_blocks))
-    return _reconstruction(plan, found, windows, options, streams)
+    _warn(told)
+    return _facts(told, windows, options)
 
 
-def _all_blocks(work: _Work, on_block: OnBlock | None) -> dict[FFNSite, Columns]:
+def _all_blocks(
+    work: _Work, on_block: OnBlock | None, take: Callable[[dict[FFNSite, Columns]], None]
+) -> dict[FFNSite, Mapping[str, Any]]:
+    """Hand on the columns of one block after the other; return what is told of each FFN."""
     distillation = work.options.distillation
     steps = _Steps(on_block, work.streams.n_blocks, 0 if distillation is None else distillation.epochs)
-    found: dict[FFNSite, Columns] = {}
+    told: dict[FFNSite, Mapping[str, Any]] = {}
     for block in range(work.streams.n_blocks):
-        found |= _block(work, block, steps)
+        found = _block(work, block, steps)
+        for site, one in found.items():
+            trained = {TRAINED: True} if one.rows is not None else {}
+            told[site] = {"target": work.streams.targets[site], **one.facts, **trained}
+        take(found)
         steps.end(block)
-    return found
+    return told
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -254,47 +286,44 @@ def _whole(columns: Columns, site: FFNSite) -> Tensor:
     return whole.index_copy_(1, columns.kept.to(whole.device), columns.down)
 
 
-def _reconstruction(
-    plan: PruningPlan,
-    found: Mapping[FFNSite, Columns],
-    windows: Windows,
-    options: SequentialOptions,
-    streams: Streams,
-) -> Reconstruction:
-    _warn(found)
-    kept = {site: found[site].kept for site in plan.kept}
-    told = {site.name: {"target": streams.targets[site], **found[site].facts} for site in plan.kept}
+def reconstruction_of(plan: PruningPlan, found: Mapping[FFNSite, Columns], facts: Mapping[str, Any]) -> Reconstruction:
+    """A reconstruction from what was found for some of the sites of a plan, or all; tensors move to the CPU."""
+    down = {site: found[site].down.cpu() for site in plan.kept if site in found}
+    bias = {site: one.bias.cpu() for site, one in found.items() if one.bias is not None}
+    rows = {site: one.rows.to_cpu() for site, one in found.items() if one.rows is not None}
+    kept = {site: found[site].kept if site in found else index for site, index in plan.kept.items()}
+    return Reconstruction(replace(plan, kept=kept), down, bias, facts, rows)
+
+
+def _facts(told: Mapping[FFNSite, Mapping[str, Any]], windows: Windows, options: SequentialOptions) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "method": "sequential",
         "target": options.mix,
         "text": windows.hash,
         "tokens": windows.n_tokens,
-        "sites": told,
+        "sites": {site.name: {k: v for k, v in one.items() if k != TRAINED} for site, one in told.items()},
     }
     if options.distillation is not None:
         facts["distillation"] = asdict(options.distillation)
-        facts["trained"] = any(one.rows is not None for one in found.values())
-    down = {site: found[site].down.cpu() for site in plan.kept}
-    bias = {site: one.bias.cpu() for site, one in found.items() if one.bias is not None}
-    rows = {site: one.rows.to_cpu() for site, one in found.items() if one.rows is not None}
-    return Reconstruction(replace(plan, kept=kept), down, bias, facts, rows)
+        facts["trained"] = any(TRAINED in one for one in told.values())
+    return facts
 
 
-def _warn(found: Mapping[FFNSite, Columns]) -> None:
-    few = [s for s, one in found.items() if 0 < one.facts["tokens"] < 4 * s.d_ff]
-    none = [s for s, one in found.items() if not one.facts["tokens"]]
+def _warn(told: Mapping[FFNSite, Mapping[str, Any]]) -> None:
+    few = [s for s, one in told.items() if 0 < one["tokens"] < 4 * s.d_ff]
+    none = [s for s, one in told.items() if not one["tokens"]]
     if few:
-        least = min(few, key=lambda s: found[s].facts["tokens"] / s.d_ff)
+        least = min(few, key=lambda s: told[s]["tokens"] / s.d_ff)
         warnings.warn(
-            f"{len(few)} of {len(found)} FFNs were fitted on fewer tokens than 4 d_ff ({least.name}: "
-            f"{found[least].facts['tokens']} tokens for {least.d_ff} channels), which fits noise. Use more text.",
-            stacklevel=3,
+            f"{len(few)} of {len(told)} FFNs were fitted on fewer tokens than 4 d_ff ({least.name}: "
+            f"{told[least]['tokens']} tokens for {least.d_ff} channels), which fits noise. Use more text.",
+            stacklevel=4,
         )
     if none:
         warnings.warn(
-            f"{len(none)} of {len(found)} FFNs were reached by no token of the pruned model ({none[0].name}); they "
+            f"{len(none)} of {len(told)} FFNs were reached by no token of the pruned model ({none[0].name}); they "
             "keep all their channels.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -39,14 +39,19 @@ def slice_(model: nn.Module, plan: PruningPlan) -> nn.Module:
         UsageError: the plan was made for a model of other shapes; the model is then unchanged.
         ModelError: a weight is on the meta device without a value; the model is then unchanged.
     """
+    slice_shapes_(model, plan)
+    fit_config(model)
+    return model
+
+
+def slice_shapes_(model: nn.Module, plan: PruningPlan) -> None:
+    """What `slice_` does to the weights; the config stays as it is."""
     check_plan(model, plan)
     for site, kept in plan.kept.items():
         if not site.stacked and kept.numel() < site.d_ff:
             with materialised(model, site, write=True):
                 _slice_site(model, site, kept)
     slice_experts_(model, plan)
-    fit_config(model)
-    return model
 
 
 @torch.no_grad()

@@ -58,15 +58,16 @@ class BlockRun:
             for block, name in enumerate(blocks.names):
                 targets = self.targets.inside(name)
                 sums = InputSums(outer)
-                for batch, windows in enumerate(self.batches):
-                    with summed(self.model, targets, self.targets.scope, windows.valid, sums):
-                        blocks.run(block, batch, hidden[batch])
+                with blocks.held(block):
+                    for batch, windows in enumerate(self.batches):
+                        with summed(self.model, targets, self.targets.scope, windows.valid, sums):
+                            blocks.run(block, batch, hidden[batch])
                 sums.check()
                 self._decide(targets, decide, sums)
                 del sums
                 if block < len(blocks.names) - 1:
                     here = {t.matrix: self.masks[t.matrix] for t in targets}
-                    with applied(self.model, edits(self.model, here, self.weights)):
+                    with applied(self.model, edits(self.model, here, self.weights)), blocks.held(block):
                         for batch, one in enumerate(hidden):  # in the list, so that states are held once
                             hidden[batch] = blocks.run(block, batch, one)
                 if self.on_block is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,14 +13,18 @@ from ffnscope.apply.block_fit import SiteSums
 from ffnscope.apply.block_output import output_gains
 from ffnscope.apply.columns import columns_replaced
 from ffnscope.apply.edits import Edit, applied
-from ffnscope.calibrate.blocks import Blocks, open_blocks
+from ffnscope.calibrate.blocks import Blocks, trace_blocks
 from ffnscope.calibrate.rows import TokenRows
+from ffnscope.calibrate.states import HiddenStates
 from ffnscope.calibrate.taps import SignalTap, channel_taps
 from ffnscope.calibrate.windows import Windows
 from ffnscope.types import FFNSite
 
 HELD_BYTES = 2**30
 """Channel activations of one block that may be kept to spare running it once more."""
+
+HELD_ELSEWHERE = 2**27
+"""The same where hidden states do not wait on the device that computes, since there is little room on it."""
 
 Target = Literal["block", "ffn", "own"]
 """What a dense target compares: outputs of the block, of the FFN, or nothing (experts)."""
@@ -52,6 +56,8 @@ class Streams:
         keeps_inputs: whether sums are given the inputs of FFNs too, since more than columns will be changed; every
             block with an FFN then runs again with what was changed.
         own: hidden states of the pruned model.
+        own_place: makes an empty sequence for hidden states, where they wait.
+        held_bytes: channel activations of one block that may be kept to spare running it once more.
         dense: those of the dense model; None as long as they are the same, and where ``mix`` is 0.
     """
 
@@ -63,8 +69,10 @@ class Streams:
     targets: Mapping[FFNSite, Target]
     mix: float
     keeps_inputs: bool
-    own: list[Tensor]
-    dense: list[Tensor] | None = None
+    own: MutableSequence[Tensor]
+    own_place: Callable[[], MutableSequence[Tensor]]
+    held_bytes: int
+    dense: MutableSequence[Tensor] | None = None
     _held: list[dict[FFNSite, Tensor]] = field(default_factory=list[dict[FFNSite, Tensor]])
 
     @property
@@ -80,8 +88,23 @@ class Streams:
         sites = self.sites[block]
         additive = self._is_additive(block)
         split = self.mix > 0 and self.dense is None and bool(sites)  # from here on the streams differ
-        apart: list[Tensor] = []
+        apart = self.own_place()
         self._held = []
+        with self.blocks.held(block):
+            self._enter(block, sums, apart, additive=additive, split=split)
+        if split:
+            self.dense = apart
+
+    def _enter(
+        self,
+        block: int,
+        sums: Mapping[FFNSite, SiteSums] | None,
+        apart: MutableSequence[Tensor],
+        *,
+        additive: bool,
+        split: bool,
+    ) -> None:
+        sites = self.sites[block]
         for batch in range(len(self.own)):
             dense = None if self.dense is None else self._run(block, batch, self.dense[batch], tapped=False)
             if sums is not None or additive or split:
@@ -94,8 +117,6 @@ class Streams:
                     self._held.append(own.h)
             if self.dense is not None and dense is not None:
                 self.dense[batch] = dense.output
-        if split:
-            self.dense = apart
 
     def leave(self, block: int, columns: Mapping[FFNSite, tuple[Tensor, Tensor]], edits: Sequence[Edit] = ()) -> None:
         """Bring `own` behind the block, with its down columns changed: site -> old and new ones, [d_model, d_ff].
@@ -107,9 +128,10 @@ class Streams:
             return
         if not self._is_additive(block):
             new_columns = {site: new for site, (_, new) in columns.items()}
-            with columns_replaced(self.model, new_columns), applied(self.model, edits):
-                for batch, hidden in enumerate(self.own):
-                    self.own[batch] = self.blocks.run(block, batch, hidden)
+            changed = columns_replaced(self.model, new_columns), applied(self.model, edits)
+            with changed[0], changed[1], self.blocks.held(block):
+                for batch in range(len(self.own)):
+                    self.own[batch] = self.blocks.run(block, batch, self.own[batch])
             return
         change = {s: self.gains[s] * (_wide(new).to(old.device) - _wide(old)) for s, (old, new) in columns.items()}
         for batch, held in enumerate(self._held):
@@ -124,8 +146,9 @@ class Streams:
         sites = self.sites[block]
         if sites and self.keeps_inputs:
             return False
-        numbers = sum(hidden.shape[0] * hidden.shape[1] for hidden in self.own) * sum(s.d_ff for s in sites)
-        return all(s in self.gains for s in sites) and numbers * self.own[0].itemsize <= HELD_BYTES
+        numbers = sum(batch.input_ids.numel() for batch in self.blocks.batches) * sum(s.d_ff for s in sites)
+        size = numbers * self.blocks.sample[0].itemsize
+        return all(s in self.gains for s in sites) and size <= self.held_bytes
 
     def _run(self, block: int, batch: int, hidden: Tensor, *, tapped: bool) -> _Run:
         """Run a block, with h (and x) of its FFNs where ``tapped``, and with y of those whose outputs are compared."""
@@ -181,14 +204,16 @@ def open_streams(
     mix: float,
     *,
     keeps_inputs: bool = False,
+    states: HiddenStates,
 ) -> Streams:
-    """Open the streams of a `frozen` model before its first block; see `Streams`.
+    """Open the streams of a `frozen` model before its first block; see `Streams`. Hidden states wait in ``states``.
 
     Raises:
         NotAvailableError: the model is no chain of blocks.
     """
     gains = output_gains(model, sites, batches[0])
-    blocks, hidden = open_blocks(model, sites, batches)
+    own = states.sequence()
+    blocks = trace_blocks(model, sites, batches, own.append)
     here = blocks.sites_of(sites)
     last = max(block for block, found in enumerate(here) if found)
     targets: dict[FFNSite, Target] = {}
@@ -198,7 +223,9 @@ def open_streams(
         targets |= {s: "own" if s.expert is not None else "block" if s == first else "ffn" for s in found}
     compares = any(target != "own" for target in targets.values())
     mix = mix if compares else 0.0
-    return Streams(model, blocks, held_out, here[: last + 1], gains, targets, mix, keeps_inputs, hidden)
+    held = HELD_BYTES if states.place == "device" else HELD_ELSEWHERE
+    here = here[: last + 1]
+    return Streams(model, blocks, held_out, here, gains, targets, mix, keeps_inputs, own, states.sequence, held)
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ anything else is refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
+from ffnscope.ffn.offload import resident
 from ffnscope.ffn.probe import layer_path
 from ffnscope.types import FFNSite
 
@@ -26,6 +27,7 @@ _PIECE = (2, 64)  # windows and tokens of the text that both ways are compared o
 # largest difference of the two ways, as a share of the largest value: they compute the same, but kernels may differ
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 _COARSE = 0.02  # bfloat16 and float16
+_SAMPLE = 8  # tokens of it that logits are kept of
 _REMEMBERED = 8  # tensors of one shape that later ones are compared with
 
 
@@ -49,20 +51,33 @@ class Blocks:
     """The decoder blocks of a model, in the order in which they run, ready to be run on some batches of text.
 
     Attributes:
+        model: the model that they are of.
         names: path of each block.
         modules: the blocks.
+        lengths: of the tuple that each block returns, or 0.
         batches: the text.
+        sample: of a few tokens, the hidden states behind the last block [k, d_model] and the model's logits [k, vocab].
         calls: per batch what each block is called with. What is equal for several blocks or batches is held once:
             without padding positions and masks take the memory of one batch, with padding one mask per batch.
     """
 
+    model: nn.Module
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+    lengths: tuple[int, ...]
     batches: tuple[Windows, ...]
+    sample: tuple[Tensor, Tensor]
     calls: tuple[tuple[BlockCall, ...], ...]
 
+    def held(self, block: int) -> contextlib.AbstractContextManager[None]:
+        """Within the context, the offloaded weights of a block are in memory: read once, for however many runs."""
+        return resident(self.model, self.modules[block])
+
     def run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
-        """Hidden states [b, T, d_model] after a block, from those before it; offloaded weights come and go as usual."""
+        """Hidden states [b, T, d_model] after a block, from those before it.
+
+        Offloaded weights come and go as usual, unless the block is `held`.
+        """
         call = self.calls[batch][block]
         if call.keyword is None:
             output = self.modules[block](hidden, *call.args, **call.kwargs)
@@ -88,21 +103,34 @@ def open_blocks(model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Wi
             times, blocks hand on more than hidden states, or something between them changes these.
         NonFiniteError: hidden states are NaN or infinite on the first text; the block is named.
     """
+    starts: list[Tensor] = []
+    return trace_blocks(model, sites, batches, starts.append), starts
+
+
+def trace_blocks(
+    model: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Windows], on_start: Callable[[Tensor], None]
+) -> Blocks:
+    """`open_blocks`, which gives away the hidden states before the first block, batch by batch, and keeps none."""
     if not batches or not sites:
         raise UsageError("running blocks one at a time needs at least one window of text and one FFN.")
     names, modules = list_of_blocks(model, sites)
-    with torch.no_grad():
+    with torch.no_grad(), resident(model, *_embeddings(model)):
         piece = batches[0][: _PIECE[0]].cut(_PIECE[1])
-        lengths = _check(model, names, modules, piece)
-        starts: list[Tensor] = []
+        lengths, sample = _check(model, names, modules, piece)
         calls: list[tuple[BlockCall, ...]] = []
         shared = _Shared()
         for batch in batches:
             hidden, row = _passed_on(model, modules, lengths, batch)
-            starts.append(hidden)
+            on_start(hidden)
             calls.append(tuple(shared.call(one) for one in row))
             shared.end_batch()
-    return Blocks(names, modules, tuple(batches), tuple(calls)), starts
+    return Blocks(model, tuple(names), tuple(modules), lengths, tuple(batches), sample, tuple(calls))
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    """What turns token ids into vectors; it is read once for all batches."""
+    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return [found] if isinstance(found, nn.Module) else []
 
 
 def list_of_blocks(model: nn.Module, sites: Sequence[FFNSite]) -> tuple[tuple[str, ...], tuple[nn.Module, ...]]:
@@ -143,9 +171,11 @@ class _Seen:
     length: int
 
 
-def _check(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module], piece: Windows) -> tuple[int, ...]:
-    """Raise unless single blocks give what the model gives; return the length of the tuple that each returns, or 0."""
-    seen = _true_forward(model, modules, piece)
+def _check(
+    model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module], piece: Windows
+) -> tuple[tuple[int, ...], tuple[Tensor, Tensor]]:
+    """Raise unless single blocks give what the model gives; return `Blocks.lengths` and `Blocks.sample`."""
+    seen, logits = _true_forward(model, modules, piece)
     if [one.block for one in seen] != list(range(len(modules))):
         ran = ", ".join(names[one.block] for one in seen[:4])
         raise _no_chain(model, f"its {len(modules)} blocks do not run once each and in order ({ran}, ...)")
@@ -162,7 +192,9 @@ def _check(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module],
         raise _no_chain(
             model, f"what a block returns beside the hidden states is needed by the next ({error})"
         ) from error
-    blocks = Blocks(tuple(names), tuple(modules), (piece,), (calls,))
+    few = piece.valid[0].nonzero().flatten()[:_SAMPLE]
+    sample = seen[-1].after[0][few.to(seen[-1].after.device)], logits[0][few.to(logits.device)]
+    blocks = Blocks(model, tuple(names), tuple(modules), lengths, (piece,), sample, (calls,))
     valid = piece.valid.to(hidden.device)
     for block, one in enumerate(seen):
         if not bool(torch.isfinite(one.after[valid.to(one.after.device)]).all()):
@@ -170,25 +202,26 @@ def _check(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module],
                 f"what {names[block]} puts out is NaN or infinite. In float16 this is usually an overflow: load the "
                 "model in bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."
             )
-        twice = [blocks.run(block, 0, hidden) for _ in range(2)]
-        if not all(_same(one.after, found, valid) for found in twice):
+        with blocks.held(block):
+            twice = [blocks.run(block, 0, hidden) for _ in range(2)]
+        if not all(same_values(one.after, found, valid) for found in twice):
             raise _no_chain(
                 model,
                 f"{names[block]} alone gives other hidden states than within the model, so it reads or keeps something "
                 "that earlier blocks made",
             )
         hidden = twice[0]
-    return lengths
+    return lengths, sample
 
 
-def _same(wanted: Tensor, found: Tensor, valid: Tensor) -> bool:
-    """Whether hidden states agree on all valid tokens."""
+def same_values(wanted: Tensor, found: Tensor, valid: Tensor) -> bool:
+    """Whether two ways to compute something agree on all valid tokens, up to rounding."""
     mask = valid.to(wanted.device)
     first, second = wanted[mask].double(), found.to(wanted.device)[mask].double()
     return bool((first - second).abs().max() <= _ROUNDING.get(wanted.dtype, _COARSE) * first.abs().max())
 
 
-def _true_forward(model: nn.Module, modules: Sequence[nn.Module], piece: Windows) -> list[_Seen]:
+def _true_forward(model: nn.Module, modules: Sequence[nn.Module], piece: Windows) -> tuple[list[_Seen], Tensor]:
     seen: list[_Seen] = []
     begun: list[Tensor | None] = []
 
@@ -207,11 +240,11 @@ def _true_forward(model: nn.Module, modules: Sequence[nn.Module], piece: Windows
         for module in modules:
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             handles.append(module.register_forward_hook(end))
-        forward_logits(model, piece)
+        logits = forward_logits(model, piece)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return seen, logits
 
 
 class _EndOfBlocks(BaseException):
@@ -223,32 +256,46 @@ def _passed_on(
 ) -> tuple[Tensor, tuple[BlockCall, ...]]:
     """Hidden states before the first block, and what each block is called with when all pass on what they are given."""
     found: list[tuple[Tensor, BlockCall]] = []
-    with _passing_on(modules, lengths, found), contextlib.suppress(_EndOfBlocks):
+
+    def last(hidden: Tensor) -> Tensor:
+        raise _EndOfBlocks
+
+    with passing_on(modules, lengths, last, found), contextlib.suppress(_EndOfBlocks):
         forward_logits(model, batch)
     return found[0][0], tuple(call for _, call in found)
 
 
 @contextlib.contextmanager
-def _passing_on(
-    modules: Sequence[nn.Module], lengths: Sequence[int], found: list[tuple[Tensor, BlockCall]]
+def passing_on(
+    modules: Sequence[nn.Module],
+    lengths: Sequence[int],
+    last: Callable[[Tensor], Tensor],
+    found: list[tuple[Tensor, BlockCall]] | None = None,
 ) -> Generator[None]:
-    """Within the block, decoder blocks return their input, and the last one ends the forward."""
+    """Within the context, decoder blocks return their input, and the last one ``last(input)``.
 
-    def passing(length: int) -> Any:
+    Args:
+        modules: the blocks.
+        lengths: of the tuple that each returns, or 0.
+        last: what the last block does.
+        found: takes what each block is called with.
+    """
+
+    def passing(block: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, call = _split(args, kwargs)
             assert hidden is not None, "the model was checked"
-            found.append((hidden, call))
-            if len(found) == len(modules):
-                raise _EndOfBlocks
-            return (hidden, *(None,) * (length - 1)) if length else hidden
+            if found is not None:
+                found.append((hidden, call))
+            hidden = last(hidden) if block == len(modules) - 1 else hidden
+            return (hidden, *(None,) * (lengths[block] - 1)) if lengths[block] else hidden
 
         return forward
 
     before = [vars(module).get("forward") for module in modules]
     try:
-        for module, length in zip(modules, lengths, strict=True):
-            module.forward = passing(length)
+        for block, module in enumerate(modules):
+            module.forward = passing(block)
         yield
     finally:
         for module, old in zip(modules, before, strict=True):

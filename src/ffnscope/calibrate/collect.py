@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from ffnscope.calibrate.accumulate import Accumulator
 from ffnscope.calibrate.checkpoint import Checkpoint
 from ffnscope.calibrate.groups import document_groups
-from ffnscope.calibrate.observe import not_finite, observe_batch
+from ffnscope.calibrate.passes import OnBatch, run_steps
+from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.sums import Surroundings, following
-from ffnscope.calibrate.taps import SignalTap
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
-from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import named_values
 from ffnscope.ffn.sites import find_sites
 from ffnscope.ffn.stream import find_stream
@@ -26,8 +25,6 @@ from ffnscope.ffn.survey import survey
 from ffnscope.io import hash_json, hash_tensors
 from ffnscope.registry import METRICS, STATISTICS
 from ffnscope.types import ChannelStats, FFNSite
-
-OnBatch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +63,6 @@ class PassOptions:
             raise UsageError(f"one_pass_bytes must not be negative, 0 = never one pass; got {self.one_pass_bytes}.")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """One batch of the pass, and whether it observes activations, gradients or both."""
-
-    batch: Windows
-    forward: bool
-    backward: bool
-
-
 MetricChoice = Sequence[str] | Mapping[str, Mapping[str, Any]]
 """Metric names, or metric name -> its parameters (some metrics need other statistics for other parameters)."""
 
@@ -103,7 +91,9 @@ def calibrate(
 
     Without a gradient metric there is no backward, and everything runs under ``inference_mode``. Otherwise
     ``gradient_windows`` of them also run backward, with gradients for channel activations only: no weight gradient
-    exists at any time. Sums are float64 and do not depend on the batch size.
+    exists at any time. Sums are float64 and do not depend on the batch size. A streamed model (`ModelSource.stream`)
+    runs block by block, each block being read once per direction (see `ffnscope.calibrate.sweep`); such a pass leaves
+    a checkpoint only when it has ended.
 
     Args:
         model: a causal LM; left as it was.
@@ -146,19 +136,8 @@ def collect(
     windows, around = _surroundings(model, windows, names, sites, options)
     accumulator = Accumulator(sites, names, core, around)
     steps = plan_steps(windows, names, options)
-    total = sum(s.batch.n_tokens for s in steps)
-    done = 0
     saver = _checkpoint(model, windows, names, accumulator, options) if steps else None
-    start = saver.resume(accumulator) if saver else 0
-    with frozen(model):
-        for i, step in enumerate(steps):
-            if i >= start:
-                _run(model, sites, step, accumulator, last=i == len(steps) - 1)
-                if saver:
-                    saver.after(i, len(step.batch), accumulator)
-            done += step.batch.n_tokens
-            if on_batch and i >= start:
-                on_batch(done, total)
+    run_steps(model, sites, steps, accumulator, saver, on_batch)
     if saver:
         saver.finish(len(steps), accumulator, keep=options.keep_checkpoint)
     return accumulator.result(copy=False)
@@ -261,19 +240,6 @@ def weights_hash(model: nn.Module) -> str:
 def _steps(windows: Windows, size: int, *, forward: bool, backward: bool) -> Iterator[Step]:
     for batch in windows.batches(size):
         yield Step(batch, forward, backward)
-
-
-def _run(model: nn.Module, sites: Sequence[FFNSite], step: Step, accumulator: Accumulator, *, last: bool) -> None:
-    batch = step.batch
-    marks = {"targets": batch.targets, "documents": batch.document}
-    accumulator.begin(batch.valid, batch.n_targets, **marks, forward=step.forward, backward=step.backward)
-    observe = accumulator.observe if accumulator.reads_activation else None
-    observe_gradient = accumulator.observe_gradient if step.backward else None
-    tap = SignalTap(accumulator.observe_signal, accumulator.signals) if accumulator.signals else None
-    observe_batch(model, sites, batch, observe, observe_gradient, tap, accumulator.observe_routing)
-    suspect = accumulator.first_not_finite(matrices=last)
-    if suspect is not None:
-        raise not_finite(model, sites, batch, suspect)
 
 
 def _checkpoint(

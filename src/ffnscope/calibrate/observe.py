@@ -45,16 +45,17 @@ def observe_batch(
             taps = channel_taps(model, sites, on_activation, on_gradient, signal_tap, on_routing)
             with torch.inference_mode(False), torch.enable_grad(), taps:
                 loss = sum_nll(forward_logits(model, batch), batch)
-                _check_gradient(model, loss)
+                if not loss.requires_grad:
+                    raise no_gradient(model)
                 loss.backward()
 
 
-def _check_gradient(model: nn.Module, loss: Tensor) -> None:
-    if not loss.requires_grad:
-        raise NotAvailableError(
-            f"the code of {type(model).__name__} computes without gradients outside of training, so metrics that need "
-            "gradients cannot rank its channels. Choose one that needs none, such as wanda (`ffnscope metrics` tells)."
-        )
+def no_gradient(model: nn.Module) -> NotAvailableError:
+    """Build the error for a model whose code lets no gradient through."""
+    return NotAvailableError(
+        f"the code of {type(model).__name__} computes without gradients outside of training, so metrics that need "
+        "gradients cannot rank its channels. Choose one that needs none, such as wanda (`ffnscope metrics` tells)."
+    )
 
 
 def sum_nll(logits: Tensor, batch: Windows) -> Tensor:
@@ -81,7 +82,11 @@ def not_finite(model: nn.Module, sites: Sequence[FFNSite], batch: Windows, gradi
             bad.append(site)
 
     observe_batch(model, sites, batch, look, on_routing=rows.route)
-    what, site = ("a channel activation", bad[0]) if bad else ("an output or a gradient", gradient)
+    return overflow("a channel activation", bad[0]) if bad else overflow("an output or a gradient", gradient)
+
+
+def overflow(what: str, site: FFNSite) -> NonFiniteError:
+    """Build the error for something of a site that is NaN or infinite."""
     return NonFiniteError(
         f"{what} of {site.name} is NaN or infinite. In float16 this is usually an overflow: load the model "
         "in bfloat16 or float32 (model.dtype); otherwise look for NaN in the checkpoint."

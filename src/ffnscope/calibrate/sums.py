@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.calibrate.forward import memory_errors
+from ffnscope.calibrate.parallel import Ranks
 from ffnscope.errors import UsageError
 from ffnscope.registry import METRICS
 from ffnscope.rules import Statistic
@@ -127,6 +128,34 @@ class Sums:
                 {s.name: s.reduce for s in begun},
             )
         return found
+
+    def bring_together(self, ranks: Ranks) -> None:
+        """Reduce the sums of all processes to those of the leader; the others begin anew."""
+        counts: list[dict[Key, int]] = ranks.gathered(self._counts)
+        for site in self.sites:
+            for s in self.statistics:
+                key = (site, s.name)
+                if not any(key in one for one in counts):
+                    continue
+                value = self._part(site, s)
+                whole = ranks.reduced(value, s.reduce)
+                if ranks.leads:
+                    self.values[key] = whole.to(value.device)
+                    self._counts[key] = sum(one.get(key, 0) for one in counts)
+        if not ranks.leads:
+            self.values.clear()
+            self._counts.clear()
+            self.places = None
+
+    def _part(self, site: FFNSite, s: Statistic) -> Tensor:
+        """This process's sum, or what changes nothing where it has none."""
+        key = (site, s.name)
+        if key in self.values:
+            return self.values[key]
+        if self.places is not None:
+            self.places.pop(key, None)
+        nothing = 0 if s.reduce == "sum" else -math.inf
+        return torch.full(self._shapes[key], nothing, dtype=_dtype(s))
 
     def is_finite(self, site: FFNSite, names: Iterable[str]) -> bool:
         """Whether the sums of one site are finite, those that have begun."""

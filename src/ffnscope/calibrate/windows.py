@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,11 @@ class Windows:
 
     def __getitem__(self, rows: slice | Tensor) -> Windows:
         return Windows(self.input_ids[rows], self.valid[rows], self.targets[rows], self.document[rows], self.source)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle these rows alone, not all that they are a view of."""
+        tensors = (self.input_ids, self.valid, self.targets, self.document)
+        return Windows, (*(one.clone() for one in tensors), self.source)
 
     def cut(self, length: int) -> Windows:
         """Return the same windows, cut to at most ``length`` tokens."""

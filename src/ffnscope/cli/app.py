@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ffnscope import __version__
+from ffnscope.calibrate.parallel import shared_windows
 from ffnscope.cli.answer import answer_command
 from ffnscope.cli.bench import bench_command
 from ffnscope.cli.channels import OUT, eval_command
@@ -69,7 +70,9 @@ def _call() -> int | str | None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            app()
+            with shared_windows() as leads:
+                if leads:
+                    app()
     except FFNScopeError as error:
         _say(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1

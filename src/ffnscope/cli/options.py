@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from pydantic import ValidationError
@@ -48,6 +48,12 @@ class Loading:
     offload_folder: Annotated[str | None, typer.Option(help="Folder for weights that --device-map puts on disk.")] = (
         None
     )
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            help="Read weights block by block, for models that do not fit; device, cpu or disk: where states wait."
+        ),
+    ] = None
     cache_dir: Annotated[str | None, typer.Option(help="Folder of the hub's files.")] = None
     token_env: Annotated[str | None, typer.Option(help="Variable that holds the hub's token, if not HF_TOKEN.")] = None
     offline: Annotated[bool, typer.Option("--offline", help="Use only files that are in the cache already.")] = False
@@ -70,6 +76,7 @@ class Loading:
             token=read_token(self.token_env),
             offline=self.offline,
             allow_pickle=self.allow_pickle,
+            stream=cast("Any", self.stream),
         )
 
     def open(self, reporter: Reporter, model: str) -> LoadedModel:

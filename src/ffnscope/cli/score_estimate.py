@@ -13,7 +13,8 @@ from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.memory import calibration_bytes
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.repeat_passes import repeat_bytes, repeat_passes
-from ffnscope.calibrate.collect import PassOptions, Step, plan_steps
+from ffnscope.calibrate.collect import PassOptions, plan_steps
+from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.run.estimate import Line, calibrate_line, peak_bytes, print_lines, print_peak, seconds_per_token
 from ffnscope.run.progress import peak_memory

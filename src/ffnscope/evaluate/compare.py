@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from ffnscope.apply.pruned import Pruned, as_pruned, plan_of, row_name
+from ffnscope.apply.pruned import Pruned, plan_of, row_name
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import NonFiniteError, UsageError
-from ffnscope.evaluate.fidelity import fidelity
-from ffnscope.evaluate.forward import batch_logits, check_finite, evaluating, memory_errors
-from ffnscope.evaluate.perplexity import check_targets, nll_sums, perplexity_result, protocol, window_ratio
+from ffnscope.evaluate.measuring import measure, naming
+from ffnscope.evaluate.perplexity import check_targets, perplexity_result, protocol, window_ratio
 from ffnscope.evaluate.progress import DENSE, Progress, check_labels, open_progress, plan_key
 from ffnscope.types import EvalResult
 
@@ -54,7 +50,8 @@ def compare_plans(
     """Evaluate the dense model and every plan (by masking) or reconstruction on the same windows.
 
     Windows are the outer loop, so dense logits exist for one batch at a time. The numbers are sums per window: they do
-    not depend on the batch size, nor on where a comparison was cut off and continued.
+    not depend on the batch size, nor on where a comparison was cut off and continued. Of a streamed model, whose blocks
+    are read once per row, rows are the outer loop, and ``state`` is written after each row.
 
     Args:
         model: the dense model; bit-identical afterwards.
@@ -79,65 +76,18 @@ def compare_plans(
     keys = {label: plan_key(plan) for label, plan in plans.items()}
     distinct = {keys[label]: (label, plan) for label, plan in plans.items()}
     progress = open_progress(state, model, windows)
-    total = math.ceil(len(windows) / batch_size) if batch_size > 0 else 0
-    with evaluating(model):
-        for index, batch in enumerate(windows.batches(batch_size)):
-            if _measure(model, distinct, batch, index * batch_size, progress):
-                progress.save()
-                if on_batch is not None:
-                    on_batch(index + 1, total)
+    measure(model, distinct, windows, batch_size, progress, on_batch)
     rows = [EvalRow(DENSE, None, 0.0, 0.0, windows.source, (perplexity_result(progress.total(DENSE, "nll"), windows),))]
     return rows + [_row(label, plan, keys[label], progress, windows) for label, plan in plans.items()]
-
-
-def _measure(
-    model: nn.Module, plans: Mapping[str, tuple[str, Pruned]], batch: Windows, first: int, progress: Progress
-) -> bool:
-    """Fill what is missing of one batch; False when nothing was."""
-    part = slice(first, first + len(batch))
-    missing = [key for key in (DENSE, *plans) if not progress.has(key, part)]
-    if not missing:
-        return False
-    with memory_errors(len(batch), batch.length):
-        dense = batch_logits(model, batch)
-        for key in missing:
-            with _naming(DENSE if key == DENSE else plans[key][0]):
-                sums = _dense_sums(dense, batch) if key == DENSE else _plan_sums(model, plans[key][1], batch, dense)
-                for value in sums.values():
-                    check_finite(value, model, batch, first)
-            progress.put(key, part, sums)
-    return True
-
-
-def _dense_sums(logits: Tensor, batch: Windows) -> dict[str, Tensor]:
-    return {"nll": nll_sums(logits, batch)}
-
-
-def _plan_sums(model: nn.Module, plan: Pruned, batch: Windows, dense: Tensor) -> dict[str, Tensor]:
-    with as_pruned(model, plan):
-        logits = batch_logits(model, batch)
-    kl, agree = fidelity(dense, logits, batch.targets)
-    return {"nll": nll_sums(logits, batch), "kl": kl, "agree": agree}
 
 
 def _row(label: str, plan: Pruned, key: str, progress: Progress, windows: Windows) -> EvalRow:
     counts = windows.targets.sum(1)
     how = protocol(windows)
-    with _naming(label):
+    with naming(label):
         results = [perplexity_result(progress.total(key, "nll"), windows)]
     for name, quantity, unit in (("kl_to_dense", "kl", "nats/token"), ("top1_agreement", "agree", "fraction")):
         value, stderr = window_ratio(progress.total(key, quantity), counts)
         results.append(EvalResult(name, value, unit, stderr, windows.n_targets, windows.source, how))
     found = plan_of(plan)
     return EvalRow(label, row_name(plan), found.budget.sparsity, found.sparsity, windows.source, tuple(results))
-
-
-@contextlib.contextmanager
-def _naming(label: str) -> Generator[None]:
-    """Say in an error which row it belongs to."""
-    try:
-        yield
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{label}: {error}") from error
-    except UsageError as error:
-        raise UsageError(f"{label}: {error}") from error

@@ -39,9 +39,15 @@ def fidelity(dense: Tensor, pruned: Tensor, targets: Tensor) -> tuple[Tensor, Te
     agree = torch.zeros(targets.shape, dtype=torch.float64)
     for rows, columns in target_chunks(targets, dense):
         one, other = chunk_logits(dense, rows, columns), chunk_logits(pruned, rows, columns)
-        kl[rows, columns] = _kl(one.log_softmax(-1), other.log_softmax(-1)).cpu().double()
-        agree[rows, columns] = (_first(one) == _first(other)).cpu().double()
+        divergence, same = row_fidelity(one, other)
+        kl[rows, columns] = divergence.cpu().double()
+        agree[rows, columns] = same.cpu().double()
     return kl.sum(1), agree.sum(1)
+
+
+def row_fidelity(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(dense || pruned) [n] and whether both rank the same token first [n], of rows of logits [n, vocab]."""
+    return _kl(dense.log_softmax(-1), pruned.log_softmax(-1)), _first(dense) == _first(pruned)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ffnscope.calibrate.parallel import Ranks, shared
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, UsageError
 from ffnscope.evaluate.forward import (
@@ -18,6 +19,8 @@ from ffnscope.evaluate.forward import (
     memory_errors,
     target_chunks,
 )
+from ffnscope.evaluate.streamed import shares_as_batches, streamed_text
+from ffnscope.ffn.streamed import is_streamed
 from ffnscope.types import EvalResult
 
 MAX_MEAN_NLL = 700.0  # exp of more is not a float
@@ -47,14 +50,54 @@ def perplexity(
         DeviceError: the accelerator is out of memory.
     """
     check_targets(windows)
-    total = math.ceil(len(windows) / batch_size) if batch_size > 0 else 0
-    parts: list[Tensor] = []
-    for done, batch in enumerate(windows.batches(batch_size), start=1):
-        nll, _ = token_nll(model, batch, first=(done - 1) * batch_size)
-        parts.append(nll)
-        if on_batch is not None:
-            on_batch(done, total)
+    batches = list(windows.batches(batch_size))
+    ranks = shared(model, serve_nll, batches, batch_size)
+    parts = _all_nll(model, ranks, batches, batch_size, on_batch)
     return perplexity_result(torch.cat(parts), windows)
+
+
+def serve_nll(model: nn.Module, ranks: Ranks, batches: Sequence[Windows], batch_size: int) -> None:
+    """Take a share of the batches of a leading process."""
+    _all_nll(model, ranks, batches, batch_size, None)
+
+
+def _all_nll(
+    model: nn.Module,
+    ranks: Ranks,
+    batches: Sequence[Windows],
+    batch_size: int,
+    on_batch: Callable[[int, int], None] | None,
+) -> list[Tensor]:
+    """NLL sums of all batches, of which this process runs its share."""
+    mine = list(enumerate(batches))[ranks.rank :: ranks.size]
+
+    def run() -> dict[int, Tensor]:
+        if is_streamed(model) and mine:
+            return _streamed_nll(model, mine, batch_size, on_batch)
+        found: dict[int, Tensor] = {}
+        for i, batch in mine:
+            found[i], _ = token_nll(model, batch, first=i * batch_size)
+            if on_batch is not None:
+                on_batch(min(i + ranks.size, len(batches)), len(batches))
+        return found
+
+    found = {i: nll for part in ranks.gathered(ranks.agreed(run)) for i, nll in part.items()}
+    return [found[i] for i in range(len(batches))]
+
+
+def _streamed_nll(
+    model: nn.Module,
+    numbered: Sequence[tuple[int, Windows]],
+    batch_size: int,
+    on_batch: Callable[[int, int], None] | None,
+) -> dict[int, Tensor]:
+    """NLL sums of some batches by a model that runs block by block."""
+    batches = [batch for _, batch in numbered]
+    with memory_errors(batch_size, batches[0].length), streamed_text(model, batches) as text:
+        sums = [found["nll"] for found in text.nll(shares_as_batches(on_batch, len(batches)))]
+    for (i, batch), nll in zip(numbered, sums, strict=True):
+        check_finite(nll, model, batch, i * batch_size)
+    return {i: nll for (i, _), nll in zip(numbered, sums, strict=True)}
 
 
 def token_nll(model: nn.Module, batch: Windows, *, first: int = 0) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from ffnscope.ffn.gguf import PACKAGE, cache_dir, converted, find_gguf
 from ffnscope.ffn.guard import check_config, check_model
 from ffnscope.ffn.messages import explained, quiet_transformers
 from ffnscope.ffn.narrowed import causal_lm
+from ffnscope.ffn.streamed import PLACES, Place, offload_to, stream_
 
 __all__ = [
     "DTYPES",
@@ -37,6 +39,7 @@ __all__ = [
     "read_token",
     "resolve_device",
     "resolve_dtype",
+    "source_of",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -65,10 +68,13 @@ class ModelSource:
         token: access token of the hub; None = HF_TOKEN, or the login that ``hf auth login`` stored.
         offline: use only files that are here already.
         allow_pickle: also load a checkpoint that is not safetensors (pytorch_model.bin, as ``weights_only``).
+        stream: for a model that does not fit: all weights stay in the files, and calibration and evaluation read one
+            decoder block at a time for all windows (see `ffnscope.ffn.streamed`). The value is where the hidden states
+            of the windows wait meanwhile: "device" (that computes), "cpu", or "disk" (in ``offload_folder``).
 
     Raises:
-        UsageError: options that contradict each other or would do nothing, a malformed limit of memory, or
-            ``ignore_mismatched_sizes``.
+        UsageError: options that contradict each other or would do nothing, a malformed limit of memory, an unknown
+            place for hidden states, or ``ignore_mismatched_sizes``.
     """
 
     model_id: str
@@ -85,12 +91,17 @@ class ModelSource:
     token: str | None = field(default=None, repr=False)
     offline: bool = False
     allow_pickle: bool = False
+    stream: Place | None = None
 
     def __post_init__(self) -> None:
         if self.device_map is None:
             for name in ("max_memory", "offload_folder"):
-                if getattr(self, name) is not None:
+                if getattr(self, name) is not None and not (self.stream and name == "offload_folder"):
                     raise UsageError(f"{name} would do nothing without device_map; set device_map, for example 'auto'.")
+        elif self.stream is not None:
+            raise UsageError("stream leaves all weights in their files, so device_map would do nothing; leave it out.")
+        if self.stream is not None and self.stream not in PLACES:
+            raise UsageError(f"stream must be the place of hidden states, {', '.join(PLACES)}; got {self.stream!r}.")
         if "ignore_mismatched_sizes" in self.model_kwargs:
             raise UsageError(
                 "ignore_mismatched_sizes would load weights of other shapes as random numbers; leave it out. FFNs of "
@@ -140,8 +151,21 @@ def load_model(source: ModelSource | str) -> LoadedModel:
         commit = find_commit(origin, source.revision, _access(source)) if isinstance(where, str) else None
         model, tokenizer = _from_pretrained(origin, source, dtype, commit)
         check_model(model)
-        model = model if device is None else model.to(device)
+        if source.stream is not None:
+            folder = None if source.offload_folder is None else Path(source.offload_folder)
+            stream_(model, source.stream, device or torch.device("cpu"), folder)
+        elif device is not None:
+            model = model.to(device)
+    _SOURCES[model] = source
     return LoadedModel(model.eval(), tokenizer, source, origin, commit)
+
+
+_SOURCES: weakref.WeakKeyDictionary[nn.Module, ModelSource] = weakref.WeakKeyDictionary()
+
+
+def source_of(model: nn.Module) -> ModelSource | None:
+    """What a model was loaded from by `load_model`, or None."""
+    return _SOURCES.get(model)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -228,6 +252,9 @@ def _from_pretrained(
         how["device_map"] = source.device_map
         how["offload_folder"] = source.offload_folder
         how["max_memory"] = _memory(source.max_memory)
+    if source.stream is not None:
+        how["device_map"] = {"": "disk"}
+        how["offload_folder"] = offload_to(source.offload_folder)
     try:
         model = causal_lm(config).from_pretrained(origin, **access, **remote, **how, **source.model_kwargs)
     except OSError as error:

@@ -88,7 +88,7 @@ def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         ModelError: an entry has no value.
     """
     for name, value in model.state_dict().items():
-        yield name, _value(model, name, value)
+        yield name, value_of(model, name, value)
 
 
 @contextlib.contextmanager
@@ -130,6 +130,35 @@ def materialised(model: nn.Module, *sites: FFNSite, write: bool = False) -> Gene
 
 
 @contextlib.contextmanager
+def resident(model: nn.Module, *modules: nn.Module) -> Generator[None]:
+    """Within the block, the offloaded weights of these modules and all that is in them stay in the model.
+
+    They are read once, on the device that computes with them, however often the modules run; nothing is kept of what is
+    changed. On exit they are offloaded again. Weights that are not offloaded are left alone, so contexts nest.
+
+    Raises:
+        ModelError: a weight has no value.
+    """
+    held: list[_Held] = []
+    hooks: dict[int, Any] = {}
+    try:
+        for module in dict.fromkeys(part for one in modules for part in one.modules()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if is_offloaded(parameter):
+                    held.append(_Held(module, name, stored(model, module, name), parameter.shape))
+                    held[-1].load(copy=False)
+                    hooks[id(held[-1].place.hook)] = held[-1].place.hook
+        for hook in hooks.values():
+            hook.offload = False
+        yield
+    finally:
+        for hook in hooks.values():
+            hook.offload = True
+        for one in held:
+            one.offload(one.shape)
+
+
+@contextlib.contextmanager
 def edited(model: nn.Module, module: nn.Module, name: str, edit: Edit) -> Generator[None]:
     """Within the block, whoever reads an offloaded parameter, the forward included, gets ``edit(value)``.
 
@@ -155,8 +184,7 @@ def saving(model: Any) -> Generator[dict[str, Any]]:
     if not any(is_offloaded(value) for value in state.values()):
         yield {}
         return
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    once = {name: value for name, value in state.items() if not _is_copy(model, state, name, tied.get(name))}
+    once = {name: state[name] for name in names_once(model)}
     before = getattr(model, "hf_device_map", None)
     try:
         model.hf_device_map = {"": "cpu"}  # by this `save_pretrained` knows that it has to fetch weights
@@ -167,6 +195,13 @@ def saving(model: Any) -> Generator[dict[str, Any]]:
         del model.hf_device_map
         if before is not None:
             model.hf_device_map = before
+
+
+def names_once(model: nn.Module) -> list[str]:
+    """Names of the entries of the model's ``state_dict``, without weights that are tied to another entry."""
+    state: dict[str, Tensor] = model.state_dict()
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return [name for name in state if not _is_copy(model, state, name, tied.get(name))]
 
 
 def placement(model: nn.Module) -> str:
@@ -238,13 +273,16 @@ def _modules(model: nn.Module, site: FFNSite) -> list[nn.Module]:
 
 
 def _is_copy(model: nn.Module, state: Mapping[str, Tensor], name: str, source: str | None) -> bool:
-    """Whether an offloaded entry is the same weight as the entry ``source`` that it is tied to."""
-    if source is None or source not in state or not is_offloaded(state[name]):
+    """Whether an entry is the same weight as the entry ``source`` that it is tied to."""
+    if source is None or source not in state:
         return False
-    return torch.equal(*(_value(model, n, state[n]).cpu() for n in (name, source)))
+    if not is_offloaded(state[name]):
+        return state[name].data_ptr() == state[source].data_ptr()
+    return torch.equal(*(value_of(model, n, state[n]).cpu() for n in (name, source)))
 
 
-def _value(model: nn.Module, name: str, value: Tensor) -> Tensor:
+def value_of(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """The value of an entry of the model's ``state_dict``, read now where it is offloaded."""
     if not is_offloaded(value):
         return value
     path, _, leaf = name.rpartition(".")

@@ -240,9 +240,13 @@ def _model_kwargs(config: RunConfig) -> Iterator[Finding]:
 
 def _device_map(config: RunConfig) -> Iterator[Finding]:
     for key in ("max_memory", "offload_folder"):
-        if getattr(config.model, key) is not None and config.model.device_map is None:
+        used = config.model.device_map is not None or (config.model.stream is not None and key == "offload_folder")
+        if getattr(config.model, key) is not None and not used:
             message = "would do nothing without model.device_map. Set that, for example to auto, or remove this key"
             yield _finding(("model", key), message, ("model", "device_map"))
+    if config.model.stream is not None and config.model.device_map is not None:
+        message = "would do nothing beside model.stream, which leaves all weights in their files. Remove one of the two"
+        yield _finding(("model", "device_map"), message, ("model", "stream"))
 
 
 def _text_keys(config: RunConfig) -> Iterator[Finding]:

@@ -141,6 +141,7 @@ def model_source(config: RunConfig) -> ModelSource:
         token=read_token(asked.token_env),
         offline=asked.offline,
         allow_pickle=asked.allow_pickle,
+        stream=asked.stream,
     )
 
 

@@ -18,8 +18,9 @@ from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
 from ffnscope.apply.ffn_tokens import token_bytes
-from ffnscope.calibrate.collect import Step, plan_steps
+from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.forward import input_device
+from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.tasks import load_tasks
 from ffnscope.ffn.load import load_model, quiet_transformers

@@ -13,10 +13,12 @@ from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
 from ffnscope.apply.padding import zeroed_channels
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import Reconstruction, reconstruct_
+from ffnscope.apply.write_pruned import Destination, write_pruned
 from ffnscope.errors import NotAvailableError, unknown_name
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.narrowed import MODELING
 from ffnscope.ffn.sites import find_sites
+from ffnscope.ffn.streamed import is_streamed
 from ffnscope.run.progress import Reporter
 from ffnscope.types import EvalResult, PruningPlan
 
@@ -74,6 +76,9 @@ class Saving:
     ) -> None:
         """Slice the model, reconstructed or not, save it, and say what is gone and how the result loads."""
         model, tokenizer = loaded.model, loaded.tokenizer
+        if is_streamed(model) and self.form == "transformers":
+            self._write_blocks(loaded, pruned, results, reporter)
+            return
         before = sum(p.numel() for p in model.parameters())
         plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
         if isinstance(pruned, Reconstruction):
@@ -87,8 +92,21 @@ class Saving:
             save = save_decilm if self.form == "decilm" else save_model
             size, replace = self.max_shard_size, self.overwrite
             save(model, tokenizer, self.out, plan=plan, results=results, max_shard_size=size, overwrite=replace)
+        self._tell(reporter, before, after, plan, zeroed_channels(model, plan))
+
+    def _write_blocks(
+        self, loaded: LoadedModel, pruned: Pruned, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter
+    ) -> None:
+        """The same for a model that is streamed: it is not cut, but what is left of each block is written."""
+        plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
+        before = sum(p.numel() for p in loaded.model.parameters())
+        output = Destination(self.out, self.max_shard_size, self.pad_to_widest, self.overwrite)
+        after, zeroed = write_pruned(loaded.model, loaded.tokenizer, output, pruned, results)
+        self._tell(reporter, before, after, plan, zeroed)
+
+    def _tell(self, reporter: Reporter, before: int, after: int, plan: PruningPlan, zeroed: int) -> None:
         reporter.say(f"{before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer), saved in {self.out}")
-        reporter.say(_achieved(plan, zeroed_channels(model, plan)))
+        reporter.say(_achieved(plan, zeroed))
         if (self.out / MODELING.name).exists():
             reporter.say(
                 "widths differ: load it with ffnscope, or in transformers with trust_remote_code=True; the allocator "

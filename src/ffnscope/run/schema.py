@@ -71,6 +71,9 @@ class Model(Block):
     """Limit per device for device_map: {'0': 20GiB, cpu: 60GiB}; what does not fit goes to memory, then to disk."""
     offload_folder: Text | None = None
     """Folder for weights that device_map puts on disk and that cannot be read from the checkpoint's own files."""
+    stream: Literal["device", "cpu", "disk"] | None = None
+    """For a model that does not fit: its weights stay in their files and are read one decoder block at a time, for all
+    windows. The value is where hidden states wait between blocks; disk is offload_folder. null: off."""
     cache_dir: Text | None = None
     """Folder of the hub's files; null: that of the hub client (HF_HOME)."""
     token_env: Text | None = None

@@ -70,9 +70,10 @@ def _block_rounds(
     last = max(block for block, found in enumerate(here) if found)
     for block in range(last + 1):
         rows = _Rows(model, here[block])
-        for i, batch in enumerate(blocks.batches):
-            with rows.tapped(batch):
-                hidden[i] = blocks.run(block, i, hidden[i])
+        with blocks.held(block):
+            for i, batch in enumerate(blocks.batches):
+                with rows.tapped(batch):
+                    hidden[i] = blocks.run(block, i, hidden[i])
         if here[block]:
             yield rows.finished()
         if on_round is not None:

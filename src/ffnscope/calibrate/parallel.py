@@ -1,0 +1,191 @@
+"""Several processes, each with the whole model, that share the windows of a text: one leads, the others serve it.
+
+The processes are started by torchrun or ``accelerate launch``. The leader (rank 0) does everything; where it comes to a
+pass over text, it tells the others, which load the same model, take their share of the batches and send back sums. So
+nothing else of a computation has to know of them, and only the leader writes files. Whether the others have the same
+weights is compared by hash; a model that the leader has changed since, or did not load from a source, it runs alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ffnscope.errors import FFNScopeError, UsageError
+from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, source_of
+from ffnscope.ffn.offload import is_offloaded, named_values
+from ffnscope.io import hash_tensors
+from ffnscope.registry import import_own, own_modules
+
+_PATIENCE = timedelta(days=30)  # the leader may compute for long between two passes
+_FAREWELL = 30.0  # seconds that the leader waits for others that are not there to hear its end
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those that share a pass; alone where ``size`` is 1."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether results come together here."""
+        return self.rank == 0
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks, in every process."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def agreed(self, make: Callable[[], Any]) -> Any:
+        """Call ``make`` in every process; where one raises, raise that in all of them, so that none waits in vain."""
+        error: FFNScopeError | None = None
+        value: Any = None
+        try:
+            value = make()
+        except FFNScopeError as raised:
+            if self.size == 1:
+                raise
+            error = raised
+        found = next((one for one in self.gathered(error) if one is not None), None)
+        if found is not None:
+            raise found
+        return value
+
+    def reduced(self, value: Tensor, how: str) -> Tensor:
+        """Reduce a tensor of all processes to the leader's; what the others get is of no use."""
+        there = value.cpu().contiguous()
+        dist.reduce(there, 0, op=dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+        return there
+
+
+ALONE = Ranks()
+_STATE = {"leads": False}
+_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def shared_windows() -> Generator[bool]:
+    """Let the processes that torchrun or ``accelerate launch`` has started share the windows of every pass.
+
+    Yields True in the leader, in which `calibrate`, `perplexity` and `compare_plans` then split their batches over all
+    processes, for models from `load_model`. In the others, it first serves the leader until that leaves the block, and
+    then yields False: write ``with shared_windows() as leads:`` and do nothing there unless ``leads``. Started as a
+    single process, it yields True and changes nothing.
+
+    Statistics are sums and maxima, so only the order of additions differs from a single process.
+
+    Raises:
+        UsageError: the variables of the launcher are incomplete.
+    """
+    size = _integer("WORLD_SIZE", 1)
+    if size == 1:
+        yield True
+        return
+    rank = _integer("RANK", None)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_integer("LOCAL_RANK", rank) % torch.cuda.device_count())
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    if rank != 0:
+        _serve()
+        yield False
+        return
+    _STATE["leads"] = True
+    try:
+        yield True
+    finally:
+        _STATE["leads"] = False
+        _dismiss()
+
+
+def _dismiss() -> None:
+    """Tell the others to end, in a thread: after an interrupt they may be within a pass, and not listen."""
+    told = threading.Thread(target=dist.broadcast_object_list, args=([None],), daemon=True)
+    told.start()
+    told.join(_FAREWELL)
+    if not told.is_alive():
+        dist.destroy_process_group()
+
+
+def shared(model: nn.Module, serve: Callable[..., None], *arguments: Any) -> Ranks:
+    """Ask all processes to take part in a pass; return this one's place among them, or `ALONE`.
+
+    Every other process calls ``serve(its model, place, *arguments)``, a function of a module, in which the calls of
+    `Ranks` must be those that the leader makes.
+    """
+    source = source_of(model)
+    if not _STATE["leads"] or source is None:
+        return ALONE
+    place = Ranks(0, dist.get_world_size())
+    dist.broadcast_object_list([(serve, source, _hash(model), own_modules(), arguments)])
+    return place if all(place.gathered(True)) else ALONE
+
+
+def _serve() -> None:
+    """Take part in what the leader asks for, until it ends."""
+    place = Ranks(dist.get_rank(), dist.get_world_size())
+    known: dict[str, LoadedModel] = {}
+    while True:
+        message: list[Any] = [None]
+        dist.broadcast_object_list(message)
+        if message[0] is None:
+            dist.destroy_process_group()
+            return
+        serve, source, wanted, modules, arguments = message[0]
+        model = _same_model(known, source, wanted, modules)
+        if all(place.gathered(model is not None)):
+            assert model is not None
+            with contextlib.suppress(FFNScopeError):  # the leader raises it too
+                serve(model, place, *arguments)
+
+
+def _same_model(
+    known: dict[str, LoadedModel], source: ModelSource, wanted: str, modules: Sequence[str]
+) -> nn.Module | None:
+    """The model of a source, loaded once, or None where it is not the leader's."""
+    try:
+        for name in modules:
+            import_own(name)
+        if repr(source) not in known:
+            known.clear()
+            known[repr(source)] = load_model(source)
+    except FFNScopeError:
+        return None  # the leader goes on alone
+    model = known[repr(source)].model
+    return model if _hash(model) == wanted else None
+
+
+def _hash(model: nn.Module) -> str:
+    """Hash of the weights, taken anew only where one of them may have changed; and of what hangs on modules."""
+    state = [(id(p), p._version) for p in model.parameters()]
+    if any(is_offloaded(p) for p in model.parameters()) or _HASHES.get(model, (None, ""))[0] != state:
+        _HASHES[model] = state, hash_tensors(named_values(model))
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = sum(len(vars(m).get(name, ())) for m in model.modules() for name in names)
+    return f"{_HASHES[model][1]} {hooks}"
+
+
+def _integer(variable: str, default: int | None) -> int:
+    text = os.environ.get(variable)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdigit():
+        raise UsageError(
+            f"the environment variable {variable} should hold a number, as torchrun and `accelerate launch` set it; "
+            f"found {text!r}. Start ffnscope by one of them, or remove WORLD_SIZE."
+        )
+    return int(text)

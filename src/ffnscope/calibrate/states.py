@@ -1,0 +1,108 @@
+"""Hidden states that wait between blocks: on the device that made them, in main memory, or on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import MutableSequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffnscope.ffn.streamed import Place
+
+Key = tuple[int, int]
+"""What a tensor is: the block that it waits for (-1 for a gradient) or the sequence that it is in, and its batch."""
+
+
+class StateSequence(MutableSequence[Tensor]):
+    """Tensors in order, kept by `HiddenStates`; it grows at its end only."""
+
+    def __init__(self, states: HiddenStates, row: int):
+        self._states, self._row, self._length = states, row, 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._states.get((self._row, range(self._length)[index]))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._states.put((self._row, range(self._length)[index]), value)
+
+    def __delitem__(self, index: Any) -> None:
+        raise TypeError("what waits in order is not taken out")
+
+    def insert(self, index: int, value: Tensor) -> None:
+        """Add a tensor at the end."""
+        assert index == self._length, "it grows at its end only"
+        self._length += 1
+        self[index] = value
+
+
+class HiddenStates:
+    """Tensors by block and batch; a context that removes what is on disk at its end.
+
+    Args:
+        place: where tensors wait; they come back on the device that they were on.
+        folder: in which a folder of its own is made for those on disk; None = that of the system.
+    """
+
+    def __init__(self, place: Place, folder: Path | None = None):
+        self.place = place
+        self._parent = folder
+        self._folder: Path | None = None
+        self._held: dict[Key, Tensor] = {}
+        self._devices: dict[Key, torch.device] = {}
+        self._sequences = 0
+
+    def __enter__(self) -> HiddenStates:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def put(self, key: Key, value: Tensor) -> None:
+        """Keep a tensor, without its graph."""
+        value = value.detach()
+        self._devices[key] = value.device
+        if self.place == "disk":
+            torch.save(value.cpu().clone(), self._file(key))  # a clone, since a view would be saved with all behind it
+        else:
+            self._held[key] = value.cpu() if self.place == "cpu" else value
+
+    def get(self, key: Key) -> Tensor:
+        """The tensor; it stays."""
+        if self.place == "disk":
+            return torch.load(self._file(key), weights_only=True).to(self._devices[key])
+        return self._held[key].to(self._devices[key])
+
+    def pop(self, key: Key) -> Tensor:
+        """The tensor; it is not kept any longer."""
+        value = self.get(key)
+        self.drop(key)
+        return value
+
+    def drop(self, key: Key) -> None:
+        """Keep a tensor no longer."""
+        self._devices.pop(key)
+        if self.place == "disk":
+            self._file(key).unlink()
+        else:
+            del self._held[key]
+
+    def sequence(self) -> StateSequence:
+        """A new sequence of tensors that wait here too."""
+        self._sequences += 1
+        return StateSequence(self, self._sequences)
+
+    def _file(self, key: Key) -> Path:
+        if self._folder is None:
+            if self._parent is not None:
+                self._parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="ffnscope-states-", dir=self._parent))
+        return self._folder / f"{key[0]}_{key[1]}.pt"

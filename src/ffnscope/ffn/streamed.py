@@ -1,0 +1,66 @@
+"""Models that are streamed: their weights stay in the files, and one decoder block at a time is read for all windows.
+
+Such a model is a skeleton on the meta device whose weights accelerate reads from the safetensors of the checkpoint when
+a module runs (see `ffnscope.ffn.offload`), so whatever works on offloaded weights works on it. What is remembered here
+is that passes over text should run block by block, and where hidden states wait between blocks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+Place = Literal["device", "cpu", "disk"]
+PLACES: tuple[str, ...] = get_args(Place)
+
+_STREAMED: weakref.WeakKeyDictionary[nn.Module, tuple[Place, Path | None]] = weakref.WeakKeyDictionary()
+
+
+def offload_to(folder: str | None) -> str:
+    """Folder for weights that cannot be read from the checkpoint as they are, and for hidden states on disk.
+
+    Without one, a temporary one that is removed when Python ends.
+    """
+    if folder is not None:
+        return folder
+    made = tempfile.mkdtemp(prefix="ffnscope-stream-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def stream_(model: nn.Module, place: Place, device: torch.device, folder: Path | None = None) -> nn.Module:
+    """Let an offloaded model be run block by block from now on, on this device; return it.
+
+    Args:
+        model: all its weights offloaded by accelerate.
+        place: where the hidden states of all windows wait between blocks.
+        device: computes. Buffers are moved there; weights come when they are read.
+        folder: for hidden states on disk; None = the system's folder for temporary files.
+    """
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in [] if hook is None else getattr(hook, "hooks", (hook,)):
+            if hasattr(one, "execution_device"):
+                one.execution_device = device
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device.type != "meta":
+                setattr(module, name, buffer.to(device))
+    _STREAMED[model] = place, folder
+    return model
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether passes over a model run block by block, each block being read once for all windows."""
+    return model in _STREAMED
+
+
+def waiting_place(model: nn.Module) -> tuple[Place, Path | None]:
+    """Where the hidden states of a model wait between blocks, and the folder of those on disk."""
+    return _STREAMED.get(model, ("device", None))
