@@ -18,7 +18,7 @@ from ffnscope.report.findings import caveats, findings
 from ffnscope.report.inline_svg import inline_svg
 from ffnscope.report.page import Part, flat_config, run_parts, write_page
 from ffnscope.report.run_folder import RunFolder
-from ffnscope.report.tables import BLANK, Cell, Grid, number, results_grids
+from ffnscope.report.tables import BLANK, Cell, Grid, number, results_grids, results_rows
 from ffnscope.report.task_table import task_grid
 
 MOST_SETTINGS = 60

@@ -18,8 +18,8 @@ MOST_COMPARED = 8
 """Cells up to which every pair is compared by its rankings."""
 _SEED = "seed"
 _SEED_NOTE = (
-    "Of the cells that differ in seeds only; the deviation is that of one cell (n - 1). experiment.seed also chooses the "
-    "held-out windows, calibration.seed does not."
+    "Of the cells that differ in seeds only; the deviation is that of one cell (n - 1). experiment.seed also chooses "
+    "the held-out windows, calibration.seed does not."
 )
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ffnscope.errors import FFNScopeError, SweepError
+from ffnscope.errors import ConfigError, FFNScopeError
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.run.choices import background_hash, reference_bytes
 from ffnscope.run.estimate import duration, estimate, print_estimate
@@ -42,8 +42,8 @@ def dry_run_sweep(sweep: SweepConfig, console: Console, *, overwrite: bool = Fal
     """Print every cell with about how long it would take and its peak memory; compute and write nothing.
 
     Raises:
-        SweepError: cells that could not be run, for example with a model that is missing; told after the others.
-        ConfigError, UsageError, ArtifactError: as `run_sweep`.
+        ConfigError, UsageError, ArtifactError: as `run_sweep`; also for cells that could not be run, for example with
+            a model that is missing, told after the others.
     """
     check_sweep(sweep, overwrite=overwrite)
     record = SweepRecord(sweep)
@@ -71,4 +71,4 @@ def dry_run_sweep(sweep: SweepConfig, console: Console, *, overwrite: bool = Fal
     told = f"{len(todo)} of {len(sweep.cells)} cells to run ({sweep.asked.executor}), together about {duration(total)}"
     console.print(Text(f"{told}; output in {sweep.folder}"))
     if failed:
-        raise SweepError(failed, len(sweep.cells))
+        raise ConfigError(f"sweep {sweep.name}", [f"cell {name}: {why}" for name, why in failed.items()])

@@ -24,7 +24,7 @@ FAILURES = (FFNScopeError, OSError, RuntimeError, ValueError, ArithmeticError, L
 itself (a wrong attribute, a broken invariant) are none of these and end a sequential sweep."""
 JOBS = "jobs"
 """Folder of submitit's scripts and logs."""
-_INSTALL = {"ray": "pip install 'ray'", "submitit": "pip install 'ffnscope[slurm]'"}
+_INSTALL = {"ray": "pip install 'ffnscope[ray]'", "submitit": "pip install 'ffnscope[slurm]'"}
 _DAY = 24 * 60
 _POLL_SECONDS = 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,12 +140,13 @@ def _run_cells(
     outcomes = execute(sweep.asked, sweep.folder, todo, overwrite=overwrite, reporter=reporter)
     record.write()
     start = time.perf_counter()
-    for i, outcome in enumerate(outcomes, 1):
-        record.note(outcome.cell, outcome.error)
-        if outcome.error:
-            reporter.say(f"cell {outcome.cell.name} failed: {outcome.error}")
-        left = (time.perf_counter() - start) / i * (len(todo) - i)
-        reporter.say(f"{i} of {len(todo)} cells" + (f", about {duration(left)} left" if i < len(todo) else ""))
+    with contextlib.closing(outcomes):
+        for i, outcome in enumerate(outcomes, 1):
+            record.note(outcome.cell, outcome.error)
+            if outcome.error:
+                reporter.say(f"cell {outcome.cell.name} failed: {outcome.error}")
+            left = (time.perf_counter() - start) / i * (len(todo) - i)
+            reporter.say(f"{i} of {len(todo)} cells" + (f", about {duration(left)} left" if i < len(todo) else ""))
 
 
 def _write_results(sweep: SweepConfig, result: SweepResult, reporter: Reporter) -> None:

@@ -32,7 +32,10 @@ class SweepRecord:
             with disposable("every cell is looked at again, and what is finished stays"):
                 value = read_json(self._path)
                 expect_kind(self._path, value, "sweep")
-                self._cells = {row["name"]: row for row in value.get("cells", ())}
+                rows = value.get("cells")
+                if not isinstance(rows, list) or not all(isinstance(r, dict) and "name" in r for r in rows):
+                    raise ArtifactError(f"{self._path} is not a complete record.")
+                self._cells = {row["name"]: row for row in rows}
 
     def unfinished(self) -> list[Cell]:
         """Cells to run, those that were never begun first."""
