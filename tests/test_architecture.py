@@ -47,8 +47,10 @@ FENCES = {
     "numba": ("sparse/kernels/compiled.py",),
     "llvmlite": ("sparse/kernels/compiled.py",),
     "lm_eval": ("evaluate/tasks.py", "evaluate/task_model.py"),
+    "submitit": ("run/executors.py",),
+    "ray": ("run/executors.py",),
 }
-HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval", "numba")
+HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval", "numba", "submitit", "ray")
 FILE_CEILING, FUNCTION_CEILING = 400, 60
 BANNED_FILES = ("utils.py", "helpers.py", "common.py")
 

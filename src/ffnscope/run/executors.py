@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,9 +150,8 @@ class RayBackend:
     """
 
     def __init__(self, resources: Mapping[str, Any]):
-        import ray
-
-        self._ray: Any = ray
+        ray: Any = import_module("ray")
+        self._ray = ray
         if not ray.is_initialized():
             ray.init()
         gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {}

@@ -114,7 +114,7 @@ def _check_root(sweep: SweepConfig, *, overwrite: bool) -> None:
     check_writable(folder)
     with writing(folder):
         held = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
-    if overwrite or RECORD in held or held <= {JOBS, *(cell.name for cell in sweep.cells)}:
+    if overwrite or RECORD in held or held <= {JOBS, PAGE, *RESULTS, *(cell.name for cell in sweep.cells)}:
         return
     what = "a single run" if CONFIG in held else "something else"
     raise ArtifactError(

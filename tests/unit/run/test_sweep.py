@@ -212,7 +212,7 @@ def test_changed_cells_are_refused_by_name_and_replaced_if_told_so(
 def test_everything_is_checked_before_any_work(written: Write, monkeypatch: pytest.MonkeyPatch, texts: Path) -> None:
     runs = counted(monkeypatch)
     names = [str(texts / "none.txt"), str(texts / "train.txt")]
-    with pytest.raises(ConfigError, match=r"cell name=.*none\.txt: .*none\.txt does not exist"):
+    with pytest.raises(ConfigError, match=r"cell name=.*: .*none\.txt does not exist"):
         quiet_sweep(written({"dataset.name": names}))
     assert runs == []
 
