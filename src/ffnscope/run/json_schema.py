@@ -48,6 +48,7 @@ def _arguments(name: str) -> dict[str, Any]:
 def _sweep() -> dict[str, Any]:
     """Several runs from one file: a dotted key with its values, or a name with what each of its labels sets."""
     found = Sweep.model_json_schema()
+    del found["$defs"]  # those of the run have them
     settings = {"type": "object", "minProperties": 1, "patternProperties": {_DOTTED: {}}, "additionalProperties": False}
     values = {"type": "array", "minItems": 1, "uniqueItems": True}
     found["properties"]["cells"]["items"] = settings
