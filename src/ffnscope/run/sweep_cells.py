@@ -209,7 +209,8 @@ def label(value: Any) -> str:
         text = "+".join(f"{key}-{label(one)}" for key, one in value.items()) or "none"
     else:
         text = value if isinstance(value, str) else json.dumps(value)
-    text = re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "none"
+    text = re.sub(r"[^\w.+-]+", "-", text)
+    text = (text.strip("-.") if isinstance(value, str) else text) or "none"
     return text if len(text) <= LONGEST_LABEL else f"{text[-LONGEST_LABEL + _HASH + 1 :]}-{_digest(value)}"
 
 

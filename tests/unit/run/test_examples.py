@@ -89,7 +89,7 @@ def test_example_runs(name: str, overrides: Callable[[str], list[str]]) -> None:
 
 
 def test_the_sweep_runs(overrides: Callable[[str], list[str]]) -> None:
-    sweep = load_sweep(EXAMPLES / "sweep.yaml", overrides("llama"))
+    sweep = load_sweep(EXAMPLES / "sweep.yaml", [*overrides("llama"), "calibration.num_samples=12"])
     result = run_sweep(sweep, reporter=Reporter(Console(quiet=True)))
     assert result.failed == {}
     methods = [f"method={method},seed={seed}" for method in ("wanda", "activation", "refit") for seed in (0, 1)]

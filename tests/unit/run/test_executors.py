@@ -113,7 +113,8 @@ def test_a_dead_job_is_a_failed_cell(tmp_path: Path) -> None:
     backend = executors.SubmititBackend({}, tmp_path)
     jobs = submitit.AutoExecutor(folder=tmp_path, cluster="debug")
     job = jobs.submit(Task("[", str(tmp_path), overwrite=False))
-    assert "DocumentError" in (backend.error(job) or "")
+    told = backend.error(job) or ""
+    assert "not valid YAML" in told and "(log: " in told
 
 
 def test_a_preempted_job_is_submitted_again() -> None:

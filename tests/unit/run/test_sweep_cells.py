@@ -96,6 +96,7 @@ def test_names_are_folders_and_tell_cells_apart(written: Make) -> None:
     ("value", "expected"),
     [
         (0.25, "0.25"),
+        (-1, "-1"),
         (None, "null"),
         (True, "true"),
         ([], "none"),
