@@ -104,22 +104,22 @@ def _seconds(run: RunFolder) -> str:
 
 
 def _seed_grids(cells: Sequence[CellResult]) -> Iterator[Grid]:
-    """Mean and spread of the perplexity over cells that differ in seeds only."""
-    found: dict[tuple[Any, ...], list[float]] = {}
-    for cell in (one for one in cells if one.run):
-        assert cell.run is not None
-        what = ", ".join(f"{key}={value}" for key, value in cell.group) or "all"
-        for row in results_rows(cell.run.rows):
+    """Mean and spread of the perplexity over cells that differ in seeds only, a table per text."""
+    if not any(is_seed(axis) for axis in _axes(cells)):
+        return
+    found: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        what = ",".join(f"{key}={value}" for key, value in cell.group)
+        for row in results_rows(cell.run.rows) if cell.run else ():
             if row["perplexity"] is not None:
-                found.setdefault((row["dataset"], what, row["label"]), []).append(row["perplexity"])
-    repeated = {key: values for key, values in found.items() if len(values) > 1}
-    if any(is_seed(axis) for axis in _axes(cells)) and repeated:
-        lines = [
-            [Cell(what), Cell(label), Cell(dataset), Cell(str(len(values))), *map(Cell, _spread(values))]
-            for (dataset, what, label), values in repeated.items()
-        ]
-        columns = ["cells", "model", "text", "seeds", "mean perplexity", "standard deviation", "range"]
-        yield Grid("Over seeds", columns, lines, [_SEED_NOTE])
+                name = f"{what}: {row['label']}" if what else row["label"]
+                found.setdefault(row["dataset"], {}).setdefault(name, []).append(row["perplexity"])
+    columns = ["cells and model", "seeds", "mean perplexity", "standard deviation", "range"]
+    for dataset, by_name in found.items():
+        repeated = {name: values for name, values in by_name.items() if len(values) > 1}
+        lines = [[Cell(n), Cell(str(len(values))), *map(Cell, _spread(values))] for n, values in repeated.items()]
+        if lines:
+            yield Grid(f"Over seeds: {dataset}", columns, lines, [_SEED_NOTE])
 
 
 def _spread(values: Sequence[float]) -> list[str]:
