@@ -48,8 +48,10 @@ FENCES = {
     "llvmlite": ("sparse/kernels/compiled.py",),
     "triton": ("sparse/kernels/on_gpu.py",),
     "lm_eval": ("evaluate/tasks.py", "evaluate/task_model.py"),
+    "submitit": ("run/executors.py",),
+    "ray": ("run/executors.py",),
 }
-HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval", "numba", "triton")
+HEAVY = ("transformers", "datasets", "matplotlib", "pydantic", "lm_eval", "numba", "triton", "submitit", "ray")
 FILE_CEILING, FUNCTION_CEILING = 400, 60
 BANNED_FILES = ("utils.py", "helpers.py", "common.py")
 

@@ -28,6 +28,16 @@ class ConfigError(UsageError):
         super().__init__(f"{source}: {len(problems)} {noun}\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+class SweepError(FFNScopeError, RuntimeError):
+    """Cells of a sweep failed; ``failed`` maps the name of each to what stopped it. The others are finished."""
+
+    def __init__(self, failed: dict[str, str], n_cells: int):
+        self.failed = failed
+        lines = "\n".join(f"  - {name}: {why}" for name, why in failed.items())
+        cure = "The others are finished. Called again, the sweep tries only these."
+        super().__init__(f"{len(failed)} of {n_cells} cells failed. {cure}\n{lines}")
+
+
 class NotAvailableError(UsageError):
     """A documented feature that this version does not bring yet."""
 

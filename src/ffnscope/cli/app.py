@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,6 +34,9 @@ from ffnscope.io import read_plan
 from ffnscope.plan.build import diff_plans
 from ffnscope.registry import METRICS, cost_of, import_own
 from ffnscope.types import PruningPlan
+
+if TYPE_CHECKING:
+    from ffnscope.run import SweepConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 plan_app = typer.Typer(no_args_is_help=True, help="Look at pruning plans.")
@@ -107,18 +110,40 @@ def run_command(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Analyse, prune and evaluate a model as a YAML file says; an interrupted run continues."""
-    from ffnscope.report.tables import print_results
-    from ffnscope.run import load_config, run
-    from ffnscope.run.dry_run import dry_run
+    """Analyse, prune and evaluate a model as a YAML file says; an interrupted run continues.
 
-    loaded = load_config(config, overrides or ())
+    With a `sweep` block: several runs, each in a folder of its own, and one report.
+    """
+    from ffnscope.report.tables import print_results
+    from ffnscope.run import RunConfig, run
+    from ffnscope.run.dry_run import dry_run
+    from ffnscope.run.sweep_cells import load_any
+
+    loaded = load_any(config, overrides or ())
+    if not isinstance(loaded, RunConfig):
+        _run_sweep(loaded, only_estimate=only_estimate, overwrite=overwrite)
+        return
     if only_estimate:
         dry_run(loaded, OUT, overwrite=overwrite)
         return
     result = run(loaded, overwrite=overwrite)
     if result.rows:
         print_results(result.rows, OUT)
+
+
+def _run_sweep(sweep: SweepConfig, *, only_estimate: bool, overwrite: bool) -> None:
+    from ffnscope.report.sweep_page import sweep_grids
+    from ffnscope.report.tables import print_grid
+    from ffnscope.run.dry_run import dry_run_sweep
+    from ffnscope.run.sweep import run_sweep
+
+    if only_estimate:
+        dry_run_sweep(sweep, OUT, overwrite=overwrite)
+        return
+    result = run_sweep(sweep, overwrite=overwrite)
+    for grid in sweep_grids(result.cells):
+        print_grid(grid, OUT)
+    result.check()
 
 
 @app.command("metrics")

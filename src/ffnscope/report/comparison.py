@@ -41,8 +41,8 @@ def labelled(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
 def comparison_grids(runs: Mapping[str, RunFolder]) -> list[Grid]:
     """Tables of the runs side by side: settings that differ, perplexities, tasks, agreement of the same metrics."""
     tasks = [{**row, "label": f"{name}: {row['label']}"} for name, run in runs.items() for row in run.tasks]
-    found = [*_settings(runs), *results_grids(_rows(runs))]
-    return [*found, *([task_grid(tasks)] if tasks else []), *_agreement(runs)]
+    found = [*_settings(runs), *results_grids(compared_rows(runs))]
+    return [*found, *([task_grid(tasks)] if tasks else []), *agreement_grids(runs)]
 
 
 def comparison_rows(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def write_comparison(runs: Mapping[str, RunFolder], path: Path) -> Path:
         UsageError: matplotlib is not installed.
         ArtifactError: the file cannot be written.
     """
-    parts = [Part("compared", "Side by side", grids=comparison_grids(runs), figures=_figures(runs))]
+    parts = [Part("compared", "Side by side", grids=comparison_grids(runs), figures=compared_figures(runs))]
     for index, (name, run) in enumerate(runs.items()):
         own = [part for part in run_parts(run, f"r{index}f") if part.id not in ("found", "limits")]
         parts.append(Part(f"r{index}-found", name, [*findings(run), *caveats(run)]))
@@ -65,15 +65,16 @@ def write_comparison(runs: Mapping[str, RunFolder], path: Path) -> Path:
     return write_page(path, "Comparison of " + ", ".join(runs), f"{len(runs)} runs", parts)
 
 
-def _figures(runs: Mapping[str, RunFolder]) -> list[PageFigure]:
-    rows = _rows(runs)
+def compared_figures(runs: Mapping[str, RunFolder]) -> list[PageFigure]:
+    """Draw the perplexities of all runs in one figure; none where nothing was pruned."""
+    rows = compared_rows(runs)
     if not any(row.metric for row in rows):
         return []
     caption = "Perplexity against the share of channels removed, one line per run and metric."
     return [PageFigure("compared", caption, inline_svg(plots.draw_perplexity(rows), "compared", caption))]
 
 
-def _rows(runs: Mapping[str, RunFolder]) -> list[EvalRow]:
+def compared_rows(runs: Mapping[str, RunFolder]) -> list[EvalRow]:
     """Rows of all runs, metrics named after their run; a model that is the same in all of them is one row."""
     found: list[EvalRow] = []
     for name, run in runs.items():
@@ -100,7 +101,8 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, WIDEST, break_long_words=False)) or text
 
 
-def _agreement(runs: Mapping[str, RunFolder]) -> Iterator[Grid]:
+def agreement_grids(runs: Mapping[str, RunFolder]) -> Iterator[Grid]:
+    """Compare the rankings of every pair of runs by the metrics that both have."""
     lines: list[list[Cell]] = []
     for (a, first), (b, second) in combinations(runs.items(), 2):
         for metric in (m for m in first.scores if m in second.scores):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
+from ffnscope.errors import ConfigError, FFNScopeError
+from ffnscope.ffn.load import quiet_transformers
 from ffnscope.run.choices import background_hash, reference_bytes
-from ffnscope.run.estimate import print_estimate
+from ffnscope.run.estimate import duration, estimate, print_estimate
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
+from ffnscope.run.progress import Reporter
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.sweep import check_sweep
+from ffnscope.run.sweep_cells import SweepConfig
+from ffnscope.run.sweep_record import SweepRecord
 from ffnscope.run.windows import check_texts
 
 
@@ -29,3 +36,39 @@ def dry_run(config: RunConfig, console: Console, *, overwrite: bool = False) -> 
     if reference:
         what = f"{reference / 2**30:.1f} GiB more beside the model, while it is checked and while scores are made"
         console.print(Text(f"the reference model {config.model.reference_id} takes {what}"))
+
+
+def dry_run_sweep(sweep: SweepConfig, console: Console, *, overwrite: bool = False) -> None:
+    """Print every cell with about how long it would take and its peak memory; compute and write nothing.
+
+    Raises:
+        ConfigError, UsageError, ArtifactError: as `run_sweep`; also for cells that could not be run, for example with
+            a model that is missing, told after the others.
+    """
+    check_sweep(sweep, overwrite=overwrite)
+    record = SweepRecord(sweep)
+    todo = {cell.name for cell in record.unfinished()}
+    table = Table(
+        "cell", "state", "about", "peak memory", title=Text(f"{sweep.name}: nothing was computed (--dry-run)")
+    )
+    failed: dict[str, str] = {}
+    total = 0.0
+    with Reporter().task("estimate", "cells") as update, quiet_transformers():
+        for i, cell in enumerate(sweep.cells, 1):
+            try:
+                found = estimate(cell.config, overwrite=overwrite)
+            except FFNScopeError as error:
+                failed[cell.name] = str(error)
+                table.add_row(Text(cell.name), "cannot run", "", "")
+                continue
+            finally:
+                update(i, len(sweep.cells))
+            new = cell.name in todo
+            total += found.seconds if new else 0.0
+            about, peak = duration(found.seconds), f"{found.peak_bytes / 2**30:.1f} GiB"
+            table.add_row(Text(cell.name), record.state(cell) if new else "finished", about, peak)
+    console.print(table)
+    told = f"{len(todo)} of {len(sweep.cells)} cells to run ({sweep.asked.executor}), together about {duration(total)}"
+    console.print(Text(f"{told}; output in {sweep.folder}"))
+    if failed:
+        raise ConfigError(f"sweep {sweep.name}", [f"cell {name}: {why}" for name, why in failed.items()])

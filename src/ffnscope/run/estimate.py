@@ -57,6 +57,11 @@ class Estimate:
     statistics: list[list[str]]
     calibration: CalibrationBytes
 
+    @property
+    def seconds(self) -> float:
+        """Time of all stages whose time is told: those that take seconds, and downstream tasks, are not."""
+        return sum(line.seconds for line in self.lines if line.seconds and not math.isnan(line.seconds))
+
 
 def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     """Load model and text, run nothing, and estimate from shapes and a short probe of the machine's speed.
@@ -118,7 +123,7 @@ def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
     """Print what each stage would do and about how long it would take."""
     table = Table("stage", "what", "about", title=Text(f"{title}: nothing was computed (--dry-run)"))
     for line in lines:
-        about = "seconds" if line.seconds is None else _duration(line.seconds)
+        about = "seconds" if line.seconds is None else duration(line.seconds)
         table.add_row(Text(line.stage), Text(line.what), about)
     console.print(table)
 
@@ -316,7 +321,8 @@ def distillation_seconds(model: Any, sites: Sequence[FFNSite], tokens: int, spee
     return 3 * tokens * speed * trained / sum(p.numel() for p in model.parameters())
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it; NaN is unknown."""
     if math.isnan(seconds):
         return "unknown"
     if seconds < 90:

@@ -32,7 +32,7 @@ def open_folder(config: RunConfig, *, overwrite: bool = False) -> Generator[Path
     folder = config.output_dir
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder):
+    with held_folder(folder):
         _sweep(folder)
         path, text = folder / CONFIG, dump_config(config)
         if not path.is_file() or path.read_bytes() != text.encode():
@@ -102,7 +102,7 @@ def _read(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Generator[None]:
+def held_folder(folder: Path) -> Generator[None]:
     """Lock the folder until the block or the process ends, however it ends; no file is made for it.
 
     Windows cannot lock a folder: there, nothing keeps two processes apart.

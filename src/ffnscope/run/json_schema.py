@@ -9,8 +9,10 @@ from ffnscope.run.explain import ALIASES
 from ffnscope.run.fields import NAMES_OF
 from ffnscope.run.metric_arguments import arguments_model
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.sweep_block import Sweep
 
 _OWN = "ffnscope."
+_DOTTED = r"^[^.]+(\.[^.]+)+$"
 
 
 def json_schema() -> dict[str, Any]:
@@ -28,6 +30,7 @@ def json_schema() -> dict[str, Any]:
         if METRICS.get(name).fn.__module__.startswith(_OWN):
             metrics["properties"][name] = _arguments(name)
     metrics["additionalProperties"] = {"type": ["object", "null"], "description": "Parameters of a metric."}
+    schema["properties"]["sweep"] = _sweep()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ffnscope run"}
 
 
@@ -40,6 +43,19 @@ def _arguments(name: str) -> dict[str, Any]:
     metric = METRICS.get(name)
     found = arguments_model(metric).model_json_schema()
     return {**found, "description": f"Parameters of {name}. {metric.summary}"}
+
+
+def _sweep() -> dict[str, Any]:
+    """Several runs from one file: a dotted key with its values, or a name with what each of its labels sets."""
+    found = Sweep.model_json_schema()
+    del found["$defs"]  # those of the run have them
+    settings = {"type": "object", "minProperties": 1, "patternProperties": {_DOTTED: {}}, "additionalProperties": False}
+    values = {"type": "array", "minItems": 1, "uniqueItems": True}
+    found["properties"]["cells"]["items"] = settings
+    found["patternProperties"] = {_DOTTED: {**values, "description": "Values of this key."}}
+    named = {"type": "object", "minProperties": 1, "additionalProperties": settings}
+    found["additionalProperties"] = {**named, "description": "Labels, and the keys that each of them sets."}
+    return found
 
 
 def _expand_names(value: Any) -> Any:

@@ -41,6 +41,11 @@ class Ledger:
             return False
         return all(self._intact(name, digest) for name, digest in found["files"].items())
 
+    @property
+    def intact(self) -> bool:
+        """Whether every recorded file is there with the recorded bytes."""
+        return all(self._intact(*item) for row in self.stages.values() for item in row["files"].items())
+
     def begin(self, stage: str, files: Collection[Path] = ()) -> None:
         """Forget a stage that runs again: its damaged files are deleted, and those that are not among ``files``."""
         found = self.stages.pop(stage, None)

@@ -25,7 +25,10 @@ from ffnscope.run.document import (
 from ffnscope.run.explain import ALIASES, explain
 from ffnscope.run.schema import ExtraText, RunConfig
 
-_AFTER_FILE = 1_000_000_000
+AFTER_FILE = 1_000_000_000
+"""Order of the first override: they come after every line."""
+SWEEP = "sweep"
+"""Block of a file that asks for several runs."""
 _STAND_IN = "stand-in"
 
 
@@ -42,18 +45,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every problem of the file and of the overrides, each with its line (or ``--set``) and path.
     """
+    return build(read_document(path, overrides), str(path))
+
+
+def config_from_dict(d: Mapping[str, Any], source: str = "<dict>") -> RunConfig:
+    """Check a nested mapping as `load_config` checks a file; ``source`` names it in the ConfigError."""
+    return build(Document(copy.deepcopy(dict(d))), source)
+
+
+def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """Read a YAML file and set the overrides in it; raises ConfigError when it is no mapping at all."""
     try:
         document = parse_document(_read(path))
     except DocumentError as error:
         raise ConfigError(str(path), [str(error)]) from error
     for i, text in enumerate(overrides):
-        _override(document, text, _AFTER_FILE + i)
-    return _build(document, str(path))
-
-
-def config_from_dict(d: Mapping[str, Any], source: str = "<dict>") -> RunConfig:
-    """Check a nested mapping as `load_config` checks a file; ``source`` names it in the ConfigError."""
-    return _build(Document(copy.deepcopy(dict(d))), source)
+        _override(document, text, AFTER_FILE + i)
+    return document
 
 
 def dump_config(config: RunConfig) -> str:
@@ -76,6 +84,8 @@ def _read(path: Path) -> str:
 def _override(document: Document, text: str, order: int) -> None:
     dotted, equals, value = text.partition("=")
     path = tuple(dotted.strip().split("."))
+    if path[0] == SWEEP and len(path) > 2:
+        path = (SWEEP, ".".join(path[1:]))  # its keys are themselves dotted
     place = Place(order, f"--set {dotted.strip()}")
     if not equals or not all(path):
         document.problems.append(Problem((), f"expected block.key=value; got {text!r}", Place(order, "--set")))
@@ -85,24 +95,40 @@ def _override(document: Document, text: str, order: int) -> None:
     except DocumentError as error:
         document.problems.append(Problem(path, str(error), place))
         return
+    set_key(document, path, parsed, place)
+
+
+def set_key(document: Document, path: tuple[str, ...], value: Any, place: Place) -> None:
+    """Set a key of the document, under whichever of its names it was given before."""
     for alias, name in ALIASES.items():
         if path in (alias, (*alias[:-1], name)):
             document.drop(alias)
             document.drop((*alias[:-1], name))
-    document.put(path, parsed, place)
+    document.put(path, value, place)
 
 
-def _build(document: Document, source: str) -> RunConfig:
+def build(document: Document, source: str) -> RunConfig:
+    """Check a document; raises ConfigError with all its problems."""
+    config, problems = check_document(document)
+    if problems:
+        raise ConfigError(source, problems)
+    return resolve(config)
+
+
+def check_document(document: Document) -> tuple[RunConfig, list[str]]:
+    """Check a document, which is changed; returns what is left without the faults, not resolved, and the problems."""
+    if SWEEP in document.data:
+        several = "asks for several runs: `ffnscope run` and `ffnscope.run.load_sweep` take it, this place one run only"
+        document.problems.append(Problem((SWEEP,), several, document.place((SWEEP,))))
+        del document.data[SWEEP]
     renamed = _rename_aliases(document)
     config, problems = _validate(document.data)
     problems = [*document.problems, *problems]
     wrong = {problem.path for problem in problems if problem.path}
     for finding in check_all(config):
-        if not any(_overlap(path, bad) for path in finding.reads for bad in wrong):
+        if not any(overlap(path, bad) for path in finding.reads for bad in wrong):
             problems.append(finding.problem)
-    if problems:
-        raise ConfigError(source, _lines(document, problems, renamed))
-    return resolve(config)
+    return config, problem_lines(document, problems, renamed)
 
 
 def _rename_aliases(document: Document) -> dict[KeyPath, KeyPath]:
@@ -175,17 +201,20 @@ def _take_out(data: dict[str, Any], path: KeyPath) -> None:
         block = inner
 
 
-def _overlap(a: KeyPath, b: KeyPath) -> bool:
+def overlap(a: KeyPath, b: KeyPath) -> bool:
+    """Whether one path is, or lies in, the other."""
     n = min(len(a), len(b))
     return a[:n] == b[:n]
 
 
-def _lines(document: Document, problems: list[Problem], renamed: Mapping[KeyPath, KeyPath]) -> list[str]:
-    """Write every problem with its place, in the order of the file."""
+def problem_lines(
+    document: Document, problems: Sequence[Problem], renamed: Mapping[KeyPath, KeyPath] | None = None
+) -> list[str]:
+    """Write every problem with its place, in the order of the file; ``renamed``: schema path -> path as written."""
     rows: list[tuple[int, str]] = []
     for problem in problems:
         path = problem.path
-        for own, written in renamed.items():
+        for own, written in (renamed or {}).items():
             if path[: len(own)] == own:
                 path = (*written, *path[len(own) :])
         place = problem.place or document.place(path)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from checkpoints import make_checkpoint
 from ffnscope.io import read_stats
-from ffnscope.run import RunResult, load_config
+from ffnscope.run import RunResult, load_config, load_sweep, run_sweep
+from ffnscope.run.progress import Reporter
 from runs import quiet_run, strict_json
 from tiny import D_FF, LAYERS
 
@@ -69,7 +71,7 @@ def check(result: RunResult) -> None:
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ARCHITECTURE}
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ARCHITECTURE, "sweep"}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
@@ -84,6 +86,17 @@ def test_example_runs(name: str, overrides: Callable[[str], list[str]]) -> None:
     assert ARCHITECTURE[name] in model["class"].lower()
     asked = load_config(EXAMPLES / f"{name}.yaml").model.dtype
     assert model["dtype"] == asked
+
+
+def test_the_sweep_runs(overrides: Callable[[str], list[str]]) -> None:
+    sweep = load_sweep(EXAMPLES / "sweep.yaml", [*overrides("llama"), "calibration.num_samples=12"])
+    result = run_sweep(sweep, reporter=Reporter(Console(quiet=True)))
+    assert result.failed == {}
+    methods = [f"method={method},seed={seed}" for method in ("wanda", "activation", "refit") for seed in (0, 1)]
+    assert [cell.name for cell in result.cells if cell.run] == [*methods, "algorithms=random"]
+    assert len(result.rows) == 7 * 2 * 3  # cells x texts x (dense and two sparsities)
+    page = (result.folder / "report.html").read_text()
+    assert "Over seeds" in page
 
 
 def test_the_guide_on_four_layers_takes_the_path_of_every_algorithm(

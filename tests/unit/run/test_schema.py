@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pydantic
@@ -214,3 +215,13 @@ def test_committed_json_schema_is_current(tmp_path):
     current = (tmp_path / "schema.json").read_text(encoding="utf-8")
     committed = (ROOT / "docs" / "ffnscope.schema.json").read_text(encoding="utf-8")
     assert committed == current, "run: python tools/write_schema.py"
+
+
+def test_json_schema_takes_a_sweep():
+    schema = json_schema()
+    sweep = schema["properties"]["sweep"]
+    assert sweep["properties"]["executor"]["enum"] == ["sequential", "ray", "submitit"]
+    (dotted,) = sweep["patternProperties"]
+    assert re.search(dotted, "experiment.seed")
+    assert not re.search(dotted, "method")
+    assert sweep["properties"]["resources"]["additionalProperties"]["$ref"].rsplit("/", 1)[-1] in schema["$defs"]

@@ -1,0 +1,259 @@
+"""Sweeps: cells in folders of their own, finished ones not again, failures told, one report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from checkpoints import make_checkpoint
+from faults import stop_at
+from ffnscope.calibrate import collect
+from ffnscope.errors import ArtifactError, ConfigError, SweepError
+from ffnscope.report.run_folder import read_run
+from ffnscope.run import SweepResult, executors, load_config, load_sweep, run_sweep
+from ffnscope.run.dry_run import dry_run_sweep
+from ffnscope.run.progress import Reporter
+from runs import merged, quiet_run, results, small_run, strict_json
+
+Write = Callable[..., Path]
+SEEDS = {"calibration.seed": [0, 1]}
+PLAIN = {"metrics": {"scar": {"enabled": False}}, "evaluation": {"samples": {"enabled": False}}}
+
+
+@pytest.fixture
+def written(checkpoint: Path, texts: Path, tmp_path: Path) -> Write:
+    """Write a small configuration with a sweep."""
+
+    def make(sweep: dict[str, Any], **changes: Any) -> Path:
+        base = merged(PLAIN, {"pruning": {"algorithms": ["wanda"]}, "experiment": {"name": "tiny"}})
+        asked = small_run(checkpoint, texts, tmp_path / "out", **merged(base, changes))
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump({**asked, "sweep": sweep}, sort_keys=False))
+        return path
+
+    return make
+
+
+def quiet_sweep(file: Path, *, overwrite: bool = False, overrides: tuple[str, ...] = ()) -> SweepResult:
+    return run_sweep(load_sweep(file, overrides), overwrite=overwrite, reporter=Reporter(Console(quiet=True)))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by every run from now on."""
+    return stop_at(monkeypatch, executors, "run", -1)
+
+
+# --- what a sweep leaves ---
+
+
+def test_every_cell_is_the_run_of_its_configuration(written: Write, tmp_path: Path) -> None:
+    method = {"plain": {"pruning.algorithms": ["wanda"]}, "floor": {"pruning.algorithms": ["random"]}}
+    file = written({"method": method, **SEEDS}, output={"report": True})
+    result = quiet_sweep(file)
+    assert result.failed == {}
+    assert [cell.name for cell in result.cells] == [f"method={m},seed={s}" for m in method for s in (0, 1)]
+    config = load_config(result.folder / "method=floor,seed=1" / "experiment_config.yaml", [f"output.dir={tmp_path}/1"])
+    assert (config.pruning.algorithms, config.seed) == (("random",), 1)
+    alone, cell = results(quiet_run(config).folder), results(result.folder / "method=floor,seed=1")
+    assert alone.pop("report.html") and cell.pop("report.html")  # it tells times
+    assert cell == alone
+    page = (result.folder / "report.html").read_text()
+    assert "Sweep tiny" in page and "4 of 4 cells are finished" in page and "method=floor,seed=1" in page
+    assert "Over seeds" in page and "method=plain" in page
+    with (result.folder / "sweep_results.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == 4 * 3  # dense and two sparsities
+    assert {(row["sweep.method"], row["sweep.calibration.seed"]) for row in rows} == {
+        (m, s) for m in method for s in "01"
+    }
+    expected = {row.label: row.results[0].value for row in read_run(result.folder / "method=plain,seed=0").rows}
+    found = {row["label"]: float(row["perplexity"]) for row in rows if row["cell"] == "method=plain,seed=0"}
+    assert found == pytest.approx(expected)
+    assert strict_json(result.folder / "sweep_results.json")["rows"] == result.rows
+
+
+def test_finished_cells_are_not_run_again(written: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(SEEDS)
+    first = quiet_sweep(file)
+    runs = counted(monkeypatch)
+    again = quiet_sweep(file)
+    assert runs == []
+    assert again.rows == first.rows
+    more = quiet_sweep(file, overrides=("sweep.calibration.seed=[0, 1, 2]",))
+    assert len(runs) == 1
+    assert [cell.name for cell in more.cells if cell.run] == ["seed=0", "seed=1", "seed=2"]
+
+
+@pytest.mark.parametrize("damage", ["file", "ledger", "text", "record"])
+def test_what_is_no_longer_as_it_was_is_looked_at_again(
+    written: Write, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text((texts / "train.txt").read_text())
+    file = written({"calibration.seed": [0]}, dataset={"name": str(text)})
+    result = quiet_sweep(file)
+    before = results(result.folder)
+    folder = result.folder / "seed=0"
+    if damage == "file":
+        (folder / "scores.safetensors").write_bytes(b"")
+    elif damage == "ledger":
+        (folder / "ledger.json").unlink()
+    elif damage == "record":
+        (result.folder / "sweep.json").unlink()
+    else:
+        text.write_text(text.read_text().upper())
+        os.utime(text, (1, 1))  # however old it pretends to be
+    runs = counted(monkeypatch)
+    assert quiet_sweep(file).failed == {}
+    assert len(runs) == 1
+    after = results(result.folder)
+    del before["sweep.json"], after["sweep.json"]  # of the ledger, which tells times
+    assert (before == after) == (damage != "text")
+
+
+# --- failures ---
+
+
+def test_a_failed_cell_does_not_lose_the_others_and_is_tried_again(
+    written: Write, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = tmp_path / "late"
+    file = written({"model.model_id": [str(late), str(checkpoint)]}, output={"report": True})
+    result = quiet_sweep(file)
+    (name,) = result.failed
+    assert "late" in name and "does not exist" in result.failed[name]
+    with pytest.raises(
+        SweepError, match=r"1 of 2 cells failed\. .*Called again, the sweep tries only these\."
+    ) as caught:
+        result.check()
+    assert caught.value.failed == result.failed
+    assert [bool(cell.run) for cell in result.cells] == [False, True]
+    assert f"{name} failed: " in (result.folder / "report.html").read_text()
+    make_checkpoint(late, seed=1)
+    runs = counted(monkeypatch)
+    mended = quiet_sweep(file)
+    assert len(runs) == 1
+    mended.check()
+    assert all(cell.run for cell in mended.cells)
+
+
+def test_errors_of_other_libraries_are_failures_and_faults_of_the_program_are_not(
+    written: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(error: Exception) -> Callable[..., None]:
+        def run(config: Any, **_: Any) -> None:
+            raise error
+
+        return run
+
+    file = written(SEEDS)
+    monkeypatch.setattr(executors, "run", breaks(RuntimeError("CUDA out of memory")))
+    assert quiet_sweep(file).failed == dict.fromkeys(("seed=0", "seed=1"), "RuntimeError: CUDA out of memory")
+    monkeypatch.setattr(executors, "run", breaks(AttributeError("no such thing")))
+    with pytest.raises(AttributeError):
+        quiet_sweep(file)
+
+
+# --- interrupts ---
+
+
+def test_an_interrupted_sweep_goes_on(written: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = written(SEEDS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, collect, "observe_batch", 5)  # the second of three batches of the second cell
+        quiet_sweep(file)
+    batches = stop_at(monkeypatch, collect, "observe_batch", -1)
+    runs = counted(monkeypatch)
+    result = quiet_sweep(file)
+    assert (len(runs), len(batches)) == (1, 2)
+    unbroken = quiet_sweep(file, overrides=(f"output.dir={tmp_path / 'unbroken'}",))
+    assert result.rows == unbroken.rows
+
+
+def test_a_cell_that_ended_the_process_does_not_keep_the_others_from_their_turn(
+    written: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(SEEDS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, collect, "observe_batch", 1)
+        quiet_sweep(file)
+    order: list[int] = []
+    monkeypatch.setattr(executors, "run", lambda config, **_: order.append(config.seed) or quiet_run(config))
+    quiet_sweep(file)
+    assert order == [1, 0]
+
+
+# --- checks before any work ---
+
+
+def test_changed_cells_are_refused_by_name_and_replaced_if_told_so(
+    written: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet_sweep(written(SEEDS))
+    other = written(SEEDS, pruning={"ratios": [0.4]})
+    runs = counted(monkeypatch)
+    with pytest.raises(ConfigError) as caught:
+        quiet_sweep(other)
+    assert len(caught.value.problems) == 2
+    assert "seed=0 holds a run of another configuration (different: pruning.ratios)" in caught.value.problems[0]
+    assert runs == []
+    assert quiet_sweep(other, overwrite=True).rows[1]["sparsity_asked"] == 0.4
+    assert len(runs) == 2
+
+
+def test_everything_is_checked_before_any_work(written: Write, monkeypatch: pytest.MonkeyPatch, texts: Path) -> None:
+    runs = counted(monkeypatch)
+    names = [str(texts / "none.txt"), str(texts / "train.txt")]
+    with pytest.raises(ConfigError, match=r"cell name=.*: .*none\.txt does not exist"):
+        quiet_sweep(written({"dataset.name": names}))
+    assert runs == []
+
+
+def test_a_folder_of_something_else_is_refused(written: Write, tmp_path: Path) -> None:
+    file = written(SEEDS)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "experiment_config.yaml").write_text("")
+    with pytest.raises(ArtifactError, match=r"holds a single run and no sweep\.json"):
+        quiet_sweep(file)
+    (folder / "experiment_config.yaml").rename(folder / "novel.txt")
+    with pytest.raises(ArtifactError, match=r"holds something else and no sweep\.json.*--overwrite"):
+        quiet_sweep(file)
+    quiet_sweep(file, overwrite=True)
+    quiet_sweep(file)
+    assert (folder / "novel.txt").exists()
+
+
+def test_a_damaged_record_is_named(written: Write) -> None:
+    file = written({"calibration.seed": [0]})
+    record = quiet_sweep(file).folder / "sweep.json"
+    record.write_text("{")
+    with pytest.raises(ArtifactError, match=r"sweep\.json.*\. Delete it, and every cell is looked at again"):
+        quiet_sweep(file)
+
+
+def test_dry_run_lists_the_cells(written: Write, checkpoint: Path, tmp_path: Path) -> None:
+    def printed(file: Path) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=250)
+        dry_run_sweep(load_sweep(file), console)
+        return text.getvalue()
+
+    file = written(SEEDS)
+    shown = printed(file)
+    assert "seed=0" in shown and shown.count("new") == 2 and "GiB" in shown
+    assert "2 of 2 cells to run (sequential), together about" in shown
+    assert not (tmp_path / "out").exists()
+    quiet_sweep(file)
+    assert "0 of 2 cells to run" in printed(file)
+    other = written({"model.model_id": [str(tmp_path / "none"), str(checkpoint)]}, output={"dir": str(tmp_path / "b")})
+    with pytest.raises(ConfigError, match="none does not exist"):
+        printed(other)
