@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from ffnscope.apply.decilm import check_llama_like, save_decilm
 from ffnscope.apply.export import SHARD, check_shard_size, prune_, save_model
+from ffnscope.apply.folder import staged
 from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
 from ffnscope.apply.padding import zeroed_channels
 from ffnscope.apply.pruned import Pruned
@@ -70,9 +71,17 @@ class Saving:
             )
 
     def prune_and_save(
-        self, loaded: LoadedModel, pruned: Pruned, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter
+        self,
+        loaded: LoadedModel,
+        pruned: Pruned,
+        results: Mapping[str, Sequence[EvalResult]],
+        reporter: Reporter,
+        add: Callable[[Path], None] | None = None,
     ) -> None:
-        """Slice the model, reconstructed or not, save it, and say what is gone and how the result loads."""
+        """Slice the model, reconstructed or not, save it, and say what is gone and how the result loads.
+
+        ``add`` writes more into the checkpoint; it appears with all that, or not at all.
+        """
         model, tokenizer = loaded.model, loaded.tokenizer
         before = sum(p.numel() for p in model.parameters())
         plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
@@ -81,12 +90,14 @@ class Saving:
         else:
             prune_(model, plan, pad_to_widest=self.pad_to_widest)
         after = sum(p.numel() for p in model.parameters())
-        if self.form == "gguf":
-            save_gguf(model, tokenizer, self.out, overwrite=self.overwrite)
-        else:
-            save = save_decilm if self.form == "decilm" else save_model
-            size, replace = self.max_shard_size, self.overwrite
-            save(model, tokenizer, self.out, plan=plan, results=results, max_shard_size=size, overwrite=replace)
+        with staged(self.out, self.overwrite) as out:
+            if self.form == "gguf":
+                save_gguf(model, tokenizer, out)
+            else:
+                save = save_decilm if self.form == "decilm" else save_model
+                save(model, tokenizer, out, plan=plan, results=results, max_shard_size=self.max_shard_size)
+            if add is not None:
+                add(out)
         reporter.say(f"{before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer), saved in {self.out}")
         reporter.say(_achieved(plan, zeroed_channels(model, plan)))
         if (self.out / MODELING.name).exists():
