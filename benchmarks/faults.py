@@ -1,6 +1,6 @@
 """Faults at random points of `ffnscope run` and `ffnscope prune` on a tiny checkpoint, as a table.
 
-Every fault is followed by the same call again, and the results are compared with those of an unbroken run, byte for byte.
+Every fault is followed by the same call again; the results are compared with those of an unbroken run byte for byte.
 A fault that would end in other results, or in an error that does not name the file and what to do, stops the script.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
         [
             "# Faults at random points",
             "",
-            f"{sum(rows.values())} faults, seed {asked.seed}; after each, the same call again gave the files of an unbroken",
+            f"{sum(rows.values())} faults, seed {asked.seed}; after each, the next call gave the files of an unbroken",
             "one, byte for byte. Written by `benchmarks/faults.py`.",
             "",
             "| command | fault | what the next call did | times |",

@@ -43,8 +43,8 @@ class Watch:
     Attributes:
         root: the folder.
         at: number of the operation, from 1; None only counts.
-        kind: "interrupt" (it raises), "death" (so does every later one, clean-up too), "full disk" (from then on nothing
-            can be opened to write), "kill" (SIGKILL).
+        kind: "interrupt" (it raises), "death" (so does every later one, clean-up too), "full disk" (from then on
+            nothing can be opened to write), "kill" (SIGKILL).
     """
 
     root: str
@@ -246,6 +246,8 @@ class Faults:
             outcome = "told, made again" if damaged is not None and damaged.name in told else "went on"
         except ArtifactError as error:
             told = str(error)
+            if "already exists" in told:  # it was complete; only the working folder was left
+                return self.complete(fault, told, damaged)
             assert damaged is not None and damaged.name in told, f"{fault}: {told}"
             assert "Delete it" in told or "--overwrite" in told, told
             if "Delete it" in told:
@@ -254,6 +256,16 @@ class Faults:
             outcome = "refused, told what to do"
         assert self.work.made() == self.whole, f"{fault}: other results than those of the unbroken {self.work.name}"
         self.note(fault, outcome)
+        return told
+
+    def complete(self, fault: str, told: str, damaged: Path | None) -> str:
+        """A pruning that was broken off after its result had appeared: that is refused, or replaced if one asks so."""
+        assert self.work.name == "prune"
+        if damaged is None or self.work.out not in damaged.parents:
+            assert results(self.work.out) == self.whole, fault
+        self.work.start(overwrite=True)
+        assert self.work.made() == self.whole, fault
+        self.note(fault, "was complete: refused to replace it")
         return told
 
     def changed(self, what: str, change: Callable[[], Callable[[], None]]) -> None:
