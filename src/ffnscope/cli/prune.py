@@ -120,12 +120,7 @@ def prune_command(
         rounds = measured.rounds_of(method, plan)
         print_prune_estimate(job, budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
         return
-    asked = _Asked(wanted, measured, known, budget, saving, text, held_out)
-    with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
-        sweep(out.parent, out.name)
-        check_output(out, overwrite)  # of another process, since the first check
-        tell_changes(part, job.hashes, reporter)
-        _carry_out(asked, job, scores, part)
+    _start(_Asked(wanted, measured, known, budget, saving, text, held_out), job, scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +134,16 @@ class _Asked:
     saving: Saving
     text: opt.TextChoice
     held_out: opt.TextChoice | None
+
+
+def _start(asked: _Asked, job: PruneJob, scores: Scores | None) -> None:
+    """Do all of it in a folder from which the same call goes on."""
+    out = asked.saving.out
+    with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
+        sweep(out.parent, out.name)
+        check_output(out, asked.saving.overwrite)  # of another process, since the first check
+        tell_changes(part, job.hashes, job.reporter)
+        _carry_out(asked, job, scores, part)
 
 
 def _carry_out(asked: _Asked, job: PruneJob, scores: Scores | None, part: Path) -> None:
