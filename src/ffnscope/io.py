@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from ffnscope.errors import ArtifactError, NonFiniteError, UsageError
 from ffnscope.types import Budget, ChannelStats, FFNSite, ObservedSite, PruningPlan, Scores
 
 SCHEMA = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+CHECKSUM = "checksum"
 
 
 @contextlib.contextmanager
@@ -50,7 +53,10 @@ def writing(path: Path) -> Generator[None]:
     except ArtifactError:
         raise
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
+        what = getattr(error, "strerror", None) or str(error)
+        full = getattr(error, "errno", None) in _FULL or "No space left" in what
+        todo = " Make room, and call again." if full else ""
+        raise ArtifactError(f"cannot write {path}: {what}.{todo}") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -90,6 +96,20 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be read as JSON ({error}): damaged, or another kind of file.") from error
 
 
+def write_state(path: Path, value: Mapping[str, Any]) -> None:
+    """Write the state of unfinished work as strict JSON with a checksum, atomically."""
+    write_json(path, {**value, CHECKSUM: _text_hash(_strict(path, value))})
+
+
+def read_state(path: Path) -> Any:
+    """Read what `write_state` wrote; besides what `read_json` refuses, a changed byte is an ArtifactError.
+
+    JSON without a checksum, of an earlier version, is read as it is.
+    """
+    value = read_json(path)
+    return _checked(path, value, "content") if isinstance(value, dict) else value
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys as CSV, atomically."""
     buffer = io.StringIO()
@@ -101,26 +121,36 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write safetensors with ``facts`` (JSON) in the header, atomically."""
+    """Write safetensors with ``facts`` (JSON) and checksums of facts and tensors in the header, atomically."""
     from safetensors.torch import save_file
 
-    header = {"ffnscope": _strict(path, {"schema": SCHEMA, **facts})}
+    separate = _separate(tensors)
+    told = {"schema": SCHEMA, **facts, _TENSORS: _tensors_hash(separate)}
+    header = {"ffnscope": _strict(path, {**told, CHECKSUM: _text_hash(_strict(path, told))})}
     with replacing(path) as part:
-        save_file(_separate(tensors), part, metadata=header)
+        save_file(separate, part, metadata=header)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote; a missing, damaged or foreign file is an ArtifactError."""
+    """Read what `write_tensors` wrote; a missing, damaged or foreign file is an ArtifactError.
+
+    Every byte is compared with the checksums, where the file has them: those of earlier versions have none.
+    """
     with _opened(path) as file:
         header = file.metadata() or {}
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-    return tensors, _facts(path, header)
+    facts = _facts(path, header)
+    if facts.pop(_TENSORS, None) not in (None, _tensors_hash(tensors)):
+        raise _changed(path, "tensors")
+    return tensors, facts
 
 
 def read_facts(path: Path) -> dict[str, Any]:
     """Read the facts of a file without its tensors; errors as in `read_tensors`."""
     with _opened(path) as file:
-        return _facts(path, file.metadata() or {})
+        facts = _facts(path, file.metadata() or {})
+    facts.pop(_TENSORS, None)
+    return facts
 
 
 @contextlib.contextmanager
@@ -142,9 +172,38 @@ def _facts(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     if "ffnscope" not in header:
         raise ArtifactError(f"{path} is a safetensors file, but ffnscope did not write it.")
     try:
-        return json.loads(header["ffnscope"])
+        facts = json.loads(header["ffnscope"])
     except ValueError as error:
         raise ArtifactError(f"{path} has a damaged header ({error}).") from error
+    if not isinstance(facts, dict):
+        raise ArtifactError(f"{path} has a damaged header: its facts are no mapping.")
+    return _checked(path, cast("dict[str, Any]", facts), "header")
+
+
+def _checked(path: Path, value: dict[str, Any], what: str) -> dict[str, Any]:
+    """A mapping without its checksum, once that is checked."""
+    written = value.pop(CHECKSUM, None)
+    if written not in (None, _text_hash(_strict(path, value))):
+        raise _changed(path, what)
+    return value
+
+
+def _changed(path: Path, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is damaged: the checksum of its {what} is not the one that was written. Make it again, or take an "
+        "intact copy."
+    )
+
+
+_TENSORS = "tensors_checksum"
+
+
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    return hash_tensors(sorted(tensors.items()))
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def write_stats(path: Path, stats: Iterable[ChannelStats], facts: Mapping[str, Any]) -> None:

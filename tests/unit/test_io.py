@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from dataclasses import replace
@@ -351,3 +352,36 @@ class TestHashes:
         value = torch.randn(3, 4).bfloat16()
         assert io.hash_tensors([("a", value.T)]) == io.hash_tensors([("a", value.T.contiguous())])
         assert io.hash_tensors([("a", torch.tensor(True))]) != io.hash_tensors([("a", torch.tensor(False))])
+
+
+class TestChecksums:
+    def test_a_flipped_bit_of_tensors_or_facts_is_told(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.safetensors"
+        io.write_tensors(path, {"a": torch.arange(4.0), "b": torch.tensor([True])}, {"n": 3, "share": 0.25})
+        content = path.read_bytes()
+        for place in range(8, len(content)):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with contextlib.suppress(ArtifactError):
+                tensors, facts = io.read_tensors(path)
+                assert (tensors["a"].tolist(), tensors["b"].tolist()) == ([0, 1, 2, 3], [True])
+                assert (facts["n"], facts["share"]) == (3, 0.25)
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ArtifactError, match=r"a\.safetensors is damaged: the checksum of its tensors is not"):
+            io.read_tensors(path)
+        assert io.read_facts(path) == {"schema": io.SCHEMA, "n": 3, "share": 0.25}
+
+    def test_a_changed_number_of_a_state_is_told(self, tmp_path: Path) -> None:
+        path = tmp_path / "state.json"
+        io.write_state(path, {"rows": [0.25, None], "n": 2})
+        assert io.read_state(path) == {"rows": [0.25, None], "n": 2}
+        path.write_text(path.read_text().replace("0.25", "0.35"))
+        with pytest.raises(ArtifactError, match=r"state\.json is damaged: the checksum of its content"):
+            io.read_state(path)
+
+    def test_files_without_a_checksum_are_read(self, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        io.write_json(tmp_path / "state.json", {"n": 2})
+        save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", metadata={"ffnscope": '{"schema": 1, "kind": "x"}'})
+        assert io.read_state(tmp_path / "state.json") == {"n": 2}
+        assert io.read_tensors(tmp_path / "a.safetensors")[1] == {"schema": 1, "kind": "x"}

@@ -1,8 +1,9 @@
-"""Folders that appear whole or not at all."""
+"""Outputs that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import shutil
 import uuid
 from collections.abc import Generator
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from ffnscope.errors import ArtifactError
 from ffnscope.io import writing
+
+_ID = "[0-9a-f]" * 32
+"""Of the names that `staged` and `ffnscope.io.replacing` give."""
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -19,36 +23,67 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path, overwrite: bool) -> Generator[Path]:
-    """Yield a temporary folder beside ``path``; rename it when the block succeeds, remove it when it fails.
+def staged(path: Path, overwrite: bool) -> Generator[Path]:
+    """Yield a path of the same name in a temporary folder beside ``path``; what the block makes there is then moved.
+
+    When the block fails, nothing of it stays, and what was at ``path`` is as it was.
 
     Raises:
         ArtifactError: ``path`` exists and ``overwrite`` is not set, or it cannot be written.
     """
     refuse_existing(path, overwrite)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    holder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    made = holder / path.name
     try:
         with writing(path):
-            part.mkdir(parents=True)
-            yield part
-            _swap(part, path)
+            holder.mkdir(parents=True)
+            yield made
+            _swap(made, path, holder.with_suffix(".old"))
+    except ArtifactError as error:
+        raise ArtifactError(str(error).replace(str(made), str(path))) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(holder, ignore_errors=True)
 
 
-def _swap(part: Path, path: Path) -> None:
-    """Rename ``part`` to ``path``; what was there is moved aside first, put back on failure, and removed last."""
+@contextlib.contextmanager
+def replacing_folder(path: Path, overwrite: bool) -> Generator[Path]:
+    """As `staged`, for a folder, which is made."""
+    with staged(path, overwrite) as made:
+        made.mkdir()
+        yield made
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Delete what a process left that was killed while it wrote; an output that it had moved aside is put back.
+
+    Only for a folder in which no other process is at work.
+
+    Args:
+        folder: where; with folders in it, unless a name is given.
+        name: of the one output to look for.
+    """
+    pattern = f".{'*' if name is None else glob.escape(name)}.{_ID}"
+    find = folder.rglob if name is None else folder.glob
+    for old in list(find(f"{pattern}.old")):
+        path = old.with_name(old.name[1:-37])
+        _remove(old) if path.exists() else old.replace(path)
+    for part in list(find(f"{pattern}.tmp")):
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _swap(made: Path, path: Path, old: Path) -> None:
+    """Rename ``made`` to ``path``; what was there is moved aside first, put back on failure, and removed last."""
     if not path.exists():
-        part.replace(path)
+        made.replace(path)
         return
-    old = part.with_suffix(".old")
     path.replace(old)
     try:
-        part.replace(path)
+        made.replace(path)
     except BaseException:
         old.replace(path)
         raise
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink()
+    _remove(old)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ffnscope.apply.pruned import Pruned, as_pruned
-from ffnscope.io import hash_json, plan_to_dict, read_plan, write_plan
+from ffnscope.io import hash_json, plan_from_dict, plan_to_dict, read_state, write_state
 from ffnscope.plan.build import build_plan
 from ffnscope.plan.nested import plan_within, round_sparsities
 from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
@@ -60,15 +60,24 @@ def plan_in_rounds(model: nn.Module, scores: Scores, budget: Budget, method: Met
     for number, asked in enumerate(budgets[1:], 2):
         path = None if steps.folder is None else steps.folder / f"round_{number}_{key}.json"
         if path is not None and path.exists():
-            plan = read_plan(path)
+            plan = read_round(path)
             continue
         with as_pruned(model, steps.refit(plan)):
             found = steps.again(number)
         found = replace(found, facts={**scores.facts, **found.facts, **_told(scores, found, budgets[:number])})
         plan = plan_within(found, asked, method.allocator, plan, steps.protected)
         if path is not None:
-            write_plan(path, plan)
+            write_state(path, plan_to_dict(plan))
     return plan
+
+
+def read_round(path: Path) -> PruningPlan:
+    """The plan of a finished round.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    return plan_from_dict(path, read_state(path))
 
 
 def _told(first: Scores, found: Scores, budgets: Sequence[Budget]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ffnscope.cli import options as opt
 from ffnscope.cli.groups import option_names
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.errors import UsageError
-from ffnscope.io import read_json, write_csv
+from ffnscope.io import read_state, write_csv
 from ffnscope.plan.curves import Curves, read_curves, write_curves
 from ffnscope.run.steps import discard_damaged
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
@@ -110,7 +110,7 @@ def numbered_round(
 ) -> Curves:
     """Measure one round, around a plan if one is given, on a part of the calibration text; it can be interrupted."""
     path = part / f"curves_{number}.json"
-    discard_damaged(job.reporter, path, read_json)
+    discard_damaged(job.reporter, path, read_state)
     options = replace(asked.options, checkpoint=path)
     what = "measure curves" if plan is None else "measure curves around the solution"
     with job.reporter.task(what, "cuts") as update:
@@ -119,10 +119,21 @@ def numbered_round(
 
 
 def keep_beside(found: Sequence[Curves], plan: PruningPlan, job: PruneJob, out: Path) -> None:
-    """Keep the curves of a pruning in its checkpoint; a format of one file has no place for them."""
+    """Keep the curves of a pruning in its checkpoint, if it is a folder."""
     if found and out.is_dir():
-        write_curve_files(out, [f"{NAME}_{i}" for i in range(1, len(found) + 1)], found, plan, job)
-    elif found:
+        write_curve_files(out, beside(found), found, plan, job)
+
+
+def beside(found: Sequence[Curves]) -> list[str]:
+    """Names of the curves of a pruning."""
+    return [f"{NAME}_{i}" for i in range(1, len(found) + 1)]
+
+
+def tell_curves(out: Path, names: Sequence[str], job: PruneJob) -> None:
+    """Say where curves are; a format of one file has no place for them."""
+    if names and out.is_dir():
+        job.reporter.say(f"curves in {', '.join(str(out / f'{name}.csv') for name in names)}")
+    elif names:
         job.reporter.say(f"note: the curves are not kept beside {out}, a single file; `ffnscope curves` writes them")
 
 
@@ -140,6 +151,5 @@ def write_curve_files(
 
             title = f"{job.loaded.source.model_id}, {one.facts['tokens']:,} tokens of {one.facts['source']}"
             plot_curves(rows, folder / f"{name}.png", title)
-    job.reporter.say(f"curves in {', '.join(str(folder / f'{name}.csv') for name in names)}")
     if not draws:
         job.reporter.say("note: no plot of the curves; that needs matplotlib (pip install 'ffnscope[plots]')")

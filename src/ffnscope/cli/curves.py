@@ -12,7 +12,7 @@ from ffnscope.analyze.measured import WINDOWS, CurveRounds
 from ffnscope.apply.method import Method
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
-from ffnscope.cli.curve_options import numbered_round, write_curve_files
+from ffnscope.cli.curve_options import numbered_round, tell_curves, write_curve_files
 from ffnscope.cli.files import Out, Overwrite, check_folder_output, read_metric, unfinished
 from ffnscope.cli.groups import grouped, option_names
 from ffnscope.cli.prune import calibration_of, of_this_model
@@ -76,3 +76,4 @@ def curves_command(
         stats = job.stats(part) if refit else None
         curves = numbered_round(job, one, stats, asked, part, 1, plan)
         write_curve_files(out, [NAME], [curves], plan, job)
+        tell_curves(out, [NAME], job)

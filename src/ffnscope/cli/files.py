@@ -10,12 +10,27 @@ from typing import Annotated, Any
 
 import typer
 
+from ffnscope.apply.folder import sweep
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.progress import DENSE
-from ffnscope.io import check_writable, read_plan, read_scores, write_csv, write_json, writing
+from ffnscope.io import (
+    check_writable,
+    read_plan,
+    read_scores,
+    read_state,
+    write_csv,
+    write_json,
+    write_state,
+    writing,
+)
+from ffnscope.run.folder import held
+from ffnscope.run.progress import Reporter
+from ffnscope.run.steps import discard_damaged
 from ffnscope.types import PruningPlan, Scores
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+INPUTS = "inputs.json"
+"""In a working folder: hashes of what the call was made with."""
 Out = Annotated[Path, typer.Option("--out", help="Output; must not exist, unless --overwrite.")]
 
 
@@ -39,18 +54,36 @@ def check_folder_output(out: Path, overwrite: bool, unfinished_name: str) -> Non
 def working_folder(part: Path) -> Generator[Path]:
     """Yield a folder for what has been found, from which the same call goes on; remove it at the end.
 
-    After an interrupt or error it stays, unless nothing was found yet.
+    After an interrupt or error it stays, unless nothing was found yet. No other process works in it meanwhile.
+
+    Raises:
+        ArtifactError: another process is at work in it, or it cannot be written.
     """
     with writing(part):
         part.mkdir(parents=True, exist_ok=True)
-    try:
-        yield part
-    except BaseException:
-        with contextlib.suppress(OSError):  # not empty
-            part.rmdir()
-        raise
-    with writing(part):
-        shutil.rmtree(part)
+    with held(part):
+        sweep(part)
+        try:
+            yield part
+        except BaseException:
+            with contextlib.suppress(OSError):  # not empty
+                if [path.name for path in part.iterdir()] == [INPUTS]:
+                    (part / INPUTS).unlink()
+                part.rmdir()
+            raise
+        with writing(part):
+            shutil.rmtree(part)
+
+
+def tell_changes(part: Path, found: Mapping[str, str], reporter: Reporter) -> None:
+    """Say which inputs (name -> hash) differ from those of the interrupted call that left a folder; remember these."""
+    path = part / INPUTS
+    discard_damaged(reporter, path, read_state)
+    known = read_state(path) if path.exists() else {}
+    changed = [name for name, value in found.items() if known.get(name, value) != value]
+    if changed:
+        reporter.say(f"changed since the interrupted call: {', '.join(changed)}; what depends on that is made again")
+    write_state(path, found)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Annotated
 
 import typer
 
+from ffnscope.apply.folder import sweep
 from ffnscope.apply.method import Method
 from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.apply.record import write_record
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
-from ffnscope.cli.curve_options import CurveChoice, KnownCurves, keep_beside
-from ffnscope.cli.files import Out, Overwrite, check_output, read_metric, working_folder
+from ffnscope.cli.curve_options import CurveChoice, KnownCurves, beside, keep_beside, tell_curves
+from ffnscope.cli.files import Out, Overwrite, check_output, read_metric, tell_changes, working_folder
 from ffnscope.cli.groups import grouped, option_names
 from ffnscope.cli.prune_choices import MethodChoice, PlanChoice, SaveOptions
 from ffnscope.cli.prune_estimate import print_prune_estimate
@@ -115,9 +117,7 @@ def prune_command(
         rounds = measured.rounds_of(method, plan)
         print_prune_estimate(job, budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
         return
-    asked = _Asked(wanted, measured, known, budget, saving, text, held_out)
-    with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
-        _carry_out(asked, job, scores, part)
+    _start(_Asked(wanted, measured, known, budget, saving, text, held_out), job, scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,16 @@ class _Asked:
     held_out: opt.TextChoice | None
 
 
+def _start(asked: _Asked, job: PruneJob, scores: Scores | None) -> None:
+    """Do all of it in a folder from which the same call goes on."""
+    out = asked.saving.out
+    with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
+        sweep(out.parent, out.name)
+        check_output(out, asked.saving.overwrite)  # of another process, since the first check
+        tell_changes(part, job.hashes, job.reporter)
+        _carry_out(asked, job, scores, part)
+
+
 def _carry_out(asked: _Asked, job: PruneJob, scores: Scores | None, part: Path) -> None:
     """Score and plan unless that is done, reconstruct, measure and save, with a record for another cut."""
     plan, saving, wanted = asked.known.plan, asked.saving, asked.wanted
@@ -146,20 +156,25 @@ def _carry_out(asked: _Asked, job: PruneJob, scores: Scores | None, part: Path) 
     if scores is not None and saving.form != "gguf":
         protected = wanted.protected(scores, job.record)
         kept = job.keep(scores, plan.budget, protected, asked.held_out or asked.text, part)
-    _finish(job, plan, saving, asked.held_out, part)
-    keep_beside(curves, plan, job, saving.out)
-    if kept is not None:
-        write_record(saving.out, kept)
+
+    def add(folder: Path) -> None:
+        keep_beside(curves, plan, job, folder)
+        if kept is not None:
+            write_record(folder, kept)
+
+    _finish(asked, job, plan, part, add)
+    tell_curves(saving.out, beside(curves), job)
 
 
-def _finish(job: PruneJob, plan: PruningPlan, saving: Saving, held_out: opt.TextChoice | None, part: Path) -> None:
-    """Reconstruct, measure and save."""
+def _finish(asked: _Asked, job: PruneJob, plan: PruningPlan, part: Path, add: Callable[[Path], None]) -> None:
+    """Reconstruct, measure and save, with what ``add`` writes beside the weights."""
+    saving, held_out = asked.saving, asked.held_out
     saving.check_plan(job.loaded, plan, job.reporter)
     pruned = job.reconstruct(plan, part)
     rows = job.compare(pruned, held_out, part) if held_out else []
     if isinstance(pruned, Reconstruction):
         print_profile(pruned, OUT)
-    saving.prune_and_save(job.loaded, pruned, {row.label: row.results for row in rows}, job.reporter)
+    saving.prune_and_save(job.loaded, pruned, {row.label: row.results for row in rows}, job.reporter, add)
 
 
 def mixed(context: typer.Context, text: opt.TextChoice, method: Method) -> opt.TextChoice:

@@ -18,7 +18,7 @@ from ffnscope.apply.new_bias import check_bias
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import read_reconstruction
 from ffnscope.apply.record import PruningRecord
-from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
+from ffnscope.apply.rounds import RoundSteps, plan_in_rounds, read_round
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
@@ -27,7 +27,7 @@ from ffnscope.cli.channels import OUT, scoring_facts
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import hash_json, plan_to_dict, read_json, read_plan, write_stats
+from ffnscope.io import hash_json, plan_to_dict, read_state, write_stats
 from ffnscope.plan.build import build_plan
 from ffnscope.plan.curves import Curves
 from ffnscope.report.tables import print_results
@@ -84,6 +84,12 @@ class PruneJob:
         return weights_hash(self.loaded.model)
 
     @property
+    def hashes(self) -> dict[str, str]:
+        """What the model and the calibration text are, if it is read."""
+        found = {"the model": self.model_hash}
+        return {**found, "the calibration text": self.windows.hash} if self.reads_text else found
+
+    @property
     def params(self) -> dict[str, Any]:
         """Metrics whose statistics the pass collects."""
         if self.record is not None:
@@ -125,7 +131,7 @@ class PruneJob:
 
         steps = RoundSteps(again, lambda plan: self.reconstruct(plan, part, self.method.untrained), part, protected)
         for path in part.glob("round_*.json"):
-            discard_damaged(self.reporter, path, read_plan)
+            discard_damaged(self.reporter, path, read_round)
         return plan_in_rounds(self.loaded.model, scores, budget, self.method, steps)
 
     def score(self, part: Path, *, dense: bool = True) -> Scores:
@@ -157,7 +163,7 @@ class PruneJob:
     def compare(self, pruned: Pruned, held_out: opt.TextChoice, part: Path) -> list[EvalRow]:
         """Measure the dense and the pruned model on held-out text, and print it."""
         state = part / "evaluation.json"
-        discard_damaged(self.reporter, state, read_json)
+        discard_damaged(self.reporter, state, read_state)
         windows = held_out.held_out(self.loaded)
         model, size = self.loaded.model, held_out.batch_size
         rows = compare_with_dense(self.reporter, model, {"pruned": pruned}, windows, size, state)

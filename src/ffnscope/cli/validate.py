@@ -37,7 +37,7 @@ from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import check_folder_output, unfinished
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.io import read_json, write_csv, write_json, write_text
+from ffnscope.io import read_state, write_csv, write_json, write_text
 from ffnscope.plan.build import check_allocator_name
 from ffnscope.registry import METRICS
 from ffnscope.report.validation_table import print_validation, validation_facts, validation_markdown
@@ -214,7 +214,7 @@ def _measure(one: Measurement, reporter: Reporter, part: Path | None) -> Validat
     states = {name: part / f"{name}.json" if part else None for name in ("ablate", "prune")}
     for path in states.values():
         if path is not None:
-            discard_damaged(reporter, path, read_json)
+            discard_damaged(reporter, path, read_state)
     channels = options.sample.draw(stratifier(scores))
     with reporter.task("ablate", "tokens") as update:
         size: Any = {"batch_size": options.batch_size, "state": states["ablate"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.offload import named_values
-from ffnscope.io import SCHEMA, disposable, expect_kind, hash_json, hash_tensors, plan_to_dict, read_json, write_json
+from ffnscope.io import SCHEMA, disposable, expect_kind, hash_json, hash_tensors, plan_to_dict, read_state, write_state
 
 DENSE = "dense"
 KIND = "comparison"
@@ -58,7 +58,7 @@ class Progress:
     def save(self) -> None:
         """Write the file (atomically), if there is one."""
         if self.path is not None:
-            write_json(self.path, {"kind": KIND, **self.of, "n_windows": self.n_windows, "rows": self.rows})
+            write_state(self.path, {"kind": KIND, **self.of, "n_windows": self.n_windows, "rows": self.rows})
 
 
 def open_progress(path: Path | None, model: nn.Module, windows: Windows) -> Progress:
@@ -71,7 +71,7 @@ def open_progress(path: Path | None, model: nn.Module, windows: Windows) -> Prog
     if path is None or not path.exists():
         return fresh
     with disposable("everything is measured anew"):
-        value: dict[str, Any] = read_json(path)
+        value: dict[str, Any] = read_state(path)
         expect_kind(path, value, KIND)
         if any(value.get(name) != found for name, found in fresh.of.items()):
             return fresh
@@ -98,13 +98,16 @@ def plan_key(pruned: Pruned) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of every weight's name, shape, dtype and of up to about 256 evenly spaced values: cheap for any size.
+    """Hash of every weight's name, shape, dtype, sum of bits and about 256 evenly spaced values.
 
-    Weights that are offloaded to disk have to be read, as in a forward.
+    A change of one value always changes it; it costs one read of the weights where they are, no copy and no hash of all
+    bytes. Weights that are offloaded to disk have to be read, as in a forward.
     """
-    return hash_tensors((f"{name}{tuple(value.shape)}", _sample(value)) for name, value in named_values(model))
+    parts = ((f"{name}{tuple(value.shape)}", value.detach().reshape(-1)) for name, value in named_values(model))
+    return hash_tensors((name, one) for label, flat in parts for name, one in _brief(label, flat))
 
 
-def _sample(value: Tensor) -> Tensor:
-    flat = value.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLED)]
+def _brief(name: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield name, flat[:: max(1, flat.numel() // SAMPLED)]
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))
+    yield f"{name} bits", bits.sum(dtype=torch.int64)

@@ -24,7 +24,7 @@ from ffnscope.errors import NonFiniteError, NotAvailableError, TextError, UsageE
 from ffnscope.evaluate.progress import DENSE, check_labels, fingerprint, plan_key
 from ffnscope.evaluate.task_files import SUFFIXES, task_config
 from ffnscope.evaluate.task_model import reporting_model
-from ffnscope.io import SCHEMA, disposable, expect_kind, hash_file, hash_json, read_json, write_json
+from ffnscope.io import SCHEMA, disposable, expect_kind, hash_file, hash_json, read_state, write_state
 from ffnscope.types import EvalResult
 
 KIND = "tasks"
@@ -198,7 +198,7 @@ class _State:
         if path is None or not path.exists():
             return fresh
         with disposable("every task is run anew"):
-            value: dict[str, Any] = read_json(path)
+            value: dict[str, Any] = read_state(path)
             expect_kind(path, value, KIND)
         if all(value.get(name) == found for name, found in fresh.of.items()):
             fresh.rows = value.get("rows", {})
@@ -210,7 +210,7 @@ class _State:
     def put(self, key: str, name: str, rows: list[dict[str, Any]]) -> None:
         self.rows.setdefault(key, {})[name] = rows
         if self.path is not None:
-            write_json(self.path, {**self.of, "rows": self.rows})
+            write_state(self.path, {**self.of, "rows": self.rows})
 
 
 def _load(manager: Any, name: str, options: TaskOptions) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ffnscope.analyze.probes import Probe, Sets, control_probes, dose_probes, ru
 from ffnscope.analyze.sample import ChannelSample
 from ffnscope.analyze.validate import join_validation, quality_row, stratifier, with_floor
 from ffnscope.calibrate.windows import Windows
-from ffnscope.io import read_json, read_tensors
+from ffnscope.io import read_state, read_tensors
 from ffnscope.run.analyses import FOLDER, calibrated_keys, seed_of, tables, write_tables
 from ffnscope.run.choices import MEAN, find_core
 from ffnscope.run.stages import Job
@@ -105,7 +105,7 @@ def _halos(job: Job) -> dict[str, Sets]:
 
 def _ready(job: Job, state: Path) -> None:
     state.parent.mkdir(exist_ok=True)
-    discard_damaged(job.reporter, state, read_json)
+    discard_damaged(job.reporter, state, read_state)
 
 
 def _tell(update: Any, per_forward: int, done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ffnscope.analyze.measured import measure_round, solve_in_rounds
-from ffnscope.io import plan_to_dict, read_json, write_csv, writing
+from ffnscope.io import plan_to_dict, read_json, read_state, write_csv, writing
 from ffnscope.plan.curves import Curves, read_curves, write_curves
 from ffnscope.run.analyses import calibrated_keys, tables, write_tables
 from ffnscope.run.stages import CURVES, Job, make_plan, plan_labels
@@ -53,7 +53,7 @@ def _measured(
 
     def make() -> None:
         part = path.with_suffix(".part.json")
-        discard_damaged(job.reporter, part, read_json)
+        discard_damaged(job.reporter, part, read_state)
         options = replace(rounds.options, checkpoint=part)
         with job.reporter.task(f"{CURVES}{name}", "cuts") as update:
             made = measure_round(job.loaded.model, scores, stats, windows, plan, options=options, on_cut=update)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ffnscope.apply.folder import sweep
 from ffnscope.errors import ArtifactError
 from ffnscope.io import check_writable, read_json, write_json, write_text, writing
 from ffnscope.run.load import dump_config
@@ -32,8 +32,9 @@ def open_folder(config: RunConfig, *, overwrite: bool = False) -> Generator[Path
     folder = config.output_dir
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with held_folder(folder):
-        _sweep(folder)
+    with held(folder):
+        check_folder(config, overwrite=overwrite)  # of another process, between the first check and the lock
+        sweep(folder)
         path, text = folder / CONFIG, dump_config(config)
         if not path.is_file() or path.read_bytes() != text.encode():
             write_text(path, text)
@@ -102,33 +103,31 @@ def _read(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def held_folder(folder: Path) -> Generator[None]:
-    """Lock the folder until the block or the process ends, however it ends; no file is made for it.
+def held(folder: Path) -> Generator[None]:
+    """Lock a folder until the block or the process ends, however it ends; no file is made for it.
 
     Windows cannot lock a folder: there, nothing keeps two processes apart.
+
+    Raises:
+        ArtifactError: another process holds it.
     """
     try:
         import fcntl
     except ImportError:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    with writing(folder):
+        handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ArtifactError(
-                f"another process is at work in {folder}. Wait, or choose another output.dir."
-            ) from error
+            free = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
+        except BlockingIOError:
+            free = False
         except OSError:
-            pass  # a file system without locks
+            free = True  # a file system without locks
+        if not free:  # or the other process has just finished, and removed it
+            raise ArtifactError(f"another process is at work in {folder}. Wait, or choose another output.")
         yield
     finally:
         os.close(handle)
-
-
-def _sweep(folder: Path) -> None:
-    """Delete the unfinished files and folders of a process that was killed while it wrote."""
-    unfinished = f".*.{'[0-9a-f]' * 32}.tmp"  # as `ffnscope.io.replacing` names them
-    for path in (*folder.glob(unfinished), *folder.glob(f"*/{unfinished}")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

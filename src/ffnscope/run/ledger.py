@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ffnscope.errors import ArtifactError
-from ffnscope.io import SCHEMA, disposable, expect_kind, hash_file, read_json, write_json
+from ffnscope.io import SCHEMA, disposable, expect_kind, hash_file, read_state, write_state
 
 NAME = "ledger.json"
 
@@ -25,21 +25,47 @@ class Ledger:
     def __init__(self, folder: Path):
         self.folder = folder
         self.stages: dict[str, dict[str, Any]] = {}
+        self.inputs: dict[str, str] = {}
         path = folder / NAME
         if path.exists():
             with disposable("all stages run again"):
-                value = read_json(path)
+                value = read_state(path)
                 expect_kind(path, value, "ledger")
-                self.stages = value.get("stages", {})
-                if not _well_formed(self.stages):
+                self.stages, self.inputs = value.get("stages", {}), value.get("inputs", {})
+                if not (_well_formed(self.stages) and isinstance(self.inputs, dict)):
                     raise ArtifactError(f"{path} is not a complete ledger.")
+
+    def accept(self, inputs: Mapping[str, str], *, overwrite: bool) -> list[str]:
+        """Remember what the results are made from (name -> hash), and return the names of what has changed.
+
+        Raises:
+            ArtifactError: something has changed since results were recorded, and ``overwrite`` is not set.
+        """
+        known = self.inputs if self.stages else {}
+        changed = [name for name, value in inputs.items() if known.get(name, value) != value]
+        if changed and not overwrite:
+            was, now = known[changed[0]], inputs[changed[0]]
+            raise ArtifactError(
+                f"{self.folder} holds results of other inputs: changed since they were made: {', '.join(changed)} "
+                f"(hash {was}, now {now}). Take back what was there, choose another output.dir, or pass --overwrite to "
+                "make again what depends on it."
+            )
+        self.inputs = dict(inputs)
+        return changed
 
     def current(self, stage: str, key: str) -> bool:
         """Whether the results of a stage are present, undamaged and made from the same inputs."""
+        return stage in self.stages and self.why_again(stage, key) is None
+
+    def why_again(self, stage: str, key: str) -> str | None:
+        """Why the recorded results of a stage cannot stay; None where they can, or where there are none."""
         found = self.stages.get(stage)
-        if found is None or found["key"] != key:
-            return False
-        return all(self._intact(name, digest) for name, digest in found["files"].items())
+        if found is None:
+            return None
+        if found["key"] != key:
+            return "what it depends on has changed (model, text, configuration or version)"
+        gone = [name for name, digest in found["files"].items() if not self._intact(name, digest)]
+        return f"missing or damaged: {', '.join(gone)}" if gone else None
 
     @property
     def intact(self) -> bool:
@@ -68,15 +94,20 @@ class Ledger:
 
     def keep(self, stages: Collection[str]) -> None:
         """Forget the other stages, which the configuration no longer asks for, and delete their files."""
-        for name in [name for name in self.stages if name not in stages]:
-            self.begin(name)
+        others = [name for name in self.stages if name not in stages]
+        for name in others:
+            self.begin(name, self._files_of(stages))
+
+    def _files_of(self, stages: Collection[str]) -> set[Path]:
+        return {self.folder / name for stage in stages for name in self.stages.get(stage, {}).get("files", {})}
 
     def _intact(self, name: str, digest: str) -> bool:
         path = self.folder / name
         return path.is_file() and hash_file(path) == digest
 
     def _save(self) -> None:
-        write_json(self.folder / NAME, {"kind": "ledger", "schema": SCHEMA, "stages": self.stages})
+        value = {"kind": "ledger", "schema": SCHEMA, "inputs": self.inputs, "stages": self.stages}
+        write_state(self.folder / NAME, value)
 
 
 def _well_formed(stages: Any) -> bool:

@@ -10,9 +10,8 @@ from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.question import Question
 from ffnscope.apply.method import reconstruct_plan
 from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
+from ffnscope.apply.rounds import RoundSteps, plan_in_rounds, read_round
 from ffnscope.apply.sequential import SequentialOptions
-from ffnscope.io import read_plan
 from ffnscope.plan.curves import Curves
 from ffnscope.run.choices import core_rule, load_background, load_reference, metric_params, pass_options
 from ffnscope.run.stages import Job, make_plan, plan_request, plan_stage
@@ -50,7 +49,7 @@ def _in_rounds(
     method = job.config.pruning.chosen(one.metric)
     part = job.folder / "plans" / f"{label}{PART}"
     for path in part.glob("round_*.json"):
-        discard_damaged(job.reporter, path, read_plan)
+        discard_damaged(job.reporter, path, read_round)
     size = job.config.calibration.batch_size
     options = SequentialOptions(batch_size=size, checkpoint=part / "blocks", model_hash=job.model_hash)
     given: Any = {"windows": job.calibration, "stats": stats, "options": options}

@@ -80,7 +80,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
             loaded = load_model(model_source(config))
         check_format(config, loaded)
         check_sites(config, find_sites(loaded.model, config.model.tracked_layers))
-        job = stages.open_job(config, folder, reporter, loaded)
+        job = stages.open_job(config, folder, reporter, loaded, overwrite=overwrite)
         stats = stages.calibrate_stage(job)
         scores = stages.score_stage(job, stats)
         analyses_stage(job, stats, scores)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from ffnscope.apply.decilm import check_llama_like, save_decilm
 from ffnscope.apply.export import SHARD, check_shard_size, prune_, save_model
+from ffnscope.apply.folder import staged
 from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
 from ffnscope.apply.padding import zeroed_channels
 from ffnscope.apply.pruned import Pruned
@@ -72,12 +73,20 @@ class Saving:
             )
 
     def prune_and_save(
-        self, loaded: LoadedModel, pruned: Pruned, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter
+        self,
+        loaded: LoadedModel,
+        pruned: Pruned,
+        results: Mapping[str, Sequence[EvalResult]],
+        reporter: Reporter,
+        add: Callable[[Path], None] | None = None,
     ) -> None:
-        """Slice the model, reconstructed or not, save it, and say what is gone and how the result loads."""
+        """Slice the model, reconstructed or not, save it, and say what is gone and how the result loads.
+
+        ``add`` writes more into the checkpoint; it appears with all that, or not at all.
+        """
         model, tokenizer = loaded.model, loaded.tokenizer
         if is_streamed(model) and self.form == "transformers":
-            self._write_blocks(loaded, pruned, results, reporter)
+            self._write_blocks(loaded, pruned, results, reporter, add)
             return
         before = sum(p.numel() for p in model.parameters())
         plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
@@ -86,22 +95,32 @@ class Saving:
         else:
             prune_(model, plan, pad_to_widest=self.pad_to_widest)
         after = sum(p.numel() for p in model.parameters())
-        if self.form == "gguf":
-            save_gguf(model, tokenizer, self.out, overwrite=self.overwrite)
-        else:
-            save = save_decilm if self.form == "decilm" else save_model
-            size, replace = self.max_shard_size, self.overwrite
-            save(model, tokenizer, self.out, plan=plan, results=results, max_shard_size=size, overwrite=replace)
+        with staged(self.out, self.overwrite) as out:
+            if self.form == "gguf":
+                save_gguf(model, tokenizer, out)
+            else:
+                save = save_decilm if self.form == "decilm" else save_model
+                save(model, tokenizer, out, plan=plan, results=results, max_shard_size=self.max_shard_size)
+            if add is not None:
+                add(out)
         self._tell(reporter, before, after, plan, zeroed_channels(model, plan))
 
     def _write_blocks(
-        self, loaded: LoadedModel, pruned: Pruned, results: Mapping[str, Sequence[EvalResult]], reporter: Reporter
+        self,
+        loaded: LoadedModel,
+        pruned: Pruned,
+        results: Mapping[str, Sequence[EvalResult]],
+        reporter: Reporter,
+        add: Callable[[Path], None] | None,
     ) -> None:
         """The same for a model that is streamed: it is not cut, but what is left of each block is written."""
         plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
         before = sum(p.numel() for p in loaded.model.parameters())
-        output = Destination(self.out, self.max_shard_size, self.pad_to_widest, self.overwrite)
-        after, zeroed = write_pruned(loaded.model, loaded.tokenizer, output, pruned, results)
+        with staged(self.out, self.overwrite) as out:
+            output = Destination(out, self.max_shard_size, self.pad_to_widest)
+            after, zeroed = write_pruned(loaded.model, loaded.tokenizer, output, pruned, results)
+            if add is not None:
+                add(out)
         self._tell(reporter, before, after, plan, zeroed)
 
     def _tell(self, reporter: Reporter, before: int, after: int, plan: PruningPlan, zeroed: int) -> None:

@@ -34,6 +34,7 @@ from ffnscope.io import (
     read_json,
     read_plan,
     read_scores,
+    read_state,
     read_stats,
     write_json,
     write_plan,
@@ -102,6 +103,9 @@ class Job:
         if self.ledger.current(name, key):
             self.reporter.say(f"{name}: already done")
             return
+        why = self.ledger.why_again(name, key)
+        if why:
+            self.reporter.say(f"{name}: runs again; {why}")
         self.ledger.begin(name, files)
         start = time.perf_counter()
         make()
@@ -109,8 +113,14 @@ class Job:
         self.ledger.record(name, key, files, {"seconds": seconds, "peak_memory_bytes": peak_memory()})
 
 
-def open_job(config: RunConfig, folder: Path, reporter: Reporter, loaded: LoadedModel) -> Job:
-    """Find the FFNs, hash the weights, cut all texts and try the reference model: what is missing shows at once."""
+def open_job(
+    config: RunConfig, folder: Path, reporter: Reporter, loaded: LoadedModel, *, overwrite: bool = False
+) -> Job:
+    """Find the FFNs, hash the weights, cut all texts and try the reference model: what is missing shows at once.
+
+    Raises:
+        ArtifactError: the model or a text is another than that of the folder's results, and ``overwrite`` is not set.
+    """
     ledger = Ledger(folder)
     sites = find_sites(loaded.model, config.model.tracked_layers)
     with reporter.task("read texts", "texts"):
@@ -118,6 +128,10 @@ def open_job(config: RunConfig, folder: Path, reporter: Reporter, loaded: Loaded
         held_out = evaluation_windows(config, loaded.tokenizer)
     tasks = open_tasks(config.task_options, reporter)
     hashes = weights_hash(loaded.model), reference_hash(config, sites), background_hash(config)
+    texts = {"the calibration text": calibration.hash}
+    texts |= {f"held-out text {i}": windows.hash for i, windows in enumerate(held_out, 1)}
+    for name in ledger.accept({"the model": hashes[0], **texts}, overwrite=overwrite):
+        reporter.say(f"{name} has changed since the results were made")
     return Job(config, folder, ledger, reporter, loaded, sites, hashes[0], calibration, held_out, tasks, *hashes[1:])
 
 
@@ -272,7 +286,7 @@ def evaluate_stage(job: Job, plans: Mapping[str, Pruned]) -> list[EvalRow]:
 
 
 def _compare(job: Job, plans: Mapping[str, Pruned], windows: Windows, state: Path) -> None:
-    discard_damaged(job.reporter, state, read_json)
+    discard_damaged(job.reporter, state, read_state)
     compare_with_dense(job.reporter, job.loaded.model, plans, windows, job.config.dataset.batch_size, state)
 
 
@@ -284,7 +298,7 @@ def tasks_stage(job: Job, plans: Mapping[str, Pruned]) -> list[TaskRow]:
     given = job.loaded.model, job.loaded.tokenizer, plans, job.tasks
 
     def make() -> None:
-        discard_damaged(job.reporter, state, read_json)
+        discard_damaged(job.reporter, state, read_state)
         with job.reporter.task("downstream tasks", "requests") as update:
             compare_tasks(*given, state=state, on_requests=update)
 

@@ -20,7 +20,7 @@ from ffnscope.io import (
 from ffnscope.report.sweep_page import CellResult, sweep_rows, write_sweep_page
 from ffnscope.run.estimate import duration
 from ffnscope.run.executors import JOBS, check_executor, execute
-from ffnscope.run.folder import CONFIG, check_folder, held_folder
+from ffnscope.run.folder import CONFIG, check_folder, held
 from ffnscope.run.outputs import PAGE, check_plots
 from ffnscope.run.progress import Reporter
 from ffnscope.run.schema import RunConfig
@@ -75,7 +75,7 @@ def run_sweep(sweep: SweepConfig, *, overwrite: bool = False, reporter: Reporter
     check_sweep(sweep, overwrite=overwrite)
     with writing(sweep.folder):
         sweep.folder.mkdir(parents=True, exist_ok=True)
-    with held_folder(sweep.folder):
+    with held(sweep.folder):
         record = SweepRecord(sweep)
         todo = record.unfinished()
         done = len(sweep.cells) - len(todo)

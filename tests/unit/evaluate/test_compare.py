@@ -202,6 +202,18 @@ def test_changed_model_starts_anew(model, plans, windows, tmp_path):
     assert compare_plans(model, plans, windows, state=state) == compare_plans(model, plans, windows)
 
 
+def test_fingerprint_sees_every_value():
+    model = torch.nn.Linear(100, 100)
+    before = fingerprint(model)
+    for place in ((0, 0), (3, 7), (99, 98)):
+        with torch.no_grad():
+            old = model.weight[place].item()
+            model.weight[place] = old + 1e-3
+            assert fingerprint(model) != before
+            model.weight[place] = old
+    assert fingerprint(model) == before
+
+
 def test_fingerprint_sees_names_shapes_and_dtypes(model):
     before = fingerprint(model)
     assert fingerprint(model) == before

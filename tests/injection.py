@@ -1,0 +1,363 @@
+"""Faults at random points of `ffnscope run` and `ffnscope prune`, and what comes of them."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from checkpoints import make_checkpoint
+from ffnscope.cli import app
+from ffnscope.errors import ArtifactError
+from ffnscope.run import load_config, run
+from ffnscope.run.progress import Reporter
+from runs import results, small_run
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+
+
+class Died(BaseException):
+    """The process ends here."""
+
+
+@dataclass
+class Watch:
+    """Counts the file operations that change something below a folder, and makes one of them fail.
+
+    Attributes:
+        root: the folder.
+        at: number of the operation, from 1; None only counts.
+        kind: "interrupt" (it raises), "death" (so does every later one, clean-up too), "full disk" (from then on
+            nothing can be opened to write), "kill" (SIGKILL).
+    """
+
+    root: str
+    at: int | None = None
+    kind: str = "interrupt"
+    count: int = 0
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        opens = event == "open" and bool(arguments[2] & WRITES)
+        if not (opens or event in CHANGES) or not str(arguments[0]).startswith(self.root):
+            return
+        self.count += 1
+        if self.at is None or self.count < self.at or (self.kind == "interrupt" and self.count > self.at):
+            return
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind != "full disk":
+            raise Died
+        if opens:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+
+_watching: list[Watch] = []
+_hooked: list[bool] = []
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watching:
+        _watching[-1](event, arguments)
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[Watch]:
+    """Let a watch see all file operations of this process within the block."""
+    if not _hooked:
+        sys.addaudithook(_hook)  # cannot be taken away again
+        _hooked.append(True)
+    _watching.append(watch)
+    try:
+        yield watch
+    finally:
+        _watching.pop()
+
+
+@dataclass
+class Work:
+    """A command on a tiny checkpoint.
+
+    Attributes:
+        name: "run" or "prune".
+        root: everything that it reads and writes.
+    """
+
+    name: str
+    root: Path
+
+    @property
+    def out(self) -> Path:
+        return self.root / "work" / "out"
+
+    @property
+    def arguments(self) -> list[str]:
+        if self.name == "run":
+            return ["run", str(self.root / "run.yaml")]
+        text = ("--text", self.root / "texts" / "train.txt", "--num-samples", 8, "--max-length", 32, "--batch-size", 4)
+        given = (
+            "prune",
+            self.root / "model",
+            "--out",
+            self.out,
+            "--sparsity",
+            0.5,
+            "--no-evaluate",
+            "--method",
+            "best",
+        )
+        return [str(one) for one in (*given, *text, "--device", "cpu")]
+
+    def prepare(self, texts: Path) -> None:
+        """Write the checkpoint, the texts and the configuration."""
+        make_checkpoint(self.root / "model")
+        shutil.copytree(texts, self.root / "texts")
+        config = small_run(self.root / "model", self.root / "texts", self.out, evaluation={"num_samples": 3})
+        (self.root / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def start(self, *, overwrite: bool = False) -> str:
+        """Do the work, or go on with it; returns what it told."""
+        if self.name == "run":
+            told = io.StringIO()
+            config = load_config(self.root / "run.yaml")
+            run(config, overwrite=overwrite, reporter=Reporter(Console(file=told, width=1000)))
+            return told.getvalue()
+        arguments = [*self.arguments, *(["--overwrite"] if overwrite else [])]
+        return CliRunner().invoke(app, arguments, catch_exceptions=False).output
+
+    def fresh(self) -> None:
+        """Forget everything that was made."""
+        shutil.rmtree(self.root / "work", ignore_errors=True)
+        (self.root / "work").mkdir()
+
+    def made(self) -> dict[str, str]:
+        """Name -> hash of every result; nothing else may be left beside it."""
+        left = [path.name for path in self.out.parent.iterdir() if path != self.out]
+        left += [path.name for path in self.out.rglob(".*.tmp")]
+        assert not left, f"left behind: {left}"
+        return results(self.out)
+
+    def files(self) -> list[Path]:
+        """What is on disk, finished or not, but the log, from which nothing is read."""
+        found = (path for path in sorted((self.root / "work").rglob("*")) if path.is_file() and path.name != "run.log")
+        return [path for path in found if path.stat().st_size]
+
+
+@dataclass
+class Faults:
+    """Makes faults and counts what came of them: (command, fault, outcome) -> how often."""
+
+    work: Work
+    seed: int
+    table: dict[tuple[str, str, str], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.work.fresh()
+        with watching(Watch(str(self.work.root / "work"))) as watch:
+            self.work.start()
+        self.operations, self.whole = watch.count, self.work.made()
+
+    def broken_off(self, kind: str) -> str:
+        """Break off a new start at a random file operation, as `Watch` says; returns what an error told."""
+        self.work.fresh()
+        watch = Watch(str(self.work.root / "work"), self.rng.randint(1, self.operations), kind)
+        with watching(watch):
+            try:
+                self.work.start()
+            except Died:
+                return ""
+            except ArtifactError as error:
+                assert "Make room" in str(error) and "work" in str(error), error
+                return str(error)
+        assert kind == "full disk", "every operation was passed"  # the log alone could not be written
+        return ""
+
+    def stopped(self, kind: str) -> None:
+        """An interrupt, a death or a full disk; then the same call again."""
+        told = self.broken_off(kind)
+        self.again(kind if kind != "full disk" or told else "full disk, log only")
+
+    def killed(self, *, at_time: bool) -> None:
+        """SIGKILL of a child at a random file operation, or at a random time after its first file."""
+        self.work.fresh()
+        at = self.rng.randint(1, self.operations)
+        code = (
+            "import sys; sys.path.insert(0, sys.argv.pop(1)); root, at = sys.argv.pop(1), int(sys.argv.pop(1))\n"
+            "import injection; from ffnscope.cli import main\n"
+            "with injection.watching(injection.Watch(root, at or None, 'kill')): main()"
+        )
+        place = [str(Path(__file__).parent), str(self.work.root / "work"), "0" if at_time else str(at)]
+        command = [sys.executable, "-c", code, *place, *self.work.arguments]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if at_time:
+            while not self.work.files() and child.poll() is None:
+                time.sleep(0.005)
+            time.sleep(self.rng.uniform(0, 0.8))
+            child.kill()
+        status = child.wait(timeout=300)
+        assert status == -signal.SIGKILL or (at_time and status == 0), status
+        if status == 0 and self.work.name == "prune":
+            assert self.work.made() == self.whole
+            return self.note("kill -9 at a random time", "was done already")
+        return self.again(f"kill -9 at a random {'time' if at_time else 'file operation'}")
+
+    def damaged(self, kind: str, *, finished: bool = False) -> None:
+        """A flipped bit in, or the end cut from, a random file of broken-off or finished work."""
+        while True:
+            if finished:
+                self.work.fresh()
+                self.work.start()
+            else:
+                self.broken_off("death")
+            if self.work.files():
+                break
+        path = self.rng.choice(self.work.files())
+        content = bytearray(path.read_bytes())
+        place = self.rng.randrange(len(content))
+        if kind == "truncated":
+            del content[place:]
+        else:
+            content[place] ^= 1 << self.rng.randrange(8)
+        path.write_bytes(content)
+        told = self.again(f"{kind}, {'finished' if finished else 'broken off'}", path)
+        if path.suffix == ".safetensors" and finished:
+            assert path.name in told, f"{path} was damaged, and nobody said so: {told}"
+
+    def again(self, fault: str, damaged: Path | None = None) -> str:
+        """The same call once more must give what the unbroken one gave, or say which file is damaged and what to do."""
+        try:
+            told = self.work.start()
+            outcome = "told, made again" if damaged is not None and damaged.name in told else "went on"
+        except ArtifactError as error:
+            told = str(error)
+            if "already exists" in told:  # it was complete; only the working folder was left
+                return self.complete(fault, told, damaged)
+            assert damaged is not None and damaged.name in told, f"{fault}: {told}"
+            assert "Delete it" in told or "--overwrite" in told, told
+            if "Delete it" in told:
+                damaged.unlink()
+            self.work.start(overwrite="Delete it" not in told)
+            outcome = "refused, told what to do"
+        assert self.work.made() == self.whole, f"{fault}: other results than those of the unbroken {self.work.name}"
+        self.note(fault, outcome)
+        return told
+
+    def complete(self, fault: str, told: str, damaged: Path | None) -> str:
+        """A pruning that was broken off after its result had appeared: that is refused, or replaced if one asks so."""
+        assert self.work.name == "prune"
+        if damaged is None or self.work.out not in damaged.parents:
+            assert results(self.work.out) == self.whole, fault
+        self.work.start(overwrite=True)
+        assert self.work.made() == self.whole, fault
+        self.note(fault, "was complete: refused to replace it")
+        return told
+
+    def changed(self, what: str, change: Callable[[], Callable[[], None]]) -> None:
+        """Another model or text between two calls; ``change`` makes it and returns how to take it back."""
+        while True:
+            self.broken_off("death")
+            if any(path.suffix == ".safetensors" for path in self.work.files()):
+                break
+        back = change()
+        try:
+            told = self.work.start()
+        except ArtifactError as error:
+            told = str(error)
+            outcome = "refused, told what to do"
+            assert "--overwrite" in told
+            self.work.start(overwrite=True)
+        else:
+            outcome = "told, made again"
+        assert what in told, told
+        found = self.work.made()
+        self.work.fresh()
+        self.work.start()
+        assert found == self.work.made(), f"{what}: something of the old one was used"
+        back()
+        self.note(f"{what} changed", outcome)
+
+    def both(self) -> None:
+        """A second process in the same folder."""
+        from ffnscope.run.folder import held
+
+        self.work.fresh()
+        folder = self.work.out if self.work.name == "run" else self.work.out.with_name(".out.prune.part")
+        folder.mkdir(parents=True)
+        with held(folder):
+            try:
+                self.work.start()
+            except ArtifactError as error:
+                assert "another process" in str(error)
+            else:
+                raise AssertionError("two processes worked in one folder")
+        self.again("two processes, then one")
+
+    def note(self, fault: str, outcome: str) -> None:
+        """Count an outcome."""
+        key = (self.work.name, fault, outcome)
+        self.table[key] = self.table.get(key, 0) + 1
+
+
+def another_text(work: Work) -> Callable[[], Callable[[], None]]:
+    """Change the calibration text."""
+    path = work.root / "texts" / "train.txt"
+
+    def change() -> Callable[[], None]:
+        old = path.read_text()
+        path.write_text(old.upper())
+        return lambda: [path.write_text(old), None][1]
+
+    return change
+
+
+def another_model(work: Work) -> Callable[[], Callable[[], None]]:
+    """Change one weight of the checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    path = work.root / "model" / "model.safetensors"
+
+    def change() -> Callable[[], None]:
+        old = path.read_bytes()
+        tensors = load_file(path)
+        next(value for name, value in sorted(tensors.items()) if "down_proj" in name)[1, 1] += 0.125
+        save_file(tensors, path, metadata={"format": "pt"})
+        return lambda: [path.write_bytes(old), None][1]
+
+    return change
+
+
+def all_faults(work: Work, seed: int, *, kills: int = 5) -> Faults:
+    """Every kind of fault several times: 27 and ``kills`` on a run, 23 and ``kills`` on a pruning."""
+    made = Faults(work, seed)
+    for kind in ("interrupt", "death", "full disk"):
+        for _ in range(4):
+            made.stopped(kind)
+    for kind in ("bit flipped", "truncated"):
+        for _ in range(4):
+            made.damaged(kind)
+    if work.name == "run":
+        for _ in range(3):
+            made.damaged("bit flipped", finished=True)
+        made.damaged("truncated", finished=True)
+    for index in range(kills):
+        made.killed(at_time=index % 2 == 1)
+    made.changed("the model", another_model(work))
+    made.changed("the calibration text", another_text(work))
+    made.both()
+    return made
