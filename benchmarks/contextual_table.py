@@ -12,6 +12,7 @@ import torch
 from ffnscope.evaluate.intervals import over_documents
 from ffnscope.io import write_text
 from ffnscope.report.sparse_plots import plot_quality
+from ffnscope.sparse.certificate import Certificate, risk_control, split_conformal
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.types import EvalResult
 
@@ -115,50 +116,31 @@ def certificates(cell: dict) -> list[str]:
     lines = [f"## Certificates, {cell['domain']}: {n_documents} documents, {SPLITS} splits in halves", ""]
     lines += ["| what is promised | promised | found | standard error | mean density |", "|---|---|---|---|---|"]
     for limit in LIMITS:
-        for what, rule in (("mean missed mass", risk_control), ("documents above", conformal)):
-            found = [rule(losses, cell["grid"], limit, seed) for seed in range(SPLITS)]
+        for what, certify in (("mean missed mass", risk_control), ("documents above", conformal)):
+            promised = limit if certify is risk_control else ALPHA
+            found = [used(certify, losses, cell["grid"], limit, seed) for seed in range(SPLITS)]
             wrong, density = (torch.tensor([one[i] for one in found], dtype=torch.float64) for i in (0, 1))
-            promised = limit if rule is risk_control else ALPHA
-            name = what if rule is risk_control else f"{what} a missed mass of {limit:g}"
+            name = what if certify is risk_control else f"{what} a missed mass of {limit:g}"
             error = float(wrong.std()) / math.sqrt(SPLITS)
-            words = (
-                name,
-                f"{promised:g}",
-                f"{float(wrong.mean()):.4f}",
-                f"{error:.4f}",
-                f"{float(density.mean()):.3f}",
-            )
-            lines.append("| " + " | ".join(words) + " |")
+            words = (name, *(f"{x:g}" if x == promised else f"{x:.4f}" for x in (promised, float(wrong.mean()), error)))
+            lines.append("| " + " | ".join([*words, f"{float(density.mean()):.3f}"]) + " |")
     return [*lines, ""]
 
 
-def halves(losses, seed: int):
+def conformal(losses, limit: float) -> Certificate:
+    return split_conformal(losses, limit, ALPHA)
+
+
+def used(certify, losses, grid: list[float], limit: float, seed: int) -> tuple[float, float]:
+    """What goes wrong on one half of the documents at the density that the other half certifies, and that density."""
     order = torch.randperm(losses.shape[1], generator=torch.Generator().manual_seed(seed))
-    return losses[:, order[: len(order) // 2]], losses[:, order[len(order) // 2 :]]
-
-
-def risk_control(losses, grid: list[float], limit: float, seed: int) -> tuple[float, float]:
-    """Conformal risk control: the lowest density with n / (n + 1) * mean + 1 / (n + 1) at most the limit."""
-    calibrating, others = halves(losses, seed)
-    n = calibrating.shape[1]
-    safe = (calibrating.sum(1) + 1) / (n + 1) <= limit
-    return used(safe, others, grid, lambda row: float(row.mean()))
-
-
-def conformal(losses, grid: list[float], limit: float, seed: int) -> tuple[float, float]:
-    """Split conformal: the lowest density at which at least (n + 1) (1 - alpha) documents are within the limit."""
-    calibrating, others = halves(losses, seed)
-    n = calibrating.shape[1]
-    safe = (calibrating <= limit).sum(1) >= math.ceil((n + 1) * (1 - ALPHA))
-    return used(safe, others, grid, lambda row: float((row > limit).double().mean()))
-
-
-def used(safe, others, grid, wrong) -> tuple[float, float]:
-    """What goes wrong at the lowest safe density, all channels where none is; and that density."""
-    if not bool(safe.any()):
-        return 0.0, 1.0
-    place = int(safe.nonzero()[0])
-    return wrong(others[place]), grid[place]
+    half = len(order) // 2
+    dense = torch.zeros(1, losses.shape[1], dtype=losses.dtype)
+    ladder = torch.cat([dense, losses.flip(0)]).T  # documents x settings, from safe to aggressive
+    certificate = certify(ladder[order[:half]], limit)
+    others = ladder[order[half:], certificate.setting]
+    wrong = others if certify is risk_control else (others > limit).double()
+    return float(wrong.mean()), [1.0, *reversed(grid)][certificate.setting]
 
 
 HEAD = (
