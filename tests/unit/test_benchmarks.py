@@ -22,8 +22,8 @@ def table():
 
 
 def cell(row, sparsity, perplexity, seed=0, **more):
-    nll = {name: [4 * math.log(perplexity), 6 * math.log(perplexity)] for name in ("sotu", "pydoc_topics")}
-    targets = {"sotu": 10, "pydoc_topics": 10}
+    nll = {name: [4 * math.log(perplexity), 6 * math.log(perplexity)] for name in ("in", "out")}
+    targets = {"in": 10, "out": 10}
     return {"row": row, "sparsity": sparsity, "seed": seed, "targets": targets, "nll": nll, **more}
 
 

@@ -31,25 +31,23 @@ def falling(n_documents, seed):
 
 def test_the_lowest_safe_density_by_hand(table, monkeypatch):
     losses = torch.tensor([[0.9, 0.9, 0.9, 0.9], [0.1, 0.3, 0.2, 0.4], [0.0, 0.1, 0.1, 0.0]], dtype=torch.float64)
-    monkeypatch.setattr(table, "halves", lambda losses, seed: (losses[:, :2], losses[:, 2:]))
-    wrong, density = table.risk_control(losses, GRID, 0.5, 0)  # (0.4 + 1) / 3 is below
+    monkeypatch.setattr(table.torch, "randperm", lambda n, generator: torch.arange(n))
+    wrong, density = table.used(table.risk_control, losses, GRID, 0.5, 0)  # (0.4 + 1) / 3 is below
     assert (wrong, density) == (pytest.approx(0.3), pytest.approx(0.1))
-    assert table.risk_control(losses, GRID, 0.3, 0) == (0.0, 1.0)  # even (0.1 + 1) / 3 is above
+    assert table.used(table.risk_control, losses, GRID, 0.35, 0) == (0.0, 1.0)  # even (0.1 + 1) / 3 is above
     monkeypatch.setattr(table, "ALPHA", 0.5)  # 2 of the 2 documents must be within
-    assert table.conformal(losses, GRID, 0.3, 0) == (pytest.approx(0.5), pytest.approx(0.1))
-    monkeypatch.setattr(table, "ALPHA", 0.1)  # 3 of them would have to be
-    assert table.conformal(losses, GRID, 0.3, 0) == (0.0, 1.0)
+    assert table.used(table.conformal, losses, GRID, 0.3, 0) == (pytest.approx(0.5), pytest.approx(0.1))
 
 
 @pytest.mark.parametrize("rule", ["risk_control", "conformal"])
 def test_promises_hold_over_splits(table, rule):
     losses = falling(80, 0)
     limit, promised = 0.25, {"risk_control": 0.25, "conformal": 0.1}[rule]
-    found = torch.tensor(
-        [getattr(table, rule)(losses, list(range(400)), limit, seed)[0] for seed in range(200)], dtype=torch.float64
-    )
-    assert float(found.mean()) <= promised + 2 * float(found.std()) / math.sqrt(200)
-    assert float(found.mean()) > 0.3 * promised  # not by keeping everything
+    certify = getattr(table, rule)
+    found = [table.used(certify, losses, list(range(400)), limit, seed)[0] for seed in range(200)]
+    wrong = torch.tensor(found, dtype=torch.float64)
+    assert float(wrong.mean()) <= promised + 2 * float(wrong.std()) / math.sqrt(200)
+    assert float(wrong.mean()) > 0.3 * promised  # not by keeping everything
 
 
 def cell(row, ratio, density, share, **more):

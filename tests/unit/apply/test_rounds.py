@@ -16,7 +16,7 @@ from ffnscope.apply.pruned import as_pruned, plan_of
 from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
 from ffnscope.apply.sequential import reconstruct_sequential
-from ffnscope.calibrate import collect as passes
+from ffnscope.calibrate import passes
 from ffnscope.calibrate.collect import PassOptions, collect
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.plan.build import build_plan
@@ -126,7 +126,7 @@ def test_the_passes_of_python_go_on(llama: Any, tmp_path: Path, monkeypatch: pyt
     options = PassOptions(checkpoint=tmp_path / "sums.safetensors", checkpoint_every=4)
     unbroken = plan_and_reconstruct(llama, WINDOWS, 0.5, method=method)
     with monkeypatch.context() as patch:
-        stop_at(patch, passes, "_run", 10)  # 6 steps a pass
+        stop_at(patch, passes, "_run_group", 10)  # 6 steps a pass
         with pytest.raises(KeyboardInterrupt):
             plan_and_reconstruct(llama, WINDOWS, 0.5, method=method, options=options)
     assert [path.name for path in tmp_path.iterdir()] == ["sums.round_2.safetensors"]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import ffnscope
 from checkpoints import make_checkpoint, small_tokenizer
-from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.cli.files import read_plans
 from ffnscope.io import read_plan, read_scores, read_stats, write_plan, write_stats
 from ffnscope.plan.build import build_plan
@@ -253,7 +253,7 @@ def test_ctrl_c_ends_with_130(fails: Fails, config_file: Path, monkeypatch: pyte
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect, "observe_batch", stop)
+    monkeypatch.setattr(calibrating, "observe_batch", stop)
     said = fails(130, "run", config_file)
     assert "interrupted. Called again, `run`, `score`, `prune`, `curves` and `rank --validate` go on where" in said
 
@@ -400,7 +400,7 @@ def test_score(ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
 def test_score_goes_on_after_ctrl_c(
     ok: Ok, fails: Fails, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = collect.observe_batch, []
+    real, calls = calibrating.observe_batch, []
     options = ("score", checkpoint, "-m", "wanda", "--text", texts / "train.txt", "--num-samples", 40)
     options += ("--max-length", 32, "--batch-size", 8, "--out", tmp_path / "out")
 
@@ -410,7 +410,7 @@ def test_score_goes_on_after_ctrl_c(
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(collect, "observe_batch", stop_at_the_fifth)
+    monkeypatch.setattr(calibrating, "observe_batch", stop_at_the_fifth)
     fails(130, *options)
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["score.part", "calibrate.safetensors"]
     ok(*options)

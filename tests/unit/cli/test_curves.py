@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import ffnscope
 from faults import stop_at
 from ffnscope.analyze import curves
-from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.cli import app, files
 from ffnscope.io import read_plan
 from tiny import D_FF, LAYERS
@@ -92,7 +92,7 @@ def test_curves_are_kept_and_used_at_any_sparsity(
     given = ("--curves", tmp_path / "c" / "curves.safetensors")
     with monkeypatch.context() as patch:
         patch.setattr(curves, "measure_curves", None)
-        patch.setattr("ffnscope.cli.curve_options.measure_curves", None)
+        patch.setattr("ffnscope.analyze.measured.measure_curves", None)
         for sparsity in (0.25, 0.5):
             changes = ("--sparsity", sparsity, "--curve-rounds", 1, "--overwrite")
             ok(*pruning, "-m", "magnitude", "--allocator", "measured", *given, *changes)
@@ -156,7 +156,7 @@ def test_the_dry_run_computes_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(collect, "_run", refuse)
+    monkeypatch.setattr(calibrating, "_run_group", refuse)
     monkeypatch.setattr(files, "working_folder", refuse)
     told = ok(*pruning, *MEASURED, "--reconstruct", "sequential", "--dry-run").stdout
     cuts = LAYERS * (3 + 4)

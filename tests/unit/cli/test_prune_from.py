@@ -15,7 +15,7 @@ import ffnscope
 from checkpoints import make_checkpoint
 from faults import stop_at
 from ffnscope.apply.record import read_record
-from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.io import read_plan, read_scores
 from ffnscope.run import config_from_dict, find_record
 from runs import quiet_run, small_run
@@ -35,7 +35,7 @@ def base(checkpoint: Path, texts: Path) -> tuple[Any, ...]:
 @pytest.fixture
 def calm(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Steps of passes from now on: none are expected."""
-    return stop_at(monkeypatch, collect, "_run", 0)
+    return stop_at(monkeypatch, calibrating, "_run_group", 0)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def test_it_is_a_fresh_pruning(
     run, out, fresh = (tmp_path / name for name in ("run", "out", "fresh"))
     ok(*base, *method, "--sparsity", 0.5, "--multiple-of", 4, "--out", run)
     ok(*base, *method, "--sparsity", 0.3, "--multiple-of", 4, "--out", fresh)
-    steps = stop_at(monkeypatch, collect, "_run", 0)
+    steps = stop_at(monkeypatch, calibrating, "_run_group", 0)
     result = ok(*again(run, out, "--sparsity", 0.3))
     assert same(out, fresh) and not same(out, run)
     assert not steps and "calibrate" not in result.stderr

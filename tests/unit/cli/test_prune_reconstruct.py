@@ -18,6 +18,7 @@ from checkpoints import small_tokenizer
 from faults import stop_at
 from ffnscope.apply import sequential
 from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.cli import app, files
 from ffnscope.io import read_plan
 from tiny import D_FF, LAYERS, tokens
@@ -171,7 +172,7 @@ def test_an_interrupted_call_goes_on(
     assert not (tmp_path / "out").exists()
     assert {path.name for path in part(tmp_path).iterdir()} >= {"calibrate.safetensors", "blocks"}
     with monkeypatch.context() as patch:
-        passes, fits = stop_at(patch, collect, "_run", 0), stop_at(patch, sequential, "fit_columns", 0)
+        passes, fits = stop_at(patch, calibrating, "_run_group", 0), stop_at(patch, sequential, "fit_columns", 0)
         ok(*arguments)
     assert (len(passes), len(fits)) == (0, LAYERS - 1)
     assert not part(tmp_path).exists()
@@ -199,7 +200,7 @@ def test_rounds(
         assert CliRunner().invoke(app, [str(a) for a in options]).exit_code == 130
     assert len(list(part(tmp_path).glob("round_2_*.json"))) == 1
     with monkeypatch.context() as patch:
-        passes = stop_at(patch, collect, "_run", 0)
+        passes = stop_at(patch, calibrating, "_run_group", 0)
         ok(*options)
     assert not passes and not part(tmp_path).exists()
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "unbroken"))
@@ -226,7 +227,7 @@ def test_the_dry_run_computes_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(collect, "_run", refuse)
+    monkeypatch.setattr(calibrating, "_run_group", refuse)
     monkeypatch.setattr(files, "working_folder", refuse)
     told = ok(*base, "--method", "best", "--dry-run").stdout
     for text in (

@@ -15,7 +15,7 @@ from click.testing import Result
 import ffnscope
 from checkpoints import make_checkpoint
 from ffnscope.analyze import levels
-from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.io import read_plan, read_scores, read_stats
 from runs import strict_json
 from tiny import D_FF, LAYERS
@@ -123,7 +123,7 @@ def test_refused_before_a_model_is_loaded(
 def test_a_missing_text_is_refused_before_the_first_calibration(
     fails: Fails, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "observe_batch", None)
+    monkeypatch.setattr(calibrating, "observe_batch", None)
     assert "none.txt" in fails(2, *base, "-m", "wanda", "--repeat-text", tmp_path / "none.txt")
     assert not (tmp_path / "out").exists()
 
@@ -159,7 +159,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batches that models ran; with a number in it, an interrupt comes instead of that batch."""
-    real, seen = collect.observe_batch, [0, 0]
+    real, seen = calibrating.observe_batch, [0, 0]
 
     def counted(*args: Any) -> None:
         seen[0] += 1
@@ -167,7 +167,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(collect, "observe_batch", counted)
+    monkeypatch.setattr(calibrating, "observe_batch", counted)
     return seen
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from ffnscope.evaluate.compare import compare_plans
 from ffnscope.evaluate.fidelity import fidelity
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.evaluate.progress import fingerprint, plan_key
+from ffnscope.io import read_state, write_state
 from ffnscope.types import Budget, FFNSite, PruningPlan
 
 
@@ -231,9 +231,9 @@ def test_damaged_or_foreign_state_is_refused(model, plans, windows, tmp_path):
         compare_plans(model, plans, windows, state=state)
     state.unlink()
     compare_plans(model, plans, windows, state=state)
-    value = json.loads(state.read_text(encoding="utf-8"))
+    value = read_state(state)
     value["rows"]["dense"]["nll"].pop()
-    state.write_text(json.dumps(value), encoding="utf-8")
+    write_state(state, value)
     with pytest.raises(
         ArtifactError, match=r"one number per window \(7\)\. Delete it, and everything is measured anew\."
     ):

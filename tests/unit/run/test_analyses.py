@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.errors import ConfigError, UsageError
 from ffnscope.io import read_scores, read_stats, read_tensors
 from ffnscope.run import RunConfig, RunResult, analyses, config_from_dict
@@ -138,7 +138,7 @@ def test_a_second_run_does_nothing_and_one_key_redoes_one_stage(
 
     for name in ("concentration", "core_stability", "cross_layer"):
         monkeypatch.setattr(analyses, name, never)
-    monkeypatch.setattr(collect, "observe_batch", never)
+    monkeypatch.setattr(calibrating, "observe_batch", never)
     quiet_run(asked())
     assert (first.folder / "ledger.json").read_bytes() == ledger
     quiet_run(asked(halo={"enabled": True, "seed": 5}), overwrite=True)
@@ -168,7 +168,7 @@ def test_an_interrupt_in_an_analysis_loses_nothing_before_it(
     with pytest.raises(KeyboardInterrupt):
         quiet_run(asked())
     monkeypatch.setattr(analyses, "halo_analysis", real)
-    monkeypatch.setattr(collect, "observe_batch", cut)
+    monkeypatch.setattr(calibrating, "observe_batch", cut)
     found = quiet_run(asked())
     mine, other = results(found.folder), results(unbroken.folder)
     tables = [name for name in other if name.startswith("analysis/") and name.endswith(".csv")]

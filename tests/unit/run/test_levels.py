@@ -12,7 +12,7 @@ import yaml
 
 import ffnscope
 from checkpoints import make_checkpoint
-from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.errors import ConfigError, ModelError, UsageError
 from ffnscope.io import read_scores, read_stats
 from ffnscope.run import RunConfig, RunResult, config_from_dict, load_config, steps
@@ -47,13 +47,13 @@ def unbroken(checkpoint: Path, texts: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by every batch of a calibration pass."""
-    real, seen = collect.observe_batch, []
+    real, seen = calibrating.observe_batch, []
 
     def counted(*args: Any, **kwargs: Any) -> None:
         seen.append(len(seen))
         real(*args, **kwargs)
 
-    monkeypatch.setattr(collect, "observe_batch", counted)
+    monkeypatch.setattr(calibrating, "observe_batch", counted)
     return seen
 
 
@@ -156,7 +156,7 @@ def test_an_interrupt_in_the_only_pass_repeats_no_batch(
     two_levels: Callable[..., RunConfig], unbroken: RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = two_levels()
-    real, calls = collect.observe_batch, []
+    real, calls = calibrating.observe_batch, []
 
     def stop_at_the_second(*args: Any, **kwargs: Any) -> None:
         calls.append(1)
@@ -164,7 +164,7 @@ def test_an_interrupt_in_the_only_pass_repeats_no_batch(
             raise KeyboardInterrupt
         real(*args, **kwargs)
 
-    monkeypatch.setattr(collect, "observe_batch", stop_at_the_second)
+    monkeypatch.setattr(calibrating, "observe_batch", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         quiet_run(config)
     assert (config.output_dir / "statistics.part.safetensors").is_file()
@@ -178,7 +178,7 @@ def test_an_interrupt_in_the_second_pass_keeps_the_first(
     two_levels: Callable[..., RunConfig], unbroken: RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = two_levels()
-    real, calls = collect.observe_batch, []
+    real, calls = calibrating.observe_batch, []
 
     def stop_at_the_fifth(*args: Any, **kwargs: Any) -> None:
         calls.append(1)
@@ -186,7 +186,7 @@ def test_an_interrupt_in_the_second_pass_keeps_the_first(
             raise KeyboardInterrupt
         real(*args, **kwargs)
 
-    monkeypatch.setattr(collect, "observe_batch", stop_at_the_fifth)
+    monkeypatch.setattr(calibrating, "observe_batch", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         quiet_run(config)
     assert list(ledger(config.output_dir)) == ["calibrate"]

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from faults import stop_at
-from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.errors import ArtifactError
-from ffnscope.evaluate import compare
+from ffnscope.evaluate import measuring
 from ffnscope.run import RunConfig, config_from_dict, load_config
 from runs import quiet_run, results, small_run, strict_json
 
@@ -84,7 +84,7 @@ def test_a_new_plan_computes_only_its_own_windows(
     small: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet_run(small(pruning={"ratios": [0.25]}))
-    masks = stop_at(monkeypatch, compare, "as_pruned", -1)
+    masks = stop_at(monkeypatch, measuring, "as_pruned", -1)
     quiet_run(small(pruning={"ratios": [0.25, 0.5]}), overwrite=True)
     assert len(masks) == 2 * 2  # two new plans, two batches
 
@@ -171,11 +171,11 @@ def test_interrupted_calibration_goes_on(
 ) -> None:
     config = small()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, collect, "observe_batch", 3)
+        stop_at(patch, calibrating, "observe_batch", 3)
         quiet_run(config)
     assert (config.output_dir / PART).is_file()
     assert "stopped by KeyboardInterrupt" in (config.output_dir / "run.log").read_text()
-    batches = stop_at(monkeypatch, collect, "observe_batch", -1)
+    batches = stop_at(monkeypatch, calibrating, "observe_batch", -1)
     assert results(quiet_run(config).folder) == unbroken
     assert len(batches) == 1  # the third of three
 
@@ -185,10 +185,10 @@ def test_interrupted_evaluation_goes_on(
 ) -> None:
     config = small()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, compare, "as_pruned", 6)  # the second plan of the second batch
+        stop_at(patch, measuring, "as_pruned", 6)  # the second plan of the second batch
         quiet_run(config)
     assert list(stages(config.output_dir)) == ["calibrate", "score", "plan"]
-    masks = stop_at(monkeypatch, compare, "as_pruned", -1)
+    masks = stop_at(monkeypatch, measuring, "as_pruned", -1)
     assert results(quiet_run(config).folder) == unbroken
     assert len(masks) == 4
 
@@ -198,7 +198,7 @@ def test_damaged_state_of_an_interrupted_stage(
     small: Callable[..., RunConfig], unbroken: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     config = small()
-    module, function = (collect, "observe_batch") if name == PART else (compare, "_measure")
+    module, function = (calibrating, "observe_batch") if name == PART else (measuring, "_batches")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, module, function, 2)
         quiet_run(config)

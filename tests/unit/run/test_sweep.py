@@ -15,7 +15,7 @@ from rich.console import Console
 
 from checkpoints import make_checkpoint
 from faults import stop_at
-from ffnscope.calibrate import collect
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.errors import ArtifactError, ConfigError, SweepError
 from ffnscope.report.run_folder import read_run
 from ffnscope.run import SweepResult, executors, load_config, load_sweep, run_sweep
@@ -111,8 +111,10 @@ def test_what_is_no_longer_as_it_was_is_looked_at_again(
     else:
         text.write_text(text.read_text().upper())
         os.utime(text, (1, 1))  # however old it pretends to be
+    if damage == "text":
+        assert "the calibration text" in quiet_sweep(file).failed["seed=0"]
     runs = counted(monkeypatch)
-    assert quiet_sweep(file).failed == {}
+    assert quiet_sweep(file, overwrite=damage == "text").failed == {}
     assert len(runs) == 1
     after = results(result.folder)
     del before["sweep.json"], after["sweep.json"]  # of the ledger, which tells times
@@ -168,9 +170,9 @@ def test_errors_of_other_libraries_are_failures_and_faults_of_the_program_are_no
 def test_an_interrupted_sweep_goes_on(written: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = written(SEEDS)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, collect, "observe_batch", 5)  # the second of three batches of the second cell
+        stop_at(patch, calibrating, "observe_batch", 5)  # the second of three batches of the second cell
         quiet_sweep(file)
-    batches = stop_at(monkeypatch, collect, "observe_batch", -1)
+    batches = stop_at(monkeypatch, calibrating, "observe_batch", -1)
     runs = counted(monkeypatch)
     result = quiet_sweep(file)
     assert (len(runs), len(batches)) == (1, 2)
@@ -183,7 +185,7 @@ def test_a_cell_that_ended_the_process_does_not_keep_the_others_from_their_turn(
 ) -> None:
     file = written(SEEDS)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, collect, "observe_batch", 1)
+        stop_at(patch, calibrating, "observe_batch", 1)
         quiet_sweep(file)
     order: list[int] = []
     monkeypatch.setattr(executors, "run", lambda config, **_: order.append(config.seed) or quiet_run(config))
