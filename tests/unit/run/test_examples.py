@@ -69,7 +69,7 @@ def check(result: RunResult) -> None:
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ARCHITECTURE}
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ARCHITECTURE, "contextual"}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
@@ -84,6 +84,24 @@ def test_example_runs(name: str, overrides: Callable[[str], list[str]]) -> None:
     assert ARCHITECTURE[name] in model["class"].lower()
     asked = load_config(EXAMPLES / f"{name}.yaml").model.dtype
     assert model["dtype"] == asked
+
+
+def test_contextual_runs(tmp_path: Path) -> None:
+    """On the shipped texts, which are of many documents."""
+    lines = [
+        f"model.model_id={make_checkpoint(tmp_path / 'model')}",
+        "experiment.device=cpu",
+        "calibration.num_samples=12",
+        "calibration.max_length=24",
+        "contextual.predictor_params={group: 8}",
+        "evaluation.num_samples=6",
+        "evaluation.max_length=24",
+        f"output.dir={tmp_path / 'out'}",
+    ]
+    result = quiet_run(load_config(EXAMPLES / "contextual.yaml", lines))
+    assert result.card is not None and result.card.target == ("recall", 0.95)
+    assert [row.label for row in result.card_curve].count("oracle top-k") == 3
+    assert "pydoc_topics" in result.card.facts["second"]["source"]
 
 
 def test_the_guide_on_four_layers_takes_the_path_of_every_algorithm(
