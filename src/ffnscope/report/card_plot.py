@@ -67,6 +67,7 @@ def draw_card(card: SparsityCard, title: str = "") -> Figure:
         axes.set_ylabel(label, color=INK, size=9)
         axes.set_xlabel("FFN, in the order of the model", color=INK, size=9)
         axes.set_ylim(0, 100)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color=PALE, linewidth=0.5)
         tidy(axes)
     legend(figure, shown)

@@ -94,7 +94,7 @@ def card_curve(
         on_step: see `OnStep`.
 
     Returns:
-        The dense model, the card unless all its FFNs are dense, and a row per line and density, labelled by line.
+        The dense model, a row per line and density, labelled by line, and the card unless all its FFNs are dense.
 
     Raises:
         UsageError: impossible densities, or other windows than were traced.
@@ -148,8 +148,6 @@ def _forms(
     """Name -> what is measured, the dense model first."""
     selectors = card.selectors(model)
     found: dict[str, MaskedForm | None] = {DENSE: None}
-    if selectors:
-        found[CARD] = MaskedForm(CARD, selectors)
     lines = {rule_line(card.rule): partial(_own, model, traces, card, selectors)}
     lines |= {name: partial(_reference, model, traces, card, name) for name in REFERENCES}
     total = len(lines) * len(densities)
@@ -158,7 +156,9 @@ def _forms(
         for density in sorted(densities):
             own = {site: site_at_density(traces, site, *rule, density) for site, rule in rules.items()}
             found[f"{label} {density:g}"] = MaskedForm(label, own)
-            say("fit", len(found) - 1 - bool(selectors), total)
+            say("fit", len(found) - 1, total)
+    if selectors:
+        found[CARD] = MaskedForm(CARD, selectors)
     return found
 
 
