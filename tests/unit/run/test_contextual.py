@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 import ffnscope
+from checkpoints import write_documents
 from faults import stop_at
 from ffnscope.errors import ConfigError, UsageError
 from ffnscope.run import RunConfig, config_from_dict, dump_config
@@ -27,17 +28,27 @@ ASKED: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents"))
+
+
 @pytest.fixture
-def asked(checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
-    """Nothing but a card, on a shipped text of several documents, and another one as the second."""
+def asked(checkpoint: Path, documents: Path, tmp_path: Path) -> dict[str, Any]:
+    """Nothing but a card, on a text of several documents, and another one as the second."""
     return {
         "experiment": {"device": "cpu"},
         "model": {"model_id": str(checkpoint)},
-        "dataset": {"name": "sotu", "batch_size": 4},
+        "dataset": {"name": str(documents / "train.jsonl"), "batch_size": 4},
         "calibration": {"num_samples": 12, "max_length": 24},
         "metrics": {"scar": {"enabled": False}},
         "contextual": ASKED,
-        "evaluation": {"num_samples": 6, "extra": [{"name": "pydoc_topics"}], "samples": {"enabled": False}},
+        "evaluation": {
+            "name": str(documents / "test.jsonl"),
+            "num_samples": 6,
+            "extra": [{"name": str(documents / "second.jsonl")}],
+            "samples": {"enabled": False},
+        },
         "output": {"dir": str(tmp_path / "out"), "plots": False, "report": False},
     }
 
@@ -55,7 +66,7 @@ def test_a_card_with_its_curve_and_report(asked: dict[str, Any]) -> None:
     assert found.card is not None and found.card.bytes_read == card.bytes_read and len(card.sites) == LAYERS
     assert set(card.figures) == set(card.loss) == {"calibrate", "test", "second"}
     assert card.figures["calibrate"]["density"].mean <= 0.5
-    assert "pydoc_topics" in card.facts["second"]["source"]
+    assert "second.jsonl" in card.facts["second"]["source"]
     labels = [row.label for row in found.card_curve]
     assert labels[0] == DENSE and labels[1:4] == ["low_bit, top_k", "oracle top-k", "static mean"]
     own = next(row for row in found.card_curve if row.label == "low_bit, top_k")
@@ -98,10 +109,10 @@ def test_an_interrupted_run_goes_on_and_only_what_changed_is_done_again(
         assert not unfinished.exists()
         assert results(found.folder) == results(unbroken.folder)
         measured.clear()
-        quiet_run(made(asked, output={"plots": True}), overwrite=True)
-        assert not fits and not measured and (found.folder / "contextual" / "card.png").exists()
-    quiet_run(made(asked, contextual={"curves": []}), overwrite=True)
-    assert not (found.folder / "contextual" / "curve.json").exists()
+        quiet_run(made(asked, contextual={"curves": []}, output={"plots": True}), overwrite=True)
+        assert not fits and not measured
+    kept = {path.name for path in (found.folder / "contextual").iterdir()}
+    assert kept == {"card.json", "card.safetensors", "card.png"}
 
 
 def test_it_is_off_unless_enabled(asked: dict[str, Any]) -> None:
@@ -113,10 +124,12 @@ def test_it_is_off_unless_enabled(asked: dict[str, Any]) -> None:
 def test_the_second_text(asked: dict[str, Any]) -> None:
     config = made(asked)
     assert config.contextual.second is not None
-    assert (config.contextual.second.name, config.contextual.second.split) == ("pydoc_topics", "test")
+    assert config.contextual.second.name == config.evaluation.extra[0].name
     assert dump_config(config_from_dict(config.model_dump())) == dump_config(config)
     other = made(asked, contextual={"second": {"name": "stdlib_source", "split": "train"}})
     assert other.contextual_text is not None and other.contextual_text.words == "stdlib_source train"
+    shipped = made(asked, evaluation={"extra": [{"name": "pydoc_topics"}]}).contextual_text
+    assert shipped is not None and shipped.words == "pydoc_topics test"
     assert made(asked, evaluation={"extra": []}).contextual_text is None
 
 
@@ -134,7 +147,7 @@ def test_all_errors_come_at_once(asked: dict[str, Any]) -> None:
         "predictor_params": {"bit": 3},
         "certify": "riskcontrol",
         "curves": [0.3, 30],
-        "second": {"name": "sotu", "split": "train"},
+        "second": {"name": asked["dataset"]["name"]},
         "dencity": 0.1,
     }
     found = problems({**asked, "contextual": block})
@@ -144,7 +157,7 @@ def test_all_errors_come_at_once(asked: dict[str, Any]) -> None:
         "contextual.predictor_params: Unknown parameter of predictor 'low_bit' 'bit'",
         "contextual.certify: expected 'risk_control', 'split_conformal' or 'learn_then_test'; got 'riskcontrol'",
         "contextual.curves[1]: must be in (0, 1)",
-        "contextual.second: the second text 'sotu train' is the same as that of the calibration",
+        "is the same as that of the calibration. Give another",
         "contextual.dencity: unknown key 'dencity'",
     )
     for text in expected:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, write_documents
 from ffnscope.io import read_stats
 from ffnscope.run import RunResult, load_config
 from runs import quiet_run, strict_json
@@ -87,8 +87,14 @@ def test_example_runs(name: str, overrides: Callable[[str], list[str]]) -> None:
 
 
 def test_contextual_runs(tmp_path: Path) -> None:
-    """On the shipped texts, which are of many documents."""
+    """On texts of several documents."""
+    texts = write_documents(tmp_path)
     lines = [
+        f"dataset.name={texts / 'train.jsonl'}",
+        "dataset.split=null",
+        f"evaluation.name={texts / 'test.jsonl'}",
+        "evaluation.split=null",
+        f"evaluation.extra=[{{name: {texts / 'second.jsonl'}}}]",
         f"model.model_id={make_checkpoint(tmp_path / 'model')}",
         "experiment.device=cpu",
         "calibration.num_samples=12",
@@ -101,7 +107,7 @@ def test_contextual_runs(tmp_path: Path) -> None:
     result = quiet_run(load_config(EXAMPLES / "contextual.yaml", lines))
     assert result.card is not None and result.card.target == ("recall", 0.95)
     assert [row.label for row in result.card_curve].count("oracle top-k") == 3
-    assert "pydoc_topics" in result.card.facts["second"]["source"]
+    assert "second.jsonl" in result.card.facts["second"]["source"]
 
 
 def test_the_guide_on_four_layers_takes_the_path_of_every_algorithm(
