@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
@@ -98,6 +99,7 @@ def sparsify_command(
             reporter.say(f"{step} {what}")
         reporter.say("dry run: nothing was computed")
         return
+    job = replace(job, model_hash=weights_hash(loaded.model))
     with unfinished(out / UNFINISHED) as part:
         _carry_out(job, out, part, reporter)
 

@@ -26,7 +26,9 @@ PART = "unfinished"
 CARD, CURVE, PLOTS = "contextual card", "contextual curve", "contextual plots"
 
 
-def open_card(config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite], windows: Windows) -> CardJob | None:
+def open_card(
+    config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite], windows: Windows, model_hash: str = ""
+) -> CardJob | None:
     """What the contextual block asks for, its second text read, all that can be refused refused; None without it.
 
     Raises:
@@ -46,6 +48,7 @@ def open_card(config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite], 
         second_windows(config, loaded.tokenizer),
         asked.curves,
         config.experiment.seed,
+        model_hash,
     )
     found.check()
     return found

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import hash_json, read_json, write_csv, write_json
@@ -59,6 +58,7 @@ class CardJob:
         second: another text.
         densities: of the curve; empty for none.
         seed: splits the documents.
+        model_hash: of the weights; only where something is made, since it takes time.
     """
 
     loaded: LoadedModel
@@ -70,6 +70,7 @@ class CardJob:
     second: Windows | None = None
     densities: tuple[float, ...] = ()
     seed: int = 0
+    model_hash: str = ""
 
     @property
     def key(self) -> str:
@@ -175,7 +176,7 @@ class CardJob:
 
     def _text_key(self, windows: Windows) -> str:
         names = [site.name for site in self.sites]
-        return hash_json([weights_hash(self.loaded.model), windows.hash, windows.document.tolist(), names, self.seed])
+        return hash_json([self.model_hash, windows.hash, windows.document.tolist(), names, self.seed])
 
 
 def write_curve(rows: Sequence[FormRow], files: Sequence[Path]) -> None:
