@@ -56,6 +56,8 @@ def draw_card(card: SparsityCard, title: str = "") -> Figure:
     Raises:
         UsageError: the card has no figures, or matplotlib is not installed.
     """
+    from matplotlib.ticker import MaxNLocator
+
     sources = [name for name in LINES if any(name in one.figures for one in card.sites)]
     need(sources, "figures of a card")
     figure = new_figure(10.5, 3.4, "Selections by layer", title)
@@ -67,7 +69,7 @@ def draw_card(card: SparsityCard, title: str = "") -> Figure:
         axes.set_ylabel(label, color=INK, size=9)
         axes.set_xlabel("FFN, in the order of the model", color=INK, size=9)
         axes.set_ylim(0, 100)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color=PALE, linewidth=0.5)
         tidy(axes)
     legend(figure, shown)

@@ -45,7 +45,8 @@ def curve_grid(rows: Sequence[FormRow]) -> Grid:
     columns = ["FFNs by", "density", "bytes of dense", "perplexity", "rise of the loss"]
     notes = [
         "On the test documents; one density for all FFNs, except in the card. Rise in nats per token, in brackets its "
-        "95 % interval over documents. The oracle reads gate and up in full to choose."
+        "95 % interval over documents. The oracle reads gate and up in full to choose. Bytes here "
+        "are those of weights of 16 bits, whatever the model was loaded in."
     ]
     return Grid("Perplexity at several densities", columns, [_curve_row(row) for row in rows], notes)
 
