@@ -25,6 +25,7 @@ from ffnscope.sparse.card_files import write_card
 from ffnscope.sparse.card_options import CardOptions, CardTarget, Certify, check_offered, parse_target
 
 UNFINISHED = "sparsify.part"
+CURVE_FILES = ("curve.csv", "curve.json", "curve.png", "curve_bytes.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ def _carry_out(job: CardJob, out: Path, part: Path, reporter: Reporter) -> None:
     card = job.fit(part, reporter)
     write_card(out / "card.json", card, overwrite=True)
     rows = job.curve(card, part, reporter)
+    for old in CURVE_FILES:  # of a card that is replaced
+        (out / old).unlink(missing_ok=True)
     if rows:
         write_curve(rows, [out / "curve.csv", out / "curve.json"])
     draw_card_plots(out, card, rows, job.windows.source)

@@ -62,6 +62,7 @@ class TestSparsify:
         assert own == pytest.approx([0.25, 0.5]) and rows[0]["label"] == "dense"
         assert "static mean" in (out / "report.html").read_text()
         ok(*base, "--overwrite")
+        assert not list(out.glob("curve*"))
         assert "density of a curve must be in (0, 1)" in fails(2, *base, "--overwrite", "--curve", 30)
 
     def test_it_goes_on(self, ok: Ok, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
