@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def make_checkpoint(folder: Path, arch: str = "llama", *, seed: int = 0, **chang
     positions = "n_positions" if arch == "gpt2" else "max_position_embeddings"
     tiny(arch, seed=seed, **{"vocab_size": len(tokenizer), positions: POSITIONS, **changes}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_documents(folder: Path, n: int = 20) -> Path:
+    """Write ``train.jsonl``, ``test.jsonl`` and ``second.jsonl`` of short documents each; returns the folder."""
+    for name, source in (
+        ("train", ("sotu", "train")),
+        ("test", ("sotu", "test")),
+        ("second", ("pydoc_topics", "test")),
+    ):
+        texts = [text[:600] for _, text in itertools.islice(corpus(*source), n)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     return folder
 
 

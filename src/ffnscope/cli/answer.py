@@ -14,17 +14,20 @@ from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
 from ffnscope.cli.groups import grouped
-from ffnscope.cli.sparse_options import PROXY, params_of, target_of, traced
+from ffnscope.cli.sparse_options import params_of
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import write_text
 from ffnscope.report.answer_table import answer_markdown, print_answer, write_answer
 from ffnscope.run.progress import Reporter
+from ffnscope.run.sparse_steps import traced
 from ffnscope.run.texts import SHIPPED_TEXTS
 from ffnscope.sparse.answer import answer
 from ffnscope.sparse.answer_rows import Answer, AnswerOptions, Domain
 from ffnscope.sparse.calibration import Target
-from ffnscope.sparse.tracing import traces_size
+from ffnscope.sparse.card_options import parse_target
+from ffnscope.sparse.rule import DEFAULTS
+from ffnscope.sparse.tracing import TraceOptions, traces_size
 
 UNFINISHED = "answer.part"
 Models = Annotated[
@@ -86,10 +89,10 @@ def answer_command(
     goes on with the traces that are complete.
     """
     check_folder_output(out, overwrite, UNFINISHED)
-    asked = target_of(target)
+    asked = parse_target(target)
     if not isinstance(asked, Target):
         raise UsageError("each rule is calibrated in every FFN by itself; --target perplexity is for sparsify.")
-    params = (PROXY if predictor == "low_bit" else {}) | params_of("--predictor-param", predictor_param)
+    params = {**DEFAULTS.get(predictor, {}), **params_of("--predictor-param", predictor_param)}
     options = AnswerOptions(asked, wanted or None, predictor, params, choice.batch_size)
     texts = choice.texts()
     reporter = Reporter()
@@ -127,9 +130,10 @@ def _page(
     loaded = loading.open(reporter, model)
     label = model.removeprefix("package:").strip("/").replace("/", "_")
     domains: dict[str, Domain] = {}
+    tracing = TraceOptions(batch_size=options.batch_size)
     for place, (name, (calibration, held_out)) in enumerate(texts.items()):
         windows: Windows = calibration.calibration(loaded)
-        found = traced(loaded, windows, part / f"{label}_{place}", name, reporter, options.batch_size)
+        found = traced(loaded, windows, part / f"{label}_{place}", name, reporter, tracing)
         domains[name] = Domain(found, held_out.held_out(loaded))
     found_answer = _answer(loaded, domains, options, reporter)
     OUT.print(Text(f"{model}: top-k or threshold, and which k?", style="bold"))

@@ -8,24 +8,24 @@ from typing import Annotated
 
 import typer
 
-from ffnscope.calibrate.windows import Windows
+from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
 from ffnscope.cli.groups import grouped
-from ffnscope.cli.sparse_options import RuleChoice, target_of, traced
+from ffnscope.cli.sparse_options import RuleChoice
 from ffnscope.errors import UsageError
-from ffnscope.ffn.load import LoadedModel
-from ffnscope.report.card_plot import plot_card
-from ffnscope.report.card_table import print_card, write_card_page
+from ffnscope.ffn.sites import find_sites
+from ffnscope.report.card_page import write_card_page
+from ffnscope.report.card_table import print_card
 from ffnscope.run.progress import Reporter
+from ffnscope.run.sparse_steps import CardJob, draw_card_plots, write_curve
+from ffnscope.sparse.card_curve import check_densities
 from ffnscope.sparse.card_files import write_card
-from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, Certify, check_offered
-from ffnscope.sparse.fit import fit_card
-from ffnscope.sparse.rule import SelectionRule
-from ffnscope.sparse.tracing import traces_size
+from ffnscope.sparse.card_options import CardOptions, CardTarget, Certify, check_offered, parse_target
 
 UNFINISHED = "sparsify.part"
+CURVE_FILES = ("curve.csv", "curve.json", "curve.png", "curve_bytes.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +51,6 @@ class CardChoice:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    loaded: LoadedModel
-    rule: SelectionRule
-    target: CardTarget
-    options: CardOptions
-    windows: Windows
-    second: Windows | None
-    reporter: Reporter
-
-
 @grouped
 def sparsify_command(
     *,
@@ -72,6 +61,10 @@ def sparsify_command(
         str, typer.Option(help="recall=, missed_mass=, density=, relative_error= or perplexity=+1%.")
     ] = "recall=0.95",
     rule: RuleChoice,
+    curve: Annotated[
+        list[float] | None,
+        typer.Option("--curve", help="Density to measure the perplexity at, by this rule and others; repeatable."),
+    ] = None,
     choice: CardChoice,
     second: Annotated[str | None, typer.Option(help="Another text, to see what the card does there.")] = None,
     text: opt.TextChoice,
@@ -82,11 +75,12 @@ def sparsify_command(
     """Calibrate which channels each token needs: OUT/card.json with its tensors, OUT/card.png and OUT/report.html.
 
     Documents of the text are split: predictors are made from some, the rule is calibrated on others, and the card tells
-    what it does on the rest. `ffnscope.wrap_(model, ffnscope.read_card("OUT/card.json"))` decodes by it. An interrupted
-    call goes on.
+    what it does on the rest. With --curve also OUT/curve.csv, .json and their plots. An interrupted call goes on.
+    `ffnscope.wrap_(model, ffnscope.read_card("OUT/card.json"))` decodes by the card.
     """
     check_folder_output(out, overwrite, UNFINISHED)
-    asked, selection = target_of(target), rule.rule()
+    asked, selection, densities = parse_target(target), rule.rule(), tuple(curve or ())
+    check_densities(selection, densities)
     options = choice.options(context, asked, text.batch_size)
     if second == text.text:
         raise UsageError(f"--second {second} is the text of the calibration. Name another, or leave it out.")
@@ -97,44 +91,28 @@ def sparsify_command(
     reporter = Reporter()
     loaded = loading.open(reporter, model)
     held = None if other is None else other.held_out(loaded)
-    job = _Job(loaded, selection, asked, options, text.calibration(loaded), held, reporter)
+    job = CardJob(
+        loaded, find_sites(loaded.model), selection, asked, options, text.calibration(loaded), held, densities
+    )
+    job.check()
     if dry_run:
-        _print_plan(job)
+        for step, what, _ in job.steps():
+            reporter.say(f"{step} {what}")
+        reporter.say("dry run: nothing was computed")
         return
+    job = replace(job, model_hash=weights_hash(loaded.model))
     with unfinished(out / UNFINISHED) as part:
-        _carry_out(job, out, part)
+        _carry_out(job, out, part, reporter)
 
 
-def _print_plan(job: _Job) -> None:
-    size = sum(traces_size(job.loaded.model, text) for text in (job.windows, job.second) if text is not None)
-    documents = len(job.windows.document.unique())
-    reporter = job.reporter
-    reporter.say(f"trace {job.windows.n_tokens:,} tokens of {documents} documents: {job.windows.source}")
-    if job.second is not None:
-        reporter.say(f"trace {job.second.n_tokens:,} tokens of a second text: {job.second.source}")
-    reporter.say(f"traces take {size / 2**30:.2f} GiB of disk, removed at the end")
-    reporter.say(f"fit {job.rule.predictor} and calibrate {job.rule.policy} to {job.target} in every FFN")
-    reporter.say("dry run: nothing was computed")
-
-
-def _carry_out(job: _Job, out: Path, part: Path) -> None:
-    size = job.options.batch_size
-    traces = traced(job.loaded, job.windows, part / "traces", "the text", job.reporter, size)
-    other = job.second
-    held = None if other is None else traced(job.loaded, other, part / "second", "the second", job.reporter, size)
-    texts = CardTexts(job.windows, held, other)
-    options = replace(job.options, checkpoint=part / "fits")
-    with job.reporter.task("fit and measure", "steps") as update:
-        n_sites = len(traces.sites)
-        seen = {"fit": 0, "measure": n_sites}
-
-        def on_site(stage: str, done: int, total: int) -> None:
-            update(seen.get(stage, 0) + done, 2 * n_sites)
-
-        card, _ = fit_card(
-            job.loaded.model, traces, job.rule, job.target, options=options, texts=texts, on_site=on_site
-        )
-    write_card(out / "card.json", card)
-    plot_card(card, out / "card.png", job.windows.source)
-    write_card_page(out / "report.html", card)
-    print_card(card, OUT)
+def _carry_out(job: CardJob, out: Path, part: Path, reporter: Reporter) -> None:
+    card = job.fit(part, reporter)
+    write_card(out / "card.json", card, overwrite=True)
+    rows = job.curve(card, part, reporter)
+    for old in CURVE_FILES:  # of a card that is replaced
+        (out / old).unlink(missing_ok=True)
+    if rows:
+        write_curve(rows, [out / "curve.csv", out / "curve.json"])
+    draw_card_plots(out, card, rows, job.windows.source)
+    write_card_page(out / "report.html", card, rows)
+    print_card(card, OUT, rows)

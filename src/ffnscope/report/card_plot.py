@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnscope.report.drawing import COLOURS, INK, PALE, legend, need, new_figure, save, tidy
+from ffnscope.report.sparse_plots import Cost, draw_quality
 from ffnscope.sparse.card import SparsityCard
+from ffnscope.sparse.card_curve import lines_of
+from ffnscope.sparse.evaluation import FormRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +18,27 @@ if TYPE_CHECKING:
 
 PANELS = {"recall": "recall, %", "density": "density, %", "missed_mass": "missed mass, %"}
 LINES = {"test": "test documents", "second": "second text"}
+
+
+LAYERS = (
+    "Recall, density and missed mass of every FFN, means over tokens, on documents that had no part in the card and, "
+    "where one was given, on a second text."
+)
+CURVES: dict[Cost, str] = {
+    "density": "Perplexity on the test documents against density: the rule of the card, the best order there is, and "
+    "one selection for all tokens. Bars are 95 % intervals over documents.",
+    "bytes_share": "The same against the bytes that the FFNs read per token, those of the predictor included.",
+}
+
+
+def card_figures(
+    card: SparsityCard, curve: Sequence[FormRow] = (), title: str = ""
+) -> Iterator[tuple[str, str, Figure]]:
+    """Draw what a page shows of a card: (section, caption, figure), of the sections "layers" and "curve"."""
+    yield "layers", LAYERS, draw_card(card, title)
+    lines = lines_of(curve)
+    for cost, caption in CURVES.items() if lines else ():
+        yield "curve", caption, draw_quality(lines, cost, title)
 
 
 def plot_card(card: SparsityCard, path: Path, title: str = "") -> Path:
@@ -31,6 +56,8 @@ def draw_card(card: SparsityCard, title: str = "") -> Figure:
     Raises:
         UsageError: the card has no figures, or matplotlib is not installed.
     """
+    from matplotlib.ticker import MaxNLocator
+
     sources = [name for name in LINES if any(name in one.figures for one in card.sites)]
     need(sources, "figures of a card")
     figure = new_figure(10.5, 3.4, "Selections by layer", title)
@@ -42,6 +69,7 @@ def draw_card(card: SparsityCard, title: str = "") -> Figure:
         axes.set_ylabel(label, color=INK, size=9)
         axes.set_xlabel("FFN, in the order of the model", color=INK, size=9)
         axes.set_ylim(0, 100)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color=PALE, linewidth=0.5)
         tidy(axes)
     legend(figure, shown)

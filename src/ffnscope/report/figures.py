@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffnscope.analyze.concentration import LOSS_PROXY
 from ffnscope.report import analysis_plots, plots
+from ffnscope.report.card_plot import card_figures
 from ffnscope.report.curve_plots import draw_curves, draw_errors
 from ffnscope.report.inline_svg import inline_svg
 from ffnscope.report.summary import rank_correlation
@@ -60,6 +61,8 @@ def page_figures(run: RunFolder, prefix: str = "f") -> list[PageFigure]:
 def _figures(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
     yield from _quality(run)
     yield from _widths(run)
+    if run.card is not None:
+        yield from card_figures(run.card, run.card_curve)
     yield from _scores(run)
     yield from _concentration(run)
     yield from _supernodes(run)

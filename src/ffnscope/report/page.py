@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ffnscope.analyze.nulls import SIGNIFICANT
 from ffnscope.io import write_text
+from ffnscope.report.card_table import card_grids, card_sentences, curve_grid
 from ffnscope.report.figures import PageFigure, page_figures
 from ffnscope.report.findings import caveats, findings, is_significant
 from ffnscope.report.run_folder import RunFolder, described
@@ -84,6 +85,7 @@ def run_parts(run: RunFolder, prefix: str = "f") -> list[Part]:
         Part("quality", "Dense and pruned", grids=results_grids(run.rows), figures=drawn("quality")),
         Part("widths", "Where the widths come from", figures=drawn("widths")),
         Part("errors", "Layer error profile", figures=drawn("errors")),
+        Part("contextual", "Contextual sparsity", *_of_card(run), figures=drawn("curve", "layers")),
         Part("tasks", "Downstream tasks", grids=[task_grid(run.tasks)] if run.tasks else []),
         Part("samples", "Samples", samples=list(_samples(run.samples))),
         Part("scores", "Scores by layer", figures=drawn("scores")),
@@ -96,6 +98,14 @@ def run_parts(run: RunFolder, prefix: str = "f") -> list[Part]:
         Part("limits", "What limits these numbers", caveats(run)),
         Part("asked", "What was asked", pairs=list(_asked(run))),
     ]
+
+
+def _of_card(run: RunFolder) -> tuple[list[str], list[Grid]]:
+    """Sentences and tables of a sparsity card."""
+    if run.card is None:
+        return [], []
+    *grids, sites = card_grids(run.card)
+    return card_sentences(run.card), [*grids, *([curve_grid(run.card_curve)] if run.card_curve else []), sites]
 
 
 def _samples(found: Mapping[str, Any]) -> Iterator[Sample]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +13,15 @@ from torch import Tensor
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.io import read_json, read_scores, read_tensors
+from ffnscope.sparse.card import SparsityCard
+from ffnscope.sparse.card_files import read_card
+from ffnscope.sparse.evaluation import FormRow, form_row_of
 from ffnscope.types import EvalResult, FFNSite, Scores
 
 SUMMARY, CONFIG, SCORES = "summary.json", "experiment_config.yaml", "scores.safetensors"
 RESULTS, TASKS, SAMPLES = "pruning_results.json", "tasks.json", "samples.json"
 SETS, LORENZ = "analysis/channel_sets.safetensors", "analysis/lorenz.json"
+CARD, CARD_CURVE = "contextual/card.json", "contextual/curve.json"
 TABLES = (
     "concentration",
     "core_overlap",
@@ -49,6 +53,8 @@ class RunFolder:
         tables: name of an analysis -> its rows; only those that were made.
         facts: name of an analysis -> what else its file tells.
         lorenz: fractions, and curves per metric and site; empty without.
+        card: the calibrated contextual sparsity, where there is one.
+        card_curve: perplexity at several densities around it.
     """
 
     folder: Path
@@ -62,6 +68,8 @@ class RunFolder:
     tables: Mapping[str, list[dict[str, Any]]]
     facts: Mapping[str, Mapping[str, Any]]
     lorenz: Mapping[str, Any]
+    card: SparsityCard | None = None
+    card_curve: Sequence[FormRow] = ()
 
     @property
     def name(self) -> str:
@@ -101,12 +109,14 @@ def read_run(folder: Path) -> RunFolder:
         {name: _rows(path) for name, path in made.items()},
         {name: _optional(path).get("facts", {}) for name, path in made.items()},
         _optional(folder / LORENZ),
+        read_card(folder / CARD) if (folder / CARD).exists() else None,
+        [form_row_of(value) for value in _rows(folder / CARD_CURVE)],
     )
 
 
 def result_files(folder: Path) -> list[Path]:
     """The files of a run that `read_run` reads and that are there."""
-    names = (SUMMARY, CONFIG, SCORES, SETS, RESULTS, TASKS, SAMPLES, LORENZ)
+    names = (SUMMARY, CONFIG, SCORES, SETS, RESULTS, TASKS, SAMPLES, LORENZ, CARD, CARD_CURVE)
     found = [*(folder / name for name in names), *(_table(folder, name) for name in TABLES)]
     return [path for path in found if path.exists()]
 

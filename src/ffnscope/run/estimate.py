@@ -27,11 +27,13 @@ from ffnscope.ffn.load import load_model, quiet_transformers
 from ffnscope.ffn.sites import find_sites
 from ffnscope.run.checkpoints import check_format
 from ffnscope.run.choices import calibration_extra, core_rule, metric_params, model_source, pass_options
+from ffnscope.run.contextual import open_card
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.windows import calibration_windows, evaluation_windows
 from ffnscope.types import FFNSite
 
@@ -96,6 +98,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, speed),
+        *_contextual_lines(open_card(config, loaded, sites, calibration), speed),
         *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
     ]
     batches = [w[: config.dataset.batch_size] for w in held_out]
@@ -263,6 +266,14 @@ def _ablation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float
         what = f"{asked.channels} channels x {tokens:,} tokens, on average half of the layers"
         found.append(Line("ablate channels", what, asked.channels * tokens * speed / 2))
     return found
+
+
+def _contextual_lines(asked: CardJob | None, speed: float) -> list[Line]:
+    """Tracing and measuring; how long a fit takes depends on the predictor."""
+    steps = [] if asked is None else asked.steps()
+    return [
+        Line(f"contextual {step}", what, math.nan if tokens is None else tokens * speed) for step, what, tokens in steps
+    ]
 
 
 _TOKENS_OF_ONE_STEP = 32

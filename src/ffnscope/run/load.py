@@ -243,6 +243,7 @@ def resolve(config: RunConfig) -> RunConfig:
             "max_length": config.evaluation_max_length,
             "extra": tuple(ExtraText(**source.model_dump()) for source in extra),
         },
+        "contextual": {"second": config.contextual_text or config.contextual.second},
         "output": {"dir": config.output.dir or str(config.output_dir)},
     }
     return config.model_copy(

@@ -20,6 +20,7 @@ from ffnscope.run.ablations import ablation_stage
 from ffnscope.run.analyses import analyses_stage, protection_stage
 from ffnscope.run.checkpoints import check_format, checkpoints_stage
 from ffnscope.run.choices import model_source
+from ffnscope.run.contextual import card_summary, contextual_stage, open_card
 from ffnscope.run.curves import chosen_stage, curves_stage
 from ffnscope.run.folder import LOG_FILE, open_folder
 from ffnscope.run.outputs import check_plots, page_stage, report_stage, summary
@@ -28,6 +29,8 @@ from ffnscope.run.reconstructions import check_sites, reconstruct_stage
 from ffnscope.run.rounds import planned
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.windows import check_texts
+from ffnscope.sparse.card import SparsityCard
+from ffnscope.sparse.evaluation import FormRow
 from ffnscope.types import PruningPlan, Scores
 
 
@@ -35,7 +38,8 @@ from ffnscope.types import PruningPlan, Scores
 class RunResult:
     """What a run made: its folder, scores per metric, plans per label, rows of evaluation and tasks, samples.
 
-    ``reconstructions`` are those of the plans, by label, where the configuration asks for them.
+    ``reconstructions`` are those of the plans, by label, where the configuration asks for them; ``card`` is its
+    contextual sparsity, and ``card_curve`` the perplexities around it.
     """
 
     folder: Path
@@ -45,6 +49,8 @@ class RunResult:
     samples: dict[str, list[str]]
     tasks: list[TaskRow] = field(default_factory=list[TaskRow])
     reconstructions: dict[str, Reconstruction] = field(default_factory=dict[str, Reconstruction])
+    card: SparsityCard | None = None
+    card_curve: list[FormRow] = field(default_factory=list[FormRow])
 
     def to_pandas(self) -> Any:
         """One row per model and text of the evaluation, with the columns of ``pruning_results.csv``."""
@@ -81,6 +87,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         check_format(config, loaded)
         check_sites(config, find_sites(loaded.model, config.model.tracked_layers))
         job = stages.open_job(config, folder, reporter, loaded, overwrite=overwrite)
+        asked = open_card(config, loaded, job.sites, job.calibration, job.model_hash)
         stats = stages.calibrate_stage(job)
         scores = stages.score_stage(job, stats)
         analyses_stage(job, stats, scores)
@@ -93,9 +100,11 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         ablation_stage(job, stats, scores)
         tasks = stages.tasks_stage(job, pruned)
         samples = stages.samples_stage(job, pruned)
+        card, curve = contextual_stage(job, asked)
         report_stage(job, scores, rows, tasks)
         checkpoints_stage(job, pruned, rows)
-        page_stage(job, summary(job, pruned, rows, tasks))
+        told = {"contextual": card_summary(card, curve)} if card else {}
+        page_stage(job, {**summary(job, pruned, rows, tasks), **told})
         reporter.say(f"results in {folder}")
     refits = {label: one for label, one in pruned.items() if isinstance(one, Reconstruction)}
-    return RunResult(folder, scores, plans, rows, samples, tasks, refits)
+    return RunResult(folder, scores, plans, rows, samples, tasks, refits, card, curve)

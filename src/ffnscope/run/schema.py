@@ -14,6 +14,7 @@ from ffnscope.apply.export import SHARD_SIZE
 from ffnscope.evaluate.tasks import TaskOptions
 from ffnscope.registry import METRICS
 from ffnscope.run.analysis_blocks import Ablation, Concentration, CrossLayer, Halo, Stability
+from ffnscope.run.contextual_block import Contextual, SecondText
 from ffnscope.run.fields import (
     Block,
     Count,
@@ -270,6 +271,7 @@ class RunConfig(Block):
     cross_layer: CrossLayer = Field(default_factory=CrossLayer)
     ablation: Ablation = Field(default_factory=Ablation)
     pruning: Pruning = Field(default_factory=Pruning)
+    contextual: Contextual = Field(default_factory=Contextual)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     output: Output = Field(default_factory=Output)
 
@@ -331,6 +333,15 @@ class RunConfig(Block):
         """Every held-out text, the main one first."""
         extra = (_source(text, text.split, held_out_split(text.name)) for text in self.evaluation.extra)
         return (self.evaluation_text, *extra)
+
+    @property
+    def contextual_text(self) -> SecondText | None:
+        """Second text of the contextual block; None for none."""
+        asked, extra = self.contextual, self.evaluation.extra if self.evaluation.enabled else ()
+        chosen = asked.second or (extra[0] if extra else None)
+        if not asked.enabled or chosen is None:
+            return None
+        return SecondText(**_source(chosen, chosen.split, held_out_split(chosen.name)).model_dump())
 
     @property
     def task_options(self) -> TaskOptions | None:

@@ -13,7 +13,8 @@ from ffnscope.run.schema import RunConfig
 
 def check_texts(config: RunConfig) -> None:
     """Raise TextError when a text is missing or not readable: before a model is loaded, whose tokenizer cuts it."""
-    others = map(text_source, config.stability_texts)
+    second = config.contextual_text
+    others = map(text_source, (*config.stability_texts, *([second] if second else [])))
     for source in (calibration_source(config), *_held_out_sources(config), *others):
         check_text(source)
 
@@ -39,17 +40,24 @@ def evaluation_windows(config: RunConfig, tokenizer: Any) -> list[Windows]:
 
     The seed is the experiment's, so that runs that differ in their calibration sample are measured on one text.
     """
-    return [
-        load_windows(
-            source,
-            tokenizer,
-            n=config.evaluation.num_samples,
-            length=config.evaluation_max_length,
-            seed=config.experiment.seed,
-            answers_only=config.calibration.answers_only and _holds_chats(source),
-        )
-        for source in _held_out_sources(config)
-    ]
+    return [_held_out(config, source, tokenizer) for source in _held_out_sources(config)]
+
+
+def second_windows(config: RunConfig, tokenizer: Any) -> Windows | None:
+    """Cut the second text of the contextual block as held-out texts are; None without one."""
+    text = config.contextual_text
+    return None if text is None else _held_out(config, text_source(text), tokenizer)
+
+
+def _held_out(config: RunConfig, source: TextSource, tokenizer: Any) -> Windows:
+    return load_windows(
+        source,
+        tokenizer,
+        n=config.evaluation.num_samples,
+        length=config.evaluation_max_length,
+        seed=config.experiment.seed,
+        answers_only=config.calibration.answers_only and _holds_chats(source),
+    )
 
 
 def _held_out_sources(config: RunConfig) -> list[TextSource]:

@@ -132,15 +132,17 @@ def at_density(
     Raises:
         UsageError: a density that the policy cannot meet.
     """
-    target = Target("density", density)
-    found: dict[FFNSite, Selector] = {}
-    for site, predictor in predictors.items():
-        if isinstance(policy, TopK):  # needs no text
-            found[site] = Selector(predictor, policy, math.floor(density * site.d_ff + 1e-9))
-            continue
-        chunks = scored(predictor, predictor.ffn, traces.x(site, "calibrate"), nonzero, chunk)
-        found[site] = Selector(predictor, policy, calibrate_policy(policy, chunks, target).parameter)
-    return found
+    return {site: site_at_density(traces, site, one, policy, density, chunk) for site, one in predictors.items()}
+
+
+def site_at_density(
+    traces: Traces, site: FFNSite, predictor: Predictor, policy: Policy, density: float, chunk: int = 1024
+) -> Selector:
+    """The selector of one FFN, as `at_density`."""
+    if isinstance(policy, TopK):  # needs no text
+        return Selector(predictor, policy, math.floor(density * site.d_ff + 1e-9))
+    chunks = scored(predictor, predictor.ffn, traces.x(site, "calibrate"), nonzero, chunk)
+    return Selector(predictor, policy, calibrate_policy(policy, chunks, Target("density", density)).parameter)
 
 
 def selectors_of(

@@ -19,15 +19,16 @@ KIND = "sparsity card"
 CARD_SCHEMA = 1
 
 
-def write_card(path: Path, card: SparsityCard) -> None:
+def write_card(path: Path, card: SparsityCard, *, overwrite: bool = False) -> None:
     """Write a card as JSON to ``path`` and its tensors beside it, with the ending ``.safetensors``.
 
     Raises:
-        ArtifactError: the path does not end in ``.json``, a card is there already, or it cannot be written.
+        ArtifactError: the path does not end in ``.json``, a card is there already and may not be replaced, or it cannot
+            be written.
     """
     if path.suffix != ".json":
         raise ArtifactError(f"a card is written as JSON; got {path.name}. Choose a name such as card.json.")
-    if path.exists():
+    if path.exists() and not overwrite:
         raise ArtifactError(f"{path} exists. Choose another name, or remove it.")
     value: dict[str, Any] = {
         "kind": KIND,

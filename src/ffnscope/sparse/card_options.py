@@ -49,6 +49,27 @@ class PerplexityTarget:
 CardTarget = Target | PerplexityTarget
 
 
+def parse_target(text: str) -> CardTarget:
+    """Parse ``MEASURE=VALUE``: recall=0.95, missed_mass=0.1, density=0.3, relative_error=0.2 or perplexity=+1%.
+
+    Raises:
+        UsageError: another form, an unknown measure, or an impossible value.
+    """
+    measure, equals, value = text.partition("=")
+    try:
+        percent = value.endswith("%")
+        number = float(value.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        equals = ""
+        number = 0.0
+    if not equals:
+        raise UsageError(
+            f"the target {text!r} is not MEASURE=VALUE, for example recall=0.95, missed_mass=0.1, density=0.3, "
+            "relative_error=0.2 or perplexity=+1%."
+        )
+    return PerplexityTarget(number) if measure == "perplexity" else Target(measure, number)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, slots=True)
 class Certify:
     """Choose the setting so that the target is promised for new documents, instead of met on the calibration's.

@@ -78,6 +78,20 @@ class FormRow:
         }
 
 
+def form_row_of(flat: Mapping[str, Any]) -> FormRow:
+    """A line from what `FormRow.flat` gave; without densities by site and the standard error of the perplexity."""
+    ends = (flat[f"loss_difference_{name}"] for name in ("value", "low", "high", "documents"))
+    return FormRow(
+        flat["label"],
+        EvalResult("perplexity", flat["perplexity"], "1", None, flat["n_targets"], flat["dataset"], ""),
+        None if flat["loss_difference_value"] is None else Estimate(*ends),
+        flat["density"],
+        {},
+        flat["bytes_read"],
+        flat["bytes_read"] / flat["bytes_share"],
+    )
+
+
 def form_losses(
     model: nn.Module,
     form: Form | None,

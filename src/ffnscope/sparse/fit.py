@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ffnscope.calibrate.collect import weights_hash
@@ -220,7 +219,7 @@ class _Fitting:
     def _windows(self, part: Part) -> Windows | None:
         if self.texts.windows is None:
             return None
-        return self.texts.windows[torch.isin(self.texts.windows.document, self.traces.parts[part])]
+        return self.traces.windows_of(self.texts.windows, part)
 
     def _key(self) -> str:
         """Hash of all that a fitted FFN depends on."""

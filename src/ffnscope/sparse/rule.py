@@ -16,6 +16,8 @@ from ffnscope.sparse.policies import ChannelThreshold, Hybrid, Policy, TopK, cha
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed, token_mean
 from ffnscope.sparse.predictors.restore import restore_predictor
 
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"low_bit": {"bits": 4, "group": 64}}
+"""Parameters of a predictor for those who name none, where it asks for some."""
 GAIN_TOKENS = 4096
 """Tokens on which gains of channels are measured, at most."""
 
@@ -91,12 +93,20 @@ class SelectionRule:
         if self.policy != "hybrid":
             return self.policy, dict(self.policy_params)
         rest = self.policy_params.get("rest", "nucleus")
+        _check_type("core of policy 'hybrid'", "float", self.core_share)
         if rest in ("hybrid", "channel_threshold") or not 0 <= self.core_share < 1:
             raise UsageError(
                 f"hybrid needs a share core in [0, 1) and another simple policy as rest; got {self.core_share!r} and "
                 f"{rest!r}."
             )
         return rest, {k: v for k, v in self.policy_params.items() if k not in ("core", "rest")}
+
+
+def rule_of(
+    predictor: str, policy: str, predictor_params: Mapping[str, Any], policy_params: Mapping[str, Any]
+) -> SelectionRule:
+    """A rule whose parameters are what was given over `DEFAULTS`; raises as `SelectionRule`."""
+    return SelectionRule(predictor, policy, {**DEFAULTS.get(predictor, {}), **predictor_params}, dict(policy_params))
 
 
 def tensors_of(predictor: Predictor, policy: Policy) -> dict[str, Tensor]:
@@ -113,6 +123,25 @@ def _check_params(kind: str, name: str, asked: Mapping[str, Any], known: Mapping
     for key in asked:
         if key not in known:
             raise unknown_name(f"parameter of {kind} {name!r}", key, known)
+        _check_type(f"{key} of {kind} {name!r}", known[key].annotation, asked[key])
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in asked:
             raise UsageError(f"{kind} {name!r} needs {key}; give it in {kind}_params.")
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "None": (type(None),),
+}
+
+
+def _check_type(what: str, annotation: Any, value: Any) -> None:
+    """Refuse a plain value of another type than a signature declares; other types are left to who takes them."""
+    names = str(getattr(annotation, "__name__", annotation)).split(" | ")
+    allowed = [one for name in names for one in _TYPES.get(name, (object,))]
+    fits = bool in allowed or object in allowed if isinstance(value, bool) else isinstance(value, tuple(allowed))
+    if not fits:
+        raise UsageError(f"{what} must be {' or '.join(names)}; got {value!r}.")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, UsageError, unknown_name
 from ffnscope.io import complete, expect_kind, read_json, read_tensors
 from ffnscope.sparse.predictors.interface import FitTokens
@@ -56,6 +57,10 @@ class Traces:
         """Which tokens these are: [n] int64, indices of ``document`` and ``window``."""
         tokens = self._read(site)[1]
         return tokens if part is None else tokens[self._in_part(tokens, part)]
+
+    def windows_of(self, windows: Windows, part: Part) -> Windows:
+        """Those of the traced windows that begin in documents of one part."""
+        return windows[torch.isin(windows.document, self.parts[part])]
 
     def fit_tokens(self, site: FFNSite, part: Part = "fit", *, lookahead: int = 0) -> FitTokens:
         """Tokens to make a predictor from; with ``lookahead`` 1 also the inputs of the FFN one layer before.

@@ -62,6 +62,17 @@ def traces_size(model: nn.Module, windows: Windows, sites: Sequence[FFNSite] | N
     return per_token * windows.n_tokens
 
 
+def check_traces(
+    model: nn.Module, windows: Windows, sites: Sequence[FFNSite], options: TraceOptions | None = None
+) -> int:
+    """Raise what `trace` would raise before it runs the model; returns `traces_size`."""
+    options = options or TraceOptions()
+    for site in sites:
+        check_site(site)
+    split_documents(windows.document.repeat_interleave(windows.valid.sum(1)), options.seed)
+    return _checked_size(model, windows, sites, options.max_bytes)
+
+
 def trace(
     model: nn.Module,
     windows: Windows,
@@ -99,11 +110,9 @@ def trace(
     """
     options = options or TraceOptions()
     chosen = list(find_sites(model) if sites is None else sites)
-    for site in chosen:
-        check_site(site)
+    size = check_traces(model, windows, chosen, options)
     documents = windows.document.repeat_interleave(windows.valid.sum(1))
     parts = split_documents(documents, options.seed)
-    size = _checked_size(model, windows, chosen, options.max_bytes)
     hashes = {"weights_hash": weights_hash(model), "windows_hash": windows.hash}
     key = hash_json([hashes, windows.document.tolist(), [site.name for site in chosen]])
     if out.exists():

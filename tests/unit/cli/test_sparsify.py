@@ -48,6 +48,23 @@ class TestSparsify:
         assert model.generate(tokens()[:1], max_new_tokens=4, do_sample=False).shape == dense.shape
         assert "<svg" in (out / "report.html").read_text()
 
+    def test_a_curve(self, ok: Ok, fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        asked = (*base, "--curve", 0.25, "--curve", 0.5)
+        assert "curve 8 models" in ok(*asked, "--dry-run").stderr
+        result = ok(*asked)
+        assert "Perplexity at several densities" in result.stdout
+        names = {"card.json", "card.png", "card.safetensors", "report.html"}
+        names |= {"curve.csv", "curve.json", "curve.png", "curve_bytes.png"}
+        assert {path.name for path in out.iterdir()} == names
+        rows = json.loads((out / "curve.json").read_text())["rows"]
+        own = [row["density"] for row in rows if row["label"] == "low_bit, top_k"]
+        assert own == pytest.approx([0.25, 0.5]) and rows[0]["label"] == "dense"
+        assert "static mean" in (out / "report.html").read_text()
+        ok(*base, "--overwrite")
+        assert not list(out.glob("curve*"))
+        assert "density of a curve must be in (0, 1)" in fails(2, *base, "--overwrite", "--curve", 30)
+
     def test_it_goes_on(self, ok: Ok, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             stop_at(patch, fit, "fit_site", 2)

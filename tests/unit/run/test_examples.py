@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, write_documents
 from ffnscope.io import read_stats
 from ffnscope.run import RunResult, load_config, load_sweep, run_sweep
 from ffnscope.run.progress import Reporter
@@ -71,7 +71,7 @@ def check(result: RunResult) -> None:
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ARCHITECTURE, "sweep"}
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ARCHITECTURE, "sweep", "contextual"}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURE)
@@ -97,6 +97,30 @@ def test_the_sweep_runs(overrides: Callable[[str], list[str]]) -> None:
     assert len(result.rows) == 7 * 2 * 3  # cells x texts x (dense and two sparsities)
     page = (result.folder / "report.html").read_text()
     assert "Over seeds" in page
+
+
+def test_contextual_runs(tmp_path: Path) -> None:
+    """On texts of several documents."""
+    texts = write_documents(tmp_path)
+    lines = [
+        f"dataset.name={texts / 'train.jsonl'}",
+        "dataset.split=null",
+        f"evaluation.name={texts / 'test.jsonl'}",
+        "evaluation.split=null",
+        f"evaluation.extra=[{{name: {texts / 'second.jsonl'}}}]",
+        f"model.model_id={make_checkpoint(tmp_path / 'model')}",
+        "experiment.device=cpu",
+        "calibration.num_samples=12",
+        "calibration.max_length=24",
+        "contextual.predictor_params={group: 8}",
+        "evaluation.num_samples=6",
+        "evaluation.max_length=24",
+        f"output.dir={tmp_path / 'out'}",
+    ]
+    result = quiet_run(load_config(EXAMPLES / "contextual.yaml", lines))
+    assert result.card is not None and result.card.target == ("recall", 0.95)
+    assert [row.label for row in result.card_curve].count("oracle top-k") == 3
+    assert "second.jsonl" in result.card.facts["second"]["source"]
 
 
 def test_the_guide_on_four_layers_takes_the_path_of_every_algorithm(

@@ -189,7 +189,8 @@ def test_json_schema_knows_every_key():
         block = schema["properties"]
         for key in path:
             node = block[key]
-            reference = node.get("$ref") or node.get("items", {}).get("$ref")
+            optional = (one["$ref"] for one in node.get("anyOf", ()) if "$ref" in one)
+            reference = node.get("$ref") or node.get("items", {}).get("$ref") or next(optional, None)
             block = schema["$defs"][reference.rsplit("/", 1)[-1]]["properties"] if reference else {}
 
 

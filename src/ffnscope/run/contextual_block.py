@@ -1,0 +1,79 @@
+"""The contextual block of a configuration: which channels each token needs, calibrated to a target."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, StrictBool, StrictStr
+
+from ffnscope.errors import UsageError
+from ffnscope.registry import POLICIES, PREDICTORS, Registry
+from ffnscope.run.fields import Block, Distinct, Fraction, Keywords, did_you_mean, refuse
+from ffnscope.run.texts import TextSource
+from ffnscope.sparse.card_options import Allocation, CardOptions, CardTarget, Certify, parse_target
+from ffnscope.sparse.certificate import Method
+from ffnscope.sparse.rule import SelectionRule, rule_of
+
+
+def _known(registry: Registry[Any]) -> Any:
+    def check(name: str) -> str:
+        known = sorted(registry.names())
+        if name not in known:
+            raise refuse(f"unknown {registry.kind} {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _target(text: str) -> str:
+    try:
+        parse_target(text)
+    except UsageError as error:
+        raise refuse(str(error).rstrip(".")) from error
+    return text
+
+
+class SecondText(TextSource):
+    """Another text, to see what a calibrated selection does there."""
+
+
+class Contextual(Block):
+    """Contextual sparsity: calibrate which channels each token needs, and measure what that does."""
+
+    enabled: StrictBool = False
+    """Trace the calibration windows, fit a sparsity card, and write it to contextual/card.json."""
+    target: Annotated[StrictStr, AfterValidator(_target)] = "recall=0.95"
+    """recall=, missed_mass=, density=, relative_error= (of every FFN), or perplexity=+1%."""
+    predictor: Annotated[StrictStr, _known(PREDICTORS)] = "low_bit"
+    """What scores the channels of a token: low_bit, low_rank, whitened_svd, sign_bit, exact_gate, oracle, ..."""
+    predictor_params: Keywords = Field(default_factory=dict)
+    """Parameters of the predictor; low_bit has bits: 4 and group: 64 unless they are here."""
+    policy: Annotated[StrictStr, _known(POLICIES)] = "nucleus"
+    """Rule that keeps channels by their scores: nucleus, threshold, top_k, hybrid, ..."""
+    policy_params: Keywords = Field(default_factory=dict)
+    """Parameters of the policy."""
+    certify: Method | None = None
+    """Promise the target for new documents; null: meet it on the calibration documents."""
+    failure: Fraction | None = None
+    """Of split_conformal and learn_then_test: how often the promise may fail; null: 0.1."""
+    allocation: Allocation = "uniform"
+    """The same density in every FFN, or densities by curves of damage: relative_error, fisher or measured."""
+    second: SecondText | None = None
+    """Another text, to see what the card does there; null: the first of evaluation.extra, if there is one."""
+    curves: Annotated[tuple[Fraction, ...], Distinct] = ()
+    """Densities at which the perplexity of this rule, of the oracle and of one selection for all tokens is measured."""
+
+    @property
+    def rule(self) -> SelectionRule:
+        """Predictor and policy; raises UsageError for impossible parameters."""
+        return rule_of(self.predictor, self.policy, self.predictor_params, self.policy_params)
+
+    @property
+    def card_target(self) -> CardTarget:
+        """What is wanted."""
+        return parse_target(self.target)
+
+    def options(self, batch_size: int) -> CardOptions:
+        """How the card is fitted."""
+        certify = None if self.certify is None else Certify(self.certify, self.failure or Certify().failure)
+        return CardOptions(certify=certify, allocation=self.allocation, batch_size=batch_size)

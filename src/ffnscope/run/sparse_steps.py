@@ -1,0 +1,206 @@
+"""Steps of contextual sparsity that a run and the commands have in common, told to a reporter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ffnscope.calibrate.windows import Windows
+from ffnscope.ffn.load import LoadedModel
+from ffnscope.io import hash_json, read_json, write_csv, write_json
+from ffnscope.report.card_plot import plot_card
+from ffnscope.report.sparse_plots import plot_quality
+from ffnscope.run.progress import Reporter
+from ffnscope.run.steps import discard_damaged
+from ffnscope.sparse.card import SparsityCard
+from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
+from ffnscope.sparse.card_files import read_card, write_card
+from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, PerplexityTarget
+from ffnscope.sparse.choose import check_certificate
+from ffnscope.sparse.evaluation import FormRow
+from ffnscope.sparse.fit import fit_card
+from ffnscope.sparse.rule import SelectionRule
+from ffnscope.sparse.split import split_documents
+from ffnscope.sparse.traces import Traces
+from ffnscope.sparse.tracing import TraceOptions, check_traces, trace, traces_size
+from ffnscope.types import FFNSite
+
+
+def traced(
+    loaded: LoadedModel,
+    windows: Windows,
+    folder: Path,
+    label: str,
+    reporter: Reporter,
+    options: TraceOptions,
+    sites: Sequence[FFNSite] | None = None,
+) -> Traces:
+    """Trace a text, with its size told before; traces that are there are read."""
+    if not folder.exists():
+        size = traces_size(loaded.model, windows, sites)
+        reporter.say(f"traces of {label}: {size / 2**30:.2f} GiB in {folder}, removed at the end")
+    with reporter.task(f"trace {label}", "FFNs") as update:
+        return trace(loaded.model, windows, folder, sites=sites, options=options, on_round=update)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CardJob:
+    """A card to make, and a curve around it; what is found on the way lies in a folder, from which it goes on.
+
+    Attributes:
+        loaded: model and tokenizer.
+        sites: FFNs to trace.
+        rule: predictor and policy.
+        target: what is wanted.
+        options: certificate, allocation, batch size.
+        windows: the text that calibrates.
+        second: another text.
+        densities: of the curve; empty for none.
+        seed: splits the documents.
+        model_hash: of the weights; only where something is made, since it takes time.
+    """
+
+    loaded: LoadedModel
+    sites: Sequence[FFNSite]
+    rule: SelectionRule
+    target: CardTarget
+    options: CardOptions
+    windows: Windows
+    second: Windows | None = None
+    densities: tuple[float, ...] = ()
+    seed: int = 0
+    model_hash: str = ""
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the card depends on."""
+        options = asdict(replace(self.options, batch_size=1, checkpoint=None))
+        second = None if self.second is None else self._text_key(self.second)
+        target = [type(self.target).__name__, asdict(self.target)]
+        return hash_json([self._text_key(self.windows), second, asdict(self.rule), target, options])
+
+    def check(self) -> None:
+        """Refuse what cannot work before any work.
+
+        Raises:
+            UsageError: too few documents for a split or for the certificate, traces that are too large, or impossible
+                densities.
+            NotAvailableError: an FFN that cannot be traced.
+        """
+        check_densities(self.rule, self.densities)
+        for text in self._texts:
+            check_traces(self.loaded.model, text, self.sites, self._trace_options)
+        if self.options.certify is not None:
+            n_documents = len(split_documents(self.windows.document, self.seed)["calibrate"])
+            check_certificate(self.options.certify, self.target, n_documents)
+
+    def steps(self) -> list[tuple[str, str, int | None]]:
+        """What would be done: step, in words, and tokens that are run forward (None where that says little)."""
+        found: list[tuple[str, str, int | None]] = []
+        for label, text in zip(("", " of a second text"), self._texts, strict=False):
+            size = traces_size(self.loaded.model, text, self.sites) / 2**30
+            documents = len(text.document.unique())
+            what = f"{text.n_tokens:,} tokens{label}, {documents} documents: {text.source}; {size:.2f} GiB of disk, "
+            found.append(("trace", f"{what}removed at the end", text.n_tokens))
+        what = (
+            f"{self.rule.predictor} and calibrate {self.rule.policy} to {_words(self.target)} in {len(self.sites)} FFNs"
+        )
+        found.append(("fit", what, None))
+        if self.densities:
+            test = split_documents(self.windows.document, self.seed)["test"]
+            held = sum(
+                int(valid.sum())
+                for d, valid in zip(self.windows.document, self.windows.valid, strict=True)
+                if d in test
+            )
+            models = n_forms(self.densities)
+            what = f"{models} models x {held:,} tokens: {len(self.densities)} densities"
+            found.append(("curve", what, models * held))
+        return found
+
+    def fit(self, folder: Path, reporter: Reporter) -> SparsityCard:
+        """Trace, fit and measure; a card that an earlier call left in ``folder`` is read."""
+        path = folder / f"card_{self.key[:16]}.json"
+        discard_damaged(reporter, path, read_card)
+        if path.exists():
+            return read_card(path)
+        traces = self._traces(folder, reporter)
+        held = None if self.second is None else self._traced(self.second, folder, "the second text", reporter)
+        texts = CardTexts(self.windows, held, self.second)
+        options = replace(self.options, checkpoint=folder / "fits")
+        with reporter.task("fit and measure", "steps") as update:
+            seen = {"fit": 0, "measure": len(traces.sites)}
+
+            def on_site(stage: str, done: int, _: int) -> None:
+                update(seen[stage] + done, 2 * len(traces.sites))
+
+            card, _ = fit_card(
+                self.loaded.model, traces, self.rule, self.target, options=options, texts=texts, on_site=on_site
+            )
+        write_card(path, card, overwrite=True)
+        return card
+
+    def curve(self, card: SparsityCard, folder: Path, reporter: Reporter) -> list[FormRow]:
+        """Measure the curve around a card; none for no densities."""
+        if not self.densities:
+            return []
+        traces, state = self._traces(folder, reporter), folder / "curve.json"
+        discard_damaged(reporter, state, read_json)
+        options = CurveOptions(self.options.batch_size, state)
+        with reporter.task("curve", "steps") as update:
+            first = (n_forms(self.densities) - 2) * len(self.windows)  # a selection takes about as long as a form
+
+            def on_step(stage: str, done: int, total: int) -> None:
+                share = done / total
+                update(round(first * (share / 2 if stage == "fit" else 0.5 + share / 2)), first)
+
+            return card_curve(
+                self.loaded.model, traces, card, self.windows, self.densities, options=options, on_step=on_step
+            )
+
+    @property
+    def _texts(self) -> list[Windows]:
+        return [self.windows, *([] if self.second is None else [self.second])]
+
+    @property
+    def _trace_options(self) -> TraceOptions:
+        return TraceOptions(batch_size=self.options.batch_size, seed=self.seed)
+
+    def _traces(self, folder: Path, reporter: Reporter) -> Traces:
+        return self._traced(self.windows, folder, "the text", reporter)
+
+    def _traced(self, windows: Windows, folder: Path, label: str, reporter: Reporter) -> Traces:
+        path = folder / f"traces_{self._text_key(windows)[:16]}"
+        return traced(self.loaded, windows, path, label, reporter, self._trace_options, self.sites)
+
+    def _text_key(self, windows: Windows) -> str:
+        names = [site.name for site in self.sites]
+        return hash_json([self.model_hash, windows.hash, windows.document.tolist(), names, self.seed])
+
+
+def write_curve(rows: Sequence[FormRow], files: Sequence[Path]) -> None:
+    """Write a curve as CSV and JSON."""
+    flat = [row.flat() for row in rows]
+    write_csv(files[0], flat)
+    write_json(files[1], {"rows": flat})
+
+
+def card_plots(folder: Path, rows: Sequence[FormRow]) -> list[Path]:
+    """The files that `draw_card_plots` writes."""
+    names = ("card.png", *(("curve.png", "curve_bytes.png") if lines_of(rows) else ()))
+    return [folder / name for name in names]
+
+
+def draw_card_plots(folder: Path, card: SparsityCard, rows: Sequence[FormRow], title: str) -> None:
+    """Draw a card by layer, and its curve against density and against bytes."""
+    plot_card(card, folder / "card.png", title)
+    if lines := lines_of(rows):
+        plot_quality(lines, "density", folder / "curve.png", title)
+        plot_quality(lines, "bytes_share", folder / "curve_bytes.png", title)
+
+
+def _words(target: CardTarget) -> str:
+    if isinstance(target, PerplexityTarget):
+        return f"perplexity +{target.increase:.2%}"
+    return f"{target.measure.replace('_', ' ')} {target.value:g}"
