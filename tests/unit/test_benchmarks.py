@@ -43,7 +43,7 @@ def test_files_are_joined_and_the_last_of_equal_cells_counts(table, tmp_path):
         ("x", 0.5, 0, "channels"),
         ("x", 0.5, 0, "FFN weights, 2:4"),
     ]
-    assert table.perplexity(found[1], "sotu") == pytest.approx(20)
+    assert table.perplexity(found[1], "in") == pytest.approx(20)
 
 
 def test_single_weights_have_sections_of_their_own(table, tmp_path):
