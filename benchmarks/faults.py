@@ -7,12 +7,28 @@ A fault that would end in other results, or in an error that does not name the f
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "faults.md"
+
+
+def table(command: str, seed: int, kills: int) -> dict[tuple[str, str, str], int]:
+    """(command, fault, outcome) -> how often."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from checkpoints import write_texts
+    from injection import Work, all_faults
+
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder) / "texts"
+        texts.mkdir()
+        work = Work(command, Path(folder) / "root")
+        work.prepare(write_texts(texts))
+        return all_faults(work, seed, kills=kills).table
 
 
 def main() -> None:
@@ -20,18 +36,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--kills", type=int, default=5, help="processes killed per command")
     asked = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tests"))
-    from checkpoints import write_texts
-    from injection import Work, all_faults
-
     rows: dict[tuple[str, str, str], int] = {}
-    for command in ("run", "prune"):
-        with tempfile.TemporaryDirectory() as folder:
-            texts = Path(folder) / "texts"
-            texts.mkdir()
-            work = Work(command, Path(folder) / "root")
-            work.prepare(write_texts(texts))
-            rows |= all_faults(work, asked.seed, kills=asked.kills).table
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for made in [pool.submit(table, command, asked.seed, asked.kills) for command in ("run", "prune")]:
+            rows |= made.result()
     lines = [f"| {c} | {f} | {o} | {n} |" for (c, f, o), n in rows.items()]
     text = "\n".join(
         [

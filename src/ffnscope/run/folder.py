@@ -19,6 +19,7 @@ from ffnscope.run.schema import RunConfig
 
 CONFIG = "experiment_config.yaml"
 LOG_FILE = "run.log"
+LEDGER = "ledger.json"
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def check_folder(config: RunConfig, *, overwrite: bool = False) -> None:
     check_writable(folder)
     with writing(folder):
         held = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
-    if overwrite or held <= {CONFIG, LOG_FILE}:
+    if overwrite or held <= {CONFIG, LOG_FILE, LEDGER}:
         return
     if CONFIG not in held:
         raise ArtifactError(
@@ -68,8 +69,8 @@ def check_folder(config: RunConfig, *, overwrite: bool = False) -> None:
     if changed:
         raise ArtifactError(
             f"{folder} holds a run of another configuration (different: {', '.join(changed[:6])}"
-            f"{' ...' if len(changed) > 6 else ''}). Choose another output.dir, or pass --overwrite to bring it up "
-            "to date: stages whose inputs did not change are kept."
+            f"{' ...' if len(changed) > 6 else ''}), or its {CONFIG} was edited or damaged. Choose another output.dir, "
+            "or pass --overwrite to bring it up to date: stages whose inputs did not change are kept."
         )
 
 

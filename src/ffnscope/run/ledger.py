@@ -8,8 +8,7 @@ from typing import Any
 
 from ffnscope.errors import ArtifactError
 from ffnscope.io import SCHEMA, disposable, expect_kind, hash_file, read_state, write_state
-
-NAME = "ledger.json"
+from ffnscope.run.folder import LEDGER
 
 
 class Ledger:
@@ -26,7 +25,7 @@ class Ledger:
         self.folder = folder
         self.stages: dict[str, dict[str, Any]] = {}
         self.inputs: dict[str, str] = {}
-        path = folder / NAME
+        path = folder / LEDGER
         if path.exists():
             with disposable("all stages run again"):
                 value = read_state(path)
@@ -36,21 +35,22 @@ class Ledger:
                     raise ArtifactError(f"{path} is not a complete ledger.")
 
     def accept(self, inputs: Mapping[str, str], *, overwrite: bool) -> list[str]:
-        """Remember what the results are made from (name -> hash), and return the names of what has changed.
+        """Record what results are made from (name -> hash), and return the names of what has changed since it was.
 
         Raises:
             ArtifactError: something has changed since results were recorded, and ``overwrite`` is not set.
         """
-        known = self.inputs if self.stages else {}
-        changed = [name for name, value in inputs.items() if known.get(name, value) != value]
-        if changed and not overwrite:
-            was, now = known[changed[0]], inputs[changed[0]]
+        changed = [name for name, value in inputs.items() if self.inputs.get(name, value) != value]
+        if changed and self.stages and not overwrite:
+            was, now = self.inputs[changed[0]], inputs[changed[0]]
             raise ArtifactError(
                 f"{self.folder} holds results of other inputs: changed since they were made: {', '.join(changed)} "
                 f"(hash {was}, now {now}). Take back what was there, choose another output.dir, or pass --overwrite to "
                 "make again what depends on it."
             )
-        self.inputs = dict(inputs)
+        if self.inputs != inputs:
+            self.inputs = dict(inputs)
+            self._save()
         return changed
 
     def current(self, stage: str, key: str) -> bool:
@@ -107,7 +107,7 @@ class Ledger:
 
     def _save(self) -> None:
         value = {"kind": "ledger", "schema": SCHEMA, "inputs": self.inputs, "stages": self.stages}
-        write_state(self.folder / NAME, value)
+        write_state(self.folder / LEDGER, value)
 
 
 def _well_formed(stages: Any) -> bool:

@@ -131,7 +131,7 @@ def open_job(
     texts = {"the calibration text": calibration.hash}
     texts |= {f"held-out text {i}": windows.hash for i, windows in enumerate(held_out, 1)}
     for name in ledger.accept({"the model": hashes[0], **texts}, overwrite=overwrite):
-        reporter.say(f"{name} has changed since the results were made")
+        reporter.say(f"{name} has changed since the last start: what was made from the old one is made again")
     return Job(config, folder, ledger, reporter, loaded, sites, hashes[0], calibration, held_out, tasks, *hashes[1:])
 
 

@@ -11,8 +11,7 @@ from ffnscope.errors import ArtifactError
 from ffnscope.io import SCHEMA, disposable, expect_kind, hash_json, read_json, write_json
 from ffnscope.report.run_folder import read_run
 from ffnscope.report.sweep_page import CellResult
-from ffnscope.run.folder import CONFIG
-from ffnscope.run.ledger import NAME as LEDGER
+from ffnscope.run.folder import CONFIG, LEDGER
 from ffnscope.run.ledger import Ledger
 from ffnscope.run.load import dump_config
 from ffnscope.run.schema import RunConfig

@@ -20,6 +20,18 @@ def done(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_other_inputs_are_told_before_a_stage_is_done_and_refused_after(tmp_path: Path) -> None:
+    assert Ledger(tmp_path).accept({"the model": "m", "the text": "1"}, overwrite=False) == []
+    assert Ledger(tmp_path).accept({"the model": "m", "the text": "2"}, overwrite=False) == ["the text"]
+    ledger = Ledger(tmp_path)
+    ledger.record("stage", "key", [], {})
+    assert ledger.accept({"the model": "m", "the text": "2"}, overwrite=False) == []
+    with pytest.raises(ArtifactError, match=r"changed since they were made: the text \(hash 2, now 3\).*--overwrite"):
+        Ledger(tmp_path).accept({"the model": "m", "the text": "3"}, overwrite=False)
+    assert Ledger(tmp_path).inputs["the text"] == "2"
+    assert Ledger(tmp_path).accept({"the model": "m", "the text": "3"}, overwrite=True) == ["the text"]
+
+
 def test_current_means_same_key_and_same_bytes(done: Path) -> None:
     assert Ledger(done).current("stage", "key")
     assert not Ledger(done).current("stage", "other")

@@ -61,6 +61,7 @@ def test_another_configuration_is_refused_by_its_keys(small: Callable[..., RunCo
     with pytest.raises(ArtifactError) as caught:
         quiet_run(small(pruning={"ratios": [0.1]}, experiment={"seed": 1}))
     assert "experiment.seed, calibration.seed, pruning.ratios" in str(caught.value)
+    assert "or its experiment_config.yaml was edited or damaged" in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert stamps(folder) == before
 
