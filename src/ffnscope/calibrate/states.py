@@ -15,7 +15,7 @@ from ffnscope.calibrate.sweep_files import SweepFiles
 from ffnscope.ffn.streamed import Place
 
 Key = tuple[int, int]
-"""What a tensor is: the block that it waits for (below 0 for a gradient) or the sequence that it is in, and its batch."""
+"""What a tensor is: the block that it waits for (below 0: a gradient) or the sequence that it is in, and its batch."""
 
 
 class StateSequence(MutableSequence[Tensor]):
