@@ -21,6 +21,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.offload import resident
 from ffnscope.ffn.probe import layer_path
+from ffnscope.ffn.vocabulary import held_embedding, sliced_head
 from ffnscope.types import FFNSite
 
 _PIECE = (2, 64)  # windows and tokens of the text that both ways are compared on
@@ -114,7 +115,7 @@ def trace_blocks(
     if not batches or not sites:
         raise UsageError("running blocks one at a time needs at least one window of text and one FFN.")
     names, modules = list_of_blocks(model, sites)
-    with torch.no_grad(), resident(model, *_embeddings(model)):
+    with torch.no_grad(), held_embedding(model), sliced_head(model, modules):
         piece = batches[0][: _PIECE[0]].cut(_PIECE[1])
         lengths, sample = _check(model, names, modules, piece)
         calls: list[tuple[BlockCall, ...]] = []
@@ -125,12 +126,6 @@ def trace_blocks(
             calls.append(tuple(shared.call(one) for one in row))
             shared.end_batch()
     return Blocks(model, tuple(names), tuple(modules), lengths, tuple(batches), sample, tuple(calls))
-
-
-def _embeddings(model: Any) -> list[nn.Module]:
-    """What turns token ids into vectors; it is read once for all batches."""
-    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return [found] if isinstance(found, nn.Module) else []
 
 
 def list_of_blocks(model: nn.Module, sites: Sequence[FFNSite]) -> tuple[tuple[str, ...], tuple[nn.Module, ...]]:

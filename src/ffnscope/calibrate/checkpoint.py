@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ffnscope.calibrate.accumulate import Accumulator
+from ffnscope.calibrate.sweep_files import SweepFiles
 from ffnscope.io import disposable, read_stats, write_stats
 
 
@@ -21,6 +22,8 @@ class Checkpoint:
         self.path = path
         self.every = every
         self.key = key
+        self.blocks = SweepFiles(path.with_suffix(".sweep"), key)
+        """What a streamed pass saves on its way: sums alone mean nothing in the middle of it."""
         self._pending = 0
         self._saved = 0
 
@@ -47,11 +50,12 @@ class Checkpoint:
             self._save(index + 1, accumulator)
 
     def finish(self, n_steps: int, accumulator: Accumulator, *, keep: bool) -> None:
-        """End a pass of ``n_steps``: remove the file, or ``keep`` the final sums in it."""
+        """End a pass of ``n_steps``: remove the files, or ``keep`` the final sums in the one of them."""
         if not keep:
             self.path.unlink(missing_ok=True)
         elif self._saved < n_steps:
             self._save(n_steps, accumulator)
+        self.blocks.remove()
 
     def _save(self, next_step: int, accumulator: Accumulator) -> None:
         stats = accumulator.result(copy=False).values()

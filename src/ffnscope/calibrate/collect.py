@@ -92,8 +92,8 @@ def calibrate(
     Without a gradient metric there is no backward, and everything runs under ``inference_mode``. Otherwise
     ``gradient_windows`` of them also run backward, with gradients for channel activations only: no weight gradient
     exists at any time. Sums are float64 and do not depend on the batch size. A streamed model (`ModelSource.stream`)
-    runs block by block, each block being read once per direction (see `ffnscope.calibrate.sweep`); such a pass leaves
-    a checkpoint only when it has ended.
+    runs block by block, each block being read once per direction (see `ffnscope.calibrate.sweep`); a
+    checkpoint of it has a folder beside the file, in which sums and hidden states are saved after each block.
 
     Args:
         model: a causal LM; left as it was.

@@ -8,7 +8,7 @@ one is not assumed but tried.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from ffnscope.calibrate.forward import max_positions
 from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.offload import resident
 from ffnscope.ffn.survey import probe_ids
+from ffnscope.ffn.vocabulary import sliced_head, without_embedding
 
 _VALUES = 2**22  # logits of a slice
 _ON_ACCELERATOR = 16  # times as many, where a launch costs more than memory does
@@ -38,9 +39,14 @@ class Head:
     blocks: Blocks
     slice_size: int
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
-        """Within the context, its offloaded weights are in memory."""
-        return resident(self.blocks.model, *_outside(self.blocks))
+    @contextlib.contextmanager
+    def held(self) -> Generator[None]:
+        """Within the context, its offloaded weights are in memory, or read in slices of the vocabulary."""
+        model = self.blocks.model
+        with sliced_head(model, self.blocks.modules) as sliced, contextlib.ExitStack() as stack:
+            spared = [*sliced, *(stack.enter_context(without_embedding(model)) if sliced else ())]
+            stack.enter_context(resident(model, *(m for m in _outside(self.blocks) if m not in spared)))
+            yield
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [m, vocab] of the hidden states [m, d_model] of at most ``slice_size`` tokens, with their graph."""

@@ -46,7 +46,11 @@ def run_steps(
             here = sum(s.batch.n_tokens for s in group)
             start += len(group)
             tell = partial(_tell, on_batch, done, here, total) if on_batch is not None and within else None
-            _run_group(model, sites, group, accumulator, ranks, final=start == len(steps), tell=tell)
+            final = start == len(steps)
+            if saver and is_streamed(model) and ranks.size == 1:
+                sweep(model, sites, group, accumulator, tell, saver.blocks)
+            else:
+                _run_group(model, sites, group, accumulator, ranks, final=final, tell=tell)
             done += here
             if saver:
                 saver.after(start - 1, sum(len(s.batch) for s in group), accumulator)
@@ -75,8 +79,8 @@ def serve_steps(
 def _groups(steps: Sequence[Step], ranks: Ranks, every: int | None, *, streamed: bool) -> list[Sequence[Step]]:
     """Cut steps into those between two moments at which sums are whole in one process and can be saved.
 
-    A single process can save after each step, several when each has run about ``every`` windows, a streamed model only
-    at the end.
+    A single process can save after each step, several when each has run about ``every`` windows. The sums of a streamed
+    model are whole at the end only; a single process saves them and the hidden states at each block (`SweepFiles`).
     """
     if streamed or (ranks.size > 1 and every is None):
         return [steps]

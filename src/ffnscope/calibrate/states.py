@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffnscope.calibrate.sweep_files import SweepFiles
 from ffnscope.ffn.streamed import Place
 
 Key = tuple[int, int]
-"""What a tensor is: the block that it waits for (-1 for a gradient) or the sequence that it is in, and its batch."""
+"""What a tensor is: the block that it waits for (below 0: a gradient) or the sequence that it is in, and its batch."""
 
 
 class StateSequence(MutableSequence[Tensor]):
@@ -48,10 +49,13 @@ class HiddenStates:
     Args:
         place: where tensors wait; they come back on the device that they were on.
         folder: in which a folder of its own is made for those on disk; None = that of the system.
+        kept: files of a pass that can go on after an interrupt. What is on disk is there instead, and stays until the
+            stage in which it was dropped has been saved.
     """
 
-    def __init__(self, place: Place, folder: Path | None = None):
+    def __init__(self, place: Place, folder: Path | None = None, kept: SweepFiles | None = None):
         self.place = place
+        self._kept = kept
         self._parent = folder
         self._folder: Path | None = None
         self._held: dict[Key, Tensor] = {}
@@ -70,13 +74,17 @@ class HiddenStates:
         """Keep a tensor, without its graph."""
         value = value.detach()
         self._devices[key] = value.device
-        if self.place == "disk":
+        if self.place == "disk" and self._kept is not None:
+            self._kept.write_state(key, value)
+        elif self.place == "disk":
             torch.save(value.cpu().clone(), self._file(key))  # a clone, since a view would be saved with all behind it
         else:
             self._held[key] = value.cpu() if self.place == "cpu" else value
 
     def get(self, key: Key) -> Tensor:
         """The tensor; it stays."""
+        if self.place == "disk" and self._kept is not None:
+            return self._kept.read_state(key).to(self._devices[key])
         if self.place == "disk":
             return torch.load(self._file(key), weights_only=True).to(self._devices[key])
         return self._held[key].to(self._devices[key])
@@ -90,10 +98,26 @@ class HiddenStates:
     def drop(self, key: Key) -> None:
         """Keep a tensor no longer."""
         self._devices.pop(key)
-        if self.place == "disk":
-            self._file(key).unlink()
-        else:
+        if self.place != "disk":
             del self._held[key]
+        elif self._kept is None:
+            self._file(key).unlink()
+
+    def take_over(self, key: Key, device: torch.device) -> None:
+        """Go on with what an interrupted pass has kept."""
+        assert self._kept is not None, "only a pass that keeps files goes on"
+        self._devices[key] = device
+        if self.place != "disk":
+            value = self._kept.read_state(key)
+            self._held[key] = value if self.place == "cpu" else value.to(device)
+
+    def keep(self) -> list[Key]:
+        """Write what waits to the files of the pass, where it is not there; return what waits."""
+        assert self._kept is not None, "only a pass that keeps files goes on"
+        for key, value in self._held.items():
+            if not self._kept.has_state(key):
+                self._kept.write_state(key, value)
+        return list(self._devices)
 
     def sequence(self) -> StateSequence:
         """A new sequence of tensors that wait here too."""

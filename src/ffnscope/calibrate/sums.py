@@ -112,13 +112,13 @@ class Sums:
                     self.values[part.site, name] = value.clone()
                     self._counts[part.site, name] = part.counts[name]
 
-    def result(self, *, copy: bool = True) -> dict[FFNSite, ChannelStats]:
-        """Statistics of every site on the CPU; without ``copy`` the sums themselves where they are there already.
+    def result(self, *, copy: bool = True, sites: Sequence[FFNSite] | None = None) -> dict[FFNSite, ChannelStats]:
+        """Statistics of these sites (None = all) on the CPU; without ``copy`` the sums where they are there already.
 
         An expert that no token has reached has zeros of count 0.
         """
         found: dict[FFNSite, ChannelStats] = {}
-        for site in self.sites:
+        for site in self.sites if sites is None else sites:
             here = [s for s in self.statistics if self.around.takes(site, s)]
             begun = [s for s in here if site.expert is not None or (site, s.name) in self.values]
             found[site] = ChannelStats(

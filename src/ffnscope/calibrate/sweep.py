@@ -2,14 +2,16 @@
 
 Forward, the hidden states of all windows go through one block after the other; those of windows with gradients are
 kept at every block. The head turns the last ones into gradients, slice by slice. Backward, each block is run again on
-what it was given, and hands on the gradient of that: no graph spans more than one block of one batch.
+what it was given, and hands on the gradient of that: no graph spans more than one block of one batch. Where the pass
+keeps files, each of these stages is saved at its end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,14 +24,37 @@ from ffnscope.calibrate.head_pass import observe_head
 from ffnscope.calibrate.observe import no_gradient, overflow
 from ffnscope.calibrate.states import HiddenStates
 from ffnscope.calibrate.steps import Step, begin_step
+from ffnscope.calibrate.sweep_files import SweepFiles
 from ffnscope.calibrate.taps import SignalTap, channel_taps
 from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.streamed import waiting_place
 from ffnscope.types import FFNSite
 
 OnShare = Callable[[int, int], None]
-GRADIENT = -1
-"""Block in the key of a gradient among `HiddenStates`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A part of the pass behind which it can be interrupted.
+
+    Attributes:
+        name: in the names of files.
+        n_runs: runs of a block on a batch.
+        sites: what it observes.
+        run: does it.
+        before: the earlier stage that has observed these sites.
+    """
+
+    name: str
+    n_runs: int
+    sites: Sequence[FFNSite]
+    run: Callable[[], None]
+    before: str | None = None
+
+
+def gradient_key(block: int, batch: int) -> tuple[int, int]:
+    """Key among `HiddenStates` of the gradient of what a block is given."""
+    return -1 - block, batch
 
 
 def sweep(
@@ -38,6 +63,7 @@ def sweep(
     steps: Sequence[Step],
     accumulator: Accumulator,
     on_share: OnShare | None = None,
+    kept: SweepFiles | None = None,
 ) -> None:
     """Do what running the steps one after the other does, up to rounding.
 
@@ -51,8 +77,11 @@ def sweep(
         steps: batches, and what is observed of each.
         accumulator: takes what is observed.
         on_share: called with (runs of a block on a batch done, runs in all).
+        kept: files that the pass goes on from, and in which each stage is saved: the accumulator must be new, or hold
+            what is not from this pass. They are left when the pass has ended.
 
     Raises:
+        ArtifactError: one of these files is damaged, or cannot be written.
         NotAvailableError: the model is no chain of blocks with a head that treats tokens one by one, or a statistic
             joins signals of two layers.
         NonFiniteError: an activation or gradient overflowed; the site is named.
@@ -61,12 +90,21 @@ def sweep(
     _check(accumulator)
     place, folder = waiting_place(model)
     message = "out of memory in the streamed pass. Lower calibration.batch_size, or let model.stream be cpu or disk."
-    with memory_errors(message), HiddenStates(place, folder) as states:
+    with memory_errors(message), HiddenStates(place, folder, kept) as states:
         ffns = [site for site in sites if site.role == "ffn"]
-        number = itertools.count()
-        begin = lambda hidden: states.put((0, next(number)), hidden)  # noqa: E731
+        done, sums, waiting = kept.resume() if kept else (0, [], [])
+        devices: list[torch.device] = []
+
+        def begin(hidden: torch.Tensor) -> None:
+            if not done:
+                states.put((0, len(devices)), hidden)
+            devices.append(hidden.device)
+
         blocks = trace_blocks(model, ffns, [step.batch for step in steps], begin)
-        _Sweep(blocks, sites, steps, accumulator, states, on_share).run()
+        accumulator.restore(sums)
+        for key in waiting:
+            states.take_over(key, devices[key[1]])
+        _Sweep(blocks, sites, steps, accumulator, states, on_share).run(done, kept)
 
 
 def _check(accumulator: Accumulator) -> None:
@@ -104,16 +142,30 @@ class _Sweep:
         self.total = forward + len(self.backward) * (self.depth - self.first)
         self.done = 0
 
-    def run(self) -> None:
-        for block in range(self.depth):
+    def run(self, start: int, kept: SweepFiles | None) -> None:
+        """Run the stages behind the first ``start``, which an earlier process has done."""
+        stages = self._stages()
+        self.done = sum(stage.n_runs for stage in stages[:start])
+        for number, stage in enumerate(stages[start:], start + 1):
+            stage.run()
+            if kept is not None:
+                sums = self.accumulator.sums.result(copy=False, sites=stage.sites)
+                kept.end_stage(number, stage.name, sums.values(), self.states.keep(), stage.before)
+        self._look(matrices=True)
+
+    def _stages(self) -> list[_Stage]:
+        stages: list[_Stage] = []
+        for block, here in enumerate(self.here):
             batches = [i for i, step in enumerate(self.steps) if step.backward or block <= self.last]
             if batches:
-                self._forward(block, batches)
+                run = partial(self._forward, block, batches)
+                stages.append(_Stage(f"forward_{block}", len(batches), here, run))
         if self.backward or self.behind:
-            self._head(open_head(self.blocks))
+            stages.append(_Stage("head", 0, self.behind, lambda: self._head(open_head(self.blocks))))
         for block in reversed(range(self.first, self.depth)) if self.backward else ():
-            self._backward(block)
-        self._look(matrices=True)
+            run = partial(self._backward, block)
+            stages.append(_Stage(f"backward_{block}", len(self.backward), self.here[block], run, f"forward_{block}"))
+        return stages
 
     def _forward(self, block: int, batches: Sequence[int]) -> None:
         with self.blocks.held(block), torch.no_grad():
@@ -134,14 +186,14 @@ class _Sweep:
                     hidden = self.states.pop((self.depth, i))
                     gradient = observe_head(head, self.behind, step, hidden, self.accumulator)
                     if gradient is not None:
-                        self.states.put((GRADIENT, i), gradient)
+                        self.states.put(gradient_key(self.depth, i), gradient)
         self._look()
 
     def _backward(self, block: int) -> None:
         with self.blocks.held(block), torch.inference_mode(False), torch.enable_grad():
             for i in self.backward:
                 hidden = self.states.pop((block, i)).requires_grad_(block > self.first)
-                gradient = self.states.pop((GRADIENT, i))
+                gradient = self.states.pop(gradient_key(block + 1, i))
                 with self._observed(i, self.here[block], forward=False, backward=True):
                     output = self.blocks.run(block, i, hidden)
                     if not output.requires_grad:
@@ -149,7 +201,7 @@ class _Sweep:
                     torch.autograd.backward(output, gradient)
                 del output
                 if hidden.grad is not None:
-                    self.states.put((GRADIENT, i), hidden.grad)
+                    self.states.put(gradient_key(block, i), hidden.grad)
                 self._count()
         self._look()
 
