@@ -81,7 +81,7 @@ def print_prune_estimate(
         lines.append(evaluate_line(held_out, 2, speed))
     memory = job.memory() if each else None
     bounds = bounds_of(job.loaded, asked.sites, _workload(job, each, memory, held_out), libraries)
-    print_lines(with_reading(lines, job.loaded, asked.sites), "prune", console, bounds)
+    print_lines(with_reading(lines, job.loaded, asked.sites), "prune", console)
     if memory is not None:
         console.print(Text(f"{memory.told}, until it is finished"))
     if method.reconstruct == "sequential":

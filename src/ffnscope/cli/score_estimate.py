@@ -57,7 +57,7 @@ def print_score_estimate(
         more=_reference_bytes(asked),
     )
     bounds = bounds_of(loaded, asked.sites, work, libraries)
-    print_lines(with_reading(lines, loaded, asked.sites), "score", console, bounds)
+    print_lines(with_reading(lines, loaded, asked.sites), "score", console)
     n_passes = sum(isinstance(what, list) for _, what in found)
     console.print(Text(f"{n_passes} passes over a text in all"))
     disk = f"up to {3 if texts else 2} times that until it is finished"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from ffnscope.evaluate.tasks import load_tasks
 from ffnscope.ffn.load import LoadedModel, quiet_transformers
 from ffnscope.ffn.offload import resident
 from ffnscope.ffn.sites import find_sites
-from ffnscope.run.bounds import Bytes, Workload, load_of_steps, load_of_text, refit_of
+from ffnscope.run.bounds import Workload, load_of_steps, load_of_text, refit_of
 from ffnscope.run.checkpoints import check_format
 from ffnscope.run.choices import (
     calibration_extra,
@@ -147,7 +147,7 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
     """Print the estimate as a table."""
     with quiet_transformers():
         found = estimate(config, overwrite=overwrite)
-    print_lines(found.lines, config.experiment.name, console, found.bounds)
+    print_lines(found.lines, config.experiment.name, console)
     for i, names in enumerate(found.statistics, 1):
         what = ", ".join(names) if names else "nothing: there is no pass"
         console.print(Text(f"calibration pass {i} of {len(found.statistics)} collects: {what}"))
@@ -156,32 +156,13 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
     console.print(Text(f"output in {config.output_dir}"))
 
 
-def print_lines(lines: Sequence[Line], title: str, console: Console, bounds: Bounds | None = None) -> None:
-    """Print what each stage would do, about how long it would take, and its peak memory where bounds are given."""
-    columns = ["stage", "what", "about"] + ["peak memory"] * (bounds is not None)
-    table = Table(*columns, title=Text(f"{title}: nothing was computed (--dry-run)"))
-    stages = {} if bounds is None else bounds.stages
+def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
+    """Print what each stage would do and about how long it would take."""
+    table = Table("stage", "what", "about", title=Text(f"{title}: nothing was computed (--dry-run)"))
     for line in lines:
         about = "seconds" if line.seconds is None else duration(line.seconds)
-        peak = [_peak(line.stage, stages)] if stages else []
-        table.add_row(Text(line.stage), Text(line.what), about, *peak)
+        table.add_row(Text(line.stage), Text(line.what), about)
     console.print(table)
-
-
-_KINDS = {
-    "calibrate": ("calibrate", "round", "stability", "leave groups out"),
-    "evaluate": ("evaluate", "ablate", "measure curves"),
-    "reconstruct": ("reconstruct", "distill"),
-    "score": ("score",),
-    "save": ("checkpoints",),
-}
-"""Kind of stage in `stage_bytes` -> how names of stages begin."""
-
-
-def _peak(stage: str, stages: Mapping[str, Bytes]) -> str:
-    name = stage.rpartition(": ")[2]
-    kind = next((kind for kind, starts in _KINDS.items() if name.startswith(starts)), "")
-    return f"{stages[kind].device / 2**30:.2f} GiB" if kind in stages else ""
 
 
 def with_reading(lines: Sequence[Line], loaded: LoadedModel, sites: Sequence[FFNSite]) -> list[Line]:

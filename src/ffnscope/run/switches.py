@@ -199,6 +199,8 @@ def load_to_estimate(source: ModelSource) -> LoadedModel:
 
 
 def print_advice(bounds: Bounds, names: Mapping[str, str], console: Console) -> None:
-    """Print whether it fits, and what would make it fit."""
+    """Print the peak of every stage, whether it fits, and what would make it fit."""
+    peaks = ", ".join(f"{stage} {size.device / GIB:.2f} GiB" for stage, size in bounds.stages.items())
+    console.print(Text(f"memory by stage: {peaks}"))
     for line in bounds.advice(names):
         console.print(Text(line))
