@@ -24,6 +24,7 @@ from ffnscope.run.document import DocumentError, parse_value
 from ffnscope.run.explain import explain
 from ffnscope.run.metric_arguments import parse_arguments
 from ffnscope.run.progress import Reporter
+from ffnscope.run.switches import load_to_estimate
 from ffnscope.run.texts import held_out_split
 from ffnscope.scoring import check_reference
 
@@ -79,10 +80,10 @@ class Loading:
             stream=cast("Any", self.stream),
         )
 
-    def open(self, reporter: Reporter, model: str) -> LoadedModel:
-        """Load a model with a progress line."""
+    def open(self, reporter: Reporter, model: str, *, only_estimate: bool = False) -> LoadedModel:
+        """Load a model with a progress line; ``only_estimate``: one that does not fit comes without its weights."""
         with reporter.task(f"load {model}", "models"):
-            return load_model(self.source(model))
+            return (load_to_estimate if only_estimate else load_model)(self.source(model))
 
 
 def _limit(text: str) -> tuple[str, str]:

@@ -105,7 +105,7 @@ def prune_command(
     plan = read_plan(wanted.plan) if wanted.plan else None
     known = Known(plan, read_metric(wanted.scores, method.metric) if wanted.scores else None, measured.read())
     reporter = Reporter()
-    loaded = loading.open(reporter, model_of(model, record))
+    loaded = loading.open(reporter, model_of(model, record), only_estimate=dry_run)
     saving.check_model(loaded)
     chosen = calibration_of(context, text, method)
     job = PruneJob(loaded, method, chosen, inputs, reporter, record, form.keep_statistics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -9,22 +10,25 @@ from rich.text import Text
 
 from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.measured import CurveRounds
+from ffnscope.analyze.memory import CalibrationBytes
 from ffnscope.calibrate.collect import plan_steps
+from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli.prune_job import PruneJob
+from ffnscope.run.bounds import Workload, load_of_steps, load_of_text, refit_of
 from ffnscope.run.estimate import (
     Line,
     calibrate_line,
     curves_line,
     distillation_seconds,
-    peak_bytes,
+    evaluate_line,
     print_lines,
-    print_peak,
     seconds_per_token,
-    sequential_bytes,
+    with_reading,
 )
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.saving import UNEVEN
+from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 from ffnscope.types import Budget
 
 
@@ -66,28 +70,40 @@ def print_prune_estimate(
         lines += [replace(line, what=f"{line.what}, of what is left") for line in again]
     if method.reconstruct == "sequential":
         tokens = 2 * job.windows.n_tokens * method.rounds
-        lines.append(Line("reconstruct", f"block by block: {tokens:,} tokens forward", tokens * speed))
+        what = f"block by block: {tokens:,} tokens forward"
+        lines.append(Line("reconstruct", what, tokens * speed, 3 * method.rounds))
         lines += _distillation(job, budget, speed)
     elif method.reconstruct == "bias":
         lines.append(Line("reconstruct", f"a bias for each of {len(asked.sites)} FFNs"))
     elif method.reconstruct == "one_shot":
         lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs"))
     if held_out is not None:
-        tokens = held_out.n_tokens
-        lines.append(Line("evaluate", f"2 models x {tokens:,} tokens of {held_out.source}", 2 * tokens * speed))
-    print_lines(lines, "prune", console)
-    held = 0
-    if each:
-        memory = job.memory()
-        held = memory.beside_batches
+        lines.append(evaluate_line(held_out, 2, speed))
+    memory = job.memory() if each else None
+    bounds = bounds_of(job.loaded, asked.sites, _workload(job, each, memory, held_out), libraries)
+    print_lines(with_reading(lines, job.loaded, asked.sites), "prune", console)
+    if memory is not None:
         console.print(Text(f"{memory.told}, until it is finished"))
     if method.reconstruct == "sequential":
-        taken = sequential_bytes(model, asked.sites, job.windows, distils=method.distill is not None)
-        held = max(held, taken)
+        taken = bounds.work.refit_states * bounds.setting.item + bounds.work.refit
         console.print(Text(f"the reconstruction needs up to {taken / 2**20:,.0f} MiB beside the model"))
-    batches = [] if held_out is None else [held_out[: job.text.batch_size]]
-    peak = peak_bytes(model, asked.sites, [step for steps in each for step in steps], batches) + held
-    print_peak(model, peak, libraries, console)
+    print_advice(bounds, COMMAND, console)
+
+
+def _workload(
+    job: PruneJob, passes: Sequence[Sequence[Step]], memory: CalibrationBytes | None, held_out: Windows | None
+) -> Workload:
+    most = max(passes, key=len, default=[])
+    refit = (0, 0)
+    if job.method.reconstruct == "sequential":
+        refit = refit_of(job.loaded.model, job.asked.sites, job.windows, distils=job.method.distill is not None)
+    return Workload(
+        load_of_steps(most, backward=False),
+        load_of_steps(most, backward=True),
+        load_of_text([] if held_out is None else [held_out], job.text.batch_size),
+        0 if memory is None else memory.beside_batches,
+        *refit,
+    )
 
 
 def _distillation(job: PruneJob, budget: Budget, speed: float) -> list[Line]:

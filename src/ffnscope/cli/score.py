@@ -55,7 +55,7 @@ def score_command(
     for one in (text, *choices.values()):
         one.check_calibration()
     reporter = Reporter()
-    loaded = loading.open(reporter, model)
+    loaded = loading.open(reporter, model, only_estimate=dry_run)
     asked = inputs.question(loaded, tracked)
     windows = text.calibration(loaded)
     questions = [replace(asked, params=needs.params(metric, text.seed + i)) for i in range(len(choices))]
@@ -65,7 +65,7 @@ def score_command(
     }
     options = PassOptions(batch_size=text.batch_size)
     if dry_run:
-        print_score_estimate(asked, windows, texts, options, OUT)
+        print_score_estimate(asked, windows, texts, options, loaded, OUT)
         return
     with unfinished(out / UNFINISHED) as part:
         found = score_all(loaded, asked, text, reporter, out, windows)

@@ -16,18 +16,22 @@ from ffnscope.analyze.repeat_passes import repeat_bytes, repeat_passes
 from ffnscope.calibrate.collect import PassOptions, plan_steps
 from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
-from ffnscope.run.estimate import Line, calibrate_line, peak_bytes, print_lines, print_peak, seconds_per_token
+from ffnscope.ffn.load import LoadedModel
+from ffnscope.run.bounds import Workload, load_of_steps
+from ffnscope.run.estimate import Line, calibrate_line, print_lines, seconds_per_token, with_reading
 from ffnscope.run.progress import peak_memory
+from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 
 Texts = Mapping[str, tuple[Question, Windows]]
 
 
 def print_score_estimate(
-    asked: Question, windows: Windows, texts: Texts, options: PassOptions, console: Console
+    asked: Question, windows: Windows, texts: Texts, options: PassOptions, loaded: LoadedModel, console: Console
 ) -> None:
     """Print what `ffnscope score` would do: calibrate on ``windows``, then on every text to compare, and score.
 
-    ``texts`` maps labels to questions and windows, as in `compare_calibrations`.
+    ``texts`` maps labels to questions and windows, as in `compare_calibrations`; ``loaded`` is the model that is asked
+    about.
     """
     libraries = peak_memory()["resident"]
     speed = seconds_per_token(asked.model, asked.sites)
@@ -45,14 +49,20 @@ def print_score_estimate(
     lines = [
         calibrate_line(stage, what, speed) if isinstance(what, list) else Line(stage, what) for stage, what in found
     ]
-    steps = [step for _, what in found if isinstance(what, list) for step in what]
-    print_lines(lines, "score", console)
+    steps = max((what for _, what in found if isinstance(what, list)), key=len, default=[])
+    work = Workload(
+        load_of_steps(steps, backward=False),
+        load_of_steps(steps, backward=True),
+        sums=held,
+        more=_reference_bytes(asked),
+    )
+    bounds = bounds_of(loaded, asked.sites, work, libraries)
+    print_lines(with_reading(lines, loaded, asked.sites), "score", console)
     n_passes = sum(isinstance(what, list) for _, what in found)
     console.print(Text(f"{n_passes} passes over a text in all"))
     disk = f"up to {3 if texts else 2} times that until it is finished"
     console.print(Text(f"{alone.told}, {disk}; sums take up to {held / 2**20:,.0f} MiB of memory in all"))
-    peak = peak_bytes(asked.model, asked.sites, steps, []) + held + _reference_bytes(asked)
-    print_peak(asked.model, peak, libraries, console)
+    print_advice(bounds, COMMAND, console)
 
 
 def _stages(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -44,6 +45,23 @@ def find_commit(repo: str, revision: str | None, access: Mapping[str, Any]) -> s
         )
     folder = Path(found).parent
     return folder.name if folder.parent.name == "snapshots" else None
+
+
+def hub_bytes(repo: str, access: Mapping[str, Any]) -> int | None:
+    """Size of a hub model's safetensors by its index, or by the file in the cache; None where neither is there."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        index = cached_file(repo, "model.safetensors.index.json", **access)
+        size = None if index is None else json.loads(Path(index).read_text())["metadata"].get("total_size")
+        return None if size is None else int(size)
+    except OSError:  # no index: one file, of which only a copy that is here tells its size
+        pass
+    try:
+        file = cached_file(repo, "model.safetensors", **{**access, "local_files_only": True})
+    except OSError:
+        return None
+    return None if file is None else Path(file).stat().st_size
 
 
 def check_architecture(origin: str, model_id: str, access: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ffnscope.ffn.checkpoint import (
     check_folder,
     explain_pickle,
     find_commit,
+    hub_bytes,
     no_conversion,
 )
 from ffnscope.ffn.gguf import PACKAGE, cache_dir, converted, find_gguf
@@ -40,6 +41,7 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "source_of",
+    "stored_bytes",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -166,6 +168,19 @@ _SOURCES: weakref.WeakKeyDictionary[nn.Module, ModelSource] = weakref.WeakKeyDic
 def source_of(model: nn.Module) -> ModelSource | None:
     """What a model was loaded from by `load_model`, or None."""
     return _SOURCES.get(model)
+
+
+def stored_bytes(source: ModelSource) -> int | None:
+    """Size of a checkpoint's safetensors, before they are read; None where that is not known, or a GGUF.
+
+    Of a hub model the index is asked for, which is a small file; a model of one file has none, and is taken as unknown
+    unless it is in the cache.
+    """
+    where = _resolve(source.model_id)
+    if isinstance(where, Path):
+        sizes = [path.stat().st_size for path in where.glob("*.safetensors")] if where.is_dir() else []
+        return sum(sizes) or None
+    return hub_bytes(where, {**_access(source), "revision": source.revision})
 
 
 def resolve_device(name: str) -> torch.device:

@@ -17,16 +17,25 @@ from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
-from ffnscope.apply.ffn_tokens import token_bytes
+from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.tasks import load_tasks
-from ffnscope.ffn.load import load_model, quiet_transformers
+from ffnscope.ffn.load import LoadedModel, quiet_transformers
+from ffnscope.ffn.offload import resident
 from ffnscope.ffn.sites import find_sites
+from ffnscope.run.bounds import Workload, load_of_steps, load_of_text, refit_of
 from ffnscope.run.checkpoints import check_format
-from ffnscope.run.choices import calibration_extra, core_rule, metric_params, model_source, pass_options
+from ffnscope.run.choices import (
+    calibration_extra,
+    core_rule,
+    metric_params,
+    model_source,
+    pass_options,
+    reference_bytes,
+)
 from ffnscope.run.contextual import open_card
 from ffnscope.run.folder import check_folder
 from ffnscope.run.outputs import check_plots
@@ -34,30 +43,47 @@ from ffnscope.run.progress import peak_memory
 from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.sparse_steps import CardJob
+from ffnscope.run.switches import FILE, Bounds, bounds_of, load_to_estimate, print_advice
 from ffnscope.run.windows import calibration_windows, evaluation_windows
 from ffnscope.types import FFNSite
 
 REFIT_SECONDS = 0.25  # least squares of an FFN of 1,536 channels on a processor core; it grows with the cube
+_CHECK = 2  # readings of a streamed model by which it is checked to be a chain of blocks
 EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole forward reaches
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One stage: what it reads, and how long it would take (None = seconds)."""
+    """One stage: what it reads, and how long it would take (None = seconds).
+
+    Attributes:
+        stage: name.
+        what: in words.
+        seconds: of the whole model in memory.
+        reads: how often a streamed model reads all weights.
+        again: seconds that a streamed model computes more, since it runs blocks again to go backward.
+    """
 
     stage: str
     what: str
     seconds: float | None = None
+    reads: int = 0
+    again: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Lines per stage, peak memory of the model's device in bytes, the statistics of each pass, and what they take."""
+    """Lines per stage, bounds of memory, the statistics of each pass, and what they take."""
 
     lines: list[Line]
-    peak_bytes: int
+    bounds: Bounds
     statistics: list[list[str]]
     calibration: CalibrationBytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory of the model's device in bytes."""
+        return self.bounds.need.device
 
     @property
     def seconds(self) -> float:
@@ -74,7 +100,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     check_plots(config)
     check_folder(config, overwrite=overwrite)
     libraries = peak_memory()["resident"]
-    loaded = load_model(model_source(config))
+    loaded = load_to_estimate(model_source(config))
     check_format(config, loaded)
     sites = find_sites(loaded.model, config.model.tracked_layers)
     check_sites(config, sites)
@@ -101,13 +127,23 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         *_contextual_lines(open_card(config, loaded, sites, calibration), speed),
         *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
     ]
-    batches = [w[: config.dataset.batch_size] for w in held_out]
-    held = found.beside_batches
+    refit = (0, 0)
     if config.pruning.enabled and config.pruning.reconstruct == "sequential":
-        distils = config.pruning.distill is not None
-        held = max(held, sequential_bytes(loaded.model, sites, calibration, distils=distils))
-    peak = peak_bytes(loaded.model, sites, steps, batches) + held
-    return Estimate(lines, with_libraries(loaded.model, peak, libraries), passes, found)
+        refit = refit_of(loaded.model, sites, calibration, distils=config.pruning.distill is not None)
+    work = Workload(
+        load_of_steps(max(each, key=_tokens, default=[]), backward=False),
+        load_of_steps(max(each, key=_tokens, default=[]), backward=True),
+        load_of_text(held_out, config.dataset.batch_size),
+        found.beside_batches,
+        *refit,
+        more=reference_bytes(config),
+    )
+    bounds = bounds_of(loaded, sites, work, libraries)
+    return Estimate(with_reading(lines, loaded, sites), bounds, passes, found)
+
+
+def _tokens(steps: Sequence[Step]) -> int:
+    return sum(step.batch.input_ids.numel() * (1 + step.backward) for step in steps)
 
 
 def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = False) -> None:
@@ -119,7 +155,8 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
         what = ", ".join(names) if names else "nothing: there is no pass"
         console.print(Text(f"calibration pass {i} of {len(found.statistics)} collects: {what}"))
     console.print(Text(found.calibration.told))
-    console.print(Text(f"peak memory about {found.peak_bytes / 2**30:.1f} GiB; output in {config.output_dir}"))
+    print_advice(found.bounds, FILE, console)
+    console.print(Text(f"output in {config.output_dir}"))
 
 
 def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
@@ -129,6 +166,21 @@ def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
         about = "seconds" if line.seconds is None else duration(line.seconds)
         table.add_row(Text(line.stage), Text(line.what), about)
     console.print(table)
+
+
+def with_reading(lines: Sequence[Line], loaded: LoadedModel, sites: Sequence[FFNSite]) -> list[Line]:
+    """Lines with the time that a streamed model takes longer, from one reading of its first block."""
+    if loaded.source.stream is None:
+        return list(lines)
+    block = list_of_blocks(loaded.model, [site for site in sites if site.role == "ffn"])[1][0]
+    start = time.perf_counter()
+    with resident(loaded.model, block):
+        seconds = time.perf_counter() - start
+    every = seconds * sum(p.numel() for p in loaded.model.parameters()) / sum(p.numel() for p in block.parameters())
+    return [
+        replace(line, seconds=line.seconds + line.reads * every + line.again) if line.seconds is not None else line
+        for line in lines
+    ]
 
 
 def print_peak(model: Any, peak: int, libraries: int, console: Console) -> None:
@@ -149,7 +201,7 @@ def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     if not forward:
         return Line(stage, "no pass: every metric reads weights only")
     what = f"1 pass: {forward:,} tokens forward" + (f", {backward:,} of them backward" if backward else "")
-    return Line(stage, what, (forward + backward) * speed)
+    return Line(stage, what, (forward + backward) * speed, _CHECK + 1 + bool(backward), backward * speed)
 
 
 def curves_line(
@@ -204,8 +256,9 @@ def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows,
     if asked.reconstruct == "one_shot":
         return [Line("reconstruct", f"{_n_plans(config)} plans x least squares of {n_sites} FFNs")]
     tokens = 2 * calibration.n_tokens * asked.rounds
-    seconds = _n_plans(config) * tokens * speed
-    return [Line("reconstruct", f"{_n_plans(config)} plans x {tokens:,} tokens forward, block by block", seconds)]
+    n_plans = _n_plans(config)
+    what = f"{n_plans} plans x {tokens:,} tokens forward, block by block"
+    return [Line("reconstruct", what, n_plans * tokens * speed, n_plans * asked.rounds * (_CHECK + 1))]
 
 
 def _distillation_lines(
@@ -237,10 +290,7 @@ def _analysis_lines(config: RunConfig, n_sites: int, calibration: Windows, speed
 
 def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float) -> list[Line]:
     models = 1 + _n_plans(config)
-    lines = [
-        Line("evaluate", f"{models} models x {w.n_tokens:,} tokens of {w.source}", models * w.n_tokens * speed)
-        for w in held_out
-    ]
+    lines = [evaluate_line(w, models, speed) for w in held_out]
     lines += _ablation_lines(config, held_out, speed)
     if config.task_options:
         questions = load_tasks(config.task_options).n_questions
@@ -251,6 +301,12 @@ def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: flo
         what = f"{models * len(asked.prompts)} texts of up to {asked.max_new_tokens} tokens"
         lines.append(Line("samples", what, models * asked.max_new_tokens * speed * _TOKENS_OF_ONE_STEP))
     return lines
+
+
+def evaluate_line(windows: Windows, n_models: int, speed: float) -> Line:
+    """Tell the perplexity of some models on a text; ``speed`` in seconds per token of a forward."""
+    what = f"{n_models} models x {windows.n_tokens:,} tokens of {windows.source}"
+    return Line("evaluate", what, n_models * windows.n_tokens * speed, _CHECK + n_models)
 
 
 def _ablation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float) -> list[Line]:
@@ -296,31 +352,6 @@ def seconds_per_token(model: Any, sites: Sequence[FFNSite]) -> float:
         times.append(time.perf_counter() - start)
     speed = 2 * a.shape[0] * b.numel() / min(times)  # the least disturbed run
     return 2 * sum(p.numel() for p in model.parameters()) / (speed * EFFICIENCY)
-
-
-def peak_bytes(model: Any, sites: Sequence[FFNSite], steps: Sequence[Step], held_out: Sequence[Windows]) -> int:
-    """Weights and the larger of a calibration batch (saved activations, logits) and an evaluation batch."""
-    size = next(iter(model.parameters())).element_size()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    vocab = model.get_input_embeddings().weight.shape[0]
-    saved = sum(4 * s.d_ff + 12 * s.d_model for s in sites) * size
-    logits = 3 * 4 * vocab  # in the model's dtype, and in float32 for the loss
-    calibrate = [s.batch.input_ids.numel() * ((saved if s.backward else 0) + logits) for s in steps]
-    evaluate = [w.input_ids.numel() * 2 * size * vocab for w in held_out]  # dense and pruned logits
-    return int(weights + max([0, *calibrate, *evaluate]))
-
-
-def sequential_bytes(model: Any, sites: Sequence[FFNSite], windows: Windows, *, distils: bool = False) -> int:
-    """What a sequential reconstruction takes beside the model; see `reconstruct_sequential`."""
-    size = next(iter(model.parameters())).element_size()
-    d_model = max(s.d_model for s in sites)
-    streams = 2 * windows.n_tokens * d_model * size
-    channels = max(windows.n_tokens * s.d_ff * size for s in sites)
-    sums = max(2 * 8 * (s.d_ff**2 + s.d_model * s.d_ff) for s in sites)
-    if distils:
-        trained = 6 * 4 * max(3 * s.d_ff * s.d_model for s in sites)
-        return streams + token_bytes(model, sites, windows.n_tokens) + max(2 * sums, trained)
-    return streams + min(channels, 2**30) + 2 * sums  # the least squares hold as much again
 
 
 def distillation_seconds(model: Any, sites: Sequence[FFNSite], tokens: int, speed: float) -> float:

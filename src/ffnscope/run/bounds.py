@@ -1,0 +1,211 @@
+"""Memory of each stage, from the shapes of a model: loaded as a whole, or streamed block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ffnscope.apply.ffn_tokens import token_bytes
+from ffnscope.calibrate.blocks import list_of_blocks
+from ffnscope.calibrate.forward import input_device
+from ffnscope.calibrate.steps import Step
+from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import NotAvailableError
+from ffnscope.ffn.load import LoadedModel
+from ffnscope.ffn.streamed import Place
+from ffnscope.types import FFNSite
+
+_LOGITS = 12  # bytes: in the model's dtype, in float32, and their gradient
+_SLICE = (2**22, 512)  # logits and tokens that the head of a streamed model is run on; 16 times the logits on a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Numbers of values in a model, whatever their dtype.
+
+    Attributes:
+        weights: all.
+        block: the largest decoder block; 0 where the model is no list of blocks, and cannot be streamed.
+        blocks: number of them.
+        outside: beside the blocks: embeddings and head.
+        d_model: width of the hidden states.
+        saved: kept per token for a backward through all FFNs and what is beside them.
+        vocabulary: logits per token.
+        accelerator: whether it computes on another device than the CPU.
+    """
+
+    weights: int
+    block: int
+    blocks: int
+    outside: int
+    d_model: int
+    saved: int
+    vocabulary: int
+    accelerator: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Tokens of a text, of which at most ``batch`` windows of ``length`` run at a time."""
+
+    tokens: int = 0
+    length: int = 0
+    batch: int = 1
+
+    def at_once(self, batch: int | None) -> int:
+        """Tokens of a batch, where it has at most so many windows."""
+        return min(self.tokens, self.length * (self.batch if batch is None else min(batch, self.batch)))
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the stages of a command run on.
+
+    Attributes:
+        forward: text of the calibration.
+        backward: share of it that also runs backward.
+        held_out: text of the evaluation.
+        sums: bytes of the statistics.
+        refit_states: values of hidden states that a sequential reconstruction keeps; 0 = there is none.
+        refit: bytes that it takes beside them.
+        more: bytes that stay beside the model all the time, for example a reference model.
+    """
+
+    forward: Load = Load()
+    backward: Load = Load()
+    held_out: Load = Load()
+    sums: int = 0
+    refit_states: int = 0
+    refit: int = 0
+    more: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a model is loaded and run.
+
+    Attributes:
+        item: bytes per weight.
+        stream: place of waiting hidden states of a streamed model; None = its weights are in memory.
+        batch: windows at a time at most; None = as asked.
+    """
+
+    item: int
+    stream: Place | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """What a stage takes: on the device that computes, in main memory beside that, and on disk for the time being."""
+
+    device: int
+    host: int = 0
+    disk: int = 0
+
+
+def shapes_of(model: Any, sites: Sequence[FFNSite]) -> Shapes:
+    """Count the values of a model, which may be on the meta device."""
+    weights = sum(p.numel() for p in model.parameters())
+    try:
+        modules = list_of_blocks(model, [site for site in sites if site.role == "ffn"])[1]
+    except NotAvailableError:
+        modules = ()
+    blocks = [sum(p.numel() for p in module.parameters()) for module in modules]
+    return Shapes(
+        weights,
+        max(blocks, default=0),
+        len(blocks),
+        max(0, weights - sum(blocks)),
+        max(s.d_model for s in sites),
+        sum(4 * s.d_ff + 12 * s.d_model for s in sites),
+        model.get_input_embeddings().weight.shape[0],
+        input_device(model).type != "cpu",
+    )
+
+
+def setting_of(loaded: LoadedModel) -> Setting:
+    """How a model is asked for; its dtype is that of its first weight."""
+    return Setting(next(iter(loaded.model.parameters())).element_size(), loaded.source.stream)
+
+
+def load_of_steps(steps: Sequence[Step], *, backward: bool) -> Load:
+    """Text of the steps of a pass, or of those that run backward: of several passes, give the steps of one."""
+    batches = [step.batch for step in steps if step.backward or not backward]
+    return Load(
+        sum(b.input_ids.numel() for b in batches),
+        max((b.length for b in batches), default=0),
+        max((len(b) for b in batches), default=1),
+    )
+
+
+def load_of_text(windows: Sequence[Windows], batch: int) -> Load:
+    """The largest of some texts in batches of so many windows."""
+    largest = max(windows, key=lambda w: w.input_ids.numel(), default=None)
+    return Load() if largest is None else Load(largest.input_ids.numel(), largest.length, batch)
+
+
+def stage_bytes(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Bytes]:
+    """Peak of every kind of stage, without the libraries: "calibrate", "score", "reconstruct", "evaluate", "save".
+
+    Stages of which the work has nothing are left out, but scoring and saving.
+    """
+    found = _streamed(shapes, work, setting) if setting.stream else _resident(shapes, work, setting)
+    given = {"calibrate": work.forward.tokens, "reconstruct": work.refit_states, "evaluate": work.held_out.tokens}
+    return {stage: size for stage, size in found.items() if given.get(stage, 1)}
+
+
+def _resident(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Bytes]:
+    item, logits = setting.item, _LOGITS * shapes.vocabulary
+    base = shapes.weights * item + work.more
+    calibrate = max(
+        work.forward.at_once(setting.batch) * logits,
+        work.backward.at_once(setting.batch) * (shapes.saved * item + logits),
+    )
+    pairs = work.held_out.at_once(setting.batch) * 2 * item * shapes.vocabulary  # dense and pruned logits
+    return {
+        "calibrate": Bytes(base + calibrate + work.sums),
+        "score": Bytes(base + work.sums),
+        "reconstruct": Bytes(base + work.refit_states * item + work.refit),
+        "evaluate": Bytes(base + pairs),
+        "save": Bytes(base),
+    }
+
+
+def _streamed(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Bytes]:
+    item, width = setting.item, shapes.d_model * setting.item
+    block, outside = shapes.block * item, shapes.outside * item
+    values, tokens = _SLICE[0] * (16 if shapes.accelerator else 1), _SLICE[1]
+    head = outside + max(1, min(values // shapes.vocabulary, tokens)) * shapes.vocabulary * _LOGITS
+    graph = shapes.saved * item // shapes.blocks
+    per_batch = [text.at_once(setting.batch) * graph for text in (work.forward, work.backward, work.held_out)]
+    calibrate = max(block + max(per_batch[:2]), head) + work.sums
+    waiting = (work.forward.tokens + work.backward.tokens * (shapes.blocks + 1)) * width
+
+    def placed(taken: int, states: int) -> Bytes:
+        taken += work.more
+        if setting.stream == "disk":
+            return Bytes(taken, disk=states)
+        beside = setting.stream == "cpu" and shapes.accelerator
+        return Bytes(taken, host=states) if beside else Bytes(taken + states)
+
+    return {
+        "calibrate": placed(calibrate, waiting),
+        "score": placed(max(block, outside) + work.sums, 0),
+        "reconstruct": placed(2 * max(block, outside) + work.refit, work.refit_states * item),
+        "evaluate": placed(max(block + per_batch[2], head), 3 * work.held_out.tokens * width),
+        "save": placed(2 * max(block, outside), 0),
+    }
+
+
+def refit_of(model: Any, sites: Sequence[FFNSite], windows: Windows, *, distils: bool = False) -> tuple[int, int]:
+    """Values of hidden states and further bytes of a sequential reconstruction; see `reconstruct_sequential`."""
+    size = next(iter(model.parameters())).element_size()
+    states = 2 * windows.n_tokens * max(s.d_model for s in sites)
+    channels = max(windows.n_tokens * s.d_ff * size for s in sites)
+    sums = max(2 * 8 * (s.d_ff**2 + s.d_model * s.d_ff) for s in sites)
+    if distils:
+        trained = 6 * 4 * max(3 * s.d_ff * s.d_model for s in sites)
+        return states, token_bytes(model, sites, windows.n_tokens) + max(2 * sums, trained)
+    return states, min(channels, 2**30) + 2 * sums  # the least squares hold as much again

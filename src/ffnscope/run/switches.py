@@ -1,0 +1,206 @@
+"""Whether what a command takes fits into the machine, and which option would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ffnscope.calibrate.forward import input_device
+from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, resolve_device, stored_bytes
+from ffnscope.run.bounds import Bytes, Setting, Shapes, Workload, setting_of, shapes_of, stage_bytes
+from ffnscope.run.machine import device_memory, main_memory
+from ffnscope.types import FFNSite
+
+GIB = 2**30
+
+COMMAND = {
+    "batch": "--batch-size 1",
+    "dtype": "--dtype bfloat16",
+    "stream": "--stream {}",
+    "device_map": "--device-map auto",
+}
+"""Options of a command."""
+FILE = {
+    "batch": "--set calibration.batch_size=1 --set dataset.batch_size=1",
+    "dtype": "--set model.dtype=bfloat16",
+    "stream": "--set model.stream={}",
+    "device_map": "--set model.device_map=auto",
+}
+"""The same for ``ffnscope run``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Memory in bytes; None where it is not known.
+
+    Attributes:
+        ram: main memory that this process may use.
+        device: memory of the accelerator that computes; None where the CPU does.
+        libraries: main memory that the process takes without a model.
+    """
+
+    ram: int | None
+    device: int | None = None
+    libraries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Largest stages of a way to run a command.
+
+    Attributes:
+        switch: options in words; empty = as asked.
+        stage: the one that takes most on the device that computes.
+        device: bytes there; in main memory where the CPU computes, libraries included.
+        host: bytes of main memory beside it.
+        disk: bytes on disk for the time being.
+    """
+
+    switch: str
+    stage: str
+    device: int
+    host: int = 0
+    disk: int = 0
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether it does, as far as the memory is known."""
+        if machine.device is None:
+            return machine.ram is None or self.device <= machine.ram
+        return self.device <= machine.device and (machine.ram is None or self.host <= machine.ram)
+
+    def told(self) -> str:
+        """The numbers in words."""
+        found = f"{self.device / GIB:.2f} GiB"
+        if self.host:
+            found += f" and {self.host / GIB:.2f} GiB of main memory"
+        return found + (f", {self.disk / GIB:.2f} GiB on disk meanwhile" if self.disk else "")
+
+
+def machine_of(model: Any, libraries: int) -> Machine:
+    """The memory of this machine, of the device on which a model computes."""
+    return Machine(main_memory(), device_memory(input_device(model)), libraries)
+
+
+def need(
+    shapes: Shapes, work: Workload, setting: Setting, machine: Machine, switch: str = "", *, spread: bool = False
+) -> Need:
+    """What the largest stage takes; with ``spread`` weights that the device does not hold are in main memory."""
+    stages = stage_bytes(shapes, work, setting)
+    stage, peak = max(stages.items(), key=lambda item: item[1].device)
+    host, disk = (max(getattr(size, name) for size in stages.values()) for name in ("host", "disk"))
+    device = peak.device
+    if not shapes.accelerator:
+        return Need(switch, stage, device + machine.libraries, 0, disk)
+    if spread:
+        over = min(shapes.weights * setting.item, max(0, device - (machine.device or device)))
+        device, host = device - over, host + over
+    return Need(switch, stage, device, host + machine.libraries, disk)
+
+
+def alternatives(
+    shapes: Shapes, work: Workload, setting: Setting, machine: Machine, names: Mapping[str, str]
+) -> list[Need]:
+    """Other ways to run it, those that change least first: batches, placement, streaming, and the dtype last.
+
+    Only bfloat16 changes results beyond rounding, so it is after the others, also together with them.
+    """
+    found: list[Need] = []
+    small = replace(setting, batch=1)
+    batches = any(load.batch > 1 and load.tokens for load in (work.forward, work.backward, work.held_out))
+
+    def offer(setting: Setting, *switches: str, spread: bool = False) -> None:
+        found.append(need(shapes, work, setting, machine, " ".join(switches), spread=spread))
+
+    if batches:
+        offer(small, names["batch"])
+    if shapes.accelerator and setting.stream is None:
+        offer(setting, names["device_map"], spread=True)
+    places = [place for place in ("device", "cpu", "disk") if place != "device" or shapes.accelerator]
+    for place in places if shapes.block else []:
+        if (setting.stream, place) in ((None, place), ("device", "cpu"), ("device", "disk"), ("cpu", "disk")):
+            switch = names["stream"].format(place)
+            offer(replace(setting, stream=place), switch)
+            if batches and place == "disk":
+                offer(replace(small, stream=place), switch, names["batch"])
+    if setting.item > 2:
+        offer(replace(setting, item=2), names["dtype"])
+        if shapes.block and setting.stream != "disk":
+            offer(Setting(2, "disk", 1), names["stream"].format("disk"), names["batch"], names["dtype"])
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bounds:
+    """Bounds of a command on a model as it is loaded: see `bounds_of`."""
+
+    shapes: Shapes
+    work: Workload
+    setting: Setting
+    machine: Machine
+
+    @property
+    def stages(self) -> dict[str, Bytes]:
+        """Peak of every kind of stage; on the CPU with the libraries."""
+        held = 0 if self.shapes.accelerator else self.machine.libraries
+        found = stage_bytes(self.shapes, self.work, self.setting)
+        return {stage: replace(size, device=size.device + held) for stage, size in found.items()}
+
+    @property
+    def need(self) -> Need:
+        """What it takes as asked."""
+        return need(self.shapes, self.work, self.setting, self.machine)
+
+    def advice(self, names: Mapping[str, str]) -> list[str]:
+        """Lines: whether it fits, and if not, what each option would take, those that fit first."""
+        asked, machine = self.need, self.machine
+        place = "main memory" if machine.device is None else "the device's memory"
+        limit = machine.ram if machine.device is None else machine.device
+        first = f"peak memory about {asked.told()}, in stage {asked.stage}"
+        if limit is None:
+            return [f"{first}; how much memory there is could not be found out"]
+        first += f"; there are {limit / GIB:.2f} GiB of {place}"
+        if asked.host and machine.ram is not None:
+            first += f" and {machine.ram / GIB:.2f} GiB of main memory"
+        if asked.fits(machine):
+            return [f"{first}: it fits"]
+        found = alternatives(self.shapes, self.work, self.setting, machine, names)
+        fitting = [one for one in found if one.fits(machine)]
+        if fitting:
+            return [f"{first}: it does NOT fit", *(f"  {one.switch} would take {one.told()}: fits" for one in fitting)]
+        least = min(found, key=lambda one: one.device, default=None)
+        told = "" if least is None else f" (the least, {least.switch}: {least.told()}, in stage {least.stage})"
+        return [f"{first}: it does NOT fit, and no option would make it fit{told}"]
+
+
+def bounds_of(loaded: LoadedModel, sites: Sequence[FFNSite], work: Workload, libraries: int) -> Bounds:
+    """Bounds of a command on this model; ``libraries``: main memory in bytes before it was loaded."""
+    return Bounds(shapes_of(loaded.model, sites), work, setting_of(loaded), machine_of(loaded.model, libraries))
+
+
+def load_to_estimate(source: ModelSource) -> LoadedModel:
+    """Load a model of which only shapes are needed: without its weights, where they would take half of the memory.
+
+    The result's ``source`` is the one that was asked for.
+
+    Raises:
+        ModelError, DeviceError, UsageError: as `load_model`.
+    """
+    if source.stream is None and source.device_map is None:
+        size, ram = stored_bytes(source), main_memory()
+        device = device_memory(resolve_device(source.device))
+        limit = min((one for one in (ram, device) if one is not None), default=None)
+        if size is not None and limit is not None and 2 * size > limit:
+            return replace(load_model(replace(source, stream="device")), source=source)
+    return load_model(source)
+
+
+def print_advice(bounds: Bounds, names: Mapping[str, str], console: Console) -> None:
+    """Print the peak of every stage, whether it fits, and what would make it fit."""
+    peaks = ", ".join(f"{stage} {size.device / GIB:.2f} GiB" for stage, size in bounds.stages.items())
+    console.print(Text(f"memory by stage: {peaks}"))
+    for line in bounds.advice(names):
+        console.print(Text(line))
