@@ -199,8 +199,8 @@ def test_a_wrong_parameter_is_found_before_the_model_is_loaded(
 def test_a_missing_text_of_a_run_is_found_before_the_model_is_loaded(
     fails: Fails, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, more: tuple[str, ...]
 ) -> None:
-    for module in ("runner", "estimate"):
-        monkeypatch.setattr(f"ffnscope.run.{module}.load_model", None)
+    monkeypatch.setattr("ffnscope.run.runner.load_model", None)
+    monkeypatch.setattr("ffnscope.run.estimate.load_to_estimate", None)
     assert "none.txt does not exist" in fails(2, "run", config_file, "--set", f"{key}=./none.txt", *more)
     assert not (tmp_path / "out").exists()
 

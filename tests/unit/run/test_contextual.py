@@ -80,7 +80,7 @@ def test_a_card_with_its_curve_and_report(asked: dict[str, Any]) -> None:
     )
     page = (found.folder / "report.html").read_text()
     assert "Contextual sparsity" in page and "Asked: density 0.5, by top_k of the scores of low_bit" in page
-    assert "Selections by layer" in page and "Perplexity over dense, against what a token costs" in page
+    assert "Selections by layer" in page and "Rise of the perplexity over dense" in page
     assert "Perplexity at several densities" in page and "static mean" in page
 
 

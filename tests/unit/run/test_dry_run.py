@@ -54,12 +54,12 @@ def test_a_reference_that_cannot_be_loaded_stops_at_once(
     if damage != "missing":
         make_checkpoint(before)
         (before / ("model.safetensors" if damage == "no weights" else "config.json")).unlink()
-    monkeypatch.setattr(estimate, "load_model", None)
+    monkeypatch.setattr(estimate, "load_to_estimate", None)
     with pytest.raises(ModelError, match="before"):
         printed(delta(str(before)))
 
 
 def test_a_missing_text_stops_at_once(small: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "load_model", None)
+    monkeypatch.setattr(estimate, "load_to_estimate", None)
     with pytest.raises(TextError, match=r"none\.txt does not exist"):
         printed(small(dataset={"name": "./none.txt"}))

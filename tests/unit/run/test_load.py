@@ -579,7 +579,7 @@ def test_anything_is_either_accepted_or_refused_with_a_config_error(value):
 )
 def test_example_is_valid(path):
     config = load_config(path)
-    assert config.pruning.enabled
+    assert config.pruning.enabled or config.contextual.enabled
     assert config.evaluation.enabled
 
 
