@@ -48,18 +48,31 @@ def over_documents(sums: Tensor, document: Tensor, counts: Tensor | None = None)
     Raises:
         UsageError: nothing to count.
     """
-    weights = torch.ones(len(sums), dtype=torch.float64) if counts is None else counts.double().cpu()
+    of_documents, weights = sums_by_document(sums, document, document.unique(), counts)
     if not float(weights.sum()) > 0:
         raise UsageError("there is nothing to average: no token of any document counts.")
-    known, place = document.unique(return_inverse=True)
-    of_documents = [
-        torch.zeros(len(known), dtype=torch.float64).index_add_(0, place.cpu(), one)
-        for one in (sums.double().cpu(), weights)
-    ]
-    value, stderr = window_ratio(*of_documents)
-    n = int((of_documents[1] > 0).sum())
+    value, stderr = window_ratio(of_documents, weights)
+    n = int((weights > 0).sum())
     half = None if stderr is None else t_quantile(n - 1) * stderr
     return Estimate(value, None if half is None else value - half, None if half is None else value + half, n)
+
+
+def sums_by_document(
+    values: Tensor, document: Tensor, documents: Tensor, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums of values [n, ...] of windows or tokens over each of some ``documents`` (ascending), and of their counts.
+
+    Args:
+        values: of windows or tokens.
+        document: of each [n].
+        documents: all that occur, and maybe more.
+        counts: of each [n]; None counts each as 1.
+    """
+    place = torch.searchsorted(documents, document).cpu()
+    zeros = torch.zeros(len(documents), dtype=torch.float64)
+    sums = torch.zeros(len(documents), *values.shape[1:], dtype=torch.float64)
+    ones = torch.ones(len(values), dtype=torch.float64) if counts is None else counts.double().cpu()
+    return sums.index_add(0, place, values.double().cpu()), zeros.index_add(0, place, ones)
 
 
 def t_quantile(degrees: int) -> float:

@@ -52,30 +52,20 @@ class Stored:
         memory: Mapping[str, Tensor] = getattr(root, "state_dict", root)
         return name in memory or root.index[name].get("safetensors_file") is not None
 
-    def rows(self, part: slice) -> Tensor:
-        """Some rows of the value, read now, on the CPU; see `has_rows`."""
+    def rows(self, which: slice | Tensor) -> Tensor:
+        """Some rows of the value, a slice or those of some indices, read now, on the CPU; see `has_rows`."""
         from safetensors import safe_open
 
         root, name = _root(self.hook.weights_map, self.key)
         memory: Mapping[str, Tensor] = getattr(root, "state_dict", root)
         if name in memory:
-            return memory[name][part].to(self.dtype)
+            return memory[name][which].to(self.dtype)
         place = root.index[name]
         with safe_open(place["safetensors_file"], framework="pt") as file:
-            return file.get_slice(place.get("weight_name", name))[part].to(self.dtype)
-
-    def picked(self, index: Tensor) -> Tensor:
-        """Rows of the value by their indices, read now, on the CPU; see `has_rows`."""
-        from safetensors import safe_open
-
-        root, name = _root(self.hook.weights_map, self.key)
-        memory: Mapping[str, Tensor] = getattr(root, "state_dict", root)
-        if name in memory:
-            return memory[name][index].to(self.dtype)
-        place = root.index[name]
-        with safe_open(place["safetensors_file"], framework="pt") as file:
-            rows = file.get_slice(place.get("weight_name", name))
-            return torch.cat([rows[i : i + 1] for i in index.tolist()]).to(self.dtype)
+            stored = file.get_slice(place.get("weight_name", name))
+            if isinstance(which, slice):
+                return stored[which].to(self.dtype)
+            return torch.cat([stored[i : i + 1] for i in which.tolist()]).to(self.dtype)
 
     @property
     def device(self) -> torch.device:

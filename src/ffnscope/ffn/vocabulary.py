@@ -64,7 +64,7 @@ def held_embedding(model: nn.Module) -> Generator[None]:
 
     def forward(ids: Tensor) -> Tensor:
         index, inverse = ids.unique(return_inverse=True)
-        return place.picked(index)[inverse]
+        return place.rows(index)[inverse]
 
     with _replaced(found, forward):
         yield

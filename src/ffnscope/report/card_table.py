@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ffnscope.report.tables import BLANK, Cell, Grid, number, print_grid
-from ffnscope.sparse.card import Figure, SiteCard, SparsityCard
+from ffnscope.sparse.card import Figure, SiteCard, SparsityCard, target_words
 from ffnscope.sparse.evaluation import FormRow
 
 if TYPE_CHECKING:
@@ -24,11 +24,9 @@ def card_grids(card: SparsityCard) -> list[Grid]:
 
 def card_sentences(card: SparsityCard) -> list[str]:
     """What was asked, what is promised, and what is read."""
-    measure, value = card.target
-    asked = f"perplexity +{value:.2%}" if measure == "perplexity" else f"{measure.replace('_', ' ')} {value:g}"
     n_dense = sum(one.dense for one in card.sites)
     found = [
-        f"Asked: {asked}, by {card.rule.policy} of the scores of {card.rule.predictor}.",
+        f"Asked: {target_words(*card.target)}, by {card.rule.policy} of the scores of {card.rule.predictor}.",
         f"A token reads {card.bytes_read / 2**20:,.2f} MiB of FFNs and predictors, "
         f"{card.bytes_read / card.bytes_dense:.1%} of the dense FFNs."
         + (f" {n_dense} of {len(card.sites)} FFNs stay dense, where that is less to read." if n_dense else ""),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import hash_json, read_json, write_csv, write_json
@@ -13,10 +15,10 @@ from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
 from ffnscope.run.progress import Reporter
 from ffnscope.run.steps import discard_damaged
-from ffnscope.sparse.card import SparsityCard
+from ffnscope.sparse.card import SparsityCard, target_words
 from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
 from ffnscope.sparse.card_files import read_card, write_card
-from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, PerplexityTarget
+from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, measure_and_value
 from ffnscope.sparse.choose import check_certificate
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.fit import fit_card
@@ -103,17 +105,12 @@ class CardJob:
             documents = len(text.document.unique())
             what = f"{text.n_tokens:,} tokens{label}, {documents} documents: {text.source}; {size:.2f} GiB of disk, "
             found.append(("trace", f"{what}removed at the end", text.n_tokens))
-        what = (
-            f"{self.rule.predictor} and calibrate {self.rule.policy} to {_words(self.target)} in {len(self.sites)} FFNs"
-        )
+        wanted = target_words(*measure_and_value(self.target))
+        what = f"{self.rule.predictor} and calibrate {self.rule.policy} to {wanted} in {len(self.sites)} FFNs"
         found.append(("fit", what, None))
         if self.densities:
             test = split_documents(self.windows.document, self.seed)["test"]
-            held = sum(
-                int(valid.sum())
-                for d, valid in zip(self.windows.document, self.windows.valid, strict=True)
-                if d in test
-            )
+            held = int(self.windows.valid[torch.isin(self.windows.document, test)].sum())
             models = n_forms(self.densities)
             what = f"{models} models x {held:,} tokens: {len(self.densities)} densities"
             found.append(("curve", what, models * held))
@@ -198,9 +195,3 @@ def draw_card_plots(folder: Path, card: SparsityCard, rows: Sequence[FormRow], t
     if lines := lines_of(rows):
         plot_quality(lines, "density", folder / "curve.png", title)
         plot_quality(lines, "bytes_share", folder / "curve_bytes.png", title)
-
-
-def _words(target: CardTarget) -> str:
-    if isinstance(target, PerplexityTarget):
-        return f"perplexity +{target.increase:.2%}"
-    return f"{target.measure.replace('_', ' ')} {target.value:g}"

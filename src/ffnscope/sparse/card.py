@@ -62,6 +62,11 @@ class LossChange:
     n_targets: int
 
 
+def target_words(measure: str, value: float) -> str:
+    """A target (`SparsityCard.target`) in words."""
+    return f"perplexity +{value:.2%}" if measure == "perplexity" else f"{measure.replace('_', ' ')} {value:g}"
+
+
 @dataclass(frozen=True, slots=True)
 class WantedChannels:
     """The channels of a token that should be kept, against which recall and precision are measured.

@@ -49,6 +49,11 @@ class PerplexityTarget:
 CardTarget = Target | PerplexityTarget
 
 
+def measure_and_value(target: CardTarget) -> tuple[str, float]:
+    """A target as a card holds it."""
+    return ("perplexity", target.increase) if isinstance(target, PerplexityTarget) else (target.measure, target.value)
+
+
 def parse_target(text: str) -> CardTarget:
     """Parse ``MEASURE=VALUE``: recall=0.95, missed_mass=0.1, density=0.3, relative_error=0.2 or perplexity=+1%.
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from ffnscope.evaluate.intervals import sums_by_document
 from ffnscope.evaluate.perplexity import window_ratio
 from ffnscope.sparse.card import Figure
 from ffnscope.sparse.measures import TokenMeasures, summarise
-
-
-def sums_by_document(values: Tensor, document: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of values [T, ..] over the tokens of each of some ``documents`` (ascending), and their numbers of tokens."""
-    place = torch.searchsorted(documents, document)
-    sums = torch.zeros(len(documents), *values.shape[1:], dtype=torch.float64).index_add(0, place, values.double())
-    return sums, torch.bincount(place, minlength=len(documents)).double()
 
 
 def site_figures(measures: TokenMeasures, document: Tensor) -> dict[str, Figure]:

@@ -25,6 +25,7 @@ from ffnscope.sparse.card_options import (
     PerplexityTarget,
     ladder_of,
     loss_limit,
+    measure_and_value,
 )
 from ffnscope.sparse.choose import NEEDS_WINDOWS, Choice, ModelLosses, check_certificate, choose, selectors_at, spread
 from ffnscope.sparse.ffn import ffn_of
@@ -185,18 +186,12 @@ class _Fitting:
             other = ModelLosses(self.model, fitted, self.texts.second_windows, self.options.batch_size)
             loss["second"] = other.change(settings)
         return SparsityCard(
-            self.rule, self.options.wanted, self._asked, tuple(rows), measured.whole(), loss, choice.certificate,
-            choice.allocation, tensors, self._facts(fitted),
+            self.rule, self.options.wanted, measure_and_value(self.target), tuple(rows), measured.whole(), loss,
+            choice.certificate, choice.allocation, tensors, self._facts(fitted),
         )  # fmt: skip
 
     def ffn(self, site: FFNSite) -> FFN:
         return ffn_of(self.model, site, self.traces.activation(site))
-
-    @property
-    def _asked(self) -> tuple[str, float]:
-        if isinstance(self.target, PerplexityTarget):
-            return "perplexity", self.target.increase
-        return self.target.measure, self.target.value
 
     def _site(self, number: int, site: FFNSite, key: str, gradients: OutputGradients | None) -> FittedSite:
         folder, ffn = self.options.checkpoint, self.ffn(site)
@@ -242,7 +237,7 @@ class _Fitting:
         if second is not None:
             facts["second"] = {"source": second.facts["source"], "windows_hash": second.facts["windows_hash"]}
         if certify is not None:
-            facts["certified_loss"] = _LOSS_WORDS[self._asked[0]]
+            facts["certified_loss"] = _LOSS_WORDS[measure_and_value(self.target)[0]]
             facts["limit"] = loss_limit(self.target)
             facts["certify"] = asdict(certify)
         return facts

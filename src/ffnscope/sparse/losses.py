@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ffnscope.calibrate.windows import Windows
+from ffnscope.evaluate.intervals import sums_by_document
 from ffnscope.evaluate.perplexity import window_ratio
 from ffnscope.sparse.card import LossChange
 
 
 def document_sums(values: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Sums of a number per window [n] over the windows of each document, and targets of each document, ascending."""
-    documents, place = windows.document.unique(return_inverse=True)
-    zeros = torch.zeros(len(documents), dtype=torch.float64)
-    counts = windows.targets.sum(1).cpu().double()
-    return zeros.index_add(0, place, values.double().cpu()), zeros.index_add(0, place, counts)
+    return sums_by_document(values, windows.document, windows.document.unique(), windows.targets.sum(1))
 
 
 def loss_change(dense: Tensor, sparse: Tensor, windows: Windows) -> LossChange:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
+from ffnscope.evaluate.intervals import sums_by_document
 from ffnscope.ffn.function import FFN, wide
 from ffnscope.io import disposable, expect_kind, read_tensors, write_tensors
 from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored
 from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.card_options import Ladder
-from ffnscope.sparse.figures import sums_by_document
 from ffnscope.sparse.gradients import OutputGradients, fisher_damage
 from ffnscope.sparse.measures import density, missed_mass, recall, relative_error
 from ffnscope.sparse.policies import Policy
