@@ -106,9 +106,10 @@ class Bench:
 def run_peer(bench: Bench, peer: Peer, seed: int) -> None:
     out = bench.work / "peer"
     shutil.rmtree(out, ignore_errors=True)
-    text = bench.work / f"windows-{seed}.safetensors"
+    windows = bench.calibration(seed).windows
+    text = bench.work / f"windows-{windows.hash[:16]}.safetensors"
     if not text.exists():
-        save_file({"input_ids": bench.calibration(seed).windows.input_ids.contiguous()}, text)
+        save_file({"input_ids": windows.input_ids.contiguous()}, text)
     script = PEERS / f"with_{peer.package.replace('-', '_')}.py"
     paths = ["--checkpoint", bench.dense, "--windows", text, "--out", out]
     words = [bench.python(peer), script, "--method", peer.method, "--sparsity", peer.sparsity, *paths]
@@ -151,15 +152,17 @@ def add(bench: Bench, label: str, of: str, sparsity: float, seed: int, model, re
     structured.add(one | {"of": of}, structured.PEER_CELLS)
 
 
-METHODS = {
-    "torch-pruning": (("magnitude", "taylor, 32 windows"), ("0.5", "0.2")),
-    "optipfair": (("hybrid", "MAW", "L2", "PON", "VOW"), ("0.5", "0.2")),
-    "llmcompressor": (("wanda", "sparsegpt"), ("0.5", "2:4", "0.2")),
-}
+CHANNEL_SPARSITIES = ("0.5", "0.2", "0.3", "0.7")
+METHODS = (
+    ("optipfair", ("hybrid",), CHANNEL_SPARSITIES),
+    ("torch-pruning", ("magnitude", "taylor, 32 windows"), CHANNEL_SPARSITIES),
+    ("optipfair", ("MAW", "L2", "PON", "VOW"), ("0.5", "0.2")),
+    ("llmcompressor", ("wanda", "sparsegpt"), ("0.5", "2:4", "0.2")),
+)
 PEER_ROWS = [
     Peer(package, method, sparsity)
-    for sparsity in ("0.5", "2:4", "0.2")
-    for package, (methods, sparsities) in METHODS.items()
+    for sparsity in ("0.5", "2:4", "0.2", "0.3", "0.7")
+    for package, methods, sparsities in METHODS
     for method in methods
     if sparsity in sparsities
 ]
