@@ -82,15 +82,14 @@ class Bench:
 
     @cached_property
     def dense(self) -> Path:
-        folder = self.work / "dense"
+        folder = self.work / f"dense-{ffnscope.weights_hash(self.loaded.model)[:16]}"
         if not (folder / "config.json").exists():
             self.loaded.model.save_pretrained(folder)
             self.loaded.tokenizer.save_pretrained(folder)
         return folder
 
     def calibration(self, seed: int) -> rows.Calibration:
-        text = structured.calibration_windows(self.loaded, seed)
-        return rows.Calibration(self.loaded.model, text, seed, self.work)
+        return structured.calibrated(self.loaded, seed, structured.WORK)
 
     def python(self, peer: Peer) -> Path:
         """The interpreter of the package's environment, which is made when it is missing."""
@@ -184,7 +183,7 @@ def main() -> None:
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.work, args.venvs)
-    done = {structured_table.key(one) for one in structured_table.read(structured.PEER_CELLS)}
+    done = structured.finished(structured.PEER_CELLS, bench.texts)
     failed = []
     for seed in args.seeds:
         jobs = [(p.label, p.sparsity, p.of, run_peer, p) for p in PEER_ROWS]

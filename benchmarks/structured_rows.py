@@ -9,11 +9,13 @@ from pathlib import Path
 
 import ffnscope
 from ffnscope.analyze.levels import calibrate_all
-from ffnscope.apply.method import GRADIENT_WINDOWS
+from ffnscope.analyze.measured import CurveRounds
+from ffnscope.apply.method import GRADIENT_WINDOWS, Method
 from ffnscope.apply.pruned import Pruned
 from ffnscope.types import Budget
 
 ELEMENTS = "llm_pruner_elements"
+ONE_SHOT = " + one-shot"
 SCORES = {
     "random": "random",
     "magnitude (product of norms)": "magnitude",
@@ -48,12 +50,11 @@ class Calibration:
 
     @cached_property
     def scores(self) -> dict[str, ffnscope.Scores]:
-        """All scores: published ones from all windows, forward and backward; the default's from its own pass."""
+        """Published scores from all windows, forward and backward; the default's from its own pass."""
         path = self.folder / "scores.safetensors"
         if not path.exists():
             self._calibrate(path)
-        found, _ = ffnscope.read_scores(path)
-        return found | {ELEMENTS: self.element_scores}
+        return ffnscope.read_scores(path)[0]
 
     @cached_property
     def element_scores(self) -> ffnscope.Scores:
@@ -70,6 +71,20 @@ class Calibration:
         found, _ = ffnscope.read_stats(self.folder / "stats.safetensors")
         return found
 
+    @cached_property
+    def held_out(self):
+        """Sums of every 8th window, on which one-shot refits choose their damping, as the sequential ones do."""
+        path = self.folder / "held_out.safetensors"
+        if not path.exists():
+            found = ffnscope.collect(self.model, self.windows[7::8], ["h_outer"])
+            ffnscope.write_stats(path, found.values(), {})
+        return ffnscope.read_stats(path)[0]
+
+    @cached_property
+    def fitted(self):
+        """Sums of the other windows."""
+        return {site: without(one, self.held_out[site]) for site, one in self.stats.items()}
+
     def _calibrate(self, path: Path) -> None:
         sums = ["h_outer", "dy_outer", "act_sum", "act_window_sq"]
         options = ffnscope.PassOptions(gradient_windows=GRADIENT_WINDOWS)
@@ -83,8 +98,15 @@ class Calibration:
         ffnscope.write_stats(self.folder / "stats.safetensors", keep(ours, ("h_outer", "act_sum")), {})
         ffnscope.write_scores(path, found, {})
 
+    def prepare(self, label: str) -> None:
+        """Make what this row shares with others, so that no row is charged with it."""
+        _ = self.stats, self.held_out
+        if SCORES.get(label.removesuffix(ONE_SHOT)) == ELEMENTS:
+            _ = self.element_scores
+
     def plan(self, metric: str, sparsity: float, allocator: str = "local"):
-        return ffnscope.build_plan(self.scores[metric], Budget(sparsity), allocator)
+        scores = self.element_scores if metric == ELEMENTS else self.scores[metric]
+        return ffnscope.build_plan(scores, Budget(sparsity), allocator)
 
 
 def element_taylor(model, windows: ffnscope.Windows) -> ffnscope.Scores:
@@ -111,6 +133,13 @@ def element_taylor(model, windows: ffnscope.Windows) -> ffnscope.Scores:
     return ffnscope.Scores(ELEMENTS, values)
 
 
+def without(stats: ffnscope.ChannelStats, part: ffnscope.ChannelStats) -> ffnscope.ChannelStats:
+    """H of all windows less that of a part of them."""
+    name = "h_outer"
+    values = {name: stats.values[name] - part.values[name]}
+    return ffnscope.ChannelStats(stats.site, values, {name: stats.counts[name] - part.counts[name]}, {name: "sum"})
+
+
 def keep(stats, names):
     """Only the named sums of every site."""
     return [
@@ -131,7 +160,9 @@ def alone(metric: str, allocator: str = "local") -> Make:
 
 
 def one_shot(metric: str, allocator: str = "local") -> Make:
-    return lambda c, sparsity: ffnscope.reconstruct(c.model, c.plan(metric, sparsity, allocator), c.stats)
+    return lambda c, sparsity: ffnscope.reconstruct(
+        c.model, c.plan(metric, sparsity, allocator), c.fitted, held_out=c.held_out
+    )
 
 
 def sequential(metric: str, allocator: str = "local", **options) -> Make:
@@ -146,6 +177,18 @@ def flap(c: Calibration, sparsity: float) -> Pruned:
     return ffnscope.compensate_bias(c.model, c.plan("flap", sparsity, "standardised"), c.stats)
 
 
+def measured(c: Calibration, sparsity: float) -> Pruned:
+    """The default with widths by measured loss curves."""
+    windows = CurveRounds().windows(c.windows)
+    plan, _ = ffnscope.plan_by_curves(c.model, c.scores["obs_loss"], c.stats, windows, sparsity)
+    return ffnscope.reconstruct_sequential(c.model, c.windows, plan)
+
+
+def in_two_rounds(c: Calibration, sparsity: float) -> Pruned:
+    """The default, ranked again at half of the way; it calibrates for itself."""
+    return ffnscope.plan_and_reconstruct(c.model, c.windows, sparsity, method=Method(rounds=2))
+
+
 DEFAULT = "ffnscope default"
 OURS: dict[str, Make] = {
     DEFAULT: sequential("obs_loss", "halfway"),
@@ -157,7 +200,7 @@ OURS: dict[str, Make] = {
 }
 BASELINES: dict[str, Make] = {label: alone(metric) for label, metric in SCORES.items()}
 PUBLISHED: dict[str, Make] = {"FLAP (bias, z-scores)": flap}
-REFITTED: dict[str, Make] = {f"{label} + one-shot": one_shot(metric) for label, metric in SCORES.items()}
+REFITTED: dict[str, Make] = {label + ONE_SHOT: one_shot(metric) for label, metric in SCORES.items()}
 STRONG: dict[str, Make] = {f"{label} + sequential": sequential(SCORES[label]) for label in SEQUENTIAL}
 UNSTRUCTURED: dict[str, Callable[[Calibration, float | str], ffnscope.SparseWeights]] = {
     "magnitude of weights": lambda c, pattern: ffnscope.magnitude_weights(c.model, pattern, scope="ffn"),
@@ -166,5 +209,12 @@ UNSTRUCTURED: dict[str, Callable[[Calibration, float | str], ffnscope.SparseWeig
     "DaSS": lambda c, pattern: ffnscope.dass_weights(c.model, c.windows, pattern),
 }
 """Not channel pruning: fraction of the weights of all FFNs, or pattern N:M, that is set to zero."""
-ROWS: dict[str, Make] = {**BASELINES, **PUBLISHED, **OURS, **STRONG, **REFITTED}
+DEARER: dict[str, Make] = {
+    "default, measured widths": measured,
+    "default, two rounds": in_two_rounds,
+    "default + distillation (trained)": sequential("obs_loss", "halfway", distillation=ffnscope.Distillation()),
+}
+ONLY_AT = dict.fromkeys(DEARER, (0.5,))
+"""Label -> sparsities, of rows that are not measured at all of them."""
+ROWS: dict[str, Make] = {**BASELINES, **PUBLISHED, **OURS, **STRONG, **DEARER, **REFITTED}
 SCORE_ONLY = tuple(BASELINES)

@@ -24,7 +24,8 @@ def table():
 def cell(row, sparsity, perplexity, seed=0, **more):
     nll = {name: [4 * math.log(perplexity), 6 * math.log(perplexity)] for name in ("in", "out")}
     targets = {"in": 10, "out": 10}
-    return {"row": row, "sparsity": sparsity, "seed": seed, "targets": targets, "nll": nll, **more}
+    text = {"texts": "a,b", "documents": {"in": [0, 1], "out": [0, 1]}, "targets": targets}
+    return {"row": row, "sparsity": sparsity, "seed": seed, "nll": nll, **text, **more}
 
 
 def cells_file(path, *cells):
@@ -65,3 +66,24 @@ def test_single_weights_have_sections_of_their_own(table, tmp_path):
     assert "| Wanda | 1 | 15.00 | 15.00 |" in pattern
     assert anywhere.startswith("Not channel pruning: 50% of the FFN weights, unstructured")
     assert "| Wanda | 1 | 12.00 | 12.00 |" in anywhere and "default" not in anywhere
+
+
+def test_shares_and_differences_are_of_the_seeds_that_both_rows_have(table, tmp_path):
+    cells = [cell("dense", 0.0, 10), cell("score", 0.5, 40), cell("default", 0.5, 20)]
+    cells += [cell("default", 0.5, 39, seed=1), cell("weights", 0.5, 40, any_seed=True)]
+
+    table.write([cells_file(tmp_path / "a.jsonl", *cells)], tmp_path / "table.md", ("score",), "default")
+
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    of = {line.split(" | ")[0]: line for line in lines if line.startswith("| ")}
+    assert "| 2 | 27.93 | 0.500 |" in of["| **default**"]
+    assert "| +0.693 ± " in of["| score"]
+    assert f"| {math.log(40 / (20 * 39) ** 0.5):+.3f} ± " in of["| weights"]
+    assert "The default, seed by seed: 20.00 / 20.00; 39.00 / 39.00." in lines
+
+
+def test_cells_of_several_texts_are_refused(table, tmp_path):
+    cells = cell("dense", 0.0, 10), cell("default", 0.5, 20, texts="other")
+
+    with pytest.raises(ValueError, match="several evaluation texts"):
+        table.write([cells_file(tmp_path / "a.jsonl", *cells)], tmp_path / "table.md", (), "default")
