@@ -22,6 +22,7 @@ from ffnscope.report.drawing import (
     save,
     tidy,
 )
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.site_measures import SITE_MEASURES, SiteMeasures
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Cost = Literal["density", "bytes_share"]
 AXES: dict[Cost, str] = {
     "density": "density: channels kept per token, %",
-    "bytes_share": "bytes that FFNs read per token, predictor included, % of dense",
+    "bytes_share": f"bytes that FFNs read per token, predictor included, % of dense ({UNIT})",
 }
 LOWEST, HIGHEST = 0.3, 2000.0
 """Rise of the perplexity, in %, at which the axis ends; what is beyond is an open mark at its edge."""

@@ -20,6 +20,7 @@ from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, measure_and_value
 from ffnscope.sparse.choose import check_certificate
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.rule import SelectionRule
@@ -80,7 +81,7 @@ class CardJob:
         options = asdict(replace(self.options, batch_size=1, checkpoint=None))
         second = None if self.second is None else self._text_key(self.second)
         target = [type(self.target).__name__, asdict(self.target)]
-        return hash_json([self._text_key(self.windows), second, asdict(self.rule), target, options])
+        return hash_json([UNIT, self._text_key(self.windows), second, asdict(self.rule), target, options])
 
     def check(self) -> None:
         """Refuse what cannot work before any work.

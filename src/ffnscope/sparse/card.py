@@ -105,8 +105,9 @@ class SiteCard:
         activation: name of its activation function.
         parameter: of the policy; None where the FFN stays dense.
         density: mean share of the kept channels on the calibration documents; 1 where dense.
-        bytes_read: per token at that density, the predictor included.
-        bytes_dense: per token where dense.
+        bytes_read: per token at that density, the predictor included; of `ffnscope.sparse.costs.UNIT`, whatever the
+            model was loaded in.
+        bytes_dense: per token where dense, in the same unit.
         break_even: density above which predictor and kept channels are more bytes than the dense FFN.
         bands: "density" and "kept_mass" (share of a token's scores in kept channels) -> p1 and p99 of their running
             means on the calibration documents: what the run-time monitor should see.
@@ -159,12 +160,12 @@ class SparsityCard:
 
     @property
     def bytes_read(self) -> float:
-        """Bytes of FFNs and predictors per token."""
+        """Bytes of FFNs and predictors per token, of `ffnscope.sparse.costs.UNIT`."""
         return sum(one.bytes_read for one in self.sites)
 
     @property
     def bytes_dense(self) -> int:
-        """Bytes of the dense FFNs per token."""
+        """Bytes of the dense FFNs per token, in the same unit."""
         return sum(one.bytes_dense for one in self.sites)
 
     def check_model(self, model: nn.Module) -> None:

@@ -15,13 +15,15 @@ from torch import Tensor
 from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.errors import ArtifactError, NotAvailableError, UnknownNameError, UsageError
 from ffnscope.evaluate.perplexity import perplexity
+from ffnscope.report.card_table import card_grids, card_sentences
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard, WantedChannels
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CAP, CardOptions, CardTexts, Certify, PerplexityTarget
+from ffnscope.sparse.costs import UNIT, predictor_bytes, sparse_bytes
 from ffnscope.sparse.evaluation import form_losses
 from ffnscope.sparse.fit import fit_card
-from ffnscope.sparse.forms import MaskedForm
+from ffnscope.sparse.forms import MaskedForm, dense_bytes
 from ffnscope.sparse.losses import loss_change
 from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.measures import measure
@@ -103,13 +105,21 @@ class TestTargets:
     def test_bytes(self, one: Set) -> None:
         card, selectors = fit_card(one.model, one.traces, RULE, Target("density", 0.5))
         row = card.sites[0]
-        matrix = row.site.d_model * row.site.d_ff * 4
-        own = selectors[row.site].predictor.bytes_read
+        matrix = row.site.d_model * row.site.d_ff * 2  # of 16 bits, though the model has float32
+        own = predictor_bytes(selectors[row.site].predictor)
         assert row.bytes_dense == 3 * matrix
         assert row.bytes_read == pytest.approx(own + 0.5 * 3 * matrix)
         assert row.break_even == pytest.approx(1 - own / (3 * matrix))
         assert card.bytes_read == pytest.approx(sum(r.bytes_read for r in card.sites))
         assert card.bytes_dense == 2 * 3 * matrix
+
+    def test_a_card_and_a_curve_count_bytes_alike(self, one: Set) -> None:
+        card, selectors = fit_card(one.model, one.traces, RULE, Target("density", 0.5))
+        row = card.sites[0]
+        assert row.bytes_read == sparse_bytes(selectors[row.site].predictor, row.density)
+        assert dense_bytes(one.model) == card.bytes_dense
+        words = " ".join(card_sentences(card) + card_grids(card)[-1].notes)
+        assert words.count(UNIT) == 2
 
     def test_what_would_read_more_than_dense_stays_dense(self, one: Set) -> None:
         card, selectors = fit_card(one.model, one.traces, RULE, Target("density", 0.95))
@@ -325,6 +335,13 @@ class TestFiles:
         value = json.loads(path.read_text())
         path.write_text(json.dumps(value | {"schema": 0}))
         with pytest.raises(ArtifactError, match="has schema 0; this version reads 1"):
+            read_card(path)
+
+    def test_bytes_of_another_unit(self, path: Path) -> None:
+        value = json.loads(path.read_text())
+        del value["bytes_of"]
+        path.write_text(json.dumps(value))
+        with pytest.raises(ArtifactError, match=r"counts bytes in the dtype of its model; .* weights of 16 bits"):
             read_card(path)
 
     def test_a_changed_number(self, path: Path) -> None:
