@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ffnscope.errors import UsageError
 from ffnscope.ffn.function import FFN
 from ffnscope.registry import PREDICTORS
-from ffnscope.sparse.costs import sparse_bytes
+from ffnscope.sparse.costs import predictor_bytes, sparse_bytes
 from ffnscope.sparse.predictors.exact import exact_gate, exact_up, oracle
 from ffnscope.sparse.predictors.fixed import PromptConstant, griffin, static
 from ffnscope.sparse.predictors.fixed import random as chance
@@ -173,7 +173,7 @@ class TestBytes:
     def test_with_what_is_kept(self) -> None:
         one = ffn(dtype=torch.bfloat16)
         gate = exact_gate(one, None, up_size=False)
-        assert sparse_bytes(gate, 0.25) == gate.bytes_read + 0.25 * 2 * self.matrix
+        assert sparse_bytes(gate, 0.25) == predictor_bytes(gate) + 0.25 * 2 * self.matrix
         assert sparse_bytes(chance(one), 0.5) == 1.5 * self.matrix
 
 
