@@ -36,7 +36,7 @@ AXES: dict[Cost, str] = {
     "bytes_share": f"bytes that FFNs read per token, predictor included, % of dense ({UNIT})",
 }
 MARKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 1000, 2000)
-"""Rise of the perplexity, in %, at which the axis has a tick and may end; it is linear from -1 to 1, where 0 is dense."""
+"""Rise of the perplexity, in %, at which the axis has a tick and may end; 0 is dense, from -1 to 1 it is linear."""
 LOWEST, HIGHEST = MARKS[0], MARKS[-1]
 """What is beyond is an open mark at the edge of the axis."""
 DETAILED = 16  # layers up to which cells hold their numbers

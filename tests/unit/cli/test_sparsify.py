@@ -33,6 +33,8 @@ class TestSparsify:
         result = ok(*base, "--second", "pydoc_topics")
         assert "Asked: recall 0.9, by top_k of the scores of low_bit" in result.stdout
         assert "second text" in result.stdout and "rise of the loss" in result.stdout
+        assert "in weights of 16 bits" in result.stdout
+        assert all(f"{stage}: " in result.stderr for stage in ("fit and calibrate", "loss with the card"))
         out = tmp_path / "out"
         assert sorted(path.name for path in out.iterdir()) == [
             "card.json",

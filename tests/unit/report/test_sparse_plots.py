@@ -41,7 +41,9 @@ class TestQuality:
         axes, lines = drawn(draw_quality(LINES, "density", "a model"))
         assert len(lines) == 2
         assert lines[0].get_xdata().tolist() == [20, 50] and lines[0].get_ydata().tolist() == pytest.approx([100, 5])
-        assert axes.get_ylim() == (-10, HIGHEST) and axes.get_yscale() == "symlog"  # the interval of 1.05 goes below dense
+        assert (
+            axes.get_ylim() == (-10, HIGHEST) and axes.get_yscale() == "symlog"
+        )  # the interval of 1.05 goes below dense
         assert [text.get_text() for text in axes.get_yticklabels()][:4] == ["-10 %", "-3 %", "-1 %", "0 %"]
 
     def test_what_is_above_the_axis_is_an_open_mark_at_its_edge(self) -> None:

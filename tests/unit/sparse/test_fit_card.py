@@ -19,7 +19,8 @@ from ffnscope.report.card_table import card_grids, card_sentences
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard, WantedChannels
 from ffnscope.sparse.card_files import read_card, write_card
-from ffnscope.sparse.card_options import CAP, CardOptions, CardTexts, Certify, PerplexityTarget
+from ffnscope.sparse.card_options import CAP, CardOptions, CardTexts, Certify, PerplexityTarget, ladder_of
+from ffnscope.sparse.choose import most_batches
 from ffnscope.sparse.costs import UNIT, predictor_bytes, sparse_bytes
 from ffnscope.sparse.evaluation import form_losses
 from ffnscope.sparse.fit import fit_card
@@ -379,6 +380,37 @@ class TestFiles:
             fit_card(tiny("llama"), one.traces, RULE, Target("recall", 0.9))
 
 
+class TestProgress:
+    @pytest.mark.parametrize(
+        ("target", "options", "stages"),
+        [
+            (Target("recall", 0.8), {}, ("fit", "measure", "loss")),
+            (PerplexityTarget(0.05), {}, ("fit", "choose", "measure", "loss")),
+            (PerplexityTarget(0.9), {"certify": Certify("learn_then_test", 0.4)}, ("fit", "choose", "measure", "loss")),
+            (Target("density", 0.5), {"allocation": "measured"}, ("fit", "choose", "measure", "loss")),
+        ],
+    )
+    def test_every_stage_rises_to_what_it_said(
+        self, one: Set, target: Any, options: dict[str, Any], stages: tuple[str, ...]
+    ) -> None:
+        calls: dict[str, list[tuple[int, int]]] = {}
+        texts = CardTexts(one.windows, second_windows=one.windows)
+        given = {"options": CardOptions(batch_size=2, **options), "texts": texts}
+        fit_card(
+            one.model, one.traces, RULE, target, **given, on_step=lambda s, *at: calls.setdefault(s, []).append(at)
+        )
+        assert tuple(calls) == stages
+        for seen in calls.values():
+            done, total = zip(*seen, strict=True)
+            assert done[0] == 0 and list(done) == sorted(done) and done[-1] == total[0] > 0 and len(set(total)) == 1
+        assert calls["loss"][-1][1] == 2 * (6 + 6 + 30)  # dense and sparse, on batches of two
+
+    def test_batches_of_a_search(self, one: Set) -> None:
+        ladder = ladder_of(PerplexityTarget(0.05), CardOptions(batch_size=2))
+        found = most_batches(2, ladder, PerplexityTarget(0.05), CardOptions(batch_size=2), 12)
+        assert found == 6 * (1 + 5)  # 19 densities and dense are halved at most five times
+
+
 class TestResume:
     def test_fitted_ffns_are_read_again(self, one: Set, tmp_path: Path) -> None:
         calls: list[tuple[str, int, int]] = []
@@ -391,7 +423,7 @@ class TestResume:
         options = CardOptions(checkpoint=tmp_path / "parts")
         rule = SelectionRule("low_rank", "top_k", {"rank": 4, "epochs": 2})
         with pytest.raises(KeyboardInterrupt):
-            fit_card(one.model, one.traces, rule, Target("recall", 0.8), options=options, on_site=stop)
+            fit_card(one.model, one.traces, rule, Target("recall", 0.8), options=options, on_step=stop)
         first = tmp_path / "parts" / "site_0000.safetensors"
         written = first.stat().st_mtime_ns
         card, _ = fit_card(one.model, one.traces, rule, Target("recall", 0.8), options=options)
@@ -400,7 +432,7 @@ class TestResume:
         assert card.sites == whole.sites
         fit_card(one.model, one.traces, rule, Target("recall", 0.7), options=options)
         assert first.stat().st_mtime_ns != written
-        assert calls == [("fit", 1, 2)]
+        assert calls == [("fit", 0, 2), ("fit", 1, 2)]
 
 
 def test_traces_without_tokens_are_refused(one: Set) -> None:
