@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse.certificate import Certificate
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.labels import largest, nonzero, top_mass
@@ -169,13 +170,20 @@ class SparsityCard:
         return sum(one.bytes_dense for one in self.sites)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ArtifactError unless the weights are those of the calibration."""
+        """Raise ArtifactError unless weights and activations are those of the calibration."""
         found = weights_hash(model)
         if found != self.facts["weights_hash"]:
             raise ArtifactError(
                 f"the card was made for weights with the hash {self.facts['weights_hash']}; those of this "
                 f"{type(model).__name__} have {found}. Load that model in the same dtype, or calibrate again."
             )
+        there = {site.name: site.activation for site in find_sites(model)}
+        for site in (one.site for one in self.sites):
+            if there.get(site.name) != site.activation:
+                raise ArtifactError(
+                    f"{site.name} of the card has the activation {site.activation}; this {type(model).__name__} has "
+                    f"{there.get(site.name, 'no FFN')} there. Load the model that was calibrated, or calibrate again."
+                )
 
     def selectors(self, model: nn.Module) -> dict[FFNSite, Selector]:
         """The selections of all FFNs that are not dense.

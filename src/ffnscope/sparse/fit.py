@@ -231,7 +231,7 @@ class _Fitting:
         held["test"] = self.losses(fitted, "test")
         if self.texts.second_windows is not None:
             held["second"] = self._model_losses(fitted, self.texts.second_windows)
-        there = {source: one for source, one in held.items() if one is not None}
+        there: dict[Source, ModelLosses] = {source: one for source, one in held.items() if one is not None}
         sizes = [2 * math.ceil(len(one.windows) / one.batch_size) for one in there.values()]
         self.meter.begin("loss", sum(sizes))
         found: dict[Source, LossChange] = {}
