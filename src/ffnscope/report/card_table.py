@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SOURCES = {"calibrate": "calibration documents", "test": "test documents", "second": "second text"}
 BYTES = f"Bytes are those of {UNIT}, whatever the model was loaded in, predictors included."
+DENSE = "what the target asks for would read no less there, predictor included, or nothing sparse meets it"
 MEASURES = ("recall", "precision", "density", "missed_mass", "relative_error")
 
 
@@ -31,8 +32,10 @@ def card_sentences(card: SparsityCard) -> list[str]:
         f"Asked: {target_words(*card.target)}, by {card.rule.policy} of the scores of {card.rule.predictor}.",
         f"A token reads {card.bytes_read / 2**20:,.2f} MiB of FFNs and predictors in {UNIT}, "
         f"{card.bytes_read / card.bytes_dense:.1%} of the dense FFNs in the same."
-        + (f" {n_dense} of {len(card.sites)} FFNs stay dense, where that is less to read." if n_dense else ""),
+        + (f" {n_dense} of {len(card.sites)} FFNs stay dense: {DENSE}." if n_dense else ""),
     ]
+    if n_dense == len(card.sites):
+        found.append("So this card changes nothing. Allow more loss, or choose a predictor that reads less.")
     if card.certificate is not None:
         found.append(f"Certified: {card.certificate.statement}.")
     if reason := card.allocation.get("reason"):

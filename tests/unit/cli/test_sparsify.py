@@ -85,6 +85,11 @@ class TestSparsify:
         [
             (("--target", "recall"), "is not MEASURE=VALUE, for example recall=0.95"),
             (("--target", "recal=0.9"), "Unknown target 'recal'. Did you mean 'recall'?"),
+            (("--target", "density=0"), "would keep no channel at all"),
+            (
+                ("--policy", "capped_threshold"),
+                "needs k_min; give it in policy_params, or by --policy-param k_min=VALUE",
+            ),
             (("--target", "recall=95"), "target recall must be in [0, 1]; got 95"),
             (("--policy", "topk"), "Did you mean 'top_k'?"),
             (("--predictor", "lowbit"), "Did you mean 'low_bit'?"),

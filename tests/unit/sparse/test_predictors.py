@@ -188,14 +188,18 @@ def test_random_depends_on_token_and_seed_alone() -> None:
 
 @pytest.mark.parametrize("name", PREDICTORS.names())
 def test_inputs_of_another_shape(name: str) -> None:
-    params = {"whitened_svd": {"rank": 2}, "low_rank": {"rank": 2, "epochs": 1}}.get(name, {})
+    params = {
+        "whitened_svd": {"rank": 2},
+        "low_rank": {"rank": 2, "epochs": 1},
+        "deja_vu": {"rank": 2, "epochs": 1},
+    }.get(name, {})
     made = PREDICTORS.get(name).make(ffn(), FIT, **params)
     for bad in (X[None], X[:, 1:]):
         with pytest.raises(UsageError, match=r"\[T, 12\]"):
             made(bad)
 
 
-@pytest.mark.parametrize("name", ["exact_gate", "exact_up", "static", "griffin", "whitened_svd", "low_rank"])
+@pytest.mark.parametrize("name", ["exact_gate", "exact_up", "static", "griffin", "whitened_svd", "low_rank", "deja_vu"])
 def test_tokens_that_are_missing(name: str) -> None:
     with pytest.raises(UsageError, match="FitTokens"):
         PREDICTORS.get(name).make(ffn(), None)
