@@ -239,10 +239,9 @@ def wrap_(
         NotAvailableError: an expert in parameters that all experts of its layer share.
         ModelError: weights are offloaded.
     """
-    watch, densities = None, dict[FFNSite, float]()
+    watch = None
     if isinstance(selectors, SparsityCard):
         watch = Monitor(selectors, selectors.selectors(model), monitor)
-        densities = {one.site: one.density for one in selectors.sites}
         selectors = watch.selectors
     elif never_slower:
         raise UsageError("never_slower needs the densities of a card; without one, choose the FFNs by their speed.")
@@ -250,10 +249,10 @@ def wrap_(
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
     masked = _settle(model, runtime, list(selectors))
     if watch is not None and never_slower:
-        _leave_slower(model, runtime, watch, densities)
+        _leave_slower(model, runtime, watch)
     runtime.monitor = watch
     vars(model)[_KEY] = runtime
-    _warn(model, runtime, [one for one in masked if one.path in {site.name for site in runtime.levels}])
+    _warn(model, runtime, masked)
     return runtime
 
 
@@ -311,10 +310,10 @@ def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> lis
     return masked
 
 
-def _leave_slower(model: nn.Module, runtime: Runtime, watch: Monitor, densities: Mapping[FFNSite, float]) -> None:
+def _leave_slower(model: nn.Module, runtime: Runtime, watch: Monitor) -> None:
     """Leave FFNs dense that would be slower, and warn which."""
     try:
-        slow = runtime.slower(densities)
+        slow = runtime.slower({site: one.card.density for site, one in watch.selectors.items()})
     except BaseException:
         runtime.close()
         raise
@@ -354,6 +353,7 @@ def _is_whole_module(model: nn.Module, site: FFNSite) -> bool:
 
 
 def _warn(model: nn.Module, runtime: Runtime, masked: Sequence[LeftOut]) -> None:
+    masked = [one for one in masked if one.path in {site.name for site in runtime.levels}]
     if masked:
         warnings.warn(f"dense under the mask in {type(model).__name__}: {describe(masked)}.", stacklevel=3)
     found = [LeftOut(s.name, w) for s, at in runtime.levels.items() if at != "masked" if (w := _slow(model, s))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from ffnscope.sparse import runtime as runtime_module
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.fit import fit_card
-from ffnscope.sparse.kernels.break_even import ratios
+from ffnscope.sparse.kernels import break_even
 from ffnscope.sparse.monitor import HORIZON, Monitor, MonitorOptions, RunningMean, band_of, signals
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import unwrap_, wrap_
@@ -219,9 +218,12 @@ class TestNeverSlower:
         with pytest.raises(UsageError, match="never_slower needs the densities of a card"):
             wrap_(made[0], made[2], never_slower=True)
 
-    def test_ratios(self) -> None:
-        def wait(seconds: float) -> Any:
-            return lambda: time.sleep(seconds)
+    def test_the_fastest_round_counts_and_the_first_does_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(break_even, "_seconds", lambda run, device: run())
 
-        found = ratios([wait(0.01), wait(0.02)], [wait(0.02), wait(0.005)], torch.device("cpu"))
-        assert found[0] > 1.3 and found[1] < 0.8
+        def lasting(*seconds: float) -> Any:
+            rounds = iter((0.0, *seconds, *[99.0] * break_even.ROUNDS))
+            return lambda: next(rounds)
+
+        found = break_even.ratios([lasting(3, 2), lasting(4)], [lasting(4, 5), lasting(9, 1)], torch.device("cpu"))
+        assert found == [2.0, 0.25]
