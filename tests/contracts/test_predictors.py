@@ -8,7 +8,7 @@ import torch
 from ffnscope.registry import PREDICTORS
 from ffnscope.testing import check_predictor
 
-PARAMS = {"whitened_svd": {"rank": 8}, "low_rank": {"rank": 8, "epochs": 2}}
+PARAMS = {"whitened_svd": {"rank": 8}, "low_rank": {"rank": 8, "epochs": 2}, "deja_vu": {"rank": 8, "epochs": 2}}
 
 
 @pytest.mark.parametrize("name", PREDICTORS.names())

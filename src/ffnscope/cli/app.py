@@ -23,6 +23,7 @@ from ffnscope.cli.channels import OUT, eval_command
 from ffnscope.cli.curves import curves_command
 from ffnscope.cli.files import Overwrite
 from ffnscope.cli.inspect import inspect_command
+from ffnscope.cli.place import place_command
 from ffnscope.cli.prune import prune_command
 from ffnscope.cli.rank import rank_command
 from ffnscope.cli.relufy import relufy_command
@@ -49,6 +50,7 @@ app.command("eval")(eval_command)
 app.command("sparsify")(sparsify_command)
 app.command("answer")(answer_command)
 app.command("relufy")(relufy_command)
+app.command("place")(place_command)
 app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
 app.command("report")(report_command)
@@ -81,7 +83,8 @@ def _call() -> int | str | None:
         return 2 if isinstance(error, UsageError) else 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            going_on = "`run`, `score`, `prune`, `curves`, `sparsify`, `answer`, `relufy` and `rank --validate`"
+            going_on = "`run`, `score`, `prune`, `curves`, `sparsify`, `answer`, `relufy`, `place` and "
+            going_on += "`rank --validate`"
             _say(f"interrupted. Called again, {going_on} go on where they stopped.")
         return end.code
     return 0

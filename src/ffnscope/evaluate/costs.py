@@ -93,7 +93,7 @@ def count_costs(model: nn.Module, sites: Sequence[FFNSite], work: Work) -> Costs
         parameters=sum(p.numel() for p in model.parameters()),
         ffn_parameters=sum(ffn_parameters(model, site) for site in sites),
         parameter_bytes=sum(p.nbytes for p in model.parameters()),
-        read_bytes=_read_bytes(model) - (0 if experts is None else experts.idle_bytes),
+        read_bytes=step_bytes(model) - (0 if experts is None else experts.idle_bytes),
         prefill_flops=batch * prefill,
         decode_flops=batch * decode,
         experts=None if experts is None else experts.active,
@@ -172,7 +172,8 @@ def _is_router(module: Any) -> bool:
     return named and not is_projection(module) and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
-def _read_bytes(model: nn.Module) -> int:
+def step_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that one decode step reads: all but the embedding tables, in which it looks up rows."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     multiplied = {id(m.weight) for m in model.modules() if is_projection(m)}
     return sum(p.nbytes for p in model.parameters() if id(p) not in tables - multiplied)

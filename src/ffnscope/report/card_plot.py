@@ -10,6 +10,7 @@ from ffnscope.report.drawing import COLOURS, INK, PALE, legend, need, new_figure
 from ffnscope.report.sparse_plots import Cost, draw_quality
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.card_curve import lines_of
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ LAYERS = (
 CURVES: dict[Cost, str] = {
     "density": "Perplexity on the test documents against density: the rule of the card, the best order there is, and "
     "one selection for all tokens. Bars are 95 % intervals over documents.",
-    "bytes_share": "The same against the bytes that the FFNs read per token, those of the predictor included.",
+    "bytes_share": "The same against the bytes that the FFNs read per token, those of the predictor included, in "
+    f"{UNIT}.",
 }
 
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 from ffnscope.report.tables import BLANK, Cell, Grid, number, print_grid
 from ffnscope.sparse.card import Figure, SiteCard, SparsityCard, target_words
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SOURCES = {"calibrate": "calibration documents", "test": "test documents", "second": "second text"}
+BYTES = f"Bytes are those of {UNIT}, whatever the model was loaded in, predictors included."
+DENSE = "what the target asks for would read no less there, predictor included, or nothing sparse meets it"
 MEASURES = ("recall", "precision", "density", "missed_mass", "relative_error")
 
 
@@ -27,10 +30,12 @@ def card_sentences(card: SparsityCard) -> list[str]:
     n_dense = sum(one.dense for one in card.sites)
     found = [
         f"Asked: {target_words(*card.target)}, by {card.rule.policy} of the scores of {card.rule.predictor}.",
-        f"A token reads {card.bytes_read / 2**20:,.2f} MiB of FFNs and predictors, "
-        f"{card.bytes_read / card.bytes_dense:.1%} of the dense FFNs."
-        + (f" {n_dense} of {len(card.sites)} FFNs stay dense, where that is less to read." if n_dense else ""),
+        f"A token reads {card.bytes_read / 2**20:,.2f} MiB of FFNs and predictors in {UNIT}, "
+        f"{card.bytes_read / card.bytes_dense:.1%} of the dense FFNs in the same."
+        + (f" {n_dense} of {len(card.sites)} FFNs stay dense: {DENSE}." if n_dense else ""),
     ]
+    if n_dense == len(card.sites):
+        found.append("So this card changes nothing. Allow more loss, or choose a predictor that reads less.")
     if card.certificate is not None:
         found.append(f"Certified: {card.certificate.statement}.")
     if reason := card.allocation.get("reason"):
@@ -43,8 +48,7 @@ def curve_grid(rows: Sequence[FormRow]) -> Grid:
     columns = ["FFNs by", "density", "bytes of dense", "perplexity", "rise of the loss"]
     notes = [
         "On the test documents; one density for all FFNs, except in the card. Rise in nats per token, in brackets its "
-        "95 % interval over documents. The oracle reads gate and up in full to choose. Bytes here "
-        "are those of weights of 16 bits, whatever the model was loaded in."
+        "95 % interval over documents. The oracle reads gate and up in full to choose. " + BYTES
     ]
     return Grid("Perplexity at several densities", columns, [_curve_row(row) for row in rows], notes)
 
@@ -109,7 +113,7 @@ def _curve_row(row: FormRow) -> list[Cell]:
 
 def _sites(card: SparsityCard) -> Grid:
     columns = ["FFN", "parameter", "density", "recall (test)", "missed mass (test)", "bytes of dense"]
-    return Grid("Parameters", columns, [_site(one) for one in card.sites], [])
+    return Grid("Parameters", columns, [_site(one) for one in card.sites], [BYTES])
 
 
 def _site(one: SiteCard) -> list[Cell]:

@@ -22,6 +22,7 @@ from ffnscope.report.drawing import (
     save,
     tidy,
 )
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.site_measures import SITE_MEASURES, SiteMeasures
 
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 Cost = Literal["density", "bytes_share"]
 AXES: dict[Cost, str] = {
     "density": "density: channels kept per token, %",
-    "bytes_share": "bytes that FFNs read per token, predictor included, % of dense",
+    "bytes_share": f"bytes that FFNs read per token, predictor included, % of dense ({UNIT})",
 }
-LOWEST, HIGHEST = 0.3, 2000.0
-"""Rise of the perplexity, in %, at which the axis ends; what is beyond is an open mark at its edge."""
+MARKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 1000, 2000)
+"""Rise of the perplexity, in %, at which the axis has a tick and may end; 0 is dense, from -1 to 1 it is linear."""
+LOWEST, HIGHEST = MARKS[0], MARKS[-1]
+"""What is beyond is an open mark at the edge of the axis."""
 DETAILED = 16  # layers up to which cells hold their numbers
 
 
@@ -52,7 +55,8 @@ def plot_sites(rows: Mapping[str, Sequence[SiteMeasures]], measure: str, path: P
 def draw_quality(lines: Mapping[str, Sequence[FormRow]], cost: Cost, title: str = "") -> Figure:
     """Draw the rise of the perplexity over dense against what a token costs: a line per label, 95 % intervals.
 
-    The axis is logarithmic, from `LOWEST` to `HIGHEST`. Forms without a density are left out where that is the cost.
+    The axis is logarithmic but for its middle (see `MARKS`), and as long as the points and their intervals need. Forms
+    without a density are left out where that is the cost.
 
     Args:
         lines: label -> rows at several costs, on one text; a line per label.
@@ -69,7 +73,7 @@ def draw_quality(lines: Mapping[str, Sequence[FormRow]], cost: Cost, title: str 
     need(shown_lines, "rows with this cost")
     figure = new_figure(7.2, 4.4, "Rise of the perplexity over dense, against what a token costs", title)
     axes = figure.add_subplot()
-    _quality_axes(axes, cost)
+    _quality_axes(axes, cost, [value for points in shown_lines.values() for point in points for value in point[1:]])
     shown = {label: _line(axes, points, index) for index, (label, points) in enumerate(shown_lines.items())}
     legend(figure, shown)
     return figure
@@ -135,10 +139,8 @@ def _line(axes: Axes, points: Sequence[Point], index: int) -> Any:
     at, drawn = [point[0] for point in points], [_within(point[1]) for point in points]
     line = axes.plot(at, drawn, style, marker=marker, color=colour, linewidth=1.1, markersize=4)[0]
     axes.vlines(at, [_within(p[2]) for p in points], [_within(p[3]) for p in points], color=colour, linewidth=1)
-    for edge, shape, beyond in (
-        (HIGHEST, "^", [p[0] for p in points if p[1] > HIGHEST]),
-        (LOWEST, "v", _below(points)),
-    ):
+    above, below = ([p[0] for p in points if p[1] > HIGHEST], [p[0] for p in points if p[1] < LOWEST])
+    for edge, shape, beyond in ((HIGHEST, "^", above), (LOWEST, "v", below)):
         if beyond:
             look: Any = {"markerfacecolor": "white", "color": colour, "markersize": 6, "linestyle": "none"}
             axes.plot(beyond, [edge] * len(beyond), shape, **look, clip_on=False, zorder=4)
@@ -149,16 +151,15 @@ def _within(value: float) -> float:
     return min(max(value, LOWEST), HIGHEST)
 
 
-def _below(points: Sequence[Point]) -> list[float]:
-    return [point[0] for point in points if point[1] < LOWEST]
-
-
-def _quality_axes(axes: Axes, cost: Cost) -> None:
-    axes.set_yscale("log")
-    axes.set_ylim(LOWEST, HIGHEST)
-    marks = (0.3, 1, 3, 10, 30, 100, 300, 1000)
+def _quality_axes(axes: Axes, cost: Cost, values: Sequence[float]) -> None:
+    low = max((mark for mark in MARKS if mark <= min(0, *values)), default=LOWEST)
+    high = min((mark for mark in MARKS if mark >= max(1, *values)), default=HIGHEST)
+    axes.set_yscale("symlog", linthresh=1, linscale=0.5)
+    axes.set_ylim(low, high)
+    marks = [mark for mark in MARKS if low <= mark <= high]
     axes.set_yticks(marks, [f"{mark:g} %" for mark in marks])
     axes.minorticks_off()
+    axes.axhline(0, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
     axes.set_xlabel(AXES[cost], color=INK, size=9)
     axes.set_ylabel("rise of the perplexity", color=INK, size=9)
     axes.grid(color=PALE, linewidth=0.5)

@@ -18,6 +18,7 @@ from ffnscope.run.stages import Job
 from ffnscope.run.windows import second_windows
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.card_files import read_card, write_card
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow, form_row_of
 from ffnscope.types import FFNSite
 
@@ -79,6 +80,7 @@ def card_summary(card: SparsityCard, rows: Sequence[FormRow]) -> dict[str, Any]:
         "sentences": card_sentences(card),
         "target": {card.target[0]: card.target[1]},
         "bytes_share": card.bytes_read / card.bytes_dense,
+        "bytes_of": UNIT,
         "dense_ffns": sum(one.dense for one in card.sites),
         "figures": {source: {k: asdict(v) for k, v in found.items()} for source, found in card.figures.items()},
         "loss": {source: asdict(one) for source, one in card.loss.items()},

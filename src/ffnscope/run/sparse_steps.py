@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import hash_json, read_json, write_csv, write_json
 from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
-from ffnscope.run.progress import Reporter
+from ffnscope.run.progress import Reporter, Update
 from ffnscope.run.steps import discard_damaged
 from ffnscope.sparse.card import SparsityCard, target_words
 from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, measure_and_value
 from ffnscope.sparse.choose import check_certificate
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
-from ffnscope.sparse.fit import fit_card
+from ffnscope.sparse.fit import OnStep, fit_card
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.traces import Traces
@@ -80,7 +82,7 @@ class CardJob:
         options = asdict(replace(self.options, batch_size=1, checkpoint=None))
         second = None if self.second is None else self._text_key(self.second)
         target = [type(self.target).__name__, asdict(self.target)]
-        return hash_json([self._text_key(self.windows), second, asdict(self.rule), target, options])
+        return hash_json([UNIT, self._text_key(self.windows), second, asdict(self.rule), target, options])
 
     def check(self) -> None:
         """Refuse what cannot work before any work.
@@ -126,14 +128,9 @@ class CardJob:
         held = None if self.second is None else self._traced(self.second, folder, "the second text", reporter)
         texts = CardTexts(self.windows, held, self.second)
         options = replace(self.options, checkpoint=folder / "fits")
-        with reporter.task("fit and measure", "steps") as update:
-            seen = {"fit": 0, "measure": len(traces.sites)}
-
-            def on_site(stage: str, done: int, _: int) -> None:
-                update(seen[stage] + done, 2 * len(traces.sites))
-
+        with _tasks(reporter) as on_step:
             card, _ = fit_card(
-                self.loaded.model, traces, self.rule, self.target, options=options, texts=texts, on_site=on_site
+                self.loaded.model, traces, self.rule, self.target, options=options, texts=texts, on_step=on_step
             )
         write_card(path, card, overwrite=True)
         return card
@@ -174,6 +171,29 @@ class CardJob:
     def _text_key(self, windows: Windows) -> str:
         names = [site.name for site in self.sites]
         return hash_json([self.model_hash, windows.hash, windows.document.tolist(), names, self.seed])
+
+
+_TASKS = {
+    "fit": ("fit and calibrate", "FFNs"),
+    "choose": ("choose by the loss", "batches"),
+    "measure": ("measure the card", "FFNs"),
+    "loss": ("loss with the card", "batches"),
+}
+
+
+@contextlib.contextmanager
+def _tasks(reporter: Reporter) -> Generator[OnStep]:
+    """Yield what tells the stages of `fit_card`, each as a task that ends when the next one begins."""
+    with contextlib.ExitStack() as stack:
+        told: dict[str, Update] = {}
+
+        def on_step(stage: str, done: int, total: int) -> None:
+            if stage not in told:
+                stack.close()
+                told[stage] = stack.enter_context(reporter.task(*_TASKS[stage]))
+            told[stage](done, total)
+
+        yield on_step
 
 
 def write_curve(rows: Sequence[FormRow], files: Sequence[Path]) -> None:

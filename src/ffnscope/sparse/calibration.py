@@ -38,7 +38,9 @@ class Target:
         if self.measure not in get_args(Measure):
             raise unknown_name("target", self.measure, get_args(Measure))
         if not 0 <= self.value <= 1:
-            raise UsageError(f"target {self.measure} must be in [0, 1]; got {self.value:g}.")
+            raise UsageError(
+                f"target {self.measure} must be in [0, 1]; got {self.value:g}. Write a share such as 0.95, or 95%."
+            )
 
 
 @dataclass(frozen=True, slots=True)

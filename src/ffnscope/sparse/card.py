@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse.certificate import Certificate
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.labels import largest, nonzero, top_mass
@@ -105,8 +106,9 @@ class SiteCard:
         activation: name of its activation function.
         parameter: of the policy; None where the FFN stays dense.
         density: mean share of the kept channels on the calibration documents; 1 where dense.
-        bytes_read: per token at that density, the predictor included.
-        bytes_dense: per token where dense.
+        bytes_read: per token at that density, the predictor included; of `ffnscope.sparse.costs.UNIT`, whatever the
+            model was loaded in.
+        bytes_dense: per token where dense, in the same unit.
         break_even: density above which predictor and kept channels are more bytes than the dense FFN.
         bands: "density" and "kept_mass" (share of a token's scores in kept channels) -> p1 and p99 of their running
             means on the calibration documents: what the run-time monitor should see.
@@ -159,22 +161,29 @@ class SparsityCard:
 
     @property
     def bytes_read(self) -> float:
-        """Bytes of FFNs and predictors per token."""
+        """Bytes of FFNs and predictors per token, of `ffnscope.sparse.costs.UNIT`."""
         return sum(one.bytes_read for one in self.sites)
 
     @property
     def bytes_dense(self) -> int:
-        """Bytes of the dense FFNs per token."""
+        """Bytes of the dense FFNs per token, in the same unit."""
         return sum(one.bytes_dense for one in self.sites)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ArtifactError unless the weights are those of the calibration."""
+        """Raise ArtifactError unless weights and activations are those of the calibration."""
         found = weights_hash(model)
         if found != self.facts["weights_hash"]:
             raise ArtifactError(
                 f"the card was made for weights with the hash {self.facts['weights_hash']}; those of this "
                 f"{type(model).__name__} have {found}. Load that model in the same dtype, or calibrate again."
             )
+        there = {site.name: site.activation for site in find_sites(model)}
+        for site in (one.site for one in self.sites):
+            if there.get(site.name) != site.activation:
+                raise ArtifactError(
+                    f"{site.name} of the card has the activation {site.activation}; this {type(model).__name__} has "
+                    f"{there.get(site.name, 'no FFN')} there. Load the model that was calibrated, or calibrate again."
+                )
 
     def selectors(self, model: nn.Module) -> dict[FFNSite, Selector]:
         """The selections of all FFNs that are not dense.

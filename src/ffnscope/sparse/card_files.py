@@ -12,6 +12,7 @@ from ffnscope.errors import ArtifactError
 from ffnscope.io import complete, expect_kind, hash_file, hash_json, read_json, read_tensors, write_json, write_tensors
 from ffnscope.sparse.card import Figure, LossChange, SiteCard, SparsityCard, WantedChannels
 from ffnscope.sparse.certificate import Certificate
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.types import FFNSite
 
@@ -37,6 +38,7 @@ def write_card(path: Path, card: SparsityCard, *, overwrite: bool = False) -> No
         "rule": asdict(card.rule),
         "wanted": asdict(card.wanted),
         "target": {"measure": card.target[0], "value": card.target[1]},
+        "bytes_of": UNIT,
         "sites": [asdict(one) for one in card.sites],
         "figures": _plain_figures(card.figures),
         "loss": {source: asdict(one) for source, one in card.loss.items()},
@@ -62,6 +64,11 @@ def read_card(path: Path) -> SparsityCard:
     if value.get("schema") != CARD_SCHEMA:
         raise ArtifactError(
             f"{path} has schema {value.get('schema')}; this version reads {CARD_SCHEMA}. Calibrate again."
+        )
+    if value.get("bytes_of") != UNIT:
+        raise ArtifactError(
+            f"{path} counts bytes in {value.get('bytes_of', 'the dtype of its model')}; this version reads cards that "
+            f"count {UNIT}. Calibrate again."
         )
     with complete(path, KIND):
         stated = value.pop("hash")

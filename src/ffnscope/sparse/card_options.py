@@ -72,7 +72,13 @@ def parse_target(text: str) -> CardTarget:
             f"the target {text!r} is not MEASURE=VALUE, for example recall=0.95, missed_mass=0.1, density=0.3, "
             "relative_error=0.2 or perplexity=+1%."
         )
-    return PerplexityTarget(number) if measure == "perplexity" else Target(measure, number)  # type: ignore[arg-type]
+    if measure == "perplexity":
+        return PerplexityTarget(number)
+    if number == 0 and measure in ("recall", "density"):
+        raise UsageError(
+            f"the target {text!r} would keep no channel at all; give a share above 0, such as {measure}=0.3."
+        )
+    return Target(measure, number)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from ffnscope.sparse.certificate import (
     risk_control,
     split_conformal,
 )
-from ffnscope.sparse.evaluation import form_losses
+from ffnscope.sparse.evaluation import OnBatch, form_losses
 from ffnscope.sparse.forms import MaskedForm
 from ffnscope.sparse.losses import document_sums, loss_change
 from ffnscope.sparse.selector import Selector
@@ -52,10 +53,16 @@ class Choice:
 
 
 class ModelLosses:
-    """NLL of the windows of one part of the documents, dense and at settings; each is measured once."""
+    """NLL of the windows of one part of the documents, dense and at settings; each is measured once.
 
-    def __init__(self, model: nn.Module, fitted: Fitted, windows: Windows, batch_size: int):
+    ``on_batch`` is called after each batch that is run, with (batches done, batches in all) of the measurement.
+    """
+
+    def __init__(
+        self, model: nn.Module, fitted: Fitted, windows: Windows, batch_size: int, on_batch: OnBatch | None = None
+    ):
         self.model, self.fitted, self.windows, self.batch_size = model, fitted, windows, batch_size
+        self.on_batch = on_batch
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def at(self, settings: Mapping[FFNSite, int]) -> Tensor:
@@ -64,7 +71,8 @@ class ModelLosses:
         if key not in self._known:
             chosen = selectors_at(self.fitted, settings)
             form = MaskedForm("card", chosen) if chosen else None
-            self._known[key] = form_losses(self.model, form, self.windows, batch_size=self.batch_size).nll
+            options: Any = {"batch_size": self.batch_size, "on_batch": self.on_batch}
+            self._known[key] = form_losses(self.model, form, self.windows, **options).nll
         return self._known[key]
 
     def change(self, settings: Mapping[FFNSite, int]) -> LossChange:
@@ -113,6 +121,18 @@ def choose(
     if options.allocation == "uniform" or uniform == 0:
         return Choice(_same(fitted, uniform))
     return _allocated(fitted, uniform, options, _needed(losses))
+
+
+def most_batches(n_sites: int, ladder: Ladder, target: CardTarget, options: CardOptions, n_windows: int) -> int:
+    """Batches that `choose` runs forward at most; 0 where no loss of the model decides."""
+    each, few = (math.ceil(n / options.batch_size) for n in (n_windows, min(n_windows, options.gradient_windows)))
+    n, of_model = len(ladder.values), isinstance(target, PerplexityTarget)
+    if options.certify is not None:
+        return each * (1 + n) if of_model else 0
+    found = each * (1 + math.ceil(math.log2(n + 1))) if of_model else 0
+    if options.allocation != "uniform":
+        found += each * (2 if of_model else 3)
+    return found + few * (1 + n_sites * n) * (options.allocation == "measured")
 
 
 def check_certificate(certify: Certify, target: CardTarget, n_documents: int) -> None:
@@ -176,7 +196,8 @@ def _allocated(fitted: Fitted, uniform: int, options: CardOptions, losses: Model
     same = _same(fitted, uniform)
     budget = sum(one.bytes_read(uniform) for one in fitted.values())
     floors = _floors(list(fitted), options.floor)
-    few = ModelLosses(losses.model, fitted, spread(losses.windows, options.gradient_windows), losses.batch_size)
+    windows = spread(losses.windows, options.gradient_windows)
+    few = ModelLosses(losses.model, fitted, windows, losses.batch_size, losses.on_batch)
     curves = {site: _curve(fitted, site, options, few) for site in fitted}
     settings = allocate(curves, budget, floors)
     change = loss_change(losses.at(same), losses.at(settings), losses.windows)

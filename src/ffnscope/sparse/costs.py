@@ -12,10 +12,12 @@ from ffnscope.sparse.predictors.interface import Predictor
 
 WEIGHT_BYTES = 2
 """Bytes of a weight where it is stored; quality is often measured in float32, which must not flatter few bits."""
+UNIT = "weights of 16 bits"
+"""In what bytes per token are told, in cards, curves, tables and plots."""
 FEWEST_BITS, MOST_BITS, GROUP = 2, 8, 64
 
 
-def matrix_bytes(ffn: FFN, names: tuple[str, ...] = ("gate", "up", "down")) -> float:
+def matrix_bytes(ffn: FFN, names: tuple[str, ...] = ("gate", "up", "down")) -> int:
     """Bytes of some matrices of an FFN."""
     found: list[Tensor | None] = [getattr(ffn.weights, name) for name in names]
     return sum(_stored(one) for one in found if one is not None)
@@ -70,7 +72,7 @@ def rank_for(ffn: FFN, share: float, n_matrices: int) -> int:
     return min(rank, ffn.d_model, ffn.d_ff)
 
 
-def _stored(value: Tensor) -> float:
+def _stored(value: Tensor) -> int:
     return value.numel() * _itemsize(value)
 
 

@@ -15,6 +15,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.forward import evaluating
 from ffnscope.evaluate.intervals import Estimate, over_documents
 from ffnscope.evaluate.perplexity import check_targets, perplexity_result, token_nll
+from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.forms import Form, dense_bytes
 from ffnscope.sparse.masking import Selected
 from ffnscope.types import EvalResult, FFNSite
@@ -46,7 +47,7 @@ class FormRow:
         difference: mean NLL less that of the dense model, nats per token, paired; None for the dense model.
         density: mean over tokens and FFNs, weighted by channels; None for a form without masks.
         densities: name of a site -> density.
-        bytes_read: by the FFNs per token, weights of 16 bits, predictors included.
+        bytes_read: by the FFNs per token, of `ffnscope.sparse.costs.UNIT`, predictors included.
         dense_bytes: the same of the dense FFNs.
     """
 
@@ -74,6 +75,7 @@ class FormRow:
             "density": self.density,
             "bytes_read": self.bytes_read,
             "bytes_share": self.bytes_share,
+            "bytes_of": UNIT,
             "n_targets": self.perplexity.n,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +28,16 @@ from ffnscope.sparse.card_options import (
     loss_limit,
     measure_and_value,
 )
-from ffnscope.sparse.choose import NEEDS_WINDOWS, Choice, ModelLosses, check_certificate, choose, selectors_at, spread
+from ffnscope.sparse.choose import (
+    NEEDS_WINDOWS,
+    Choice,
+    ModelLosses,
+    check_certificate,
+    choose,
+    most_batches,
+    selectors_at,
+    spread,
+)
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.gradients import OutputGradients, output_gradients
 from ffnscope.sparse.rule import SelectionRule, tensors_of
@@ -37,8 +47,9 @@ from ffnscope.sparse.split import Part
 from ffnscope.sparse.traces import Traces
 from ffnscope.types import FFNSite
 
-OnSite = Callable[[str, int, int], None]
-"""Called after each FFN with "fit" or "measure", FFNs done, and FFNs in all."""
+OnStep = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of it is done and there in all: FFNs for "fit" and "measure"; batches
+for "choose", where the loss of the model decides, and "loss", of the model with the card."""
 
 
 def fit_card(
@@ -49,7 +60,7 @@ def fit_card(
     *,
     options: CardOptions | None = None,
     texts: CardTexts | None = None,
-    on_site: OnSite | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[SparsityCard, dict[FFNSite, Selector]]:
     """Fit predictors, calibrate the policy to a target, and measure the result on documents that had no part in it.
 
@@ -66,7 +77,7 @@ def fit_card(
         target: what is wanted.
         options: certificate, allocation, files to go on from.
         texts: the traced windows (for perplexity, and its figures), traces of a second text.
-        on_site: see `OnSite`.
+        on_step: see `OnStep`.
 
     Returns:
         The card, and the selections of the FFNs that are not dense, for `wrap_`.
@@ -76,11 +87,14 @@ def fit_card(
         ArtifactError: traces of another model.
     """
     options, texts = options or CardOptions(), texts or CardTexts()
-    fitting = _Fitting(model, traces, rule, target, options, texts, on_site or _silent)
+    fitting = _Fitting(model, traces, rule, target, options, texts, _Meter(on_step or _silent))
     fitting.check()
     fitted = fitting.fit()
     losses = fitting.losses(fitted, "calibrate")
+    n_windows = 0 if losses is None else len(losses.windows)
+    fitting.meter.begin("choose", most_batches(len(fitted), fitting.ladder, target, options, n_windows))
     choice = choose(fitted, fitting.ladder, target, options, losses)
+    fitting.meter.reach(1.0)
     settings = {s: _unless_dearer(one, choice.settings[s]) for s, one in fitted.items()}
     return fitting.card(fitted, choice, settings), selectors_at(fitted, settings)
 
@@ -95,6 +109,32 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 @dataclass(slots=True, eq=False)
+class _Meter:
+    """Counts batches of one stage, and tells them."""
+
+    say: OnStep
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+
+    def begin(self, stage: str, total: int) -> None:
+        """Another stage; one of no batch is not told."""
+        self.stage, self.done, self.total = stage, 0, total
+        self.reach(0.0)
+
+    def batch(self, *_: int) -> None:
+        """One more."""
+        self.done = min(self.done + 1, self.total)
+        self.say(self.stage, self.done, self.total)
+
+    def reach(self, share: float) -> None:
+        """So much is done: what was known already is not measured again."""
+        if self.total:
+            self.done = max(self.done, round(share * self.total))
+            self.say(self.stage, self.done, self.total)
+
+
+@dataclass(slots=True, eq=False)
 class _Fitting:
     """One call of `fit_card`."""
 
@@ -104,7 +144,7 @@ class _Fitting:
     target: CardTarget
     options: CardOptions
     texts: CardTexts
-    on_site: OnSite
+    meter: _Meter
     known: dict[Part, ModelLosses] = field(default_factory=dict[Part, ModelLosses])
 
     @property
@@ -145,10 +185,11 @@ class _Fitting:
         found: dict[FFNSite, FittedSite] = {}
         gradients = self._gradients()
         key = self._key()
+        self.meter.say("fit", 0, len(self.traces.sites))
         for done, site in enumerate(self.traces.sites, start=1):
             if all(len(self.traces.tokens(site, part)) for part in ("fit", "calibrate")):
                 found[site] = self._site(done - 1, site, key, gradients.get(site))
-            self.on_site("fit", done, len(self.traces.sites))
+            self.meter.say("fit", done, len(self.traces.sites))
         if not found:
             raise UsageError("no FFN of these traces has tokens to fit and to calibrate with; trace a longer text.")
         return found
@@ -159,7 +200,7 @@ class _Fitting:
         if windows is None:
             return None
         if part not in self.known:
-            self.known[part] = ModelLosses(self.model, fitted, windows, self.options.batch_size)
+            self.known[part] = self._model_losses(fitted, windows)
         return self.known[part]
 
     def card(
@@ -168,27 +209,39 @@ class _Fitting:
         """Measure, and write down."""
         measured = CardFigures(self.traces, self.texts.second, self.options.wanted)
         rows: list[SiteCard] = []
+        self.meter.say("measure", 0, len(fitted))
         for done, (site, one) in enumerate(fitted.items(), start=1):
             rows.append(measured.site(site, one, settings[site]))
-            self.on_site("measure", done, len(fitted))
+            self.meter.say("measure", done, len(fitted))
         tensors = {
             f"{site.name}/{name}": value
             for site, one in fitted.items()
             if settings[site]
             for name, value in tensors_of(one.predictor, one.policy).items()
         }
-        loss: dict[Source, LossChange] = {}
-        for part in ("calibrate", "test"):
-            losses = self.losses(fitted, part)
-            if losses is not None:
-                loss[part] = losses.change(settings)
-        if self.texts.second_windows is not None:
-            other = ModelLosses(self.model, fitted, self.texts.second_windows, self.options.batch_size)
-            loss["second"] = other.change(settings)
         return SparsityCard(
-            self.rule, self.options.wanted, measure_and_value(self.target), tuple(rows), measured.whole(), loss,
+            self.rule, self.options.wanted, measure_and_value(self.target), tuple(rows), measured.whole(),
+            self._loss(fitted, settings),
             choice.certificate, choice.allocation, tensors, self._facts(fitted),
         )  # fmt: skip
+
+    def _loss(self, fitted: Mapping[FFNSite, FittedSite], settings: Mapping[FFNSite, int]) -> dict[Source, LossChange]:
+        """What settings do to the loss on every text that was given."""
+        held: dict[Source, ModelLosses | None] = {"calibrate": self.losses(fitted, "calibrate")}
+        held["test"] = self.losses(fitted, "test")
+        if self.texts.second_windows is not None:
+            held["second"] = self._model_losses(fitted, self.texts.second_windows)
+        there: dict[Source, ModelLosses] = {source: one for source, one in held.items() if one is not None}
+        sizes = [2 * math.ceil(len(one.windows) / one.batch_size) for one in there.values()]
+        self.meter.begin("loss", sum(sizes))
+        found: dict[Source, LossChange] = {}
+        for done, (source, one) in enumerate(there.items(), start=1):
+            found[source] = one.change(settings)
+            self.meter.reach(sum(sizes[:done]) / sum(sizes))
+        return found
+
+    def _model_losses(self, fitted: Mapping[FFNSite, FittedSite], windows: Windows) -> ModelLosses:
+        return ModelLosses(self.model, fitted, windows, self.options.batch_size, self.meter.batch)
 
     def ffn(self, site: FFNSite) -> FFN:
         return ffn_of(self.model, site, self.traces.activation(site))

@@ -146,6 +146,10 @@ class Watched:
             return torch.ones_like(mask)
         return mask | (seen["kept_mass"] < self.options.min_kept_mass)[:, None]
 
+    def fresh(self) -> Watched:
+        """The same, which has seen nothing."""
+        return Watched(self.card, self.selector, self.label, self.options, self.offset, self.period)
+
     def drift(self) -> Drift:
         """What was seen."""
         values = {name: mean.value for name, mean in self.means.items()}

@@ -126,7 +126,9 @@ def _check_params(kind: str, name: str, asked: Mapping[str, Any], known: Mapping
         _check_type(f"{key} of {kind} {name!r}", known[key].annotation, asked[key])
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in asked:
-            raise UsageError(f"{kind} {name!r} needs {key}; give it in {kind}_params.")
+            raise UsageError(
+                f"{kind} {name!r} needs {key}; give it in {kind}_params, or by --{kind}-param {key}=VALUE."
+            )
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

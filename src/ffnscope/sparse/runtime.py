@@ -15,10 +15,10 @@ from ffnscope.ffn.offload import check_values
 from ffnscope.ffn.projection import check_resident, modules_of, shape_of, uses_of, weights_of
 from ffnscope.ffn.survey import LeftOut, describe
 from ffnscope.sparse.card import SparsityCard
-from ffnscope.sparse.kernels.break_even import break_even
+from ffnscope.sparse.kernels.break_even import MARGIN, break_even, ratios
 from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
-from ffnscope.sparse.monitor import Monitor, MonitorOptions
+from ffnscope.sparse.monitor import Monitor, MonitorOptions, Watched
 from ffnscope.sparse.trial import differs, kinds_of, reached
 from ffnscope.sparse.uses import Counts, Level, ModuleUse, ProjectionUse, Selection, Selector, Step, projection_rows
 from ffnscope.types import FFNSite
@@ -106,6 +106,42 @@ class Runtime:
         for matrix in _matrices(held):
             self.copied_bytes += matrix.copied_bytes
 
+    def leave(self, site: FFNSite) -> None:
+        """Let an FFN run dense, without selecting."""
+        self.remove(site)
+        for matrix in _matrices(self._rows.pop((site, self.levels.pop(site)), None)):
+            self.copied_bytes -= matrix.copied_bytes
+        del self._selections[site]
+
+    def slower(self, densities: Mapping[FFNSite, float]) -> list[FFNSite]:
+        """FFNs for which selecting for one token and reading such a share of the channels takes longer than dense."""
+        pairs = {site: self._forms(site, densities[site]) for site in self.levels}
+        if not pairs:
+            return []
+        dense, sparse = zip(*pairs.values(), strict=True)
+        device = next(self._model.get_submodule(next(iter(pairs)).path).parameters()).device
+        with torch.no_grad():
+            found = ratios(dense, sparse, device)
+        return [site for site, ratio in zip(pairs, found, strict=True) if ratio > MARGIN]
+
+    def _forms(self, site: FFNSite, density: float) -> tuple[Callable[[], object], Callable[[], object]]:
+        """One token dense, and selected as decoding would run it at a density."""
+        use, selector = self._uses[site][0], self._selections[site].selector
+        if isinstance(selector, Watched):
+            selector = selector.fresh()  # what is seen here is no text
+        weight, random = weights_of(self._model, site).up, torch.Generator().manual_seed(0)
+        x = torch.randn(1, 1, site.d_model, generator=random).to(weight)
+        index = torch.randperm(site.d_ff, generator=random)[: round(density * site.d_ff)].sort().values.int()
+        index, reads = index.to(weight.device), density <= self._limit_of(site)(1)
+
+        def dense() -> object:
+            return use.dense(x)
+
+        def sparse() -> object:
+            return selector(x[0]), use.sparse(x[:, 0], index) if reads else use.dense(x)
+
+        return dense, sparse
+
     def drop_rows(self) -> None:
         """Forget matrices of levels that no FFN runs at."""
         self._rows = {key: held for key, held in self._rows.items() if self.levels.get(key[0]) == key[1]}
@@ -165,6 +201,7 @@ def wrap_(
     prefill: bool = False,
     break_even: float | None = None,
     monitor: MonitorOptions | None = None,
+    never_slower: bool = False,
 ) -> Runtime:
     """Let FFNs compute only the channels that selectors ask for while the model decodes, in place.
 
@@ -184,17 +221,21 @@ def wrap_(
         prefill: also apply the masks where many tokens are read at once, without reading less: to measure quality.
         break_even: largest density at which rows are read, in [0, 1]; None measures it once per shape, on first use.
         monitor: how decoding by a card is watched.
+        never_slower: leave FFNs dense, without their predictors, for which selecting and reading at the density of the
+            card is measured to take longer than that. Dense loses nothing, but which FFNs are left, and so the text,
+            may then depend on the machine.
 
     Returns:
         The runtime, which tells how each FFN runs and what was measured.
 
     Warns:
-        which FFNs run dense under the mask, or with torch instead of compiled kernels, and why.
+        which FFNs run dense under the mask, with torch instead of compiled kernels, or dense because of
+            ``never_slower``, and why.
 
     Raises:
         ArtifactError: the card is of another model.
-        UsageError: no selectors, sites of another model, a model that is wrapped already, or a ``break_even`` outside
-            [0, 1].
+        UsageError: no selectors, sites of another model, a model that is wrapped already, a ``break_even`` outside
+            [0, 1], or ``never_slower`` without a card, whose densities it needs.
         NotAvailableError: an expert in parameters that all experts of its layer share.
         ModelError: weights are offloaded.
     """
@@ -202,9 +243,13 @@ def wrap_(
     if isinstance(selectors, SparsityCard):
         watch = Monitor(selectors, selectors.selectors(model), monitor)
         selectors = watch.selectors
+    elif never_slower:
+        raise UsageError("never_slower needs the densities of a card; without one, choose the FFNs by their speed.")
     _check(model, selectors, break_even)
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
     masked = _settle(model, runtime, list(selectors))
+    if watch is not None and never_slower:
+        _leave_slower(model, runtime, watch)
     runtime.monitor = watch
     vars(model)[_KEY] = runtime
     _warn(model, runtime, masked)
@@ -265,6 +310,24 @@ def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> lis
     return masked
 
 
+def _leave_slower(model: nn.Module, runtime: Runtime, watch: Monitor) -> None:
+    """Leave FFNs dense that would be slower, and warn which."""
+    try:
+        slow = runtime.slower({site: one.card.density for site, one in watch.selectors.items()})
+    except BaseException:
+        runtime.close()
+        raise
+    for site in slow:
+        runtime.leave(site)
+        del watch.selectors[site]
+    if slow:
+        named = ", ".join(site.name for site in slow[:3]) + (f" and {len(slow) - 3} more" if len(slow) > 3 else "")
+        warnings.warn(
+            f"left dense in {type(model).__name__}: {named}; selecting channels and reading them takes longer there.",
+            stacklevel=3,
+        )
+
+
 def _level(model: nn.Module, runtime: Runtime, kind: Sequence[FFNSite]) -> tuple[Level, str | None]:
     """The fastest level at which FFNs compute what the mask defines; for "masked" also why no other does."""
     site = reached(model, kind)
@@ -290,6 +353,7 @@ def _is_whole_module(model: nn.Module, site: FFNSite) -> bool:
 
 
 def _warn(model: nn.Module, runtime: Runtime, masked: Sequence[LeftOut]) -> None:
+    masked = [one for one in masked if one.path in {site.name for site in runtime.levels}]
     if masked:
         warnings.warn(f"dense under the mask in {type(model).__name__}: {describe(masked)}.", stacklevel=3)
     found = [LeftOut(s.name, w) for s, at in runtime.levels.items() if at != "masked" if (w := _slow(model, s))]

@@ -17,10 +17,11 @@ from ffnscope.io import disposable, expect_kind, read_tensors, write_tensors
 from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored
 from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.card_options import Ladder
+from ffnscope.sparse.costs import matrix_bytes, sparse_bytes
 from ffnscope.sparse.gradients import OutputGradients, fisher_damage
 from ffnscope.sparse.measures import density, missed_mass, recall, relative_error
 from ffnscope.sparse.policies import Policy
-from ffnscope.sparse.predictors.interface import FitTokens, Predictor, bytes_per_token
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor
 from ffnscope.sparse.rule import SelectionRule, tensors_of
 from ffnscope.sparse.selector import Selector
 
@@ -95,20 +96,20 @@ class FittedSite:
 
     @property
     def bytes_dense(self) -> int:
-        """Bytes of the dense FFN."""
-        return sum(self.predictor.ffn.matrix_bytes(name) for name in ("gate", "up", "down"))
+        """Bytes of the dense FFN, in `ffnscope.sparse.costs.UNIT`."""
+        return matrix_bytes(self.predictor.ffn)
 
     def bytes_read(self, setting: int) -> float:
-        """Bytes per token at a setting."""
+        """Bytes per token at a setting, in the same unit."""
         if self.parameters[setting] is None:
             return self.bytes_dense
-        return bytes_per_token(self.predictor, float(self.density[setting]))
+        return sparse_bytes(self.predictor, float(self.density[setting]))
 
     @property
     def break_even(self) -> float:
         """Density above which predictor and kept channels are more bytes than the dense FFN, in [0, 1]."""
-        fixed = bytes_per_token(self.predictor, 0.0)
-        return min(1.0, max(0.0, (self.bytes_dense - fixed) / (bytes_per_token(self.predictor, 1.0) - fixed)))
+        fixed = sparse_bytes(self.predictor, 0.0)
+        return min(1.0, max(0.0, (self.bytes_dense - fixed) / (sparse_bytes(self.predictor, 1.0) - fixed)))
 
 
 def fit_site(ffn: FFN, tokens: SiteTokens, job: SiteJob) -> FittedSite:

@@ -33,6 +33,8 @@ class TestSparsify:
         result = ok(*base, "--second", "pydoc_topics")
         assert "Asked: recall 0.9, by top_k of the scores of low_bit" in result.stdout
         assert "second text" in result.stdout and "rise of the loss" in result.stdout
+        assert "in weights of 16 bits" in result.stdout
+        assert all(f"{stage}: " in result.stderr for stage in ("fit and calibrate", "loss with the card"))
         out = tmp_path / "out"
         assert sorted(path.name for path in out.iterdir()) == [
             "card.json",
@@ -83,6 +85,11 @@ class TestSparsify:
         [
             (("--target", "recall"), "is not MEASURE=VALUE, for example recall=0.95"),
             (("--target", "recal=0.9"), "Unknown target 'recal'. Did you mean 'recall'?"),
+            (("--target", "density=0"), "would keep no channel at all"),
+            (
+                ("--policy", "capped_threshold"),
+                "needs k_min; give it in policy_params, or by --policy-param k_min=VALUE",
+            ),
             (("--target", "recall=95"), "target recall must be in [0, 1]; got 95"),
             (("--policy", "topk"), "Did you mean 'top_k'?"),
             (("--predictor", "lowbit"), "Did you mean 'low_bit'?"),

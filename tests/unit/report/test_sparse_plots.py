@@ -41,22 +41,32 @@ class TestQuality:
         axes, lines = drawn(draw_quality(LINES, "density", "a model"))
         assert len(lines) == 2
         assert lines[0].get_xdata().tolist() == [20, 50] and lines[0].get_ydata().tolist() == pytest.approx([100, 5])
-        assert axes.get_ylim() == (LOWEST, HIGHEST) and axes.get_yscale() == "log"
+        assert (
+            axes.get_ylim() == (-10, HIGHEST) and axes.get_yscale() == "symlog"
+        )  # the interval of 1.05 goes below dense
+        assert [text.get_text() for text in axes.get_yticklabels()][:4] == ["-10 %", "-3 %", "-1 %", "0 %"]
 
     def test_what_is_above_the_axis_is_an_open_mark_at_its_edge(self) -> None:
         axes, lines = drawn(draw_quality(LINES, "density"))
         assert lines[1].get_ydata().tolist() == pytest.approx([HIGHEST, 50])
         assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "^"] == [[20.0]]
-        better = {"a": [row("a", 0.5, 0.99, 0.5), row("a", 0.2, 1.1, 0.2)]}
+        better = {"a": [row("a", 0.5, 0.5, 0.5), row("a", 0.2, 1.1, 0.2)]}
         axes, lines = drawn(draw_quality(better, "density"))
         assert lines[0].get_ydata().tolist() == pytest.approx([10, LOWEST])
         assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "v"] == [[50.0]]
+
+    def test_the_axis_is_as_long_as_needed_and_shows_what_is_better_than_dense(self) -> None:
+        close = {"a": [row("a", 0.5, 0.99, 0.5, half=0.001), row("a", 0.2, 1.02, 0.2, half=0.001)]}
+        axes, lines = drawn(draw_quality(close, "density"))
+        assert axes.get_ylim() == (-3, 3) and lines[0].get_ydata().tolist() == pytest.approx([2, -1])
+        worse = {"a": [row("a", 0.5, 1.5, 0.5)]}
+        assert draw_quality(worse, "density").axes[0].get_ylim() == (0, 100)
 
     def test_bytes_have_them_and_intervals_are_of_the_ratio(self) -> None:
         axes, lines = drawn(draw_quality(LINES, "bytes_share"))
         assert [line.get_xdata().tolist() for line in lines] == [[73, 83], [47, 67], [pytest.approx(28)]]
         ends = axes.collections[-1].get_segments()[0][:, 1]
-        assert ends.tolist() == pytest.approx([LOWEST, 100 * (1.02 * math.exp(0.1) - 1)])
+        assert ends.tolist() == pytest.approx([100 * (1.02 * math.exp(edge) - 1) for edge in (-0.1, 0.1)])
         names = [text.get_text() for text in axes.figure.legends[0].get_texts()]
         assert names == list(LINES)
 

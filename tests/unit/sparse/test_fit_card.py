@@ -15,13 +15,16 @@ from torch import Tensor
 from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.errors import ArtifactError, NotAvailableError, UnknownNameError, UsageError
 from ffnscope.evaluate.perplexity import perplexity
+from ffnscope.report.card_table import card_grids, card_sentences
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard, WantedChannels
 from ffnscope.sparse.card_files import read_card, write_card
-from ffnscope.sparse.card_options import CAP, CardOptions, CardTexts, Certify, PerplexityTarget
+from ffnscope.sparse.card_options import CAP, CardOptions, CardTexts, Certify, PerplexityTarget, ladder_of
+from ffnscope.sparse.choose import most_batches
+from ffnscope.sparse.costs import UNIT, predictor_bytes, sparse_bytes
 from ffnscope.sparse.evaluation import form_losses
 from ffnscope.sparse.fit import fit_card
-from ffnscope.sparse.forms import MaskedForm
+from ffnscope.sparse.forms import MaskedForm, dense_bytes
 from ffnscope.sparse.losses import loss_change
 from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.measures import measure
@@ -33,6 +36,12 @@ from tiny import tiny, tokens
 from tiny_moe import tiny_moe
 
 RULE = SelectionRule("low_bit", "top_k", {"bits": 4, "group": 16})
+POLICY_PARAMS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("top_k", "threshold", "channel_threshold", "nucleus", "statistical_top_k")},
+    "capped_threshold": {"k_min": 2, "k_max": 40},
+    "bank_top_k": {"size": 16},
+    "hybrid": {"core": 0.05, "rest": "threshold"},
+}
 N_DOCUMENTS = 60  # 36 to fit, 12 to calibrate, 12 to test
 
 
@@ -73,15 +82,16 @@ class TestTargets:
     @pytest.mark.parametrize(
         ("measure_name", "value"), [("recall", 0.9), ("missed_mass", 0.1), ("density", 0.4), ("relative_error", 0.2)]
     )
-    @pytest.mark.parametrize("policy", ["top_k", "threshold", "nucleus"])
+    @pytest.mark.parametrize("policy", POLICY_PARAMS)
     def test_every_ffn_meets_it_on_the_calibration_documents(
         self, one: Set, measure_name: str, value: float, policy: str
     ) -> None:
-        card = one.fit(SelectionRule("low_bit", policy, {"group": 16}), Target(measure_name, value))  # type: ignore[arg-type]
+        rule = SelectionRule("low_bit", policy, {"group": 16}, POLICY_PARAMS[policy])
+        card = one.fit(rule, Target(measure_name, value))  # type: ignore[arg-type]
         for row in card.sites:
             found = row.figures["calibrate"][measure_name].mean
             assert found >= value - 1e-9 if measure_name == "recall" else found <= value + 1e-9
-            assert abs(found - value) < 0.1
+            assert abs(found - value) < 0.15
             assert row.density == pytest.approx(row.figures["calibrate"]["density"].mean)
         assert card.target == (measure_name, value)
         assert set(card.figures) == {"calibrate", "test"}
@@ -103,13 +113,21 @@ class TestTargets:
     def test_bytes(self, one: Set) -> None:
         card, selectors = fit_card(one.model, one.traces, RULE, Target("density", 0.5))
         row = card.sites[0]
-        matrix = row.site.d_model * row.site.d_ff * 4
-        own = selectors[row.site].predictor.bytes_read
+        matrix = row.site.d_model * row.site.d_ff * 2  # of 16 bits, though the model has float32
+        own = predictor_bytes(selectors[row.site].predictor)
         assert row.bytes_dense == 3 * matrix
         assert row.bytes_read == pytest.approx(own + 0.5 * 3 * matrix)
         assert row.break_even == pytest.approx(1 - own / (3 * matrix))
         assert card.bytes_read == pytest.approx(sum(r.bytes_read for r in card.sites))
         assert card.bytes_dense == 2 * 3 * matrix
+
+    def test_a_card_and_a_curve_count_bytes_alike(self, one: Set) -> None:
+        card, selectors = fit_card(one.model, one.traces, RULE, Target("density", 0.5))
+        row = card.sites[0]
+        assert row.bytes_read == sparse_bytes(selectors[row.site].predictor, row.density)
+        assert dense_bytes(one.model) == card.bytes_dense
+        words = " ".join(card_sentences(card) + card_grids(card)[-1].notes)
+        assert words.count(UNIT) == 2
 
     def test_what_would_read_more_than_dense_stays_dense(self, one: Set) -> None:
         card, selectors = fit_card(one.model, one.traces, RULE, Target("density", 0.95))
@@ -272,6 +290,8 @@ class TestRules:
             SelectionRule("exact_gate", "channel_threshold", {"norm": False}),
             SelectionRule("exact_up", "capped_threshold", {}, {"k_min": 2, "k_max": 47}),
             SelectionRule("low_rank", "bank_top_k", {"rank": 4, "epochs": 1}, {"size": 12}),
+            SelectionRule("deja_vu", "threshold", {"rank": 4, "epochs": 1}),
+            SelectionRule("random", "statistical_top_k"),
             SelectionRule("low_bit", "hybrid", {"group": 16}, {"core": 0.1, "rest": "threshold"}),
         ],
         ids=lambda rule: f"{rule.predictor}-{rule.policy}",
@@ -327,6 +347,13 @@ class TestFiles:
         with pytest.raises(ArtifactError, match="has schema 0; this version reads 1"):
             read_card(path)
 
+    def test_bytes_of_another_unit(self, path: Path) -> None:
+        value = json.loads(path.read_text())
+        del value["bytes_of"]
+        path.write_text(json.dumps(value))
+        with pytest.raises(ArtifactError, match=r"counts bytes in the dtype of its model; .* weights of 16 bits"):
+            read_card(path)
+
     def test_a_changed_number(self, path: Path) -> None:
         value = json.loads(path.read_text())
         value["sites"][0]["parameter"] += 1
@@ -362,6 +389,37 @@ class TestFiles:
             fit_card(tiny("llama"), one.traces, RULE, Target("recall", 0.9))
 
 
+class TestProgress:
+    @pytest.mark.parametrize(
+        ("target", "options", "stages"),
+        [
+            (Target("recall", 0.8), {}, ("fit", "measure", "loss")),
+            (PerplexityTarget(0.05), {}, ("fit", "choose", "measure", "loss")),
+            (PerplexityTarget(0.9), {"certify": Certify("learn_then_test", 0.4)}, ("fit", "choose", "measure", "loss")),
+            (Target("density", 0.5), {"allocation": "measured"}, ("fit", "choose", "measure", "loss")),
+        ],
+    )
+    def test_every_stage_rises_to_what_it_said(
+        self, one: Set, target: Any, options: dict[str, Any], stages: tuple[str, ...]
+    ) -> None:
+        calls: dict[str, list[tuple[int, int]]] = {}
+        texts = CardTexts(one.windows, second_windows=one.windows)
+        given = {"options": CardOptions(batch_size=2, **options), "texts": texts}
+        fit_card(
+            one.model, one.traces, RULE, target, **given, on_step=lambda s, *at: calls.setdefault(s, []).append(at)
+        )
+        assert tuple(calls) == stages
+        for seen in calls.values():
+            done, total = zip(*seen, strict=True)
+            assert done[0] == 0 and list(done) == sorted(done) and done[-1] == total[0] > 0 and len(set(total)) == 1
+        assert calls["loss"][-1][1] == 2 * (6 + 6 + 30)  # dense and sparse, on batches of two
+
+    def test_batches_of_a_search(self, one: Set) -> None:
+        ladder = ladder_of(PerplexityTarget(0.05), CardOptions(batch_size=2))
+        found = most_batches(2, ladder, PerplexityTarget(0.05), CardOptions(batch_size=2), 12)
+        assert found == 6 * (1 + 5)  # 19 densities and dense are halved at most five times
+
+
 class TestResume:
     def test_fitted_ffns_are_read_again(self, one: Set, tmp_path: Path) -> None:
         calls: list[tuple[str, int, int]] = []
@@ -374,7 +432,7 @@ class TestResume:
         options = CardOptions(checkpoint=tmp_path / "parts")
         rule = SelectionRule("low_rank", "top_k", {"rank": 4, "epochs": 2})
         with pytest.raises(KeyboardInterrupt):
-            fit_card(one.model, one.traces, rule, Target("recall", 0.8), options=options, on_site=stop)
+            fit_card(one.model, one.traces, rule, Target("recall", 0.8), options=options, on_step=stop)
         first = tmp_path / "parts" / "site_0000.safetensors"
         written = first.stat().st_mtime_ns
         card, _ = fit_card(one.model, one.traces, rule, Target("recall", 0.8), options=options)
@@ -383,7 +441,7 @@ class TestResume:
         assert card.sites == whole.sites
         fit_card(one.model, one.traces, rule, Target("recall", 0.7), options=options)
         assert first.stat().st_mtime_ns != written
-        assert calls == [("fit", 1, 2)]
+        assert calls == [("fit", 0, 2), ("fit", 1, 2)]
 
 
 def test_traces_without_tokens_are_refused(one: Set) -> None:

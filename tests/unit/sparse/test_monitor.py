@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.sparse import runtime as runtime_module
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.fit import fit_card
+from ffnscope.sparse.kernels import break_even
 from ffnscope.sparse.monitor import HORIZON, Monitor, MonitorOptions, RunningMean, band_of, signals
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import unwrap_, wrap_
@@ -165,3 +167,63 @@ class TestWrapped:
             wrap_(model, dense)
         with pytest.raises(UsageError, match="audit_every must be at least 1"):
             MonitorOptions(audit_every=0)
+
+
+class TestNeverSlower:
+    def test_what_is_slower_is_left_dense(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, card, selectors = made
+        first, second = selectors
+        wrap_(model, {second: selectors[second]}, break_even=1.0)
+        expected = decode(model)
+        unwrap_(model)
+        monkeypatch.setattr(runtime_module, "ratios", lambda dense, sparse, device: [1.01, 0.9])
+        with pytest.warns(UserWarning, match=f"left dense in LlamaForCausalLM: {first.name}; .*takes longer"):
+            runtime = wrap_(model, card, break_even=1.0, never_slower=True)
+        assert torch.equal(decode(model), expected)
+        assert list(runtime.levels) == list(runtime.measured()) == [second]
+        assert runtime.monitor is not None and [d.tokens for d in runtime.monitor.report()] == [6]
+        alone = wrap_(unwrap_(model), {second: selectors[second]}, break_even=1.0)
+        assert runtime.copied_bytes == alone.copied_bytes > 0
+        unwrap_(model)
+
+    def test_where_nothing_pays_the_model_is_dense(self, made: Made) -> None:
+        """The oracle computes gate and up before it selects, on a machine of any speed."""
+        model, card, _ = made
+        dense = decode(model)
+        with pytest.warns(UserWarning, match="left dense"):
+            runtime = wrap_(model, card, never_slower=True)
+        assert torch.equal(decode(model), dense) and not runtime.levels and not runtime.copied_bytes
+        assert torch.equal(decode(unwrap_(model)), dense)
+
+    def test_what_is_timed_is_what_decodes(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, card, selectors = made
+        seen: list[int] = []
+
+        def ratios(dense: Any, sparse: Any, device: torch.device) -> list[float]:
+            seen.extend((len(dense), len(sparse)))
+            for one in (*dense, *sparse):
+                one()
+            return [0.5] * len(dense)
+
+        monkeypatch.setattr(runtime_module, "ratios", ratios)
+        wrap_(model, selectors, break_even=1.0)
+        expected = decode(model)
+        unwrap_(model)
+        runtime = wrap_(model, card, break_even=1.0, never_slower=True)
+        assert torch.equal(decode(model), expected) and seen == [2, 2]
+        assert runtime.monitor is not None and [d.tokens for d in runtime.monitor.report()] == [6, 6]
+        unwrap_(model)
+
+    def test_selectors_have_no_density(self, made: Made) -> None:
+        with pytest.raises(UsageError, match="never_slower needs the densities of a card"):
+            wrap_(made[0], made[2], never_slower=True)
+
+    def test_the_fastest_round_counts_and_the_first_does_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(break_even, "_seconds", lambda run, device: run())
+
+        def lasting(*seconds: float) -> Any:
+            rounds = iter((0.0, *seconds, *[99.0] * break_even.ROUNDS))
+            return lambda: next(rounds)
+
+        found = break_even.ratios([lasting(3, 2), lasting(4)], [lasting(4, 5), lasting(9, 1)], torch.device("cpu"))
+        assert found == [2.0, 0.25]

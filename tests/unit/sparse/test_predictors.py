@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from ffnscope.errors import UsageError
 from ffnscope.ffn.function import FFN
 from ffnscope.registry import PREDICTORS
+from ffnscope.sparse.costs import predictor_bytes, sparse_bytes
 from ffnscope.sparse.predictors.exact import exact_gate, exact_up, oracle
 from ffnscope.sparse.predictors.fixed import PromptConstant, griffin, static
 from ffnscope.sparse.predictors.fixed import random as chance
-from ffnscope.sparse.predictors.interface import FitTokens, bytes_per_token
+from ffnscope.sparse.predictors.interface import FitTokens
 from ffnscope.sparse.predictors.low_bit import LowBit, low_bit
 from ffnscope.sparse.predictors.packing import pack, unpack
 from ffnscope.sparse.predictors.sign_bit import sign_bit
@@ -172,8 +173,8 @@ class TestBytes:
     def test_with_what_is_kept(self) -> None:
         one = ffn(dtype=torch.bfloat16)
         gate = exact_gate(one, None, up_size=False)
-        assert bytes_per_token(gate, 0.25) == gate.bytes_read + 0.25 * 2 * self.matrix
-        assert bytes_per_token(chance(one), 0.5) == 1.5 * self.matrix
+        assert sparse_bytes(gate, 0.25) == predictor_bytes(gate) + 0.25 * 2 * self.matrix
+        assert sparse_bytes(chance(one), 0.5) == 1.5 * self.matrix
 
 
 def test_random_depends_on_token_and_seed_alone() -> None:
@@ -187,14 +188,18 @@ def test_random_depends_on_token_and_seed_alone() -> None:
 
 @pytest.mark.parametrize("name", PREDICTORS.names())
 def test_inputs_of_another_shape(name: str) -> None:
-    params = {"whitened_svd": {"rank": 2}, "low_rank": {"rank": 2, "epochs": 1}}.get(name, {})
+    params = {
+        "whitened_svd": {"rank": 2},
+        "low_rank": {"rank": 2, "epochs": 1},
+        "deja_vu": {"rank": 2, "epochs": 1},
+    }.get(name, {})
     made = PREDICTORS.get(name).make(ffn(), FIT, **params)
     for bad in (X[None], X[:, 1:]):
         with pytest.raises(UsageError, match=r"\[T, 12\]"):
             made(bad)
 
 
-@pytest.mark.parametrize("name", ["exact_gate", "exact_up", "static", "griffin", "whitened_svd", "low_rank"])
+@pytest.mark.parametrize("name", ["exact_gate", "exact_up", "static", "griffin", "whitened_svd", "low_rank", "deja_vu"])
 def test_tokens_that_are_missing(name: str) -> None:
     with pytest.raises(UsageError, match="FitTokens"):
         PREDICTORS.get(name).make(ffn(), None)

@@ -42,6 +42,20 @@ def break_even(
     return _measured[key]
 
 
+def ratios(
+    dense: Sequence[Callable[[], object]], sparse: Sequence[Callable[[], object]], device: torch.device
+) -> list[float]:
+    """Time of every sparse form over that of its dense one: all of them in turn, the fastest of five rounds counts."""
+    best = [[float("inf")] * len(forms) for forms in (dense, sparse)]
+    for round_ in range(ROUNDS + 1):  # the first one compiles and allocates
+        for forms, times in zip((dense, sparse), best, strict=True):
+            for place, run in enumerate(forms):
+                seconds = _seconds(run, device)
+                if round_:
+                    times[place] = min(times[place], seconds)
+    return [b / a for a, b in zip(*best, strict=True)]
+
+
 def _measure(
     d_ff: int,
     dense: Sequence[Callable[[], object]],

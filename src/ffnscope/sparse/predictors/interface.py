@@ -61,15 +61,12 @@ class Predictor(nn.Module):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that it reads per token: what it stores, and the matrices of ``reads``."""
+        """Bytes that it reads per token in the dtypes that it has: what it stores, and the matrices of ``reads``.
+
+        Cards and comparisons tell `ffnscope.sparse.costs.predictor_bytes` instead, which is the same in every dtype.
+        """
         own = sum(value.numel() * value.element_size() for value in self.state_dict().values())
         return own + sum(self.ffn.matrix_bytes(name) for name in self.reads)
-
-
-def bytes_per_token(predictor: Predictor, density: float) -> float:
-    """Bytes read per token by a predictor and by the channels kept at a mean density, biases left out."""
-    rest = [name for name in ("gate", "up", "down") if name not in predictor.reads]
-    return predictor.bytes_read + density * sum(predictor.ffn.matrix_bytes(name) for name in rest)
 
 
 def needed(fit: FitTokens | None, name: str) -> FitTokens:

@@ -62,7 +62,8 @@ def low_rank(
 ) -> Predictor:
     """Two thin matrices, trained on the channels that contribute most.
 
-    Made by `train_low_rank`, which has the loss, early stopping, checkpoints and progress as options.
+    Made by `train_low_rank`, which has more options, checkpoints and progress; it stops when the missed mass at
+    ``density`` on held-out documents no longer falls.
 
     Args:
         ffn: the FFN.
@@ -80,3 +81,31 @@ def low_rank(
 
     made = LowRank(ffn, rank, relu=relu, lookahead=lookahead)
     return train_low_rank(made, needed(fit, "low_rank"), TrainingOptions(density=density, epochs=epochs)).predictor
+
+
+@predictor("deja_vu", source="arXiv:2310.17157")
+def deja_vu(
+    ffn: FFN, fit: FitTokens | None, *, rank: int = 128, lookahead: int = 0, density: float = 0.3, epochs: int = 20
+) -> Predictor:
+    """Two thin matrices with nothing between, trained by Deja Vu's published loss, in which positives weigh most.
+
+    Differences: labels are the channels that contribute most, which says something for SiLU and GELU too; rank and
+    learning rate fit small models; the epoch that is kept has the least missed mass, not the best recall. The published
+    cut at a logit of 0 is a score of 0.5; a calibrated policy takes another one.
+
+    Args:
+        ffn: the FFN.
+        fit: tokens; with ``earlier`` for a lookahead of 1.
+        rank: width between the matrices.
+        lookahead: 0 reads the input of this FFN, 1 that of the FFN one layer before.
+        density: share of the channels that are to be told from the others.
+        epochs: of training, at most.
+
+    Raises:
+        UsageError: no tokens, or an impossible value.
+    """
+    from ffnscope.sparse.predictors.training import TrainingOptions, train_low_rank
+
+    made = LowRank(ffn, rank, relu=False, lookahead=lookahead)
+    options = TrainingOptions(density=density, epochs=epochs, loss="published")
+    return train_low_rank(made, needed(fit, "deja_vu"), options).predictor

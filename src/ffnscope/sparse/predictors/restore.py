@@ -86,4 +86,5 @@ _EMPTY: dict[str, Empty] = {
     "static": _static,
     "whitened_svd": _whitened_svd,
     "low_rank": _low_rank,
+    "deja_vu": lambda ffn, params, state: _low_rank(ffn, {"relu": False}, state),
 }
