@@ -15,6 +15,7 @@ from ffnscope.apply.padding import Widths, field_widths, pad_, padded_plan, wide
 from ffnscope.apply.pruned import Pruned, plan_of
 from ffnscope.apply.reconstruction import Reconstruction, rewrite_
 from ffnscope.apply.slice import slice_shapes_
+from ffnscope.ffn.heap import give_back_free
 from ffnscope.ffn.offload import names_once, value_of
 from ffnscope.ffn.projection import shape_of
 from ffnscope.ffn.survey import survey
@@ -68,6 +69,7 @@ class BlockWriter:
         _cut(self.skeleton, pruned, self.widths)
         self._save(names)
         self._empty(path)
+        give_back_free()
 
     def finish(self) -> dict[str, Any]:
         """Write everything else; return what the config cannot say (see `narrowing`)."""
