@@ -65,8 +65,8 @@ class Moments:
 def refit_down(down: Tensor, kept: Tensor, moments: Moments, damping: float = DAMPING) -> Tensor:
     """Return new columns of the kept channels, [d_model, k], in the dtype of the moments.
 
-    Memory beside the arguments, in the dtype of the moments: k^2 + 4 d_model k + d_model d_ff numbers (those of ``down``
-    only where it has another dtype), and a block of 256 rows of ``second``.
+    Memory beside the arguments, in the dtype of the moments: k^2 + 4 d_model k + d_model d_ff numbers (the last
+    where ``down`` has another dtype), and a block of 256 rows of ``second``.
 
     Args:
         down: [d_model, d_ff], the dense weights.
