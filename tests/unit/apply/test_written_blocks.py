@@ -80,9 +80,7 @@ def test_written_blocks_are_not_written_again(tmp_path: Path, saves: Any) -> Non
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, N_BLOCKS])
-def test_a_reconstruction_goes_on(
-    stop_at: int, tmp_path: Path, saves: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reconstruction_goes_on(stop_at: int, tmp_path: Path, saves: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamed(a_model())
     plan, windows = a_plan(model), text(16)
     out = Destination(tmp_path / "out", checkpoint=tmp_path / "part")
