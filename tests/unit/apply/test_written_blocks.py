@@ -1,4 +1,4 @@
-"""A checkpoint whose writing was interrupted goes on after its last intact block, and is the one of an unbroken call."""
+"""A checkpoint whose writing was interrupted goes on after its last intact block, and is that of an unbroken call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 import ffnscope
 from ffnscope.apply import sequential
 from ffnscope.apply.block_writer import BlockWriter
-from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.apply.write_pruned import Destination, reconstruct_to, write_pruned
 from ffnscope.errors import ArtifactError
 from ffnscope.ffn.sites import find_sites
