@@ -91,6 +91,7 @@ class BlockWriter:
         changes = config_changes(self.skeleton)
         large = [[name] for name in self._left if self._state[name].numel() > SLICE]
         small = [name for name in self._left if [name] not in large] or large.pop()
+        rest: list[Path] = []
         for names in (*large, small):
             self._load(names)
             rest = self._save(names)
@@ -147,7 +148,10 @@ class BlockWriter:
         folder.mkdir(parents=True, exist_ok=True)
         files = sorted(part.glob("*.safetensors"))
         first = len(self._shards)
-        self._take(names, [shutil.move(path, folder / f"{first + i}{SUFFIX}") for i, path in enumerate(files)])
+        places = [folder / f"{first + i}{SUFFIX}" for i in range(len(files))]
+        for path, place in zip(files, places, strict=True):
+            shutil.move(path, place)
+        self._take(names, places)
         (part / INDEX).unlink(missing_ok=True)
         return sorted(part.iterdir())
 
