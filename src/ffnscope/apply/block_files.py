@@ -26,7 +26,7 @@ class BlockFiles:
         key: hash of everything that the columns depend on. A file with another key is ignored and overwritten.
     """
 
-    def __init__(self, folder: Path | None, key: str):
+    def __init__(self, folder: Path | None, key: str = ""):
         self.folder = folder
         self.key = key
 
@@ -49,10 +49,10 @@ class BlockFiles:
             except KeyError as error:
                 raise ArtifactError(f"{path} is not complete: {error} is missing.") from error
 
-    def write(self, block: int, found: Mapping[FFNSite, Columns]) -> None:
-        """Keep the columns of a finished block."""
+    def write(self, block: int, found: dict[FFNSite, Columns]) -> dict[FFNSite, Columns]:
+        """Keep the columns of a finished block; return them as they are mapped from the file, which takes no memory."""
         if self.folder is None:
-            return
+            return found
         tensors: dict[str, Tensor] = {}
         for site, one in found.items():
             parts = {"kept": one.kept, "down": one.down, **({} if one.rows is None else one.rows.tensors)}
@@ -60,13 +60,14 @@ class BlockFiles:
             tensors |= {f"{name}/{site.name}": value for name, value in parts.items()}
         rows = {s.name: dict(one.facts) for s, one in found.items()}
         write_tensors(self._file(self.folder, block), tensors, {"kind": KIND, "key": self.key, "sites": rows})
+        return self.read(block, list(found)) or found
 
-    def remove(self, blocks: Sequence[int]) -> None:
-        """Remove the files of these blocks, and the folder when it is empty."""
+    def remove(self) -> None:
+        """Remove the files of all blocks, and the folder when it is empty."""
         if self.folder is None:
             return
-        for block in blocks:
-            self._file(self.folder, block).unlink(missing_ok=True)
+        for path in self.folder.glob("block_*.safetensors"):
+            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else is in it
             self.folder.rmdir()
 

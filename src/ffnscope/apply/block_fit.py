@@ -141,6 +141,7 @@ def refitted(
     Raises:
         NonFiniteError: the sums are not finite.
     """
+    down = down.to(fit.second)  # once for all problems
     problem = judge = LeastSquares.of(down, kept, fit)
     told: dict[str, Any] = {"refitted": True, "held_out": False}
     if held_out is not None and held_out.n_tokens:

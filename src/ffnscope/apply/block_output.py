@@ -39,12 +39,13 @@ def output_gains(model: nn.Module, sites: Sequence[FFNSite], windows: Windows) -
         for block, here in enumerate(blocks.sites_of(sites)):
             dense = [site for site in here if site.expert is None]
             channels: dict[FFNSite, Tensor] = {}
-            with channel_taps(model, dense, lambda site, h, to=channels: to.update({site: h})):
+            taps = channel_taps(model, dense, lambda site, h, to=channels: to.update({site: h}))
+            with taps, blocks.held(block):
                 output = blocks.run(block, 0, hidden)
             for site in dense:
                 with materialised(model, site):
                     down = weights_of(model, site).down.double()
-                with columns_replaced(model, {site: torch.zeros_like(down)}):
+                with columns_replaced(model, {site: torch.zeros_like(down)}), blocks.held(block):
                     without = blocks.run(block, 0, hidden)
                 written = rows.take(site, channels[site]).to(down) @ down.T
                 gain = _gain(rows.take(site, output), rows.take(site, without), written)

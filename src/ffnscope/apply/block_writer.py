@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ffnscope.apply.export import SHARD, check_shard_size, config_changes
@@ -15,9 +17,13 @@ from ffnscope.apply.padding import Widths, field_widths, pad_, padded_plan, wide
 from ffnscope.apply.pruned import Pruned, plan_of
 from ffnscope.apply.reconstruction import Reconstruction, rewrite_
 from ffnscope.apply.slice import slice_shapes_
+from ffnscope.apply.written_blocks import SUFFIX, WrittenBlocks, put
+from ffnscope.ffn.heap import give_back_free
 from ffnscope.ffn.offload import names_once, value_of
 from ffnscope.ffn.projection import shape_of
 from ffnscope.ffn.survey import survey
+from ffnscope.ffn.vocabulary import SLICE
+from ffnscope.io import hash_json, hash_tensors, plan_to_dict
 from ffnscope.types import PruningPlan
 
 PART = "part"
@@ -27,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 class BlockWriter:
     """Writes shards of one block each into a folder, then the rest, config and index.
 
-    Memory: the weights of one block twice, then those outside the blocks.
+    Memory: the weights of one block twice, then those outside the blocks: large ones one after the other.
 
     Args:
         model: the dense model; only read.
@@ -35,6 +41,7 @@ class BlockWriter:
         plan: what stays, in all blocks.
         max_shard_size: a block larger than this takes several files.
         pad_to_widest: see `prune_`.
+        written: blocks that an interrupted call has finished; None = all are written into ``folder``.
     """
 
     def __init__(
@@ -45,9 +52,10 @@ class BlockWriter:
         *,
         max_shard_size: str = SHARD,
         pad_to_widest: bool = False,
+        written: WrittenBlocks | None = None,
     ):
         check_shard_size(max_shard_size)
-        self.model, self.folder, self.size = model, folder, max_shard_size
+        self.model, self.folder, self.size, self.written = model, folder, max_shard_size, written
         self.widths: list[Widths] = [widest_widths(model, plan)] if pad_to_widest else []
         for widths in self.widths:
             plan = padded_plan(plan, widths)
@@ -62,25 +70,40 @@ class BlockWriter:
         self._bytes = 0
 
     def write(self, path: str, pruned: Pruned) -> None:
-        """Write the weights of the module ``path``, in which all sites of ``pruned`` are."""
+        """Write the weights of the module ``path``, in which all sites of ``pruned`` are, where they are not there."""
         names = [name for name in self._left if name.startswith(f"{path}.")]
-        self._load(names)
-        _cut(self.skeleton, pruned, self.widths)
-        self._save(names)
-        self._empty(path)
+        key = "" if self.written is None else _key(path, pruned)
+        done = None if self.written is None else self.written.find(path, key)
+        self._load(names, read=done is None)
+        _cut(self.skeleton, pruned if done is None else plan_of(pruned), self.widths)
+        if done is None:
+            first = len(self._shards)
+            self._save(names)
+            if self.written is not None:
+                self.written.add(path, key, self._shards[first:])
+        else:
+            self._take(names, done)
+        self._empty(names)
+        give_back_free()
 
     def finish(self) -> dict[str, Any]:
         """Write everything else; return what the config cannot say (see `narrowing`)."""
         changes = config_changes(self.skeleton)
-        names = list(self._left)
-        self._load(names)
-        rest = self._save(names)
+        large = [[name] for name in self._left if self._state[name].numel() > SLICE]
+        small = [name for name in self._left if [name] not in large] or large.pop()
+        rest: list[Path] = []
+        for names in (*large, small):
+            self._load(names)
+            rest = self._save(names)
+            self._empty(names)
+            give_back_free()
         for path in rest:
             path.replace(self.folder / path.name)
         (self.folder / PART).rmdir()
         total = len(self._shards)
         for i, path in enumerate(self._shards, 1):
-            path.rename(self.folder / _shard(i, total))
+            place = self.folder / _shard(i, total)
+            path.rename(place) if path.parent == self.folder else put(path, place)
         index = {
             "metadata": {"total_parameters": self.n_parameters, "total_size": self._bytes},
             "weight_map": {name: _shard(i + 1, total) for name, i in self._weights.items()},
@@ -99,12 +122,17 @@ class BlockWriter:
         """Width of each FFN as it is written, by its name."""
         return {site.name: shape_of(self.skeleton, site)[0] for site in self._sites}
 
-    def _load(self, names: Sequence[str]) -> None:
-        """Put the values of the dense model into the skeleton."""
+    def _load(self, names: Sequence[str], *, read: bool = True) -> None:
+        """Put the values of the dense model into the skeleton, or any values where only shapes count."""
         for name in names:
             path, _, leaf = name.rpartition(".")
             module = self.skeleton.get_submodule(path)
-            value = value_of(self.model, name, self._state[name]).detach().cpu().clone()
+            like = self._state[name]
+            value = (
+                value_of(self.model, name, like).detach().cpu().clone()
+                if read
+                else torch.empty_like(like, device="cpu")
+            )
             if leaf in dict(module.named_parameters(recurse=False)):
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
             else:
@@ -116,20 +144,34 @@ class BlockWriter:
         state = self.skeleton.state_dict()
         whole: Any = self.skeleton
         whole.save_pretrained(part, state_dict={n: state[n] for n in names}, max_shard_size=self.size)
-        for name in names:
-            del self._left[name]
-        for path in sorted(part.glob("*.safetensors")):
-            keys, size = _contents(path)
-            self._weights |= dict.fromkeys(keys, len(self._shards))
-            self._bytes += size
-            self._shards.append(path.rename(self.folder / f"{len(self._shards)}.written"))
+        folder = self.folder if self.written is None else self.written.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        files = sorted(part.glob("*.safetensors"))
+        first = len(self._shards)
+        places = [folder / f"{first + i}{SUFFIX}" for i in range(len(files))]
+        for path, place in zip(files, places, strict=True):
+            shutil.move(path, place)
+        self._take(names, places)
         (part / INDEX).unlink(missing_ok=True)
         return sorted(part.iterdir())
 
-    def _empty(self, path: str) -> None:
-        for module in self.skeleton.get_submodule(path).modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    def _take(self, names: Sequence[str], files: Sequence[Path]) -> None:
+        """Count shards that hold these weights."""
+        for name in names:
+            del self._left[name]
+        for path in files:
+            keys, size = _contents(path)
+            self._weights |= dict.fromkeys(keys, len(self._shards))
+            self._bytes += size
+            self._shards.append(path)
+
+    def _empty(self, names: Sequence[str]) -> None:
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            module = self.skeleton.get_submodule(path)
+            own = dict(module.named_parameters(recurse=False))
+            if leaf in own:
+                setattr(module, leaf, nn.Parameter(own[leaf].to("meta"), requires_grad=False))
 
 
 def _cut(skeleton: nn.Module, pruned: Pruned, widths: Sequence[Widths]) -> None:
@@ -140,6 +182,12 @@ def _cut(skeleton: nn.Module, pruned: Pruned, widths: Sequence[Widths]) -> None:
         for one in widths:
             plan = pad_(skeleton, plan, {site: one[site] for site in plan.kept if site in one})
         slice_shapes_(skeleton, plan)
+
+
+def _key(path: str, pruned: Pruned) -> str:
+    """Hash of what a block is made of, beside the dense model."""
+    new = hash_tensors(pruned.tensors.items()) if isinstance(pruned, Reconstruction) else None
+    return hash_json([path, plan_to_dict(plan_of(pruned)), new])
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from ffnscope.errors import NonFiniteError, UsageError
 DAMPING = 1e-2
 """Where no tokens are held out to choose it."""
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
-_BLOCK = 1024
+_BLOCK = 256
 _ATTEMPTS = 6
 
 
@@ -65,7 +65,8 @@ class Moments:
 def refit_down(down: Tensor, kept: Tensor, moments: Moments, damping: float = DAMPING) -> Tensor:
     """Return new columns of the kept channels, [d_model, k], in the dtype of the moments.
 
-    Memory beside the arguments: 2 k^2 + 3 d_model k numbers, and a block of 1,024 rows of ``second``.
+    Memory beside the arguments, in the dtype of the moments: k^2 + 4 d_model k + d_model d_ff numbers (the last
+    where ``down`` has another dtype), and a block of 256 rows of ``second``.
 
     Args:
         down: [d_model, d_ff], the dense weights.
@@ -117,7 +118,7 @@ class LeastSquares:
 
     @classmethod
     def of(cls, down: Tensor, kept: Tensor, moments: Moments) -> LeastSquares:
-        """Take weights and indices to the dtype and the device of the moments."""
+        """Take weights and indices to the dtype and the device of the moments; without a copy if they have these."""
         return cls(down.to(moments.second), kept.to(moments.second.device), moments)
 
     @cached_property
@@ -163,12 +164,9 @@ class LeastSquares:
         if scale == 0:
             return self.old.clone()
         for attempt in range(_ATTEMPTS):
-            gram = _rows(self.moments.second, self.kept, self.kept)
-            gram.diagonal().add_(damping * 10.0**attempt * scale)
-            factor, failed = torch.linalg.cholesky_ex(gram)
-            del gram
-            if not int(failed):
-                change = torch.cholesky_solve(self.missing.T, factor).T
+            factor = _factor(self.moments.second, self.kept, damping * 10.0**attempt * scale)
+            if factor is not None:
+                change = _divided(self.missing, factor)
                 if bool(torch.isfinite(change).all()):
                     return change.add_(self.old)
         raise NonFiniteError(
@@ -192,6 +190,19 @@ def _product(left: Tensor, second: Tensor, rows: Tensor, columns: Tensor) -> Ten
     return found
 
 
-def _rows(second: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """second[rows][:, columns], without all columns of more than a block of rows at a time."""
-    return torch.cat([second[part][:, columns] for part in rows.split(_BLOCK)]) if rows.numel() else second[:0, columns]
+def _factor(second: Tensor, kept: Tensor, penalty: float) -> Tensor | None:
+    """Lower Cholesky factor of second[kept][:, kept] + penalty I, or None; it takes k^2 numbers in all."""
+    gram = second.new_empty(len(kept), len(kept))
+    for rows, index in zip(gram.split(_BLOCK), kept.split(_BLOCK), strict=True):
+        rows.copy_(second[index][:, kept])
+    gram.diagonal().add_(penalty)
+    # transposed, a symmetric matrix lies as LAPACK wants it, so that it is factored where it is
+    factor, failed = gram.T, torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    return None if int(failed) else factor
+
+
+def _divided(left: Tensor, factor: Tensor) -> Tensor:
+    """left (L L^T)^-1 of the lower factor L [k, k], for left [d_model, k]; `cholesky_solve` would copy L."""
+    half = torch.linalg.solve_triangular(factor.T, left, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)

@@ -43,6 +43,7 @@ from ffnscope.types import FFNSite, FFNWeights, PruningPlan
 OnBlock = Callable[[int, int], None]
 TARGET = 0.35
 HELD_OUT_EVERY = 8
+UNSEEN = ("checkpoint", "keep_checkpoint", "model_hash")  # options that do not change the columns
 TRAINED = "_trained"  # key in what is told of an FFN within a call
 OUT_OF_MEMORY = "out of memory in the sequential reconstruction ({} windows at a time). Lower batch_size."
 
@@ -58,7 +59,8 @@ class SequentialOptions:
             have not seen. With less than 8 windows it is 1e-2 then.
         batch_size: windows per forward; changes speed and memory, not results beyond rounding.
         checkpoint: folder for the columns of finished blocks; an interrupted call with the same arguments goes on after
-            them. None = it starts again.
+            them. They are then not held in memory, but mapped from their files. None = it starts again.
+        keep_checkpoint: leave these files for the caller to remove, who may still have to write what he is given.
         distillation: after its least squares, each FFN is trained towards the same target, on its inputs in the pruned
             stream: gate, up, down and biases of the kept channels (see `distill`). Its block runs once more. Where no
             epoch lowers the error on every 8th window, which are held out for that, the columns of the least squares
@@ -70,6 +72,7 @@ class SequentialOptions:
     damping: float | None = None
     batch_size: int = 4
     checkpoint: Path | None = None
+    keep_checkpoint: bool = False
     distillation: Distillation | None = None
     model_hash: str | None = None
 
@@ -167,7 +170,8 @@ def fit_blocks(
         streams = open_streams(model, list(plan.kept), *split, options.mix, keeps_inputs=keeps, states=states)
         work = _Work(streams, plan, options, files, windows.n_tokens, distiller)
         told = _all_blocks(work, on_block, take)
-    files.remove(range(streams.n_blocks))
+    if not options.keep_checkpoint:
+        files.remove()
     _warn(told)
     return _facts(told, windows, options)
 
@@ -255,7 +259,7 @@ def _block(work: _Work, block: int, steps: _Steps) -> dict[FFNSite, Columns]:
                 found[site] = _fitted(work, site, dense[site], sums.pop(site), report)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{site.name}: {error}") from error
-        work.files.write(block, found)
+        found = work.files.write(block, found)
     edits = [edit for site, one in found.items() for edit in _edits(model, site, one)]
     streams.leave(block, {site: (dense[site].down, _whole(one, site)) for site, one in found.items()}, edits)
     return found
@@ -340,9 +344,7 @@ def _key(
             "model": [options.model_hash or weights_hash(model), config],
             "windows": windows.hash,
             "plan": plan_to_dict(plan),
-            "options": {
-                name: value for name, value in asdict(options).items() if name not in ("checkpoint", "model_hash")
-            },
+            "options": {name: value for name, value in asdict(options).items() if name not in UNSEEN},
             "error_weights": hash_tensors((site.name, value) for site, value in error_weights.items()),
         }
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ffnscope.apply.block_files import BlockFiles
 from ffnscope.apply.block_fit import Columns
 from ffnscope.apply.block_writer import BlockWriter
 from ffnscope.apply.card import loading_code, model_card
@@ -20,10 +21,13 @@ from ffnscope.apply.padding import zeroed_among
 from ffnscope.apply.pruned import Pruned, plan_of
 from ffnscope.apply.reconstruction import Reconstruction, check_linear, part_of
 from ffnscope.apply.sequential import SequentialOptions, fit_blocks, reconstruction_of
+from ffnscope.apply.written_blocks import WrittenBlocks, remove_written
 from ffnscope.calibrate.blocks import list_of_blocks
+from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.load import quiet_transformers
+from ffnscope.io import hash_json, plan_to_dict
 from ffnscope.types import EvalResult, FFNSite, PruningPlan
 
 
@@ -36,12 +40,17 @@ class Destination:
         max_shard_size: a block larger than this takes several files.
         pad_to_widest: see `prune_`.
         overwrite: replace what is there.
+        checkpoint: folder for finished blocks; an interrupted call with the same arguments goes on after the last
+            intact one. On the disk of ``path`` it takes no further space. None = it starts again.
+        model_hash: `weights_hash` of the model where it is known already; else a checkpoint takes the time to find it.
     """
 
     path: Path
     max_shard_size: str = SHARD
     pad_to_widest: bool = False
     overwrite: bool = False
+    checkpoint: Path | None = None
+    model_hash: str | None = None
 
 
 def write_pruned(
@@ -79,7 +88,9 @@ def write_pruned(
     with _writing(model, output, plan) as (writer, folder):
         for path, sites in _blocks(model, list(plan.kept)):
             writer.write(path, _part(pruned, sites))
-        return _finish(writer, folder, tokenizer, told, output, results or {})
+        written = _finish(writer, folder, tokenizer, told, output, results or {})
+    _clean(output)
+    return written
 
 
 def reconstruct_to(
@@ -94,7 +105,8 @@ def reconstruct_to(
     """Reconstruct a plan block by block, and write each block as soon as its columns are found.
 
     The result is that of `reconstruct_sequential`, `reconstruct_` and `save_model`, but new columns exist for one block
-    at a time. Weights outside the blocks are written last.
+    at a time. Weights outside the blocks are written last. A checkpoint of ``output`` holds the columns of finished
+    blocks too, unless ``options`` name another folder for them; those that go on run through all blocks once more.
 
     Args:
         model: the dense model, offloaded or not; left as it was.
@@ -114,6 +126,7 @@ def reconstruct_to(
     """
     check_linear(list(plan.kept))
     kept = dict(plan.kept)
+    options = _kept_columns(options or SequentialOptions(), output)
     with _writing(model, output, plan) as (writer, folder):
         blocks = iter(_blocks(model, list(plan.kept)))
 
@@ -128,6 +141,8 @@ def reconstruct_to(
             writer.write(path, replace(plan, kept={}, protected={}, provenance={}))
         told = replace(plan, kept=kept, provenance={**plan.provenance, "reconstruction": facts})
         _finish(writer, folder, tokenizer, told, output, {})
+    BlockFiles(options.checkpoint).remove()
+    _clean(output)
     return told
 
 
@@ -135,9 +150,30 @@ def reconstruct_to(
 def _writing(model: nn.Module, output: Destination, plan: PruningPlan) -> Generator[tuple[BlockWriter, Path]]:
     refuse_existing(output.path, output.overwrite)
     check_prunable(model, plan)
+    size, pad = output.max_shard_size, output.pad_to_widest
+    written = None if output.checkpoint is None else WrittenBlocks(output.checkpoint, _key(model, output, plan))
     with replacing_folder(output.path, output.overwrite) as folder, quiet_transformers():
-        size, pad = output.max_shard_size, output.pad_to_widest
-        yield BlockWriter(model, folder, plan, max_shard_size=size, pad_to_widest=pad), folder
+        writer = BlockWriter(model, folder, plan, max_shard_size=size, pad_to_widest=pad, written=written)
+        yield writer, folder
+
+
+def _key(model: nn.Module, output: Destination, plan: PruningPlan) -> str:
+    """Hash of what all blocks of a checkpoint depend on."""
+    config = repr(getattr(model, "config", type(model).__name__))
+    cut = plan_to_dict(replace(plan, protected={}, provenance={}))
+    known = output.model_hash or weights_hash(model)
+    return hash_json([known, config, cut, output.max_shard_size, output.pad_to_widest])
+
+
+def _kept_columns(options: SequentialOptions, output: Destination) -> SequentialOptions:
+    folder = options.checkpoint or (None if output.checkpoint is None else output.checkpoint / "columns")
+    known = options.model_hash or output.model_hash
+    return replace(options, checkpoint=folder, keep_checkpoint=True, model_hash=known)
+
+
+def _clean(output: Destination) -> None:
+    if output.checkpoint is not None:
+        remove_written(output.checkpoint)
 
 
 def _finish(

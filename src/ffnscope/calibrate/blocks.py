@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from ffnscope.calibrate.forward import forward_logits
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
+from ffnscope.ffn.heap import give_back_free
 from ffnscope.ffn.offload import resident
 from ffnscope.ffn.probe import layer_path
+from ffnscope.ffn.streamed import is_streamed
 from ffnscope.ffn.vocabulary import held_embedding, sliced_head
 from ffnscope.types import FFNSite
 
@@ -229,6 +231,8 @@ def _true_forward(model: nn.Module, modules: Sequence[nn.Module], piece: Windows
         first = _first(output)
         after = first.clone() if isinstance(first, Tensor) else first
         seen.append(_Seen(block, begun.pop(), after, len(output) if isinstance(output, tuple | list) else 0))
+        if is_streamed(model):
+            give_back_free()
 
     handles: list[Any] = []
     try:

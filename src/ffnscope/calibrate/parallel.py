@@ -112,6 +112,11 @@ def shared_windows() -> Generator[bool]:
         _dismiss()
 
 
+def n_processes() -> int:
+    """How many processes share the windows that this one asks for; 1 in those that serve."""
+    return dist.get_world_size() if _STATE["leads"] else 1
+
+
 def _dismiss() -> None:
     """Tell the others to end, in a thread: after an interrupt they may be within a pass, and not listen."""
     told = threading.Thread(target=dist.broadcast_object_list, args=([None],), daemon=True)

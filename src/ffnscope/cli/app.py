@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ffnscope import __version__
-from ffnscope.calibrate.parallel import shared_windows
+from ffnscope.calibrate.parallel import n_processes, shared_windows
 from ffnscope.cli.answer import answer_command
 from ffnscope.cli.bench import bench_command
 from ffnscope.cli.channels import OUT, eval_command
@@ -77,6 +77,8 @@ def _call() -> int | str | None:
             warnings.showwarning = _warn
             with shared_windows() as leads:
                 if leads:
+                    if n_processes() > 1:
+                        _say(f"{n_processes()} processes share the windows of every pass.", "dim")
                     app()
     except FFNScopeError as error:
         _say(f"error: {error}")

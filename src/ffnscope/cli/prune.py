@@ -174,6 +174,7 @@ def _finish(asked: _Asked, job: PruneJob, plan: PruningPlan, part: Path, add: Ca
     rows = job.compare(pruned, held_out, part) if held_out else []
     if isinstance(pruned, Reconstruction):
         print_profile(pruned, OUT)
+    saving = replace(saving, unfinished=part / "written", model_hash=job.model_hash)
     saving.prune_and_save(job.loaded, pruned, {row.label: row.results for row in rows}, job.reporter, add)
 
 

@@ -17,6 +17,7 @@ from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.picks import Picks
 from ffnscope.ffn.probe import Found, layer_path
 from ffnscope.ffn.projection import in_width, out_width
+from ffnscope.ffn.unread import unread_head
 from ffnscope.types import FFNSite
 
 OnTokens = Callable[[FFNSite, Tensor], None]
@@ -67,7 +68,7 @@ def find_listed(model: nn.Module, ffns: Sequence[Found], input_ids: Tensor, acti
             refused[path] = "its experts are modules of their own, and no common form of FFN was seen in them"
     if sites:
         try:
-            with torch.no_grad(), frozen(model), routed_tokens(model, sites, lambda *_: None):
+            with torch.no_grad(), frozen(model), unread_head(model), routed_tokens(model, sites, lambda *_: None):
                 model(input_ids=input_ids, use_cache=False)
         except LayoutError as error:
             refused |= {site.group: str(error) for site in sites}

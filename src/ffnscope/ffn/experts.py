@@ -19,6 +19,7 @@ from ffnscope.errors import LayoutError
 from ffnscope.ffn.expert_calls import Call, Experts, expert_calls
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.probe import layer_path
+from ffnscope.ffn.unread import unread_head
 from ffnscope.types import FFNSite, Fused, Storage
 
 # parameters of producers and down, relative to the module that is given the tokens: one row per family of names
@@ -83,7 +84,8 @@ def find_experts(model: nn.Module, input_ids: Tensor, activation: str) -> FoundE
     try:
         with torch.inference_mode(False), torch.enable_grad(), frozen(model), watched as opened:
             if candidates:
-                model(input_ids=input_ids, use_cache=False)
+                with unread_head(model):
+                    model(input_ids=input_ids, use_cache=False)
     except LayoutError as error:
         refused |= {e.path: str(error) for e in candidates}
     sites: list[FFNSite] = []

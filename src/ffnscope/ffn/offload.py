@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import ModelError, UsageError
+from ffnscope.ffn.heap import give_back_free
 from ffnscope.ffn.projection import coupled
 from ffnscope.io import write_tensors
 from ffnscope.types import FFNSite
@@ -158,7 +159,8 @@ def resident(model: nn.Module, *modules: nn.Module) -> Generator[None]:
     """Within the block, the offloaded weights of these modules and all that is in them stay in the model.
 
     They are read once, on the device that computes with them, however often the modules run; nothing is kept of what is
-    changed. On exit they are offloaded again. Weights that are not offloaded are left alone, so contexts nest.
+    changed. On exit they are offloaded again, and free memory goes back to the system. Weights that are not offloaded
+    are left alone, so contexts nest.
 
     Raises:
         ModelError: a weight has no value.
@@ -180,6 +182,8 @@ def resident(model: nn.Module, *modules: nn.Module) -> Generator[None]:
             hook.offload = True
         for one in held:
             one.offload(one.shape)
+        if held:
+            give_back_free()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ is the down projection of an FFN. It is, when its input is
   the last get the same random numbers, so it must agree there,
 * the only use of those outputs (this rejects everything on the residual stream).
 
-Weights of projections are never read, so zeros or NaN in them do not matter, and offloaded models work. The forward
-runs outside any ``no_grad`` or ``inference_mode`` of the caller, and of the model's own code.
+Weights of projections do not enter, so zeros or NaN in them do not matter; those of a streamed model are not read. The
+forward runs outside any ``no_grad`` or ``inference_mode`` of the caller, and of the model's own code.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ffnscope.ffn.inner_norm import is_rms_norm
 from ffnscope.ffn.jacobian import Kind, Refusal, classify
 from ffnscope.ffn.offload import set_requires_grad
 from ffnscope.ffn.projection import in_width, is_projection, out_width
+from ffnscope.ffn.unread import unread_projections
 from ffnscope.types import Fused
 
 
@@ -93,7 +94,7 @@ def probe(model: nn.Module, input_ids: Tensor) -> Probed:
     found: list[Found] = []
     misses: dict[str, str] = {}
     with torch.inference_mode(False), torch.enable_grad():
-        with _cut(model, trace):
+        with unread_projections(model), _cut(model, trace):
             model(input_ids=input_ids, use_cache=False)
         for layer, reads in trace.reads.items():
             for down, ffn in _ffns_of_layer(model, layer, reads, trace):

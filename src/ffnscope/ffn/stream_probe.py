@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.probe import layer_path
 from ffnscope.ffn.projection import is_projection
+from ffnscope.ffn.unread import unread_projections
 from ffnscope.types import FFNSite
 
 TEXTS = 6
@@ -76,7 +77,7 @@ def observe_stream(model: Any, sites: Sequence[FFNSite]) -> Seen:
     table = model.get_input_embeddings()
     device = next((p.device for p in table.parameters()), torch.device("cpu"))
     ids = torch.arange(TEXTS, device="cpu" if device.type == "meta" else device)[:, None] + 3
-    with frozen(model), torch.no_grad(), _watched(model, sites, seen):
+    with frozen(model), torch.no_grad(), unread_projections(model), _watched(model, sites, seen):
         model(input_ids=ids % model.config.get_text_config().vocab_size, use_cache=False)
     return seen
 

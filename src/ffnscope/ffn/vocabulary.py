@@ -43,7 +43,7 @@ def sliced_head(model: nn.Module, blocks: Sequence[nn.Module]) -> Generator[list
         known = own if bias is None else bias.value
         return logits if known is None else logits + known
 
-    with _replaced(head, forward):
+    with replaced_forward(head, forward):
         yield [head]
 
 
@@ -66,12 +66,12 @@ def held_embedding(model: nn.Module) -> Generator[None]:
         index, inverse = ids.unique(return_inverse=True)
         return place.rows(index)[inverse]
 
-    with _replaced(found, forward):
+    with replaced_forward(found, forward):
         yield
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, forward: Any) -> Generator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Generator[None]:
     """Within the context, a module has another forward, behind whose back accelerate reads nothing."""
     before = vars(module).get("forward")
     try:
@@ -95,7 +95,7 @@ def without_embedding(model: nn.Module) -> Generator[list[nn.Module]]:
     def forward(ids: Tensor) -> Tensor:
         return torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
 
-    with _replaced(found, forward):
+    with replaced_forward(found, forward):
         yield [found]
 
 

@@ -54,6 +54,8 @@ def _save(job: Job, saving: Saving, plan: Pruned, measured: Mapping[str, list[Ev
     """Load, prune and save one model, and add what was written to ``files``."""
     loaded = load_model(replace(model_source(job.config), device="cpu", device_map=None))
     saving.check_plan(loaded, plan_of(plan), job.reporter)
+    unfinished = saving.out.with_name(f"{saving.out.name}.part")
+    saving = replace(saving, unfinished=unfinished, model_hash=job.model_hash)
     saving.prune_and_save(loaded, plan, {label: found for label, found in measured.items() if found}, job.reporter)
     files += sorted(p for p in saving.out.rglob("*") if p.is_file()) if saving.out.is_dir() else [saving.out]
 

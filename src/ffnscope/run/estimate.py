@@ -91,15 +91,16 @@ class Estimate:
         return sum(line.seconds for line in self.lines if line.seconds and not math.isnan(line.seconds))
 
 
-def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
+def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | None = None) -> Estimate:
     """Load model and text, run nothing, and estimate from shapes and a short probe of the machine's speed.
 
     What would stop the run at once stops this too: a folder that is not this run's, a model or a text that is missing,
-    a text that is too short. Stages whose results are there already are counted as if they ran.
+    a text that is too short. Stages whose results are there already are counted as if they ran. ``libraries`` is main
+    memory in bytes that a process takes before it loads a model; None = what this one has taken so far.
     """
     check_plots(config)
     check_folder(config, overwrite=overwrite)
-    libraries = peak_memory()["resident"]
+    libraries = peak_memory()["resident"] if libraries is None else libraries
     loaded = load_to_estimate(model_source(config))
     check_format(config, loaded)
     sites = find_sites(loaded.model, config.model.tracked_layers)

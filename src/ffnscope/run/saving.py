@@ -15,12 +15,15 @@ from ffnscope.apply.padding import zeroed_channels
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import Reconstruction, reconstruct_
 from ffnscope.apply.write_pruned import Destination, write_pruned
+from ffnscope.apply.written_blocks import STATE
 from ffnscope.errors import NotAvailableError, unknown_name
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.narrowed import MODELING
 from ffnscope.ffn.sites import find_sites
 from ffnscope.ffn.streamed import is_streamed
+from ffnscope.io import read_state
 from ffnscope.run.progress import Reporter
+from ffnscope.run.steps import discard_damaged
 from ffnscope.types import EvalResult, PruningPlan
 
 Form = Literal["transformers", "decilm", "gguf"]
@@ -32,6 +35,15 @@ FORMATS: tuple[Form, ...] = get_args(Form)
 class Saving:
     """Where and in which format a pruned model goes.
 
+    Attributes:
+        out: folder, or file of the format "gguf".
+        form: one of `FORMATS`.
+        pad_to_widest: see `prune_`.
+        max_shard_size: largest file of weights.
+        overwrite: replace what is there.
+        unfinished: folder for finished blocks of a model that is streamed, from which the same call goes on.
+        model_hash: of the dense weights, where it is known.
+
     Raises:
         UsageError: no such format, or not a size of shards.
     """
@@ -41,6 +53,8 @@ class Saving:
     pad_to_widest: bool = False
     max_shard_size: str = SHARD
     overwrite: bool = False
+    unfinished: Path | None = None
+    model_hash: str | None = None
 
     def __post_init__(self) -> None:
         if self.form not in FORMATS:
@@ -116,8 +130,16 @@ class Saving:
         """The same for a model that is streamed: it is not cut, but what is left of each block is written."""
         plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
         before = sum(p.numel() for p in loaded.model.parameters())
+        if self.unfinished is not None:
+            discard_damaged(reporter, self.unfinished / STATE, read_state)
         with staged(self.out, self.overwrite) as out:
-            output = Destination(out, self.max_shard_size, self.pad_to_widest)
+            output = Destination(
+                out,
+                self.max_shard_size,
+                self.pad_to_widest,
+                checkpoint=self.unfinished,
+                model_hash=self.model_hash,
+            )
             after, zeroed = write_pruned(loaded.model, loaded.tokenizer, output, pruned, results)
             if add is not None:
                 add(out)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ffnscope.analyze.memory import CalibrationBytes
+from ffnscope.apply.block_files import BlockFiles
 from ffnscope.apply.ffn_tokens import token_bytes
 from ffnscope.apply.method import Method
 from ffnscope.apply.pruned import Pruned
-from ffnscope.apply.reconstruction import Reconstruction, write_reconstruction
+from ffnscope.apply.reconstruction import Reconstruction, read_reconstruction, write_reconstruction
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
@@ -94,10 +96,11 @@ def keep_reconstruction(
     for block in options.checkpoint.glob("*.safetensors") if options.checkpoint else ():
         discard_damaged(reporter, block, read_tensors)
     with reporter.task(name, unit) as update:
-        made = make(options=options, on_block=update)
+        made = make(options=replace(options, keep_checkpoint=True), on_block=update)
     assert isinstance(made, Reconstruction), "checked by the caller"
     write_reconstruction(path, made, overwrite=True)
-    return made
+    BlockFiles(options.checkpoint).remove()
+    return read_reconstruction(path)  # mapped from the file, where ``made`` may be in memory
 
 
 def discard_damaged(reporter: Reporter, path: Path, read: Callable[[Path], Any] | None = None) -> None:

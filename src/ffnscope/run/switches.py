@@ -154,6 +154,16 @@ class Bounds:
         """What it takes as asked."""
         return need(self.shapes, self.work, self.setting, self.machine)
 
+    @property
+    def fits(self) -> bool:
+        """Whether it does as asked, as far as the memory is known."""
+        return self.need.fits(self.machine)
+
+    def told(self, names: Mapping[str, str]) -> list[str]:
+        """Lines: the peak of every stage, whether it fits, and what would make it fit."""
+        peaks = ", ".join(f"{stage} {size.device / GIB:.2f} GiB" for stage, size in self.stages.items())
+        return [f"memory by stage: {peaks}", *self.advice(names)]
+
     def advice(self, names: Mapping[str, str]) -> list[str]:
         """Lines: whether it fits, and if not, what each option would take, those that fit first."""
         asked, machine = self.need, self.machine
@@ -199,8 +209,6 @@ def load_to_estimate(source: ModelSource) -> LoadedModel:
 
 
 def print_advice(bounds: Bounds, names: Mapping[str, str], console: Console) -> None:
-    """Print the peak of every stage, whether it fits, and what would make it fit."""
-    peaks = ", ".join(f"{stage} {size.device / GIB:.2f} GiB" for stage, size in bounds.stages.items())
-    console.print(Text(f"memory by stage: {peaks}"))
-    for line in bounds.advice(names):
+    """Print `Bounds.told`."""
+    for line in bounds.told(names):
         console.print(Text(line))

@@ -28,6 +28,7 @@ def test_a_run_as_two_processes_is_that_of_one(checkpoint: Path, texts: Path, tm
         config.write_text(YAML.format(checkpoint=checkpoint, texts=texts, out=folders[-1]))
         ended = started(size, ["-m", "ffnscope", "run", str(config)], tmp_path)
         assert [status for status, _ in ended] == [0] * size, ended
+    assert "2 processes share the windows of every pass." in ended[0][1]
     assert ended[1][1] == "" or "Gloo" in ended[1][1]
     one, two = (read_scores(folder / "scores.safetensors")[0]["scar_loss_proxy"].values for folder in folders)
     for site, value in one.items():

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import ffnscope
+from faults import stop_at
+from ffnscope.apply import sequential
+from ffnscope.apply.block_writer import BlockWriter
 from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.errors import ConfigError, UsageError
 from ffnscope.ffn.load import ModelSource
 from ffnscope.io import read_plan, read_scores
-from ffnscope.run import RunConfig
-from runs import quiet_run
+from ffnscope.run import RunConfig, steps
+from runs import quiet_run, results
 
 
 @pytest.mark.filterwarnings("ignore:.*fitted on fewer tokens")
@@ -36,6 +39,32 @@ def test_a_run_block_by_block(reconstruct: str, small: Callable[..., RunConfig],
     assert all(torch.equal(plans[1].kept[site], index) for site, index in plans[0].kept.items())
     values = [_perplexities(folder / "checkpoints") for folder in (wanted, found)]
     assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*fitted on fewer tokens")
+def test_nothing_that_a_block_has_given_is_made_again(
+    small: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str) -> RunConfig:
+        output = {"dir": str(tmp_path / name), "checkpoints": True}
+        pruning = {"ratios": [0.5], "algorithms": ["wanda"], "reconstruct": "sequential"}
+        return small(model={"stream": "disk"}, output=output, pruning=pruning)
+
+    quiet_run(config("unbroken"))
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        stop_at(once, steps, "write_reconstruction", 1)
+        quiet_run(config("broken"))
+    fitted = stop_at(monkeypatch, sequential, "fit_columns", -1)
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        stop_at(once, BlockWriter, "_save", 2)
+        quiet_run(config("broken"))
+    assert fitted == []
+    folder = tmp_path / "broken" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["wanda-0.5.part"]
+    saved = stop_at(monkeypatch, BlockWriter, "_save", -1)
+    quiet_run(config("broken"))
+    assert len(saved) == 2  # one of two blocks, and what is outside them
+    assert results(tmp_path / "broken") == results(tmp_path / "unbroken")
 
 
 def _perplexities(folder: Path) -> list[float]:

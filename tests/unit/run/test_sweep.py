@@ -18,7 +18,7 @@ from faults import stop_at
 from ffnscope.calibrate import passes as calibrating
 from ffnscope.errors import ArtifactError, ConfigError, SweepError
 from ffnscope.report.run_folder import read_run
-from ffnscope.run import SweepResult, executors, load_config, load_sweep, run_sweep
+from ffnscope.run import SweepResult, dry_run, executors, load_config, load_sweep, progress, run_sweep, switches
 from ffnscope.run.dry_run import dry_run_sweep
 from ffnscope.run.progress import Reporter
 from runs import merged, quiet_run, results, small_run, strict_json
@@ -253,9 +253,30 @@ def test_dry_run_lists_the_cells(written: Write, checkpoint: Path, tmp_path: Pat
     shown = printed(file)
     assert "seed=0" in shown and shown.count("new") == 2 and "GiB" in shown
     assert "2 of 2 cells to run (sequential), together about" in shown
+    assert ": it fits" in shown and shown.count("memory by stage: ") == 1 and "(the largest):" in shown
     assert not (tmp_path / "out").exists()
     quiet_sweep(file)
     assert "0 of 2 cells to run" in printed(file)
     other = written({"model.model_id": [str(tmp_path / "none"), str(checkpoint)]}, output={"dir": str(tmp_path / "b")})
     with pytest.raises(ConfigError, match="none does not exist"):
         printed(other)
+
+
+def test_dry_run_tells_what_would_make_cells_fit(
+    written: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = make_checkpoint(tmp_path / "large", hidden_size=256, intermediate_size=1024, num_hidden_layers=24)
+    small = make_checkpoint(tmp_path / "small")
+    models = {"small": {"model.model_id": str(small)}, "large": {"model.model_id": str(large)}}
+    cells = load_sweep(written({"model": models, **SEEDS}))
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    libraries = progress.peak_memory()["resident"]
+    monkeypatch.setattr(dry_run, "peak_memory", lambda: {"resident": libraries})
+    monkeypatch.setattr(switches, "main_memory", lambda: libraries + size)
+    text = io.StringIO()
+    dry_run_sweep(cells, Console(file=text, width=250))
+    shown = text.getvalue()
+    assert "\nmodel=large,seed=0, model=large,seed=1:\n  memory by stage: " in shown
+    assert shown.count("it does NOT fit") == 1
+    assert "--set model.stream=disk would take" in shown
+    assert "model=small,seed=0:" not in shown
