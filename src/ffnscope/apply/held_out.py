@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,22 @@ from ffnscope.calibrate.passes import OnBatch
 from ffnscope.calibrate.windows import Windows
 from ffnscope.types import ChannelStats, FFNSite
 
+Statistics = Mapping[FFNSite, ChannelStats]
 HELD_OUT_EVERY = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FitStatistics:
+    """What a one-shot reconstruction is fitted to.
+
+    Attributes:
+        whole: statistics of the whole text.
+        held_out: ``h_outer`` of its held-out windows (see `collect_held_out`); None where there is none, or none is
+            needed because the damping is given.
+    """
+
+    whole: Statistics
+    held_out: Statistics | None = None
 
 
 def is_held_out(windows: Windows) -> Tensor:
@@ -53,4 +69,5 @@ def collect_held_out(
     part = held_out_windows(windows)
     if not len(part):
         return None
-    return collect(model, part, ["h_outer"], sites=sites, options=options, on_batch=on_batch)
+    sizes = replace(options or PassOptions(), gradient_windows=None, gradient_length=None)
+    return collect(model, part, ["h_outer"], sites=sites, options=sizes, on_batch=on_batch)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffnscope.apply.block_fit import refitted
+from ffnscope.apply.held_out import Statistics
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.new_bias import without_bias
 from ffnscope.apply.reconstruction import Reconstruction, check_linear
@@ -17,12 +17,11 @@ from ffnscope.apply.refit import Moments, mean_bias
 from ffnscope.errors import UsageError
 from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
-from ffnscope.types import ChannelStats, FFNSite, PruningPlan
+from ffnscope.types import FFNSite, PruningPlan
 
 TOKENS_PER_CHANNEL = 4
 ROUNDING = 0.02
 """Share of a channel's power by which a part may exceed the whole: two passes in half precision round differently."""
-Statistics = Mapping[FFNSite, ChannelStats]
 
 
 def reconstruct(
