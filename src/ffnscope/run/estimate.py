@@ -17,9 +17,12 @@ from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
+from ffnscope.apply.held_out import held_out_windows
+from ffnscope.apply.refit import DAMPING
 from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.forward import input_device
+from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.tasks import load_tasks
@@ -115,10 +118,12 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     given: Any = {"sites": sites, "rule": rule, "options": options, "extra": extra}
     found = calibration_bytes(loaded.model, calibration, metrics, **given)
     speed = seconds_per_token(loaded.model, sites)
+    holds_out = config.pruning.holds_out
     lines = [
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_curves_lines(config, sites, calibration, speed),
         *_decision_lines(config, sites),
+        *(held_out_lines(sites, calibration, speed) if holds_out else []),
         *_round_lines(config, steps, speed),
         *_reconstruction_lines(config, len(sites), calibration, speed),
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
@@ -134,7 +139,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         load_of_steps(max(each, key=_tokens, default=[]), backward=False),
         load_of_steps(max(each, key=_tokens, default=[]), backward=True),
         load_of_text(held_out, config.dataset.batch_size),
-        found.beside_batches,
+        max(found.beside_batches, found.disk + (held_out_bytes(sites, calibration) if holds_out else 0)),
         *refit,
         more=reference_bytes(config),
     )
@@ -204,6 +209,21 @@ def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     return Line(stage, what, (forward + backward) * speed, _CHECK + 1 + bool(backward), backward * speed)
 
 
+def held_out_lines(sites: Sequence[FFNSite], calibration: Windows, speed: float) -> list[Line]:
+    """Tell the pass over the windows that choose the damping of one-shot reconstructions; none of less than 8."""
+    tokens = held_out_windows(calibration).n_tokens
+    if not tokens:
+        return []
+    size = statistics_bytes(sites, ["h_outer"]) / 2**20
+    what = f"1 pass: {tokens:,} tokens forward, for the damping of one-shot refits; {size:,.0f} MiB more for sums"
+    return [Line("held-out windows", what, tokens * speed, _CHECK + 1)]
+
+
+def held_out_bytes(sites: Sequence[FFNSite], calibration: Windows) -> int:
+    """Most that sums of held-out windows take beside those of the whole text: twice while they are written."""
+    return 2 * statistics_bytes(sites, ["h_outer"]) if len(held_out_windows(calibration)) else 0
+
+
 def curves_line(
     sites: Sequence[FFNSite], rounds: CurveRounds, calibration: Windows, speed: float, *, refits: bool
 ) -> Line:
@@ -254,11 +274,19 @@ def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows,
     if asked.reconstruct == "bias":
         return [Line("reconstruct", f"{_n_plans(config)} plans x a bias for each of {n_sites} FFNs")]
     if asked.reconstruct == "one_shot":
-        return [Line("reconstruct", f"{_n_plans(config)} plans x least squares of {n_sites} FFNs")]
+        what = f"least squares of {n_sites} FFNs, {damping_told(asked.damping, calibration)}"
+        return [Line("reconstruct", f"{_n_plans(config)} plans x {what}")]
     tokens = 2 * calibration.n_tokens * asked.rounds
     n_plans = _n_plans(config)
     what = f"{n_plans} plans x {tokens:,} tokens forward, block by block"
     return [Line("reconstruct", what, n_plans * tokens * speed, n_plans * asked.rounds * (_CHECK + 1))]
+
+
+def damping_told(given: float | None, calibration: Windows | None) -> str:
+    """What the damping of a one-shot reconstruction is; None of a text: there are no held-out sums."""
+    if given is None and calibration is not None and len(held_out_windows(calibration)):
+        return "damping chosen on held-out windows"
+    return f"damping {DAMPING if given is None else given:g}"
 
 
 def _distillation_lines(

@@ -206,8 +206,7 @@ def held_out_stage(job: Job, stats: Stats) -> FitStatistics:
 
     Made only where the configuration asks for such reconstructions and the text has 8 windows or more.
     """
-    asked, windows = job.config.pruning, held_out_windows(job.calibration)
-    if not (asked.enabled and asked.chosen(asked.algorithms[0]).holds_out and len(windows)):
+    if not (job.config.pruning.holds_out and len(held_out_windows(job.calibration))):
         return FitStatistics(stats)
 
     def take(options: PassOptions, update: OnBatch) -> Stats:
