@@ -20,15 +20,14 @@ from ffnscope.run.estimate import (
     Line,
     calibrate_line,
     curves_line,
-    damping_told,
     distillation_seconds,
     evaluate_line,
-    held_out_bytes,
     held_out_lines,
     print_lines,
     seconds_per_token,
     with_reading,
 )
+from ffnscope.run.held_out import damping_told, held_out_bytes
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.saving import UNEVEN
 from ffnscope.run.switches import COMMAND, bounds_of, print_advice

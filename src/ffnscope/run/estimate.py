@@ -17,12 +17,9 @@ from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
-from ffnscope.apply.held_out import held_out_windows
-from ffnscope.apply.refit import DAMPING
 from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.forward import input_device
-from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.tasks import load_tasks
@@ -41,6 +38,7 @@ from ffnscope.run.choices import (
 )
 from ffnscope.run.contextual import open_card
 from ffnscope.run.folder import check_folder
+from ffnscope.run.held_out import damping_told, held_out_bytes, held_out_told
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.reconstructions import check_sites
@@ -210,18 +208,9 @@ def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
 
 
 def held_out_lines(sites: Sequence[FFNSite], calibration: Windows, speed: float) -> list[Line]:
-    """Tell the pass over the windows that choose the damping of one-shot reconstructions; none of less than 8."""
-    tokens = held_out_windows(calibration).n_tokens
-    if not tokens:
-        return []
-    size = statistics_bytes(sites, ["h_outer"]) / 2**20
-    what = f"1 pass: {tokens:,} tokens forward, for the damping of one-shot refits; {size:,.0f} MiB more for sums"
-    return [Line("held-out windows", what, tokens * speed, _CHECK + 1)]
-
-
-def held_out_bytes(sites: Sequence[FFNSite], calibration: Windows) -> int:
-    """Most that sums of held-out windows take beside those of the whole text: twice while they are written."""
-    return 2 * statistics_bytes(sites, ["h_outer"]) if len(held_out_windows(calibration)) else 0
+    """Tell the pass over the windows that choose the damping of one-shot reconstructions, where there are any."""
+    what, tokens = held_out_told(sites, calibration)
+    return [Line("held-out windows", what, tokens * speed, _CHECK + 1)] if tokens else []
 
 
 def curves_line(
@@ -280,13 +269,6 @@ def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows,
     n_plans = _n_plans(config)
     what = f"{n_plans} plans x {tokens:,} tokens forward, block by block"
     return [Line("reconstruct", what, n_plans * tokens * speed, n_plans * asked.rounds * (_CHECK + 1))]
-
-
-def damping_told(given: float | None, calibration: Windows | None) -> str:
-    """What the damping of a one-shot reconstruction is; None of a text: there are no held-out sums."""
-    if given is None and calibration is not None and len(held_out_windows(calibration)):
-        return "damping chosen on held-out windows"
-    return f"damping {DAMPING if given is None else given:g}"
 
 
 def _distillation_lines(

@@ -186,10 +186,15 @@ def test_the_dry_run(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     dry_run(config(checkpoint, texts, tmp_path / "out"), console)
     assert "1 plans x 1,024 tokens forward, block by block" in console.export_text()
-    dry_run(config(checkpoint, texts, tmp_path / "out", {"reconstruct": "one_shot"}), console)
+    dry_run(config(checkpoint, texts, tmp_path / "out", {"algorithms": ["wanda"], "reconstruct": "one_shot"}), console)
     told = console.export_text()
     assert "1 pass: 64 tokens forward, for the damping" in told and "damping chosen on held-out windows" in told
-    dry_run(config(checkpoint, texts, tmp_path / "out", {"reconstruct": "one_shot", "damping": 0.1}), console)
+    dry_run(
+        config(
+            checkpoint, texts, tmp_path / "out", {"algorithms": ["wanda"], "reconstruct": "one_shot", "damping": 0.1}
+        ),
+        console,
+    )
     told = console.export_text()
     assert "held-out windows" not in told and "FFNs, damping 0.1" in told
     dry_run(config(checkpoint, texts, tmp_path / "out", {"method": "best", "distill": 4}), console)
