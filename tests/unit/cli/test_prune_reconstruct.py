@@ -145,7 +145,8 @@ def test_one_shot_chooses_its_damping(
     told = read_plan(tmp_path / "out" / "ffnscope_plan.json").provenance["reconstruction"]
     assert told["damping"] == "held-out tokens"
     loaded = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu"))
-    windows = ffnscope.load_windows(ffnscope.TextSource(str(texts / "train.txt")), loaded.tokenizer, n=16, length=32)
+    source = ffnscope.TextSource(str(texts / "train.txt"))
+    windows = ffnscope.load_windows(source, loaded.tokenizer, n=16, length=32, seed=42)
     asked = ffnscope.Method("wanda", "local", "one_shot")
     python = ffnscope.plan_and_reconstruct(loaded.model, windows, 0.5, method=asked)
     assert isinstance(python, ffnscope.Reconstruction)

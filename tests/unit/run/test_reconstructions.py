@@ -86,7 +86,7 @@ def test_one_shot_chooses_its_damping(checkpoint: Path, texts: Path, tmp_path: P
     asked = {"algorithms": ["wanda", "random"], "reconstruct": "one_shot"}
     found = quiet_run(config(checkpoint, texts, tmp_path / "out", asked))
     ledger = strict_json(found.folder / "ledger.json")["stages"]
-    assert ledger["calibrate held out"]["files"] == ["statistics_held_out.safetensors"]
+    assert list(ledger["calibrate held out"]["files"]) == ["statistics_held_out.safetensors"]
     whole, held = (ffnscope.read_stats(found.folder / f"{n}.safetensors")[0] for n in ("statistics", HELD_OUT))
     assert {one.n_tokens for one in held.values()} == {2 * 32} and set(next(iter(held.values())).values) == {"h_outer"}
     model = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu")).model
