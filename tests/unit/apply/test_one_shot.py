@@ -53,7 +53,7 @@ class TestNumbers:
         found = reconstruct(llama, plan, stats, held_out=held)
         facts = list(found.facts["sites"].values())
         assert {f["damping"] for f in facts} <= set(DAMPINGS)
-        assert found.facts["damping"] == "held-out tokens"
+        assert found.facts["damping"] == "chosen on held-out tokens"
         assert all(f["refitted"] and f["held_out"] and f["tokens"] == windows.n_tokens for f in facts)
         others = collect(llama, windows[~is_held_out(windows)], ["h_outer"])
         tried = {damping: reconstruct(llama, plan, others, damping=damping) for damping in DAMPINGS}
@@ -112,7 +112,7 @@ class TestNumbers:
     def test_the_default_damping(self, llama: Any, random_plan: MakePlan) -> None:
         found, same = refit(llama, random_plan), refit(llama, random_plan, damping=0.01)
         assert all(torch.equal(v, same.down[s]) for s, v in found.down.items())
-        assert (found.facts["damping"], same.facts["damping"]) == ("default", "given")
+        assert (found.facts["damping"], same.facts["damping"]) == ("0.01, no tokens held out", "0.01, given")
 
     def test_held_out_in_bfloat16(self, random_plan: MakePlan) -> None:
         """Batches of two passes round differently, and their difference still has a factorisation."""

@@ -143,7 +143,8 @@ def test_one_shot_chooses_its_damping(
     assert not passes
     assert "calibrate held-out windows: " in result.stderr and "tokens that the refit did not see" in result.stdout
     told = read_plan(tmp_path / "out" / "ffnscope_plan.json").provenance["reconstruction"]
-    assert told["damping"] == "held-out tokens"
+    assert told["damping"] == "chosen on held-out tokens"
+    assert "| damping | chosen on held-out tokens |" in (tmp_path / "out" / "README.md").read_text()
     loaded = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu"))
     source = ffnscope.TextSource(str(texts / "train.txt"))
     windows = ffnscope.load_windows(source, loaded.tokenizer, n=16, length=32, seed=42)

@@ -107,7 +107,7 @@ def test_one_shot_chooses_its_damping(checkpoint: Path, texts: Path, tmp_path: P
     record = ffnscope.run.find_record(fixed.folder, "wanda")
     with pytest.warns(UserWarning, match="no statistics of held-out windows, which choose the damping: it is 0.01"):
         refit = ffnscope.recut(model, record, 0.5, method=ffnscope.Method("wanda", "local", "one_shot"))
-    assert isinstance(refit, ffnscope.Reconstruction) and refit.facts["damping"] == "default"
+    assert isinstance(refit, ffnscope.Reconstruction) and refit.facts["damping"] == "0.01, no tokens held out"
 
 
 @pytest.mark.parametrize("reconstruct", ["none", "one_shot", "sequential"])
