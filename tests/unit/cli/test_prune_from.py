@@ -113,7 +113,8 @@ def test_one_shot_reads_the_statistics_that_were_kept(
     written = " ".join(ok(*again(run, tmp_path / "old", *old)).stderr.split())
     assert "holds no statistics of held-out windows, which choose the damping: it is 0.01 for every FFN" in written
     told = read_plan(tmp_path / "old" / "ffnscope_plan.json").provenance["reconstruction"]
-    assert told["damping"] == "0.01, no tokens held out" and {one["damping"] for one in told["sites"].values()} == {0.01}
+    assert told["damping"] == "0.01, no tokens held out"
+    assert {one["damping"] for one in told["sites"].values()} == {0.01}
     text = "--keep-statistics would do nothing: "
     assert text in fails(2, *again(fresh, tmp_path / "no", "--sparsity", 0.5, "--keep-statistics"))
 
