@@ -76,14 +76,9 @@ class Calibration:
         """Sums of every 8th window, on which one-shot refits choose their damping, as the sequential ones do."""
         path = self.folder / "held_out.safetensors"
         if not path.exists():
-            found = ffnscope.collect(self.model, self.windows[7::8], ["h_outer"])
+            found = ffnscope.collect_held_out(self.model, self.windows)
             ffnscope.write_stats(path, found.values(), {})
         return ffnscope.read_stats(path)[0]
-
-    @cached_property
-    def fitted(self):
-        """Sums of the other windows."""
-        return {site: without(one, self.held_out[site]) for site, one in self.stats.items()}
 
     def _calibrate(self, path: Path) -> None:
         sums = ["h_outer", "dy_outer", "act_sum", "act_window_sq"]
@@ -133,13 +128,6 @@ def element_taylor(model, windows: ffnscope.Windows) -> ffnscope.Scores:
     return ffnscope.Scores(ELEMENTS, values)
 
 
-def without(stats: ffnscope.ChannelStats, part: ffnscope.ChannelStats) -> ffnscope.ChannelStats:
-    """H of all windows less that of a part of them."""
-    name = "h_outer"
-    values = {name: stats.values[name] - part.values[name]}
-    return ffnscope.ChannelStats(stats.site, values, {name: stats.counts[name] - part.counts[name]}, {name: "sum"})
-
-
 def keep(stats, names):
     """Only the named sums of every site."""
     return [
@@ -161,7 +149,7 @@ def alone(metric: str, allocator: str = "local") -> Make:
 
 def one_shot(metric: str, allocator: str = "local") -> Make:
     return lambda c, sparsity: ffnscope.reconstruct(
-        c.model, c.plan(metric, sparsity, allocator), c.fitted, held_out=c.held_out
+        c.model, c.plan(metric, sparsity, allocator), c.stats, held_out=c.held_out
     )
 
 

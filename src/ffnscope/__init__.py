@@ -30,6 +30,7 @@ from ffnscope.apply.decilm import save_decilm
 from ffnscope.apply.distill import Distillation
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.gguf_file import save_gguf
+from ffnscope.apply.held_out import collect_held_out
 from ffnscope.apply.mask import masked
 from ffnscope.apply.method import METHODS, Method, reconstruct_plan
 from ffnscope.apply.one_shot import compensate_bias, reconstruct
@@ -239,6 +240,7 @@ __all__ = [
     "capture_size",
     "check_cut",
     "collect",
+    "collect_held_out",
     "compare_plans",
     "compare_tasks",
     "compensate_bias",

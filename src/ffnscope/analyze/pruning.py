@@ -12,6 +12,7 @@ from torch import nn
 
 from ffnscope.analyze.curves import CurveOptions
 from ffnscope.analyze.measured import CurveRounds, plan_by_curves
+from ffnscope.apply.held_out import FitStatistics, collect_held_out
 from ffnscope.apply.method import GRADIENT_WINDOWS, Method, named_method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.rounds import RoundSteps, plan_in_rounds
@@ -47,7 +48,8 @@ def plan_and_reconstruct(
         method: a name of `METHODS` or your own. Its metric can need neither a core nor a reference model.
         options: sizes of the pass; default: 32 windows run backward. With a checkpoint, blocks of an unfinished
             reconstruction are in a folder beside it.
-        on_batch: called with (tokens done, tokens in all) of the pass.
+        on_batch: called with (tokens done, tokens in all) of each pass. A one-shot reconstruction without a damping
+            has a second one, forward over every 8th window, which chooses it.
         on_block: called with (blocks done, blocks in all) of the reconstruction.
 
     Returns:
@@ -72,7 +74,10 @@ def plan_and_reconstruct(
     stats, scores = calibrated(options, *method.statistics, *method.curve_statistics)
     blocks = _beside(options, ".blocks")
     sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=blocks, model_hash=options.model_hash)
-    given: Any = {"windows": windows, "stats": stats, "options": sequential, "on_block": on_block}
+    part = replace(options, checkpoint=_beside(options, ".held_out.safetensors"))
+    held_out = collect_held_out(model, windows, options=part, on_batch=on_batch) if method.holds_out else None
+    fit = FitStatistics(stats, held_out)
+    given: Any = {"windows": windows, "stats": fit, "options": sequential, "on_block": on_block}
 
     def again(number: int) -> Scores:
         part = _beside(options, f".round_{number}.safetensors")

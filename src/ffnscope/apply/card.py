@@ -82,7 +82,7 @@ def _plan(model: nn.Module, plan: PruningPlan, zeroed: int) -> str:
 def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
     """What was refitted, on how much text, and what it left of the error of the FFNs' outputs."""
     rows: list[tuple[Any, ...]] = [("kind", reconstruction_name(facts))]
-    rows += [(key, facts[key]) for key in ("target", "text", "tokens") if key in facts]
+    rows += [(key, facts[key]) for key in ("target", "damping", "text", "tokens") if key in facts]
     rows += [(f"distillation: {key}", value) for key, value in facts.get("distillation", {}).items()]
     errors = error_profile(plan, facts)
     if errors:

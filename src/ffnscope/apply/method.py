@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from ffnscope.apply.block_distill import check_distillable
 from ffnscope.apply.distill import Distillation
+from ffnscope.apply.held_out import FitStatistics, Statistics
 from ffnscope.apply.one_shot import compensate_bias, reconstruct
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import check_linear
@@ -17,7 +18,7 @@ from ffnscope.apply.sequential import TARGET, SequentialOptions, reconstruct_seq
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.registry import ALLOCATORS
-from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan
+from ffnscope.types import Budget, FFNSite, PruningPlan
 
 Refit = Literal["none", "one_shot", "sequential", "bias"]
 REFITS: tuple[Refit, ...] = get_args(Refit)
@@ -36,7 +37,7 @@ class Method:
             (`reconstruct_sequential`: block by block on those of the pruned model); "bias" (`compensate_bias`: the
             means of removed channels as a bias, columns as they are).
         target: of the sequential one, see `SequentialOptions`; None for 0.35.
-        damping: see `refit_down`; None for 0.01 (one shot), or the choice of held-out windows (sequential).
+        damping: see `refit_down`; None for the choice of every 8th window, or 0.01 where there are fewer.
         distill: epochs of a distillation within the sequential one, which trains weights (see `Distillation`, of which
             the rest are the defaults); None trains nothing.
         rounds: in how many steps channels are removed; from the second on, those of the model that is pruned and
@@ -99,6 +100,11 @@ class Method:
     def statistics(self) -> tuple[str, ...]:
         """Statistics that the reconstruction reads, beside those of the metric."""
         return {"one_shot": ("h_outer",), "bias": ("act_sum",)}.get(self.reconstruct, ())
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the reconstruction reads statistics of held-out windows, that choose the damping, where there are."""
+        return self.reconstruct == "one_shot" and self.damping is None
 
     @property
     def curve_statistics(self) -> tuple[str, ...]:
@@ -166,7 +172,7 @@ def reconstruct_plan(
     method: Method,
     *,
     windows: Windows | None = None,
-    stats: Mapping[FFNSite, ChannelStats] | None = None,
+    stats: Statistics | FitStatistics | None = None,
     options: SequentialOptions | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> Pruned:
@@ -177,7 +183,8 @@ def reconstruct_plan(
         plan: what stays.
         method: its metric and allocator are not read.
         windows: text of a sequential reconstruction.
-        stats: with ``h_outer`` for one shot, ``act_sum`` for a bias.
+        stats: with ``h_outer`` for one shot, ``act_sum`` for a bias. Only with those of held-out windows beside them a
+            one-shot reconstruction chooses its damping.
         options: batches and checkpoint of a sequential one; target, damping and distillation are the method's.
         on_block: called with (blocks done, blocks in all) of a sequential one; see there for a distillation.
 
@@ -189,9 +196,11 @@ def reconstruct_plan(
         if stats is None:
             kind, needed = method.reconstruct.replace("_", "-"), method.statistics[0]
             raise UsageError(f"a {kind} reconstruction needs statistics with {needed}: pass stats=.")
+        given = stats if isinstance(stats, FitStatistics) else FitStatistics(stats)
         if method.reconstruct == "bias":
-            return compensate_bias(model, plan, stats)
-        return reconstruct(model, plan, stats, damping=method.damping)
+            return compensate_bias(model, plan, given.whole)
+        held_out = given.held_out if method.holds_out else None
+        return reconstruct(model, plan, given.whole, damping=method.damping, held_out=held_out)
     if method.reconstruct == "sequential":
         if windows is None:
             raise UsageError("a sequential reconstruction needs the calibration text: pass windows=.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffnscope.apply.held_out import FitStatistics
 from ffnscope.apply.method import Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
+from ffnscope.apply.refit import DAMPING
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.pack import Mode
@@ -22,12 +25,14 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, TextError, UsageError
 from ffnscope.io import complete, read_facts, read_scores, read_stats, replacing, write_scores
 from ffnscope.plan.build import build_plan
-from ffnscope.types import Budget, ChannelStats, FFNSite, Scores
+from ffnscope.types import Budget, FFNSite, Scores
 
 FOLDER = "ffnscope"
 """Folder of a record in a checkpoint; loaders that read every safetensors file of a checkpoint do not look into it."""
 SCORES = "scores.safetensors"
 STATISTICS = "statistics.safetensors"
+HELD_OUT = "held_out.safetensors"
+"""Statistics of held-out windows, which choose the damping of one-shot reconstructions."""
 KEY = "pruning"
 
 
@@ -93,6 +98,8 @@ class PruningRecord:
         held_out: "n", "length" and "seed" of the windows that the result was measured on.
         protected: channels that stay whatever their score.
         statistics: file with those of the calibration; None where they were not kept.
+        held_out_statistics: file with those of its held-out windows; None where there are none, so that another
+            one-shot reconstruction has a fixed damping.
     """
 
     origin: str
@@ -105,6 +112,7 @@ class PruningRecord:
     held_out: Mapping[str, int] = field(default_factory=dict[str, int])
     protected: Mapping[FFNSite, Tensor] = field(default_factory=dict[FFNSite, Tensor])
     statistics: Path | None = None
+    held_out_statistics: Path | None = None
 
     def check_method(self, method: Method) -> None:
         """Raise UsageError when a method needs what is not here."""
@@ -136,9 +144,21 @@ class PruningRecord:
                 f"({self.model.get('model_id')}), in its dtype ({self.model.get('dtype')})."
             )
 
-    def stats(self) -> dict[FFNSite, ChannelStats] | None:
+    def stats(self) -> FitStatistics | None:
         """Read the statistics, if they were kept."""
-        return None if self.statistics is None else read_stats(self.statistics)[0]
+        if self.statistics is None:
+            return None
+        held_out = None if self.held_out_statistics is None else read_stats(self.held_out_statistics)[0]
+        return FitStatistics(read_stats(self.statistics)[0], held_out)
+
+    def missing(self, method: Method) -> str | None:
+        """Say what a method would read, and does without where it is not here; None where nothing is missing."""
+        if not method.holds_out or self.held_out_statistics is not None:
+            return None
+        return (
+            f"{self.origin} holds no statistics of held-out windows, which choose the damping: it is {DAMPING:g} for "
+            "every FFN, and none keeps its old columns."
+        )
 
 
 def recut(
@@ -154,7 +174,8 @@ def recut(
     """Cut a model that was pruned before to another budget, or by another allocator or reconstruction.
 
     The scores are read, so nothing is calibrated: a one-shot reconstruction reads the statistics that were kept, a
-    sequential one the text. The result is that of `plan_and_reconstruct` with the same arguments.
+    sequential one the text. The result is that of `plan_and_reconstruct` with the same arguments, but where no
+    statistics of held-out windows were kept: a one-shot reconstruction then has a fixed damping.
 
     Args:
         model: the dense model that was pruned; left as it was.
@@ -169,6 +190,9 @@ def recut(
         UsageError: other weights, another metric, an impossible budget, or what the method needs is not there.
         TextError: other windows.
         NotAvailableError, NonFiniteError, DeviceError, ArtifactError: see `reconstruct_plan`.
+
+    Warns:
+        UserWarning: no statistics of held-out windows are there to choose the damping.
     """
     method = record.method if method is None else method
     budget = budget if isinstance(budget, Budget) else Budget(budget)
@@ -179,6 +203,9 @@ def recut(
     if windows is not None and record.text is not None:
         record.text.check(windows)
     plan = build_plan(record.scores, budget, method.allocator, protected=record.protected)
+    missing = record.missing(method)
+    if missing is not None:
+        warnings.warn(missing, stacklevel=2)
     stats = record.stats() if method.statistics else None
     options = replace(options or SequentialOptions(batch_size=record.batch_size), model_hash=known)
     return reconstruct_plan(model, plan, method, windows=windows, stats=stats, options=options, on_block=on_block)
@@ -200,9 +227,10 @@ def write_record(folder: Path, record: PruningRecord) -> None:
         "protected": {site.name: index.tolist() for site, index in record.protected.items()},
     }
     facts = {"model": record.model.get("hash")}
-    if record.statistics is not None:
-        with replacing(folder / FOLDER / STATISTICS) as part:
-            shutil.copyfile(record.statistics, part)
+    for name, path in ((STATISTICS, record.statistics), (HELD_OUT, record.held_out_statistics)):
+        if path is not None:
+            with replacing(folder / FOLDER / name) as part:
+                shutil.copyfile(path, part)
     write_scores(folder / FOLDER / SCORES, [record.scores], {**facts, KEY: told})
 
 
@@ -239,6 +267,7 @@ def read_record(folder: Path) -> PruningRecord:
             told["held_out"],
             {site: torch.tensor(protected[site.name]) for site in scores.values if site.name in protected},
             with_h_outer(folder / FOLDER / STATISTICS),
+            with_h_outer(folder / FOLDER / HELD_OUT),
         )
 
 

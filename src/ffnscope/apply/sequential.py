@@ -24,6 +24,7 @@ from ffnscope.apply.block_files import BlockFiles
 from ffnscope.apply.block_fit import Columns, SiteSums, fit_columns
 from ffnscope.apply.distill import Distillation
 from ffnscope.apply.edits import Edit
+from ffnscope.apply.held_out import HELD_OUT_EVERY, is_held_out
 from ffnscope.apply.mask import check_plan
 from ffnscope.apply.reconstruction import Reconstruction, check_linear
 from ffnscope.apply.rows import row_edits
@@ -42,7 +43,6 @@ from ffnscope.types import FFNSite, FFNWeights, PruningPlan
 
 OnBlock = Callable[[int, int], None]
 TARGET = 0.35
-HELD_OUT_EVERY = 8
 UNSEEN = ("checkpoint", "keep_checkpoint", "model_hash")  # options that do not change the columns
 TRAINED = "_trained"  # key in what is told of an FFN within a call
 OUT_OF_MEMORY = "out of memory in the sequential reconstruction ({} windows at a time). Lower batch_size."
@@ -227,7 +227,7 @@ class _Work:
 
 def _batches(windows: Windows, options: SequentialOptions) -> tuple[list[Windows], list[bool]]:
     """Batches of windows to fit, then of held-out ones; and which are held out."""
-    held = torch.arange(len(windows)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    held = is_held_out(windows)
     if options.damping is not None and options.distillation is None:
         held[:] = False
     if options.distillation is not None and not bool(held.any()):

@@ -22,10 +22,12 @@ from ffnscope.run.estimate import (
     curves_line,
     distillation_seconds,
     evaluate_line,
+    held_out_lines,
     print_lines,
     seconds_per_token,
     with_reading,
 )
+from ffnscope.run.held_out import damping_told, held_out_bytes
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.saving import UNEVEN
 from ffnscope.run.switches import COMMAND, bounds_of, print_advice
@@ -54,6 +56,8 @@ def print_prune_estimate(
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
     each = [plan_steps(job.windows, names, job.options()) for names in passes if names]
     lines = [calibrate_line("calibrate", steps, speed) for steps in each]
+    holds_out = job.record is None and job.n_held_out > 0
+    lines += held_out_lines(asked.sites, job.windows, speed) if holds_out else []
     channels = sum(site.d_ff for site in asked.sites)
     if rounds is not None:
         lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=method.refits))
@@ -76,7 +80,7 @@ def print_prune_estimate(
     elif method.reconstruct == "bias":
         lines.append(Line("reconstruct", f"a bias for each of {len(asked.sites)} FFNs"))
     elif method.reconstruct == "one_shot":
-        lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs"))
+        lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs, {_damping(job)}"))
     if held_out is not None:
         lines.append(evaluate_line(held_out, 2, speed))
     memory = job.memory() if each else None
@@ -94,6 +98,9 @@ def _workload(
     job: PruneJob, passes: Sequence[Sequence[Step]], memory: CalibrationBytes | None, held_out: Windows | None
 ) -> Workload:
     most = max(passes, key=len, default=[])
+    sums = 0 if memory is None else memory.beside_batches
+    if memory is not None and job.record is None and job.n_held_out:
+        sums = max(sums, memory.disk + held_out_bytes(job.asked.sites, job.windows))
     refit = (0, 0)
     if job.method.reconstruct == "sequential":
         refit = refit_of(job.loaded.model, job.asked.sites, job.windows, distils=job.method.distill is not None)
@@ -101,9 +108,13 @@ def _workload(
         load_of_steps(most, backward=False),
         load_of_steps(most, backward=True),
         load_of_text([] if held_out is None else [held_out], job.text.batch_size),
-        0 if memory is None else memory.beside_batches,
+        sums,
         *refit,
     )
+
+
+def _damping(job: PruneJob) -> str:
+    return damping_told(job.method.damping, job.windows if job.n_held_out else None)
 
 
 def _distillation(job: PruneJob, budget: Budget, speed: float) -> list[Line]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.question import Question
+from ffnscope.apply.held_out import FitStatistics, Statistics, collect_held_out, held_out_windows
 from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
 from ffnscope.apply.new_bias import check_bias
 from ffnscope.apply.pruned import Pruned
@@ -147,12 +148,12 @@ class PruneJob:
         method = method or self.method
         if method.reconstruct == "none":
             return plan
-        known = [self.model_hash, plan_to_dict(plan), self.windows.hash, asdict(method)]
+        known = [self.model_hash, plan_to_dict(plan), self.windows.hash, asdict(method), self.n_held_out]
         path = part / f"reconstruction_{hash_json([*known, self.text.batch_size])[:16]}.safetensors"
         discard_damaged(self.reporter, path, read_reconstruction)
         if path.exists():
             return read_reconstruction(path)
-        stats = self.stats(part) if method.statistics else None
+        stats = self.fit_statistics(part) if method.statistics else None
         size, known = self.text.batch_size, self.model_hash
         options = SequentialOptions(batch_size=size, checkpoint=part / "blocks", model_hash=known)
         name = f"reconstruct ({method.reconstruct.replace('_', '-')})"
@@ -170,9 +171,27 @@ class PruneJob:
         print_results(rows, OUT)
         return rows
 
-    def stats(self, part: Path) -> dict[FFNSite, ChannelStats] | None:
+    def stats(self, part: Path) -> Statistics | None:
         """Statistics of the pass, or those that an earlier result has kept."""
-        return self._calibrate(part)[0] if self.record is None else self.record.stats()
+        kept = FitStatistics(self._calibrate(part)[0]) if self.record is None else self.record.stats()
+        return None if kept is None else kept.whole
+
+    def fit_statistics(self, part: Path) -> FitStatistics | None:
+        """Those of the pass with those of its held-out windows, where a one-shot reconstruction reads them."""
+        if self.record is None:
+            return FitStatistics(self._calibrate(part)[0], self._hold_out(part))
+        missing = self.record.missing(self.method)
+        if missing is not None:
+            self.reporter.say(missing)
+        return self.record.stats()
+
+    @property
+    def n_held_out(self) -> int:
+        """Windows that choose the damping of a one-shot reconstruction, or may choose that of another cut."""
+        wanted = self.method.holds_out or self.keeps
+        if self.record is not None:
+            wanted = self.record.held_out_statistics is not None
+        return len(held_out_windows(self.windows)) if wanted else 0
 
     def keep(
         self, scores: Scores, budget: Budget, protected: Protected, held_out: opt.TextChoice, part: Path
@@ -181,20 +200,38 @@ class PruneJob:
         of_result = {"n": held_out.num_samples, "length": held_out.max_length, "seed": held_out.seed}
         if self.record is not None:
             given: Any = {"method": self.method, "budget": budget, "protected": protected}
-            given |= {"statistics": self.record.statistics if self.keeps else None}
+            if not self.keeps:
+                given |= {"statistics": None, "held_out_statistics": None}
             return replace(self.record, batch_size=self.text.batch_size, held_out=of_result, **given)
-        statistics = part / "kept.safetensors" if self.keeps else None
-        if statistics is not None:
-            write_stats(statistics, self._calibrate(part)[0].values(), {"model": self.model_hash})
+        kept = self._keep_statistics(part) if self.keeps else (None, None)
         text = self.text.recipe(self.windows) if self.reads_text else None
         model = {"hash": self.model_hash, "dtype": self.loaded.source.dtype, **self.loaded.facts}
         size = self.text.batch_size
-        return PruningRecord("", scores, self.method, budget, model, size, text, of_result, protected, statistics)
+        return PruningRecord("", scores, self.method, budget, model, size, text, of_result, protected, *kept)
 
     @property
     def reads_text(self) -> bool:
         """Whether the calibration text is read at all."""
         return bool(self.params) or self.method.reconstruct == "sequential"
+
+    def _keep_statistics(self, part: Path) -> tuple[Path, Path | None]:
+        """Write statistics for another cut: of the whole text, and of its held-out windows if it has any."""
+        paths, held_out = (part / "kept.safetensors", part / "kept_held_out.safetensors"), self._hold_out(part)
+        for path, stats in zip(paths, (self._calibrate(part)[0], held_out or {}), strict=True):
+            write_stats(path, stats.values(), {"model": self.model_hash})
+        return paths if held_out else (paths[0], None)
+
+    def _hold_out(self, part: Path) -> dict[FFNSite, ChannelStats] | None:
+        """The pass over the held-out windows, or its result where it is finished."""
+        if not self.n_held_out:
+            return None
+        path = part / "held_out_calibrate.safetensors"
+        options = replace(self.options(part), checkpoint=path)
+        discard_damaged(self.reporter, path)
+        model = self.loaded.model
+        given: Any = {"sites": self.asked.sites, "options": options}
+        with self.reporter.task("calibrate held-out windows", "tokens") as update, naming_weights(model):
+            return collect_held_out(model, self.windows, **given, on_batch=update)
 
     def _calibrate(self, part: Path, *, dense: bool = True) -> tuple[dict[FFNSite, ChannelStats], Any]:
         """The pass, or its result where it is finished; and the core."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
+from ffnscope.plan.allocate import target_of
 from ffnscope.plan.curves import Curves
-from ffnscope.plan.floors import check_names, floor_of
+from ffnscope.plan.floors import check_names, floor_of, with_floors
 from ffnscope.registry import ALLOCATORS
 from ffnscope.rules import Allocator
 from ffnscope.types import Budget, FFNSite, PruningPlan, Scores
@@ -31,7 +32,9 @@ def build_plan(
         scores: high = keep.
         budget: how much to remove; a number is a sparsity.
         allocator: registered rule for the widths.
-        protected: site -> channels that stay whatever their score (see `top_core`).
+        protected: site -> channels that stay whatever their score (see `top_core`). Widths are those of the scores as
+            they are, but that no site keeps fewer channels than are protected in it; these take the place of the best
+            others.
         curves: measured loss curves, for an allocator that reads them.
         provenance: recorded with the plan.
 
@@ -49,24 +52,17 @@ def build_plan(
     protected = {site: torch.unique(index) for site, index in (protected or {}).items()}
     unreached = scores.facts.get("unreached", ())
     whole = {s: torch.arange(s.d_ff) for s in scores.values if s.name in unreached}
-    lifted = _without(_lift(scores, protected), whole)
+    _check_protected(scores, protected)
+    counted = _without(scores, whole)
     rule = ALLOCATORS.get(allocator)
     # nothing to remove: a width that is no multiple stays as it is
-    widths: dict[FFNSite, int] = {site: site.d_ff for site in lifted.values}
+    widths: dict[FFNSite, int] = {site: site.d_ff for site in counted.values}
     if budget.sparsity and widths:
-        widths = _widths(rule, lifted, budget, curves)
-        _check_floors(widths, budget, allocator)
-    kept: dict[FFNSite, Tensor] = {}
-    for site, value in lifted.values.items():
-        width = widths[site]
-        if site in protected and width < protected[site].numel():
-            raise UsageError(
-                f"{site.name} keeps {width} channels at sparsity {budget.sparsity:g}, fewer than its "
-                f"{protected[site].numel()} protected ones. Lower the sparsity or the core fraction."
-            )
-        order = torch.sort(value, descending=True, stable=True).indices
-        kept[site] = order[:width].sort().values
-    kept = {site: whole[site] if site in whole else kept[site] for site in scores.values}
+        least = {site: protected[site].numel() for site in widths if site in protected}
+        _check_room(counted, budget, least)
+        widths = _widths(rule, counted, with_floors(budget, least) if least else budget, curves)
+        _check_floors(widths, budget, least, allocator)
+    kept = {s: whole[s] if s in whole else _best(v, widths[s], protected.get(s)) for s, v in scores.values.items()}
     facts = {**scores.facts, **(provenance or {})}
     return PruningPlan(kept, scores.metric, allocator, budget, {**protected, **whole}, facts)
 
@@ -130,13 +126,34 @@ def _widths(rule: Allocator, scores: Scores, budget: Budget, curves: Curves | No
     return rule.fn(scores, budget, curves=curves)
 
 
-def _check_floors(widths: Mapping[FFNSite, int], budget: Budget, allocator: str) -> None:
-    for site, width in widths.items():
-        if width < floor_of(site, budget):
+def _check_room(scores: Scores, budget: Budget, protected: Mapping[FFNSite, int]) -> None:
+    """Raise unless a budget leaves room for what is protected in each site, and in all."""
+    step, target = budget.multiple_of, target_of(scores, budget)
+    for site, count in protected.items():
+        if count > site.d_ff // step * step:
             raise UsageError(
-                f"the allocator {allocator!r} gives {site.name} {width} channels, fewer than its floor of "
-                f"{floor_of(site, budget)} (min_width, min_keep), which it does not read. Choose another allocator, or "
-                "no floors."
+                f"{site.name} cannot keep its {count} protected channels: of {site.d_ff}, the most that is a multiple "
+                f"of {step} is {site.d_ff // step * step}. Lower the core fraction or multiple_of."
+            )
+    floors = {site: max(floor_of(site, budget), protected.get(site, 0)) for site in scores.values}
+    total, most = sum(floors.values()), max(floors, key=lambda site: floors[site])
+    if protected and total > max(target, len(floors)):
+        raise UsageError(
+            f"a sparsity of {budget.sparsity:g} leaves {target} channels in {len(floors)} FFNs, fewer than the {total} "
+            f"that are protected or of floors, the most of them in {most.name} ({floors[most]}). Lower the sparsity or "
+            "the core fraction."
+        )
+
+
+def _check_floors(
+    widths: Mapping[FFNSite, int], budget: Budget, protected: Mapping[FFNSite, int], allocator: str
+) -> None:
+    for site, width in widths.items():
+        floor, why = max((floor_of(site, budget), "min_width, min_keep"), (protected.get(site, 0), "protected ones"))
+        if width < floor:
+            raise UsageError(
+                f"the allocator {allocator!r} gives {site.name} {width} channels, fewer than its floor of {floor} "
+                f"({why}), which it does not read. Choose another allocator, or no floors."
             )
 
 
@@ -145,18 +162,18 @@ def _without(scores: Scores, whole: Mapping[FFNSite, Tensor]) -> Scores:
     return Scores(scores.metric, {s: v for s, v in scores.values.items() if s not in whole}, scores.facts)
 
 
-def _lift(scores: Scores, protected: Mapping[FFNSite, Tensor]) -> Scores:
-    """Raise protected channels above every score of every site, so that any allocator keeps them first."""
-    unknown = [s.name for s in protected if s not in scores.values]
-    if unknown:
-        raise UsageError(f"protected channels are given for {unknown[0]}, which has no scores.")
-    if not protected:
-        return scores
-    top = max(float(v.max()) for v in scores.values.values())
-    above = top + max(1.0, abs(top))
-    values = {s: v.double().clone() for s, v in scores.values.items()}
+def _check_protected(scores: Scores, protected: Mapping[FFNSite, Tensor]) -> None:
     for site, index in protected.items():
+        if site not in scores.values:
+            raise UsageError(f"protected channels are given for {site.name}, which has no scores.")
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= site.d_ff):
             raise UsageError(f"protected channels of {site.name} must be in [0, {site.d_ff}).")
-        values[site][index] = above
-    return Scores(scores.metric, values, scores.facts)
+
+
+def _best(value: Tensor, width: int, protected: Tensor | None) -> Tensor:
+    """The protected channels and the best of the others, ``width`` in all, as sorted indices."""
+    order = torch.sort(value, descending=True, stable=True).indices
+    if protected is not None and protected.numel():
+        first = torch.isin(order, protected.to(order.device))
+        order = torch.cat([order[first], order[~first]])
+    return order[:width].sort().values

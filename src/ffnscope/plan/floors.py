@@ -1,15 +1,43 @@
-"""The least width of every site: what a `Budget` says of it."""
+"""The least width of every site: what a `Budget` says of it, and what is protected in it."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 
 from ffnscope.errors import UsageError
 from ffnscope.types import Budget, FFNSite
+
+
+@dataclass(frozen=True, slots=True)
+class SiteFloors(Mapping[str, float]):
+    """Floors of single sites beside those of a budget, in the place of its ``min_keep``.
+
+    Attributes:
+        counts: name of a site -> channels.
+        beside: the ``min_keep`` that holds as well.
+    """
+
+    counts: Mapping[str, int]
+    beside: float | Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        return self.counts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.counts)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def with_floors(budget: Budget, counts: Mapping[FFNSite, int]) -> Budget:
+    """The same budget, in which these sites also keep at least so many channels."""
+    return replace(budget, min_keep=SiteFloors({s.name: n for s, n in counts.items()}, budget.min_keep))
 
 
 def floor_of(site: FFNSite, budget: Budget) -> int:
@@ -18,9 +46,12 @@ def floor_of(site: FFNSite, budget: Budget) -> int:
     Raises:
         UsageError: more channels than the site has.
     """
-    asked = budget.min_keep if isinstance(budget.min_keep, Mapping) else {"*": budget.min_keep}
+    given, own = budget.min_keep, 1
+    if isinstance(given, SiteFloors):  # looked up, since there may be thousands of experts
+        given, own = given.beside, given.counts.get(site.name, 1)
+    asked = given if isinstance(given, Mapping) else {"*": given}
     floors = [_count(floor, site.d_ff) for name, floor in asked.items() if fnmatchcase(site.name, name)]
-    found = max(1, budget.min_width, *floors)
+    found = max(own, budget.min_width, *floors)
     if floors and max(floors) > site.d_ff:
         raise UsageError(
             f"min_keep asks for {max(floors)} channels of {site.name}, which has {site.d_ff}. Lower it, or give a "

@@ -12,6 +12,7 @@ from ffnscope.run.choices import find_core
 from ffnscope.run.folder import CONFIG
 from ffnscope.run.load import load_config
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.stages import HELD_OUT
 from ffnscope.run.windows import calibration_source
 from ffnscope.types import Budget
 
@@ -63,4 +64,5 @@ def _of_run(folder: Path, config: RunConfig, metric: str | None) -> PruningRecor
         {"n": config.evaluation.num_samples, "length": config.evaluation_max_length, "seed": config.experiment.seed},
         protected or {},
         with_h_outer(folder / STATISTICS),
+        with_h_outer(folder / f"{HELD_OUT}.safetensors"),
     )

@@ -38,6 +38,7 @@ from ffnscope.run.choices import (
 )
 from ffnscope.run.contextual import open_card
 from ffnscope.run.folder import check_folder
+from ffnscope.run.held_out import damping_told, held_out_bytes, held_out_told
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.reconstructions import check_sites
@@ -116,10 +117,12 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     given: Any = {"sites": sites, "rule": rule, "options": options, "extra": extra}
     found = calibration_bytes(loaded.model, calibration, metrics, **given)
     speed = seconds_per_token(loaded.model, sites)
+    holds_out = config.pruning.holds_out
     lines = [
         *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
         *_curves_lines(config, sites, calibration, speed),
         *_decision_lines(config, sites),
+        *(held_out_lines(sites, calibration, speed) if holds_out else []),
         *_round_lines(config, steps, speed),
         *_reconstruction_lines(config, len(sites), calibration, speed),
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
@@ -135,7 +138,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         load_of_steps(max(each, key=_tokens, default=[]), backward=False),
         load_of_steps(max(each, key=_tokens, default=[]), backward=True),
         load_of_text(held_out, config.dataset.batch_size),
-        found.beside_batches,
+        max(found.beside_batches, found.disk + (held_out_bytes(sites, calibration) if holds_out else 0)),
         *refit,
         more=reference_bytes(config),
     )
@@ -205,6 +208,12 @@ def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     return Line(stage, what, (forward + backward) * speed, _CHECK + 1 + bool(backward), backward * speed)
 
 
+def held_out_lines(sites: Sequence[FFNSite], calibration: Windows, speed: float) -> list[Line]:
+    """Tell the pass over the windows that choose the damping of one-shot reconstructions, where there are any."""
+    what, tokens = held_out_told(sites, calibration)
+    return [Line("held-out windows", what, tokens * speed, _CHECK + 1)] if tokens else []
+
+
 def curves_line(
     sites: Sequence[FFNSite], rounds: CurveRounds, calibration: Windows, speed: float, *, refits: bool
 ) -> Line:
@@ -255,7 +264,8 @@ def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows,
     if asked.reconstruct == "bias":
         return [Line("reconstruct", f"{_n_plans(config)} plans x a bias for each of {n_sites} FFNs")]
     if asked.reconstruct == "one_shot":
-        return [Line("reconstruct", f"{_n_plans(config)} plans x least squares of {n_sites} FFNs")]
+        what = f"least squares of {n_sites} FFNs, {damping_told(asked.damping, calibration)}"
+        return [Line("reconstruct", f"{_n_plans(config)} plans x {what}")]
     tokens = 2 * calibration.n_tokens * asked.rounds
     n_plans = _n_plans(config)
     what = f"{n_plans} plans x {tokens:,} tokens forward, block by block"

@@ -63,7 +63,7 @@ class Pruning(Block):
     target: Share | None = None
     """Of the sequential one: 0 fits to the FFN's own output, 1 to the dense model's; null: 0.35."""
     damping: Annotated[float, Strict(), Field(gt=0)] | None = None
-    """Pull of the refit towards the old weights; null: 0.01 (one_shot), or chosen on held-out windows (sequential)."""
+    """Pull of the refit towards the old weights; null: chosen on every 8th window (0.01 where there are fewer)."""
     distill: Count | None = None
     """Of the sequential one: epochs for which gate, up and down of each FFN are trained too; null: train nothing."""
     rounds: Count = 1
@@ -94,6 +94,11 @@ class Pruning(Block):
         """The method with one of the metrics."""
         parts = (self.allocator, self.reconstruct, self.target, self.damping, self.distill, self.rounds)
         return Method(metric, *parts)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether reconstructions read statistics of held-out windows."""
+        return self.enabled and self.chosen(self.algorithms[0]).holds_out
 
     @property
     def measures(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from ffnscope.apply.held_out import FitStatistics
 from ffnscope.apply.method import Method, reconstruct_plan
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import read_reconstruction
@@ -17,10 +18,9 @@ from ffnscope.run.analyses import tables, write_tables
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import RECONSTRUCT, Job
 from ffnscope.run.steps import announce_training, keep_reconstruction
-from ffnscope.types import ChannelStats, FFNSite, PruningPlan
+from ffnscope.types import FFNSite, PruningPlan
 
 FOLDER = "reconstructions"
-Stats = Mapping[FFNSite, ChannelStats]
 
 
 def check_sites(config: RunConfig, sites: Sequence[FFNSite]) -> None:
@@ -36,7 +36,7 @@ def check_sites(config: RunConfig, sites: Sequence[FFNSite]) -> None:
         check_budget(sites, config.pruning.budget(ratio))
 
 
-def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) -> dict[str, Pruned]:
+def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: FitStatistics) -> dict[str, Pruned]:
     """Reconstruct every plan on the calibration text: ``reconstructions/LABEL.safetensors``, errors in ``LABEL.json``.
 
     Without a reconstruction, the plans. An interrupted sequential one goes on after its last finished block.
@@ -51,6 +51,7 @@ def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: Stats) 
         files = [path, path.with_suffix(".json")]
         depends = [job.model_hash, job.keys["plan"], label, job.calibration.hash, asdict(method)]
         depends += [job.keys["calibrate"]] if method.statistics else []
+        depends += [job.keys["calibrate held out"]] if stats.held_out is not None else []
         job.stage(f"{RECONSTRUCT}{label}", depends, files, partial(_make, job, plan, method, stats, files))
         found[label] = read_reconstruction(path)
     _profile_stage(job, list(plans))
@@ -68,7 +69,7 @@ def _profile_stage(job: Job, labels: Sequence[str]) -> None:
         job.stage("error profile", depends, files, lambda: write_tables(files, rows, {}))
 
 
-def _make(job: Job, plan: PruningPlan, method: Method, stats: Stats, files: Sequence[Path]) -> None:
+def _make(job: Job, plan: PruningPlan, method: Method, stats: FitStatistics, files: Sequence[Path]) -> None:
     blocks = files[0].with_suffix(".part")
     size = job.config.calibration.batch_size
     options = SequentialOptions(batch_size=size, checkpoint=blocks, model_hash=job.model_hash)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.question import Question
+from ffnscope.apply.held_out import FitStatistics
 from ffnscope.apply.method import reconstruct_plan
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.rounds import RoundSteps, plan_in_rounds, read_round
@@ -17,7 +18,7 @@ from ffnscope.run.choices import core_rule, load_background, load_reference, met
 from ffnscope.run.stages import Job, make_plan, plan_request, plan_stage
 from ffnscope.run.steps import discard_damaged
 from ffnscope.scoring import naming_weights
-from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
+from ffnscope.types import PruningPlan, Scores
 
 PART = ".part"
 """Ending of the folder with the finished rounds of a plan."""
@@ -26,7 +27,7 @@ PART = ".part"
 def planned(
     job: Job,
     scores: Mapping[str, Scores],
-    stats: Mapping[FFNSite, ChannelStats],
+    stats: FitStatistics,
     curves: Mapping[str, Curves],
 ) -> dict[str, PruningPlan]:
     """Build the plans of a run, by curves or in rounds; an interrupted one goes on after its last finished round."""
@@ -42,9 +43,7 @@ def planned(
     return found
 
 
-def _in_rounds(
-    job: Job, stats: Mapping[FFNSite, ChannelStats], label: str, scores: Mapping[str, Scores]
-) -> PruningPlan:
+def _in_rounds(job: Job, stats: FitStatistics, label: str, scores: Mapping[str, Scores]) -> PruningPlan:
     one, budget, protected = plan_request(job, scores, label)
     method = job.config.pruning.chosen(one.metric)
     part = job.folder / "plans" / f"{label}{PART}"

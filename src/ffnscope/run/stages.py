@@ -15,6 +15,7 @@ import ffnscope
 from ffnscope.analyze.group_sums import Stats, only, with_core
 from ffnscope.analyze.levels import level_statistics, needs_core, takes_one_pass
 from ffnscope.analyze.memory import calibration_bytes
+from ffnscope.apply.held_out import FitStatistics, collect_held_out, held_out_windows
 from ffnscope.apply.pruned import Pruned, as_pruned
 from ffnscope.calibrate.collect import (
     OnBatch,
@@ -69,6 +70,8 @@ RECONSTRUCT = "reconstruct "
 """Beginning of the names of stages that reconstruct a plan."""
 CURVES = "curves "
 """Beginning of the names of stages that measure loss curves."""
+HELD_OUT = "statistics_held_out"
+"""Name of the file with the statistics of held-out windows, without its ending."""
 
 
 @dataclass(slots=True)
@@ -196,6 +199,21 @@ def _statistics(
     depends = [job.model_hash, facts["hash"], sorted(statistics), sizes, [asdict(s) for s in job.sites], chosen]
     job.stage(stage, depends, [path], make)
     return read_stats(path)[0]
+
+
+def held_out_stage(job: Job, stats: Stats) -> FitStatistics:
+    """Add the sums by which one-shot reconstructions choose their damping: ``statistics_held_out.safetensors``.
+
+    Made only where the configuration asks for such reconstructions and the text has 8 windows or more.
+    """
+    if not (job.config.pruning.holds_out and len(held_out_windows(job.calibration))):
+        return FitStatistics(stats)
+
+    def take(options: PassOptions, update: OnBatch) -> Stats:
+        given: Any = {"sites": job.sites, "options": options, "on_batch": update}
+        return collect_held_out(job.loaded.model, job.calibration, **given) or {}
+
+    return FitStatistics(stats, _statistics(job, HELD_OUT, ["h_outer"], None, take))
 
 
 def score_stage(job: Job, stats: Mapping[FFNSite, ChannelStats]) -> dict[str, Scores]:

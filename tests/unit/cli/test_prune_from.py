@@ -105,6 +105,16 @@ def test_one_shot_reads_the_statistics_that_were_kept(
     assert same(tmp_path / "out", fresh) and len(calm) == steps
     ok(*again(tmp_path / "out", tmp_path / "third", "--sparsity", 0.3))  # kept once more
     assert same(tmp_path / "third", fresh)
+    told = read_plan(tmp_path / "third" / "ffnscope_plan.json").provenance["reconstruction"]
+    assert told["damping"] == "chosen on held-out tokens"
+    (run / "ffnscope" / "held_out.safetensors").unlink()  # as of a version that kept none
+    old = ("--sparsity", 0.3, "--reconstruct", "one-shot")
+    assert "damping 0.01" in " ".join(ok(*again(run, tmp_path / "old", *old, "--dry-run")).stdout.split())
+    written = " ".join(ok(*again(run, tmp_path / "old", *old)).stderr.split())
+    assert "holds no statistics of held-out windows, which choose the damping: it is 0.01 for every FFN" in written
+    told = read_plan(tmp_path / "old" / "ffnscope_plan.json").provenance["reconstruction"]
+    assert told["damping"] == "0.01, no tokens held out"
+    assert {one["damping"] for one in told["sites"].values()} == {0.01}
     text = "--keep-statistics would do nothing: "
     assert text in fails(2, *again(fresh, tmp_path / "no", "--sparsity", 0.5, "--keep-statistics"))
 

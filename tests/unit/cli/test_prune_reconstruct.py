@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import ffnscope
 from checkpoints import small_tokenizer
 from faults import stop_at
-from ffnscope.apply import sequential
+from ffnscope.apply import method, sequential
 from ffnscope.calibrate import collect
 from ffnscope.calibrate import passes as calibrating
 from ffnscope.cli import app, files
@@ -127,6 +127,48 @@ def test_one_shot_on_any_metric(ok: Ok, base: tuple[Any, ...], checkpoint: Path,
     ):
         expected = loaded.model(input_ids=tokens()).logits
     assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-5)
+
+
+def test_one_shot_chooses_its_damping(
+    ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `reconstruct` does with the statistics of every 8th window; an interrupted call does no pass again."""
+    options = (*base, "-m", "wanda", "--reconstruct", "one-shot")
+    with monkeypatch.context() as patch:
+        stop_at(patch, method, "reconstruct", 1)
+        assert CliRunner().invoke(app, [str(a) for a in options]).exit_code == 130
+    with monkeypatch.context() as patch:
+        passes = stop_at(patch, calibrating, "_run_group", 0)
+        result = ok(*options)
+    assert not passes
+    assert "calibrate held-out windows: " in result.stderr and "tokens that the refit did not see" in result.stdout
+    told = read_plan(tmp_path / "out" / "ffnscope_plan.json").provenance["reconstruction"]
+    assert told["damping"] == "chosen on held-out tokens"
+    assert "| damping | chosen on held-out tokens |" in (tmp_path / "out" / "README.md").read_text()
+    loaded = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu"))
+    source = ffnscope.TextSource(str(texts / "train.txt"))
+    windows = ffnscope.load_windows(source, loaded.tokenizer, n=16, length=32, seed=42)
+    asked = ffnscope.Method("wanda", "local", "one_shot")
+    python = ffnscope.plan_and_reconstruct(loaded.model, windows, 0.5, method=asked)
+    assert isinstance(python, ffnscope.Reconstruction)
+    stats, held = (ffnscope.collect(loaded.model, part, ["h_outer"]) for part in (windows, windows[7::8]))
+    by_hand = ffnscope.reconstruct(loaded.model, python.plan, stats, held_out=held)
+    for site, one in by_hand.facts["sites"].items():
+        assert told["sites"][site]["damping"] == one["damping"] == python.facts["sites"][site]["damping"]
+        assert told["sites"][site]["held_out"] and one["tokens"] == windows.n_tokens
+    assert all(torch.equal(down, by_hand.down[site]) for site, down in python.down.items())
+    with torch.no_grad(), ffnscope.reconstructed(loaded.model, python):
+        expected = loaded.model(input_ids=tokens()).logits
+    assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-5)
+    dry = " ".join(ok(*options, "--overwrite", "--dry-run").stdout.split())
+    for text in (
+        "held-out windows",
+        "1 pass: 64 tokens forward, for the damping",
+        "damping chosen on held-out windows",
+    ):
+        assert text in dry, text
+    dry = " ".join(ok(*options, "--damping", 0.1, "--overwrite", "--dry-run").stdout.split())
+    assert "held-out" not in dry and "damping 0.1" in dry
 
 
 def test_distilled_is_told_to_be_trained(ok: Ok, checkpoint: Path, texts: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -95,11 +96,50 @@ class TestProtection:
         assert kept(build_plan(scores, 0.5, protected=core)) == [[0, 3], [0, 1]]
         assert kept(build_plan(scores, 0.5, "global", protected=core)) == [[0, 1, 3], [0]]
 
+    @pytest.mark.parametrize("allocator", ["local", "global", "halfway", "standardised", "outliers"])
+    def test_a_site_keeps_what_is_protected_in_it(self, allocator: str) -> None:
+        """More than the allocator would give it, at the cost of the others."""
+        scores = scores_of([float(n) for n in range(10)], [float(n) for n in range(10)], [10.0 + n for n in range(10)])
+        core = {scores.sites[0]: torch.arange(8)}
+        plan = build_plan(scores, 0.5, allocator, protected=core)
+        assert kept(plan)[0] == list(range(8)) and plan.sparsity == 0.5
+        assert min(plan.widths.values()) >= 1
+        one = build_plan(scores, 0.9, allocator, protected={scores.sites[1]: torch.tensor([0])})
+        assert 0 in kept(one)[1] and sum(one.widths.values()) == 3  # 1 channel is no share of 100 %
+
+    def test_protection_in_multiples(self) -> None:
+        scores = scores_of(*[[float(n) for n in range(16)]] * 3)
+        core = {scores.sites[0]: torch.arange(9)}
+        for allocator in ("local", "global", "halfway", "standardised", "outliers"):
+            plan = build_plan(scores, Budget(0.5, 4), allocator, protected=core)
+            assert set(range(9)) <= set(kept(plan)[0]) and list(plan.widths.values()) == [12, 8, 4], allocator
+        message = r"layers.0.mlp cannot keep its 15 protected channels: of 18, the most that is a multiple of 7 is 14."
+        with pytest.raises(UsageError, match=message):
+            build_plan(
+                scores_of([1.0] * 18),
+                Budget(0.1, 7),
+                protected={FFNSite(0, "layers.0.mlp", None, "up", "down", 4, 18): torch.arange(15)},
+            )
+
     def test_more_protected_than_kept(self) -> None:
         scores = scores_of([1.0] * 8)
-        message = r"layers.0.mlp keeps 4 channels at sparsity 0.5, fewer than its 5 protected ones. Lower the sparsity"
+        message = r"leaves 4 channels in 1 FFNs, fewer than the 5 that are protected .* Lower the sparsity"
         with pytest.raises(UsageError, match=message):
             build_plan(scores, 0.5, protected={scores.sites[0]: torch.arange(5)})
+        message = r"leaves 16 channels in 2 FFNs, fewer than the 18 .*, the most of them in layers.1.mlp \(12\)"
+        with pytest.raises(UsageError, match=message):
+            floors = Budget(0.5, min_keep={"layers.1.mlp": 12})
+            build_plan(
+                scores_of([1.0] * 16, [1.0] * 16),
+                floors,
+                protected={FFNSite(0, "layers.0.mlp", None, "up", "down", 4, 16): torch.arange(6)},
+            )
+
+    def test_protection_beside_thousands_of_sites(self) -> None:
+        scores = scores_of(*[[3.0, 1.0, 2.0, 0.0]] * 3000)
+        start = time.perf_counter()
+        plan = build_plan(scores, 0.5, "halfway", protected=top_core(scores, count=1))
+        assert time.perf_counter() - start < 20 and plan.sparsity == 0.5
 
     @pytest.mark.parametrize("index", [torch.tensor([8]), torch.tensor([-1])])
     def test_protected_out_of_range(self, index: Tensor) -> None:

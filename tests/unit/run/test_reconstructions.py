@@ -18,6 +18,7 @@ from ffnscope.errors import UsageError
 from ffnscope.io import read_plan
 from ffnscope.run import config_from_dict, rounds
 from ffnscope.run.dry_run import dry_run
+from ffnscope.run.stages import HELD_OUT
 from runs import quiet_run, results, small_run, strict_json
 from tiny import LAYERS
 
@@ -79,6 +80,34 @@ def test_one_shot_reads_the_one_pass(checkpoint: Path, texts: Path, tmp_path: Pa
     expected = ffnscope.reconstruct(model, found.plans["wanda-0.5"], stats, damping=0.1)
     for site, down in found.reconstructions["wanda-0.5"].down.items():
         assert torch.equal(down, expected.down[site])
+
+
+def test_one_shot_chooses_its_damping(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    asked = {"algorithms": ["wanda", "random"], "reconstruct": "one_shot"}
+    found = quiet_run(config(checkpoint, texts, tmp_path / "out", asked))
+    ledger = strict_json(found.folder / "ledger.json")["stages"]
+    assert list(ledger["calibrate held out"]["files"]) == ["statistics_held_out.safetensors"]
+    whole, held = (ffnscope.read_stats(found.folder / f"{n}.safetensors")[0] for n in ("statistics", HELD_OUT))
+    assert {one.n_tokens for one in held.values()} == {2 * 32} and set(next(iter(held.values())).values) == {"h_outer"}
+    model = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu")).model
+    for label, plan in found.plans.items():
+        expected = ffnscope.reconstruct(model, plan, whole, held_out=held)
+        assert found.reconstructions[label].facts["sites"] == expected.facts["sites"]
+        assert all(torch.equal(down, expected.down[s]) for s, down in found.reconstructions[label].down.items())
+    profile = strict_json(found.folder / "analysis" / "error_profile.json")["rows"]
+    assert all(row["held_out"] for row in profile)
+    # another cut reads the same sums
+    record = ffnscope.run.find_record(found.folder, "wanda")
+    again = ffnscope.recut(model, record, 0.5)
+    assert isinstance(again, ffnscope.Reconstruction)
+    assert all(torch.equal(down, again.down[s]) for s, down in found.reconstructions["wanda-0.5"].down.items())
+    # a given damping needs none
+    fixed = quiet_run(config(checkpoint, texts, tmp_path / "out", {**asked, "damping": 0.1}), overwrite=True)
+    assert not (fixed.folder / f"{HELD_OUT}.safetensors").exists()
+    record = ffnscope.run.find_record(fixed.folder, "wanda")
+    with pytest.warns(UserWarning, match="no statistics of held-out windows, which choose the damping: it is 0.01"):
+        refit = ffnscope.recut(model, record, 0.5, method=ffnscope.Method("wanda", "local", "one_shot"))
+    assert isinstance(refit, ffnscope.Reconstruction) and refit.facts["damping"] == "0.01, no tokens held out"
 
 
 @pytest.mark.parametrize("reconstruct", ["none", "one_shot", "sequential"])
@@ -157,6 +186,17 @@ def test_the_dry_run(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     dry_run(config(checkpoint, texts, tmp_path / "out"), console)
     assert "1 plans x 1,024 tokens forward, block by block" in console.export_text()
+    dry_run(config(checkpoint, texts, tmp_path / "out", {"algorithms": ["wanda"], "reconstruct": "one_shot"}), console)
+    told = console.export_text()
+    assert "1 pass: 64 tokens forward, for the damping" in told and "damping chosen on held-out windows" in told
+    dry_run(
+        config(
+            checkpoint, texts, tmp_path / "out", {"algorithms": ["wanda"], "reconstruct": "one_shot", "damping": 0.1}
+        ),
+        console,
+    )
+    told = console.export_text()
+    assert "held-out windows" not in told and "FFNs, damping 0.1" in told
     dry_run(config(checkpoint, texts, tmp_path / "out", {"method": "best", "distill": 4}), console)
     assert "1 plans x up to 4 epochs in each FFN (trained)" in console.export_text()
 
