@@ -48,8 +48,7 @@ def plan_and_reconstruct(
         method: a name of `METHODS` or your own. Its metric can need neither a core nor a reference model.
         options: sizes of the pass; default: 32 windows run backward. With a checkpoint, blocks of an unfinished
             reconstruction are in a folder beside it.
-        on_batch: called with (tokens done, tokens in all) of each pass. A one-shot reconstruction without a damping
-            has a second one, forward over every 8th window, which chooses it.
+        on_batch: called with (tokens done, tokens in all) of each pass; for one-shot refits also of `collect_held_out`.
         on_block: called with (blocks done, blocks in all) of the reconstruction.
 
     Returns:
@@ -72,12 +71,8 @@ def plan_and_reconstruct(
         return found, score(model, found, method.metric, facts=facts)
 
     stats, scores = calibrated(options, *method.statistics, *method.curve_statistics)
-    blocks = _beside(options, ".blocks")
-    sequential = SequentialOptions(batch_size=options.batch_size, checkpoint=blocks, model_hash=options.model_hash)
-    part = replace(options, checkpoint=_beside(options, ".held_out.safetensors"))
-    held_out = collect_held_out(model, windows, options=part, on_batch=on_batch) if method.holds_out else None
-    fit = FitStatistics(stats, held_out)
-    given: Any = {"windows": windows, "stats": fit, "options": sequential, "on_block": on_block}
+    fit = _with_held_out(model, windows, stats, method, options, on_batch)
+    given: Any = {"windows": windows, "stats": fit, "options": _sequential(options), "on_block": on_block}
 
     def again(number: int) -> Scores:
         part = _beside(options, f".round_{number}.safetensors")
@@ -89,6 +84,25 @@ def plan_and_reconstruct(
         steps = RoundSteps(again, partial(reconstruct_plan, model, method=method.untrained, **given))
         plan = plan_in_rounds(model, scores, budget, method, steps)
     return reconstruct_plan(model, plan, method, **given)
+
+
+def _sequential(options: PassOptions) -> SequentialOptions:
+    blocks = _beside(options, ".blocks")
+    return SequentialOptions(batch_size=options.batch_size, checkpoint=blocks, model_hash=options.model_hash)
+
+
+def _with_held_out(
+    model: nn.Module,
+    windows: Windows,
+    stats: Mapping[FFNSite, ChannelStats],
+    method: Method,
+    options: PassOptions,
+    on_batch: OnStep | None,
+) -> FitStatistics:
+    if not method.holds_out:
+        return FitStatistics(stats)
+    part = replace(options, checkpoint=_beside(options, ".held_out.safetensors"))
+    return FitStatistics(stats, collect_held_out(model, windows, options=part, on_batch=on_batch))
 
 
 def _by_curves(
