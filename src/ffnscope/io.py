@@ -127,7 +127,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     from safetensors.torch import save_file
 
     separate = _separate(tensors)
-    told = {"schema": SCHEMA, **facts, _TENSORS: _tensors_checksum(separate)}
+    told = {"schema": SCHEMA, **facts, _TENSORS: checksum_tensors(separate)}
     header = {"ffnscope": _strict(path, {**told, CHECKSUM: _text_hash(_strict(path, told))})}
     with replacing(path) as part:
         save_file(separate, part, metadata=header)
@@ -142,7 +142,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = file.metadata() or {}
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     facts = _facts(path, header)
-    if facts.pop(_TENSORS, None) not in (None, _tensors_checksum(tensors)):
+    if facts.pop(_TENSORS, None) not in (None, checksum_tensors(tensors)):
         raise _changed(path, "tensors")
     return tensors, facts
 
@@ -197,7 +197,7 @@ def _changed(path: Path, what: str) -> ArtifactError:
     )
 
 
-def _tensors_checksum(tensors: Mapping[str, Tensor]) -> int:
+def checksum_tensors(tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 of names, shapes, dtypes and bytes: finds damage for a fifth of the CPU time of a cryptographic hash."""
     found = 0
     for part in _parts(sorted(tensors.items())):
