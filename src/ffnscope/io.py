@@ -297,9 +297,7 @@ def read_plan(path: Path) -> PruningPlan:
     intact = not isinstance(value, dict) or _is_intact(path, cast("dict[str, Any]", value))
     plan = plan_from_dict(path, value)
     if not intact:
-        warnings.warn(
-            f"{path} was edited, or is damaged. If you edited it, delete its line {CHECKSUM!r}.", stacklevel=2
-        )
+        warnings.warn(f"{path} was edited (then delete its line {CHECKSUM!r}) or is damaged.", stacklevel=2)
     return plan
 
 

@@ -280,7 +280,7 @@ class TestPlan:
         path = tmp_path / "plan.json"
         io.write_plan(path, plan)
         path.write_text(path.read_text().replace("[0, 2, 5]", "[0, 1, 2, 5]"))
-        with pytest.warns(UserWarning, match=r"plan.json was edited, or is damaged. .*delete its line 'checksum'"):
+        with pytest.warns(UserWarning, match=r"plan.json was edited \(then delete its line 'checksum'\) or is damaged"):
             assert io.read_plan(path).kept[site].tolist() == [0, 1, 2, 5]
         lines = [line for line in path.read_text().splitlines() if '"checksum"' not in line]
         path.write_text("\n".join(lines))

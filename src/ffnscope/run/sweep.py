@@ -150,10 +150,9 @@ def _run_cells(
 
 
 def _write_results(sweep: SweepConfig, result: SweepResult, reporter: Reporter) -> None:
-    if result.rows:
-        as_csv, as_json = (sweep.folder / name for name in RESULTS)
-        write_csv(as_csv, result.rows)
-        write_json(as_json, {"rows": result.rows})
+    as_csv, as_json = (sweep.folder / name for name in RESULTS)
+    write_csv(as_csv, result.rows)
+    write_json(as_json, {"rows": result.rows})
     if any(cell.config.output.report for cell in sweep.cells):
         with reporter.task("report", "pages"):
             write_sweep_page(sweep.name, result.cells, sweep.folder / PAGE)
