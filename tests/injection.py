@@ -314,7 +314,7 @@ class Faults:
 
     def both(self) -> None:
         """A second process in the same folder."""
-        from ffnscope.run.folder import held
+        from ffnscope.apply.folder import held
 
         self.work.fresh()
         folder = self.work.out if self.work.name == "run" else self.work.out.with_name(".out.prune.part")

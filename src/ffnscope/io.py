@@ -10,6 +10,7 @@ import io
 import json
 import tempfile
 import uuid
+import warnings
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +24,6 @@ from ffnscope.errors import ArtifactError, NonFiniteError, UsageError
 from ffnscope.types import Budget, ChannelStats, FFNSite, ObservedSite, PruningPlan, Scores
 
 SCHEMA = 1
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 CHECKSUM = "checksum"
 _TENSORS = "tensors_crc32"
 
@@ -56,7 +56,7 @@ def writing(path: Path) -> Generator[None]:
         raise
     except (OSError, SafetensorError) as error:
         what = getattr(error, "strerror", None) or str(error)
-        full = getattr(error, "errno", None) in _FULL or "No space left" in what
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in what
         todo = " Make room, and call again." if full else ""
         raise ArtifactError(f"cannot write {path}: {what}.{todo}") from error
 
@@ -100,7 +100,7 @@ def read_json(path: Path) -> Any:
 
 def write_state(path: Path, value: Mapping[str, Any]) -> None:
     """Write the state of unfinished work as strict JSON with a checksum, atomically."""
-    write_json(path, {**value, CHECKSUM: _text_hash(_strict(path, value))})
+    write_json(path, _with_checksum(path, value))
 
 
 def read_state(path: Path) -> Any:
@@ -127,10 +127,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     from safetensors.torch import save_file
 
     separate = _separate(tensors)
-    told = {"schema": SCHEMA, **facts, _TENSORS: _tensors_checksum(separate)}
-    header = {"ffnscope": _strict(path, {**told, CHECKSUM: _text_hash(_strict(path, told))})}
+    told = _with_checksum(path, {"schema": SCHEMA, **facts, _TENSORS: checksum_tensors(separate)})
     with replacing(path) as part:
-        save_file(separate, part, metadata=header)
+        save_file(separate, part, metadata={"ffnscope": _strict(path, told)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -142,7 +141,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = file.metadata() or {}
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     facts = _facts(path, header)
-    if facts.pop(_TENSORS, None) not in (None, _tensors_checksum(tensors)):
+    if facts.pop(_TENSORS, None) not in (None, checksum_tensors(tensors)):
         raise _changed(path, "tensors")
     return tensors, facts
 
@@ -184,10 +183,19 @@ def _facts(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 def _checked(path: Path, value: dict[str, Any], what: str) -> dict[str, Any]:
     """A mapping without its checksum, once that is checked."""
-    written = value.pop(CHECKSUM, None)
-    if written not in (None, _text_hash(_strict(path, value))):
+    if not _is_intact(path, value):
         raise _changed(path, what)
     return value
+
+
+def _is_intact(path: Path, value: dict[str, Any]) -> bool:
+    """Take the checksum out of a mapping; whether it is that of the rest, or was not there."""
+    return value.pop(CHECKSUM, None) in (None, _with_checksum(path, value)[CHECKSUM])
+
+
+def _with_checksum(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    text = _strict(path, value).encode(errors="surrogatepass")
+    return {**value, CHECKSUM: hashlib.blake2b(text, digest_size=16).hexdigest()}
 
 
 def _changed(path: Path, what: str) -> ArtifactError:
@@ -197,16 +205,12 @@ def _changed(path: Path, what: str) -> ArtifactError:
     )
 
 
-def _tensors_checksum(tensors: Mapping[str, Tensor]) -> int:
+def checksum_tensors(tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 of names, shapes, dtypes and bytes: finds damage for a fifth of the CPU time of a cryptographic hash."""
     found = 0
     for part in _parts(sorted(tensors.items())):
         found = zlib.crc32(part, found)
     return found
-
-
-def _text_hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def write_stats(path: Path, stats: Iterable[ChannelStats], facts: Mapping[str, Any]) -> None:
@@ -226,7 +230,7 @@ def read_stats(path: Path) -> tuple[dict[FFNSite, ChannelStats], dict[str, Any]]
     found: dict[FFNSite, ChannelStats] = {}
     with complete(path, "statistics"):
         for row in facts.pop("sites"):
-            site = _site(row["site"])
+            site = (ObservedSite if "kind" in row["site"] else FFNSite)(**row["site"])
             values = {k: tensors[f"{site.name}/{k}"] for k in row["counts"]}
             found[site] = ChannelStats(site, values, row["counts"], row["reductions"])
     return found, facts
@@ -279,8 +283,8 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
 
 
 def write_plan(path: Path, plan: PruningPlan) -> None:
-    """Save a plan as JSON, one line per list of channels, so that it can be read and edited by hand."""
-    value = plan_to_dict(plan)
+    """Save a plan as JSON with a checksum, one line per list of channels, so that it can be read and edited by hand."""
+    value = _with_checksum(path, plan_to_dict(plan))
     sites = value.pop("sites")
     head = _strict(path, value, indent=2).removesuffix("\n}")
     rows = ",\n".join("    " + _strict(path, row) for row in sites)
@@ -288,8 +292,13 @@ def write_plan(path: Path, plan: PruningPlan) -> None:
 
 
 def read_plan(path: Path) -> PruningPlan:
-    """Load a plan, perhaps edited by hand; raises ArtifactError or UsageError for what is not a possible plan."""
-    return plan_from_dict(path, read_json(path))
+    """Load a plan; warns of an edited or damaged one, raises ArtifactError or UsageError for an impossible one."""
+    value = read_json(path)
+    intact = not isinstance(value, dict) or _is_intact(path, cast("dict[str, Any]", value))
+    plan = plan_from_dict(path, value)
+    if not intact:
+        warnings.warn(f"{path} was edited (then delete its line {CHECKSUM!r}) or is damaged.", stacklevel=2)
+    return plan
 
 
 def plan_from_dict(path: Path, value: Any) -> PruningPlan:
@@ -352,14 +361,9 @@ def complete(path: Path, kind: str) -> Generator[None]:
         yield
     except (UsageError, NonFiniteError) as error:
         raise type(error)(f"{path}: {error}") from error
-    except KeyError as error:
-        raise ArtifactError(f"{path} is not a complete file of kind {kind!r}: {error} is missing.") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path} is not a complete file of kind {kind!r}: {error}.") from error
-
-
-def _site(row: Mapping[str, Any]) -> FFNSite:
-    return ObservedSite(**row) if "kind" in row else FFNSite(**row)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ArtifactError(f"{path} is not a complete file of kind {kind!r}: {what}.") from error
 
 
 def _indices(values: Any) -> Tensor:
@@ -370,12 +374,11 @@ def _indices(values: Any) -> Tensor:
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU, no two of which share memory (the file format refuses that)."""
-    found: dict[str, Tensor] = {}
+    found = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     seen: set[int] = set()
-    for name, value in tensors.items():
-        plain = value.detach().cpu().contiguous()
-        place = plain.untyped_storage().data_ptr()
-        found[name] = plain.clone() if place in seen else plain
+    for name, value in found.items():
+        place = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if place in seen else value
         seen.add(place)
     return found
 
@@ -392,8 +395,6 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Tensor):
-        return value.tolist()
+    if isinstance(value, Path | Tensor):
+        return str(value) if isinstance(value, Path) else value.tolist()
     raise TypeError(f"cannot write {type(value).__name__} as JSON")

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.mask import masked
+from ffnscope.apply.one_shot import reconstruct
+from ffnscope.apply.reconstruction import reconstruct_
+from ffnscope.apply.sequential import reconstruct_sequential
 from ffnscope.apply.slice import slice_
 from ffnscope.calibrate.capture import capture
-from ffnscope.calibrate.collect import calibrate, weights_hash
+from ffnscope.calibrate.collect import calibrate, collect, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.compare import compare_plans
 from ffnscope.evaluate.progress import fingerprint
@@ -121,6 +124,21 @@ def test_pruned_checkpoint(model: Any, resident: Any, random_plan: MakePlan, tmp
     save_model(prune_(model, plan, pad_to_widest=pad), None, tmp_path / "smaller")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
     assert torch.equal(logits(again), logits(prune_(resident, plan, pad_to_widest=pad)))
+
+
+@one
+@pytest.mark.filterwarnings("ignore:.*fewer tokens than 4 d_ff")
+def test_reconstruction(model: Any, resident: Any, random_plan: MakePlan) -> None:
+    windows = text(32)
+    plan, empty, hashed = random_plan(resident), meta(model), weights_hash(resident)
+    refits = [reconstruct(m, plan, collect(m, windows, ["h_outer"])) for m in (model, resident)]
+    in_order = [reconstruct_sequential(m, windows, plan) for m in (model, resident)]
+    for found, wanted in (refits, in_order):
+        assert wanted.down and same(dict(found.down), dict(wanted.down))
+    assert meta(model) == empty and weights_hash(model) == hashed
+    assert not torch.equal(logits(reconstruct_(resident, in_order[1])), logits(tiny("llama_bias")))
+    assert torch.equal(logits(reconstruct_(model, in_order[0])), logits(resident))
+    assert meta(model) == empty and weights_hash(model) == weights_hash(resident)
 
 
 @one

@@ -19,6 +19,7 @@ from ffnscope.apply.selfcheck import check_cut
 from ffnscope.apply.slice import slice_
 from ffnscope.apply.widths import fit_config, narrowing, stock_class
 from ffnscope.errors import NonFiniteError, NotAvailableError, UsageError
+from ffnscope.ffn.checksums import add_checksum
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.ffn.narrowed import AUTO, MODELING, NARROWED
 from ffnscope.ffn.offload import saving
@@ -146,7 +147,9 @@ def write_checkpoint(
 
 
 def complete_checkpoint(folder: Path, tokenizer: Any, plan: PruningPlan | None) -> None:
-    """Add tokenizer and plan to a new folder with weights and configs; remove what an earlier pruning left."""
+    """Add checksums, tokenizer and plan to a new folder with weights and configs; remove what earlier pruning left."""
+    for path in sorted(folder.glob("*.safetensors")):
+        add_checksum(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if plan is not None:

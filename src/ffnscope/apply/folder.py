@@ -1,9 +1,10 @@
-"""Outputs that appear whole or not at all."""
+"""Outputs that appear whole or not at all, and folders in which one process is at work."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import shutil
 import uuid
 from collections.abc import Generator
@@ -69,6 +70,37 @@ def sweep(folder: Path, name: str | None = None) -> None:
         _remove(old) if path.exists() else old.replace(path)
     for part in list(find(f"{pattern}.tmp")):
         _remove(part)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Generator[None]:
+    """Lock a folder until the block or the process ends, however it ends; no file is made for it.
+
+    Windows cannot lock a folder: there, nothing keeps two processes apart.
+
+    Raises:
+        ArtifactError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with writing(folder):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
+        except BlockingIOError:
+            free = False
+        except OSError:
+            free = True  # a file system without locks
+        if not free:  # or the other process has just finished, and removed it
+            raise ArtifactError(f"another process is at work in {folder}. Wait, or choose another output.")
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -3,7 +3,8 @@
 The processes are started by torchrun or ``accelerate launch``. The leader (rank 0) does everything; where it comes to a
 pass over text, it tells the others, which load the same model, take their share of the batches and send back sums. So
 nothing else of a computation has to know of them, and only the leader writes files. Whether the others have the same
-weights is compared by hash; a model that the leader has changed since, or did not load from a source, it runs alone.
+model is compared before every pass (`identity_of`); one that the leader has changed since, or did not load from a
+source, it runs alone.
 """
 
 from __future__ import annotations
@@ -11,20 +12,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ffnscope.calibrate.identity import Identity, identity_of
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, source_of
-from ffnscope.ffn.offload import is_offloaded, named_values
-from ffnscope.io import hash_tensors
 from ffnscope.registry import import_own, own_modules
 
 _PATIENCE = timedelta(days=30)  # the leader may compute for long between two passes
@@ -75,7 +75,6 @@ class Ranks:
 
 ALONE = Ranks()
 _STATE = {"leads": False}
-_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -136,8 +135,8 @@ def shared(model: nn.Module, serve: Callable[..., None], *arguments: Any) -> Ran
     if not _STATE["leads"] or source is None:
         return ALONE
     place = Ranks(0, dist.get_world_size())
-    dist.broadcast_object_list([(serve, source, _hash(model), own_modules(), arguments)])
-    return place if all(place.gathered(True)) else ALONE
+    dist.broadcast_object_list([(serve, source, own_modules(), arguments)])
+    return place if _alike(place, partial(identity_of, model)) else ALONE
 
 
 def _serve() -> None:
@@ -150,38 +149,37 @@ def _serve() -> None:
         if message[0] is None:
             dist.destroy_process_group()
             return
-        serve, source, wanted, modules, arguments = message[0]
-        model = _same_model(known, source, wanted, modules)
-        if all(place.gathered(model is not None)):
-            assert model is not None
+        serve, source, modules, arguments = message[0]
+        if _alike(place, partial(_loaded_identity, known, source, modules)):
             with contextlib.suppress(FFNScopeError):  # the leader raises it too
-                serve(model, place, *arguments)
+                serve(known[repr(source)].model, place, *arguments)
 
 
-def _same_model(
-    known: dict[str, LoadedModel], source: ModelSource, wanted: str, modules: Sequence[str]
-) -> nn.Module | None:
-    """The model of a source, loaded once, or None where it is not the leader's."""
+def _loaded_identity(known: dict[str, LoadedModel], source: ModelSource, modules: Sequence[str]) -> Identity:
+    """Load the model of a source, once, and look at it."""
+    for name in modules:
+        import_own(name)
+    if repr(source) not in known:
+        known.clear()
+        known[repr(source)] = load_model(source)
+    return identity_of(known[repr(source)].model)
+
+
+def _alike(place: Ranks, look: Callable[[], Identity]) -> bool:
+    """Whether all processes have the leader's model; all look at theirs at the same time.
+
+    Where another process cannot load it, the leader goes on alone; what it cannot look at itself, it raises.
+    """
+    error: FFNScopeError | None = None
+    found: Identity | None = None
     try:
-        for name in modules:
-            import_own(name)
-        if repr(source) not in known:
-            known.clear()
-            known[repr(source)] = load_model(source)
-    except FFNScopeError:
-        return None  # the leader goes on alone
-    model = known[repr(source)].model
-    return model if _hash(model) == wanted else None
-
-
-def _hash(model: nn.Module) -> str:
-    """Hash of the weights, taken anew only where one of them may have changed; and of what hangs on modules."""
-    state = [(id(p), p._version) for p in model.parameters()]
-    if any(is_offloaded(p) for p in model.parameters()) or _HASHES.get(model, (None, ""))[0] != state:
-        _HASHES[model] = state, hash_tensors(named_values(model))
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    hooks = sum(len(vars(m).get(name, ())) for m in model.modules() for name in names)
-    return f"{_HASHES[model][1]} {hooks}"
+        found = look()
+    except FFNScopeError as raised:
+        error = raised
+    first, *others = place.gathered(found)
+    if place.leads and error is not None:
+        raise error
+    return first is not None and all(one is not None and first.agrees(one) for one in others)
 
 
 def _integer(variable: str, default: int | None) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ffnscope.apply.folder import sweep
+from ffnscope.apply.folder import held, sweep
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.progress import DENSE
 from ffnscope.io import (
@@ -23,7 +23,6 @@ from ffnscope.io import (
     write_state,
     writing,
 )
-from ffnscope.run.folder import held
 from ffnscope.run.progress import Reporter
 from ffnscope.run.steps import discard_damaged
 from ffnscope.types import PruningPlan, Scores

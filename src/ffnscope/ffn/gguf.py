@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ffnscope.errors import ModelError
+from ffnscope.ffn.checksums import add_checksum
 from ffnscope.ffn.messages import explained, quiet_transformers
 from ffnscope.io import hash_file
 
@@ -70,6 +71,8 @@ def converted(gguf: Path) -> Path:
                 given["config"] = AutoConfig.from_pretrained(str(gguf.parent), **place, mlp_bias=True)
             model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **place, **given)
             model.save_pretrained(part)
+            for path in sorted(part.glob("*.safetensors")):
+                add_checksum(path)
             AutoTokenizer.from_pretrained(str(gguf.parent), **place).save_pretrained(part)
         try:
             part.rename(folder)

@@ -23,6 +23,7 @@ from ffnscope.ffn.checkpoint import (
     hub_bytes,
     no_conversion,
 )
+from ffnscope.ffn.checksums import check_files
 from ffnscope.ffn.gguf import PACKAGE, cache_dir, converted, find_gguf
 from ffnscope.ffn.guard import check_config, check_model
 from ffnscope.ffn.messages import explained, quiet_transformers
@@ -135,10 +136,12 @@ def load_model(source: ModelSource | str) -> LoadedModel:
 
     A GGUF is dequantised once (about 20 s for 135M parameters) and kept as safetensors in the user's cache folder
     (environment variable ``FFNSCOPE_CACHE`` moves it). Config, tokenizer and weights of a hub model come from one
-    commit. Code that comes with a checkpoint, and pickle files, are refused unless the source allows them.
+    commit. Code that comes with a checkpoint, and pickle files, are refused unless the source allows them. A local
+    checkpoint that ffnscope has written is compared with its checksums first.
 
     Raises:
-        ModelError: missing, gated, quantised, adapter or pickle checkpoint, no network; the message names the cure.
+        ModelError: missing, damaged, gated, quantised, adapter or pickle checkpoint, no network; the message names the
+            cure.
         DeviceError: the device is not there, or too small.
         UsageError: no such device or dtype name, or a revision of a local model.
     """
@@ -150,6 +153,8 @@ def load_model(source: ModelSource | str) -> LoadedModel:
         raise UsageError(f"revision {source.revision!r} has no meaning for {where}, which is local. Leave it out.")
     origin = str(converted(where)) if isinstance(where, Path) and where.suffix == ".gguf" else str(where)
     with quiet_transformers(), explained(source.model_id, offline=source.offline), no_conversion():
+        if isinstance(where, Path):
+            check_files(Path(origin))
         commit = find_commit(origin, source.revision, _access(source)) if isinstance(where, str) else None
         model, tokenizer = _from_pretrained(origin, source, dtype, commit)
         check_model(model)

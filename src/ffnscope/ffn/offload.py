@@ -53,6 +53,16 @@ class Stored:
         memory: Mapping[str, Tensor] = getattr(root, "state_dict", root)
         return name in memory or root.index[name].get("safetensors_file") is not None
 
+    @property
+    def file(self) -> tuple[Path, str] | None:
+        """The safetensors that hold the value, and its name there; None where it is in memory, or edited."""
+        if isinstance(self.hook.weights_map, _Edited):
+            return None
+        root, name = _root(self.hook.weights_map, self.key)
+        if name in getattr(root, "state_dict", root) or "safetensors_file" not in root.index[name]:
+            return None
+        return Path(root.index[name]["safetensors_file"]), root.index[name].get("weight_name", name)
+
     def rows(self, which: slice | Tensor) -> Tensor:
         """Some rows of the value, a slice or those of some indices, read now, on the CPU; see `has_rows`."""
         from safetensors import safe_open

@@ -41,7 +41,7 @@ def labelled(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
 def comparison_grids(runs: Mapping[str, RunFolder]) -> list[Grid]:
     """Tables of the runs side by side: settings that differ, perplexities, tasks, agreement of the same metrics."""
     tasks = [{**row, "label": f"{name}: {row['label']}"} for name, run in runs.items() for row in run.tasks]
-    found = [*_settings(runs), *results_grids(compared_rows(runs))]
+    found = [*_settings(runs), *compared_grids(runs)]
     return [*found, *([task_grid(tasks)] if tasks else []), *agreement_grids(runs)]
 
 
@@ -75,13 +75,36 @@ def compared_figures(runs: Mapping[str, RunFolder]) -> list[PageFigure]:
 
 
 def compared_rows(runs: Mapping[str, RunFolder]) -> list[EvalRow]:
-    """Rows of all runs, metrics named after their run; a model that is the same in all of them is one row."""
+    """Rows of all runs, labels and metrics named after their run; equal numbers of a dense model are one row."""
     found: list[EvalRow] = []
+    seen: set[tuple[str, str, Any]] = set()
     for name, run in runs.items():
         for row in run.rows:
-            metric = None if row.metric is None else f"{name}: {row.metric}"
-            found.append(replace(row, label=f"{name}: {row.label}", metric=metric))
+            if row.metric is not None:
+                found.append(replace(row, label=f"{name}: {row.label}", metric=f"{name}: {row.metric}"))
+            elif (key := (_model(run)[1], row.dataset, row.results)) not in seen:
+                seen.add(key)
+                found.append(replace(row, label=f"{name}: {row.label}"))
     return found
+
+
+def compared_grids(runs: Mapping[str, RunFolder]) -> list[Grid]:
+    """Tables of the perplexities of runs side by side; of each model apart, since it has its own lowest one."""
+    by_model: dict[tuple[str, str], dict[str, RunFolder]] = {}
+    for name, run in runs.items():
+        by_model.setdefault(_model(run), {})[name] = run
+    found: list[Grid] = []
+    for (model_id, weights), part in by_model.items():
+        same = sum(other == model_id for other, _ in by_model) > 1
+        what = f"{model_id} ({weights[:8]}): " if same else f"{model_id}: "
+        grids = results_grids(compared_rows(part))
+        found += [grid._replace(title=what + grid.title) for grid in grids] if len(by_model) > 1 else grids
+    return found
+
+
+def _model(run: RunFolder) -> tuple[str, str]:
+    """Name and hash of the model of a run."""
+    return str(run.summary["model"]["model_id"]), str(run.summary["model"]["weights_hash"])
 
 
 def _settings(runs: Mapping[str, RunFolder]) -> Iterator[Grid]:

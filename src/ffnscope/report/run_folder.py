@@ -21,6 +21,7 @@ from ffnscope.types import EvalResult, FFNSite, Scores
 SUMMARY, CONFIG, SCORES = "summary.json", "experiment_config.yaml", "scores.safetensors"
 RESULTS, TASKS, SAMPLES = "pruning_results.json", "tasks.json", "samples.json"
 SETS, LORENZ = "analysis/channel_sets.safetensors", "analysis/lorenz.json"
+SWEEP = "sweep.json"
 CARD, CARD_CURVE = "contextual/card.json", "contextual/curve.json"
 TABLES = (
     "concentration",
@@ -86,10 +87,15 @@ def read_run(folder: Path) -> RunFolder:
     """Read a run's results.
 
     Raises:
-        ArtifactError: the folder is missing, holds no finished run, or a file of it is damaged.
+        ArtifactError: the folder is missing, holds no finished run or a sweep, or a file of it is damaged.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder; expected the output folder of `ffnscope run`.")
+    if (folder / SWEEP).exists():
+        raise ArtifactError(
+            f"{folder} holds a sweep. Its own report.html compares its cells; give the folders of cells, such as "
+            f"{next((path.parent for path in sorted(folder.glob(f'*/{SUMMARY}'))), folder / 'CELL')}."
+        )
     if not (folder / SUMMARY).exists():
         what = "a run that is not finished" if (folder / "ledger.json").exists() else "no run"
         cure = "run it again, and it goes on" if "not finished" in what else "give the output folder of `ffnscope run`"

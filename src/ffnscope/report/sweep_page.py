@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffnscope.report.comparison import agreement_grids, compared_figures, compared_rows
+from ffnscope.report.comparison import agreement_grids, compared_figures, compared_grids
 from ffnscope.report.page import Part, write_page
 from ffnscope.report.run_folder import RunFolder
-from ffnscope.report.tables import BLANK, Cell, Grid, number, results_grids, results_rows
+from ffnscope.report.tables import BLANK, Cell, Grid, number, results_rows
 from ffnscope.report.task_table import task_grid
 
 MOST_COMPARED = 8
@@ -25,12 +25,24 @@ _SEED_NOTE = (
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """One cell: its values in short, what it left if it is finished, and what stopped it otherwise."""
+    """One cell: its values in short, what it left, and what stopped it; with both, its results are older."""
 
     name: str
     labels: Mapping[str, str]
     run: RunFolder | None
     error: str | None = None
+
+    @property
+    def state(self) -> str:
+        """How it ended, in a few words."""
+        if self.error:
+            return "failed, older results" if self.run else "failed"
+        return "finished" if self.run else "not run"
+
+    @property
+    def finished(self) -> RunFolder | None:
+        """What it left, if that is of the last call."""
+        return None if self.error else self.run
 
     @property
     def group(self) -> tuple[tuple[str, str], ...]:
@@ -49,21 +61,26 @@ def sweep_rows(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
     return [
         {"cell": cell.name, **{f"sweep.{axis}": cell.labels.get(axis) for axis in axes}, **row}
         for cell in cells
-        if cell.run
-        for row in results_rows(cell.run.rows)
+        if cell.finished
+        for row in results_rows(cell.finished.rows)
     ]
 
 
 def sweep_grids(cells: Sequence[CellResult]) -> list[Grid]:
-    """Tables of a sweep: cells, perplexities, spread over seeds, tasks, agreement of the rankings where few."""
-    runs = {cell.name: cell.run for cell in cells if cell.run}
+    """Tables of a sweep: cells, perplexities, spread over seeds, tasks, agreement of the rankings where few.
+
+    Results of an earlier call, of cells that have failed since, stand in tables of their own.
+    """
+    runs = {cell.name: cell.finished for cell in cells if cell.finished}
+    older = {cell.name: cell.run for cell in cells if cell.run and not cell.finished}
     tasks = [{**row, "label": f"{name}: {row['label']}"} for name, run in runs.items() for row in run.tasks]
     return [
         _cells_grid(cells),
-        *results_grids(compared_rows(runs)),
+        *compared_grids(runs),
         *_seed_grids(cells),
         *([task_grid(tasks)] if tasks else []),
         *(agreement_grids(runs) if len(runs) <= MOST_COMPARED else ()),
+        *(grid._replace(title=f"Outdated: {grid.title}") for grid in compared_grids(older)),
     ]
 
 
@@ -74,9 +91,12 @@ def write_sweep_page(name: str, cells: Sequence[CellResult], path: Path) -> Path
         UsageError: matplotlib is not installed.
         ArtifactError: the file cannot be written.
     """
-    runs = {cell.name: cell.run for cell in cells if cell.run}
+    runs = {cell.name: cell.finished for cell in cells if cell.finished}
     failed = [f"{cell.name} failed: {cell.error}" for cell in cells if cell.error]
+    older = [cell.name for cell in cells if cell.run and not cell.finished]
     told = [f"{len(runs)} of {len(cells)} cells are finished; each has a report of its own in its folder.", *failed]
+    if older:
+        told.append(f"Of an earlier call, and in no other table than those called outdated: {', '.join(older)}.")
     parts = [Part("compared", "Side by side", told, sweep_grids(cells), compared_figures(runs))]
     return write_page(path, f"Sweep {name}", f"{len(cells)} cells", parts)
 
@@ -91,7 +111,7 @@ def _cells_grid(cells: Sequence[CellResult]) -> Grid:
         [
             Cell(cell.name),
             *(Cell(cell.labels.get(axis, BLANK)) for axis in axes),
-            Cell("failed" if cell.error else "finished" if cell.run else "not run"),
+            Cell(cell.state),
             Cell(_seconds(cell.run) if cell.run else BLANK),
         ]
         for cell in cells
@@ -110,7 +130,7 @@ def _seed_grids(cells: Sequence[CellResult]) -> Iterator[Grid]:
     found: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         what = ",".join(f"{key}={value}" for key, value in cell.group)
-        for row in results_rows(cell.run.rows) if cell.run else ():
+        for row in results_rows(cell.finished.rows) if cell.finished else ():
             if row["perplexity"] is not None:
                 name = f"{what}: {row['label']}" if what else row["label"]
                 found.setdefault(row["dataset"], {}).setdefault(name, []).append(row["perplexity"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ffnscope.apply.folder import sweep
+from ffnscope.apply.folder import held, sweep
 from ffnscope.errors import ArtifactError
 from ffnscope.io import check_writable, read_json, write_json, write_text, writing
 from ffnscope.run.load import dump_config
@@ -101,34 +100,3 @@ def _read(path: Path) -> Any:
             f"{path} cannot be read, so it is not known what the folder holds ({str(error).splitlines()[0]}). Choose "
             "another output.dir, or pass --overwrite: stages whose inputs did not change are kept."
         ) from error
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Generator[None]:
-    """Lock a folder until the block or the process ends, however it ends; no file is made for it.
-
-    Windows cannot lock a folder: there, nothing keeps two processes apart.
-
-    Raises:
-        ArtifactError: another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with writing(folder):
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
-        except BlockingIOError:
-            free = False
-        except OSError:
-            free = True  # a file system without locks
-        if not free:  # or the other process has just finished, and removed it
-            raise ArtifactError(f"another process is at work in {folder}. Wait, or choose another output.")
-        yield
-    finally:
-        os.close(handle)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ffnscope.apply.folder import held
 from ffnscope.errors import ArtifactError, ConfigError, FFNScopeError, SweepError
 from ffnscope.io import (
     check_writable,
@@ -20,7 +21,7 @@ from ffnscope.io import (
 from ffnscope.report.sweep_page import CellResult, sweep_rows, write_sweep_page
 from ffnscope.run.estimate import duration
 from ffnscope.run.executors import JOBS, check_executor, execute
-from ffnscope.run.folder import CONFIG, check_folder, held
+from ffnscope.run.folder import CONFIG, check_folder
 from ffnscope.run.outputs import PAGE, check_plots
 from ffnscope.run.progress import Reporter
 from ffnscope.run.schema import RunConfig
@@ -150,10 +151,9 @@ def _run_cells(
 
 
 def _write_results(sweep: SweepConfig, result: SweepResult, reporter: Reporter) -> None:
-    if result.rows:
-        as_csv, as_json = (sweep.folder / name for name in RESULTS)
-        write_csv(as_csv, result.rows)
-        write_json(as_json, {"rows": result.rows})
+    as_csv, as_json = (sweep.folder / name for name in RESULTS)
+    write_csv(as_csv, result.rows)
+    write_json(as_json, {"rows": result.rows})
     if any(cell.config.output.report for cell in sweep.cells):
         with reporter.task("report", "pages"):
             write_sweep_page(sweep.name, result.cells, sweep.folder / PAGE)

@@ -18,7 +18,18 @@ from faults import stop_at
 from ffnscope.calibrate import passes as calibrating
 from ffnscope.errors import ArtifactError, ConfigError, SweepError
 from ffnscope.report.run_folder import read_run
-from ffnscope.run import SweepResult, dry_run, executors, load_config, load_sweep, progress, run_sweep, switches
+from ffnscope.report.sweep_page import sweep_grids
+from ffnscope.run import (
+    SweepResult,
+    dry_run,
+    executors,
+    load_config,
+    load_sweep,
+    progress,
+    run_sweep,
+    sweep_record,
+    switches,
+)
 from ffnscope.run.dry_run import dry_run_sweep
 from ffnscope.run.progress import Reporter
 from runs import merged, quiet_run, results, small_run, strict_json
@@ -121,7 +132,77 @@ def test_what_is_no_longer_as_it_was_is_looked_at_again(
     assert (before == after) == (damage != "text")
 
 
+@pytest.mark.parametrize("key", ["dataset.name", "evaluation.tasks.names"])
+def test_a_change_that_keeps_size_and_time_is_seen(
+    written: Write, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    if key == "dataset.name":
+        own, changes = tmp_path / "own.txt", {"dataset": {"name": str(tmp_path / "own.txt")}}
+        own.write_text((texts / "train.txt").read_text())
+    else:
+        own = tmp_path / "own.jsonl"
+        own.write_text('{"query": "The people of the", "choices": ["United States", "war"], "answer": 0}')
+        changes = {"evaluation": {"tasks": {"names": [str(own)]}}}
+    cell = load_sweep(written({"calibration.seed": [0]}, **changes)).cells[0]
+    cell.config.output_dir.mkdir(parents=True)
+    (cell.config.output_dir / "ledger.json").write_text("{}")
+    first, times = sweep_record._made_from(cell.config), (own.stat().st_atime_ns, own.stat().st_mtime_ns)
+    own.write_text(own.read_text().replace("people", "PEOPLE"))
+    os.utime(own, ns=times)
+    sweep_record._content.cache_clear()  # what another process has not
+    assert sweep_record._made_from(cell.config) != first
+
+
+def test_weights_that_keep_size_and_time_are_looked_at_again(written: Write, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "own")
+    cell = load_sweep(written({"calibration.seed": [0]}, model={"model_id": str(model)})).cells[0]
+    cell.config.output_dir.mkdir(parents=True)
+    (cell.config.output_dir / "ledger.json").write_text("{}")
+    first, file = sweep_record._made_from(cell.config), model / "model.safetensors"
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    os.utime(file, ns=times)
+    assert sweep_record._made_from(cell.config) != first
+
+
 # --- failures ---
+
+
+def test_results_of_an_earlier_call_stay_in_sight_and_are_called_outdated(
+    written: Write, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.txt"
+    whole = (texts / "train.txt").read_text()
+    own.write_text(whole)
+    file = written({"calibration.seed": [0]}, dataset={"name": str(own)}, output={"report": True})
+    folder = quiet_sweep(file).folder
+    tables = [(folder / name).read_text() for name in ("sweep_results.csv", "sweep_results.json")]
+    own.write_text(whole.upper())
+    failed = quiet_sweep(file)
+    assert list(failed.failed) == ["seed=0"]
+    assert (folder / "sweep_results.csv").read_text() == "" and failed.rows == []
+    assert strict_json(folder / "sweep_results.json") == {"rows": []}
+    page = (folder / "report.html").read_text()
+    assert "0 of 1 cells are finished" in page and "failed, older results" in page and "Outdated: Perplexity" in page
+    own.write_text(whole)  # as it was: nothing has to be made again
+    runs = counted(monkeypatch)
+    again = quiet_sweep(file)
+    assert runs == [] and again.failed == {}
+    assert [(folder / name).read_text() for name in ("sweep_results.csv", "sweep_results.json")] == tables
+    assert "Outdated" not in (folder / "report.html").read_text()
+
+
+def test_models_have_tables_of_their_own_and_a_dense_row_each(written: Write, checkpoint: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    result = quiet_sweep(written({"model.model_id": [str(checkpoint), str(other)], **SEEDS}))
+    grids = [grid for grid in sweep_grids(result.cells) if "Perplexity" in grid.title]
+    assert [grid.title.split(": ")[0] for grid in grids] == [str(checkpoint), str(other)]
+    for grid in grids:
+        assert sum("dense" in line[0].text for line in grid.lines) == 1
+        pruned = [line for line in grid.lines if "dense" not in line[0].text]
+        assert len(pruned) == 2 and any(cell.best for line in pruned for cell in line)
+    with pytest.raises(ArtifactError, match=r"out holds a sweep\. Its own report\.html .* such as .*model_id="):
+        read_run(result.folder)
 
 
 def test_a_failed_cell_does_not_lose_the_others_and_is_tried_again(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,24 @@ from typing import Any
 import torch
 
 from ffnscope.apply.export import save_model, write_card
-from ffnscope.apply.folder import refuse_existing, replacing_folder
+from ffnscope.apply.folder import held, refuse_existing, replacing_folder, sweep
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, ModelError, UsageError
 from ffnscope.evaluate.perplexity import check_targets
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import SCHEMA, check_writable, hash_json, read_json, write_json, writing
+from ffnscope.io import (
+    SCHEMA,
+    check_writable,
+    disposable,
+    hash_json,
+    read_state,
+    write_json,
+    write_state,
+    write_text,
+    writing,
+)
 from ffnscope.sparse.relu.activation import replace_activation_, set_thresholds_
 from ffnscope.sparse.relu.card import relu_card
 from ffnscope.sparse.relu.measure import measure_zeros
@@ -27,6 +39,8 @@ from ffnscope.sparse.relu.training import OnStep, Progress, ReluOptions, Trainin
 from ffnscope.types import FFNSite
 
 RECORD, PROGRESS = "relufy.json", "progress.jsonl"
+ASKED, MEASURED = "asked.json", "progress.json"
+"""Of an unfinished call."""
 CALIBRATION = 16  # windows that are kept from the training for the thresholds, at most
 
 
@@ -91,7 +105,8 @@ def relufy_(
         watch: callbacks.
 
     Raises:
-        ArtifactError: ``out`` exists, or a call with other arguments is unfinished, without ``overwrite``.
+        ArtifactError: ``out`` exists, or a call with other arguments is unfinished, without ``overwrite``; another
+            process is at work on ``out``, or the state of the unfinished call is damaged.
         UsageError: fewer than two windows, nothing to predict in the held-out text, or several CUDA devices.
         NotAvailableError: the activation cannot be replaced, see `replace_activation_`.
         ModelError: weights are offloaded.
@@ -102,15 +117,16 @@ def relufy_(
     model: Any = loaded.model
     _check(model, text, held_out, out, overwrite)
     asked = _asked(loaded, text, held_out, options)
-    part = _part(out, asked, overwrite)
-    progress = Progress.read(part / PROGRESS)
-    n_kept = min(CALIBRATION, max(1, len(text) // 4))
-    job = Training(model, (), text[: len(text) - n_kept], held_out, options, progress, watch.on_step)
-    _train(job, part)
-    thresholds = _shift(job, text[len(text) - n_kept :], watch.on_trial)
-    _save(loaded, out, overwrite, asked, progress, thresholds)
-    with writing(part):
-        shutil.rmtree(part)
+    with _working(out, overwrite) as part:
+        _begin(part, asked, overwrite)
+        progress = Progress.read(part / MEASURED)
+        n_kept = min(CALIBRATION, max(1, len(text) // 4))
+        job = Training(model, (), text[: len(text) - n_kept], held_out, options, progress, watch.on_step)
+        _train(job, part)
+        thresholds = _shift(job, text[len(text) - n_kept :], watch.on_trial)
+        _save(loaded, out, overwrite, asked, progress, thresholds)
+        with writing(part):
+            shutil.rmtree(part)
     return ReluModel(out, job.sites, progress.rows, thresholds)
 
 
@@ -194,22 +210,34 @@ def _asked(loaded: LoadedModel, text: Windows, held_out: Windows, options: ReluO
     }
 
 
-def _part(out: Path, asked: Mapping[str, Any], overwrite: bool) -> Path:
-    """The folder of an unfinished call; that of one with other arguments is refused or removed."""
+@contextlib.contextmanager
+def _working(out: Path, overwrite: bool) -> Generator[Path]:
+    """Hold the folder of an unfinished call, and clear away what a killed process left beside it."""
     part = unfinished_folder(out)
-    key = hash_json(asked)
-    if part.exists():
-        known = read_json(part / "asked.json")["key"] if (part / "asked.json").exists() else None
-        if known == key:
-            return part
-        if known is not None and not overwrite:
-            raise ArtifactError(
-                f"{part} is an unfinished call with another model, text or other options (or versions of torch and "
-                "transformers). Give the same ones to go on, or --overwrite to begin again."
-            )
-        shutil.rmtree(part)
-    write_json(part / "asked.json", {"key": key, **asked})
-    return part
+    with writing(part):
+        part.mkdir(parents=True, exist_ok=True)
+    with held(part):
+        sweep(out.parent, out.name)
+        refuse_existing(out, overwrite)  # another process may have finished since
+        yield part
+
+
+def _begin(part: Path, asked: Mapping[str, Any], overwrite: bool) -> None:
+    """Go on with an unfinished call; one with other arguments is refused, or removed."""
+    key, path = hash_json(asked), part / ASKED
+    with disposable("the training begins again"):
+        known = read_state(path).get("key") if path.exists() else None
+    if known == key:
+        return
+    if known is not None and not overwrite:
+        raise ArtifactError(
+            f"{part} is an unfinished call with another model, text or other options (or versions of torch and "
+            "transformers). Give the same ones to go on, or --overwrite to begin again."
+        )
+    with writing(part):
+        for left in part.iterdir():  # the folder itself is held
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    write_state(path, {"key": key, **asked})
 
 
 def _save(
@@ -224,6 +252,6 @@ def _save(
         save_model(loaded.model, loaded.tokenizer, folder, overwrite=True)
         write_card(folder, relu_card(out.name, asked, progress.rows, thresholds))
         write_json(folder / RECORD, {"kind": "relufy", "schema": SCHEMA, **asked, "rows": progress.rows})
-        Progress(folder / PROGRESS, progress.rows).save()
+        write_text(folder / PROGRESS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in progress.rows))
         if thresholds:
             write_thresholds(folder / THRESHOLDS, thresholds, {"model_id": out.name})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from ffnscope.calibrate.forward import memory_errors
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NonFiniteError, UsageError, unknown_name
 from ffnscope.ffn.messages import quiet_transformers
-from ffnscope.io import write_text
+from ffnscope.io import SCHEMA, complete, disposable, expect_kind, read_state, write_state
 from ffnscope.sparse.relu.activation import ACTIVATIONS, check_threshold
 from ffnscope.sparse.relu.measure import measure_zeros
 from ffnscope.sparse.relu.penalty import Penalty, ProgressiveL1
@@ -84,16 +83,21 @@ class ReluOptions:
 
 @dataclass(slots=True, eq=False)
 class Progress:
-    """What was measured, as rows that are also lines of a file."""
+    """What was measured, as rows that are also in a file."""
 
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     @staticmethod
     def read(path: Path) -> Progress:
-        """The rows of a file that may not be there yet."""
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return Progress(path, [json.loads(line) for line in lines])
+        """The rows of a file that may not be there yet; raises ArtifactError for a damaged one."""
+        if not path.exists():
+            return Progress(path)
+        with disposable("the training goes on without what it has measured"):
+            value = read_state(path)
+            expect_kind(path, value, "relufy progress")
+            with complete(path, "relufy progress"):
+                return Progress(path, list(value["rows"]))
 
     def add(self, **row: Any) -> None:
         """Add a row."""
@@ -111,7 +115,7 @@ class Progress:
 
     def save(self) -> None:
         """Write all rows."""
-        write_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
+        write_state(self.path, {"kind": "relufy progress", "schema": SCHEMA, "rows": self.rows})
 
 
 @dataclass(slots=True, eq=False)

@@ -158,6 +158,43 @@ def test_a_call_that_is_cut_off_after_the_training_trains_no_more(folders, texts
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_two_calls_do_not_share_a_folder(folders, texts, tmp_path):
+    out = tmp_path / "out"
+
+    def second(step, total):
+        before = sorted(unfinished_folder(out).rglob("*"))
+        with pytest.raises(ArtifactError, match="another process is at work in"):
+            made(folders, texts, out, overwrite=True)
+        assert sorted(unfinished_folder(out).rglob("*")) == before
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        made(folders, texts, out, watch=Watch(second))
+
+
+def test_damaged_state_is_told_and_what_was_left_is_cleared_away(folders, texts, tmp_path):
+    out, quick = tmp_path / "out", replace(QUICK, steps=2, measure_every=1, rise=None)
+
+    def stop(step, total):
+        if step == 2:
+            raise Stopped
+
+    left = tmp_path / f".out.{'0' * 32}.tmp"
+    left.mkdir()
+    with pytest.raises(Stopped):
+        made(folders, texts, out, quick, watch=Watch(stop))
+    assert not left.exists()
+    for name in ("asked.json", "progress.json"):
+        path = unfinished_folder(out) / name
+        whole = path.read_text()
+        place = next(i for i, sign in enumerate(whole) if sign.isdigit())
+        path.write_text(whole[:place] + str((int(whole[place]) + 1) % 10) + whole[place + 1 :])
+        with pytest.raises(ArtifactError, match=rf"{name} .*[Dd]elete it, and"):
+            made(folders, texts, out, quick)
+        path.write_text(whole)
+    assert made(folders, texts, out, quick).path == out and not unfinished_folder(out).exists()
+
+
 def test_accumulated_batches_are_one_batch(folders, texts, tmp_path):
     """Windows of unequal numbers of targets, where a mean of means would differ."""
     text = texts[0]
