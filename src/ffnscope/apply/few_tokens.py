@@ -11,6 +11,9 @@ from ffnscope.apply.one_shot import TOKENS_PER_CHANNEL
 from ffnscope.calibrate.forward import experts_per_token
 from ffnscope.types import FFNSite
 
+FEW = "will be fitted on fewer tokens than"
+"""In the sentence of `few_tokens`."""
+
 
 def tokens_wanted(model: nn.Module, sites: Sequence[FFNSite]) -> int:
     """Tokens of text that give every FFN 4 per channel, if routers give all experts of a layer as many."""
@@ -27,7 +30,7 @@ def few_tokens(model: nn.Module, sites: Sequence[FFNSite], n_tokens: int) -> str
     worst = min(few, key=lambda site: shares[site] / site.d_ff)
     about = "" if worst.expert is None else "about "
     return (
-        f"{len(few)} of {len(sites)} FFNs will be fitted on fewer tokens than {TOKENS_PER_CHANNEL} per channel "
+        f"{len(few)} of {len(sites)} FFNs {FEW} {TOKENS_PER_CHANNEL} d_ff "
         f"({worst.name}: {about}{n_tokens * shares[worst]:,.0f} tokens for {worst.d_ff:,} channels), which fits noise; "
         f"{tokens_wanted(model, sites):,} tokens of text would do"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.question import Question
-from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
+from ffnscope.apply.method import Method, reconstruct_plan
 from ffnscope.apply.new_bias import check_bias
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import read_reconstruction
@@ -24,6 +24,7 @@ from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT, scoring_facts
+from ffnscope.cli.prune_texts import Sample
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
@@ -31,8 +32,16 @@ from ffnscope.io import hash_json, plan_to_dict, read_state, write_stats
 from ffnscope.plan.build import build_plan
 from ffnscope.plan.curves import Curves
 from ffnscope.report.tables import print_results
+from ffnscope.run.defaults import defaults_of, enough_windows
 from ffnscope.run.progress import Reporter
-from ffnscope.run.steps import announce, announce_training, compare_with_dense, discard_damaged, keep_reconstruction
+from ffnscope.run.steps import (
+    announce,
+    announce_training,
+    compare_with_dense,
+    discard_damaged,
+    keep_reconstruction,
+    tell_few_tokens,
+)
 from ffnscope.scoring import naming_weights
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
@@ -51,6 +60,7 @@ class PruneJob:
         loaded: the dense model.
         method: see `Method`.
         text: to calibrate on.
+        batch_size: windows at a time.
         inputs: the metric with what it needs; None where a plan or scores are given.
         reporter: told what is done.
         record: of the earlier result that is cut again, in the place of a calibration.
@@ -59,7 +69,8 @@ class PruneJob:
 
     loaded: LoadedModel
     method: Method
-    text: opt.TextChoice
+    text: Sample
+    batch_size: int
     inputs: opt.Inputs | None
     reporter: Reporter
     record: PruningRecord | None = None
@@ -76,7 +87,8 @@ class PruneJob:
         """The calibration text."""
         if self.record is not None and self.record.text is not None:
             return self.record.text.windows(self.loaded.tokenizer)
-        return self.text.calibration(self.loaded)
+        enough = enough_windows(self.loaded.model, self.asked.sites, self.text.length) if self.text.grows else None
+        return self.text.windows(self.loaded, enough)
 
     @cached_property
     def model_hash(self) -> str:
@@ -99,9 +111,9 @@ class PruneJob:
 
     def options(self, part: Path | None = None) -> PassOptions:
         """Sizes of the pass."""
-        backward = None if self.method.reconstruct == "none" else GRADIENT_WINDOWS
+        backward = defaults_of(self.method.reconstruct).backward
         checkpoint = part / "calibrate.safetensors" if part else None
-        size = self.text.batch_size
+        size = self.batch_size
         known = self.model_hash if part else None
         return PassOptions(size, backward, checkpoint=checkpoint, keep_checkpoint=True, model_hash=known)
 
@@ -117,6 +129,13 @@ class PruneJob:
         self.method.check_sites(sites)
         if self.method.reconstruct == "bias":
             check_bias(self.loaded.model, sites)
+
+    def check_text(self) -> None:
+        """Cut the calibration text, if it is read; refuse one that is too short, and say where it is for a refit."""
+        if not self.reads_text:
+            return
+        self.method.check_windows(len(self.windows))
+        tell_few_tokens(self.reporter, self.loaded.model, self.method, self.asked.sites, self.windows)
 
     def plan(
         self, scores: Scores, budget: Budget, protected: Protected, part: Path, curves: Curves | None = None
@@ -137,7 +156,7 @@ class PruneJob:
     def score(self, part: Path, *, dense: bool = True) -> Scores:
         """Calibrate and score, the dense model or what rounds have left of it."""
         stats, core = self._calibrate(part, dense=dense)
-        facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.text)
+        facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.batch_size)
         with self.reporter.task("score", "metrics"):
             (found,) = self.asked.scores(stats, core, facts).values()
         return found
@@ -148,24 +167,24 @@ class PruneJob:
         if method.reconstruct == "none":
             return plan
         known = [self.model_hash, plan_to_dict(plan), self.windows.hash, asdict(method)]
-        path = part / f"reconstruction_{hash_json([*known, self.text.batch_size])[:16]}.safetensors"
+        path = part / f"reconstruction_{hash_json([*known, self.batch_size])[:16]}.safetensors"
         discard_damaged(self.reporter, path, read_reconstruction)
         if path.exists():
             return read_reconstruction(path)
         stats = self.stats(part) if method.statistics else None
-        size, known = self.text.batch_size, self.model_hash
+        size, known = self.batch_size, self.model_hash
         options = SequentialOptions(batch_size=size, checkpoint=part / "blocks", model_hash=known)
         name = f"reconstruct ({method.reconstruct.replace('_', '-')})"
         announce_training(self.reporter, self.loaded.model, method, plan, self.windows)
         make = partial(reconstruct_plan, self.loaded.model, plan, method, windows=self.windows, stats=stats)
         return keep_reconstruction(self.reporter, name, path, options, make, method.steps)
 
-    def compare(self, pruned: Pruned, held_out: opt.TextChoice, part: Path) -> list[EvalRow]:
+    def compare(self, pruned: Pruned, held_out: Sample, part: Path) -> list[EvalRow]:
         """Measure the dense and the pruned model on held-out text, and print it."""
         state = part / "evaluation.json"
         discard_damaged(self.reporter, state, read_state)
-        windows = held_out.held_out(self.loaded)
-        model, size = self.loaded.model, held_out.batch_size
+        windows = held_out.windows(self.loaded)
+        model, size = self.loaded.model, self.batch_size
         rows = compare_with_dense(self.reporter, model, {"pruned": pruned}, windows, size, state)
         print_results(rows, OUT)
         return rows
@@ -175,20 +194,22 @@ class PruneJob:
         return self._calibrate(part)[0] if self.record is None else self.record.stats()
 
     def keep(
-        self, scores: Scores, budget: Budget, protected: Protected, held_out: opt.TextChoice, part: Path
+        self, scores: Scores, budget: Budget, protected: Protected, of_result: Mapping[str, Any], part: Path
     ) -> PruningRecord:
-        """The record of this pruning; statistics that stay beside it lie in ``part``, or where they were kept."""
-        of_result = {"n": held_out.num_samples, "length": held_out.max_length, "seed": held_out.seed}
+        """The record of this pruning; statistics that stay beside it lie in ``part``, or where they were kept.
+
+        ``of_result`` tells what the result is measured on.
+        """
         if self.record is not None:
             given: Any = {"method": self.method, "budget": budget, "protected": protected}
             given |= {"statistics": self.record.statistics if self.keeps else None}
-            return replace(self.record, batch_size=self.text.batch_size, held_out=of_result, **given)
+            return replace(self.record, batch_size=self.batch_size, held_out=of_result, **given)
         statistics = part / "kept.safetensors" if self.keeps else None
         if statistics is not None:
             write_stats(statistics, self._calibrate(part)[0].values(), {"model": self.model_hash})
         text = self.text.recipe(self.windows) if self.reads_text else None
         model = {"hash": self.model_hash, "dtype": self.loaded.source.dtype, **self.loaded.facts}
-        size = self.text.batch_size
+        size = self.batch_size
         return PruningRecord("", scores, self.method, budget, model, size, text, of_result, protected, statistics)
 
     @property

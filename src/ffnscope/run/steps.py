@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ffnscope.analyze.memory import CalibrationBytes
+from ffnscope.apply.few_tokens import FEW, few_tokens
 from ffnscope.apply.ffn_tokens import token_bytes
 from ffnscope.apply.method import Method
 from ffnscope.apply.pruned import Pruned
@@ -20,7 +22,7 @@ from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.tasks import TaskOptions, TaskSet, load_tasks
 from ffnscope.io import read_stats, read_tensors, writing
 from ffnscope.run.progress import Reporter
-from ffnscope.types import PruningPlan
+from ffnscope.types import FFNSite, PruningPlan
 
 ANNOUNCED_BYTES = 2**28
 
@@ -29,6 +31,15 @@ def announce(reporter: Reporter, found: CalibrationBytes) -> None:
     """Say how much a calibration takes, before one that takes much: with second moments, or of large batches."""
     if found.memory > ANNOUNCED_BYTES:
         reporter.say(found.told)
+
+
+def tell_few_tokens(
+    reporter: Reporter, model: nn.Module, method: Method, sites: Sequence[FFNSite], windows: Windows
+) -> None:
+    """Say before any work that a text is too short for a least squares."""
+    few = few_tokens(model, sites, windows.n_tokens) if method.refits else None
+    if few is not None:
+        reporter.say(f"warning: {few}")
 
 
 def announce_training(
@@ -93,7 +104,8 @@ def keep_reconstruction(
     """
     for block in options.checkpoint.glob("*.safetensors") if options.checkpoint else ():
         discard_damaged(reporter, block, read_tensors)
-    with reporter.task(name, unit) as update:
+    with reporter.task(name, unit) as update, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*{FEW}")  # told before anything was begun
         made = make(options=options, on_block=update)
     assert isinstance(made, Reconstruction), "checked by the caller"
     write_reconstruction(path, made, overwrite=True)
