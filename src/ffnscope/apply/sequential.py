@@ -325,9 +325,9 @@ def _warn(told: Mapping[FFNSite, Mapping[str, Any]]) -> None:
     if few:
         least = min(few, key=lambda s: told[s]["tokens"] / s.d_ff)
         warnings.warn(
-            f"{len(few)} of {len(experts)} experts were fitted on fewer tokens than {TOKENS_PER_CHANNEL} d_ff, as the "
-            f"routers gave them no more ({least.name}: {told[least]['tokens']} tokens for {least.d_ff} channels), which "
-            "fits noise. Use more text.",
+            f"{len(few)} of {len(experts)} experts were fitted on fewer tokens than {TOKENS_PER_CHANNEL} d_ff "
+            f"({least.name}: its router gave it {told[least]['tokens']} tokens for {least.d_ff} channels), which fits "
+            "noise. Use more text.",
             stacklevel=4,
         )
     if none:

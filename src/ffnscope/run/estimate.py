@@ -17,6 +17,7 @@ from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
+from ffnscope.apply.few_tokens import few_tokens
 from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.forward import input_device
@@ -44,7 +45,7 @@ from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.switches import FILE, Bounds, bounds_of, load_to_estimate, print_advice
-from ffnscope.run.windows import calibration_windows, evaluation_windows
+from ffnscope.run.windows import evaluation_windows, sized
 from ffnscope.types import FFNSite
 
 REFIT_SECONDS = 0.25  # least squares of an FFN of 1,536 channels on a processor core; it grows with the cube
@@ -73,12 +74,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Lines per stage, bounds of memory, the statistics of each pass, and what they take."""
+    """Lines per stage, bounds of memory, the statistics of each pass, what they take, and a text that is too short."""
 
     lines: list[Line]
     bounds: Bounds
     statistics: list[list[str]]
     calibration: CalibrationBytes
+    warning: str | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -104,7 +106,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
     check_format(config, loaded)
     sites = find_sites(loaded.model, config.model.tracked_layers)
     check_sites(config, sites)
-    calibration = calibration_windows(config, loaded.tokenizer)
+    config, calibration = sized(config, loaded, sites)
     held_out = evaluation_windows(config, loaded.tokenizer)
     metrics = {name: metric_params(config, name) for name in config.metric_names}
     rule, options = core_rule(config), pass_options(config)
@@ -139,7 +141,8 @@ def estimate(config: RunConfig, *, overwrite: bool = False) -> Estimate:
         more=reference_bytes(config),
     )
     bounds = bounds_of(loaded, sites, work, libraries)
-    return Estimate(with_reading(lines, loaded, sites), bounds, passes, found)
+    few = few_tokens(loaded.model, sites, calibration.n_tokens) if config.pruning.refitted else None
+    return Estimate(with_reading(lines, loaded, sites), bounds, passes, found, few)
 
 
 def _tokens(steps: Sequence[Step]) -> int:
@@ -155,6 +158,8 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
         what = ", ".join(names) if names else "nothing: there is no pass"
         console.print(Text(f"calibration pass {i} of {len(found.statistics)} collects: {what}"))
     console.print(Text(found.calibration.told))
+    if found.warning:
+        console.print(Text(f"warning: {found.warning}"))
     print_advice(found.bounds, FILE, console)
     console.print(Text(f"output in {config.output_dir}"))
 
