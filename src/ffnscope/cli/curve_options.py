@@ -72,7 +72,7 @@ class CurveChoice:
             return make(), []
         measures = known is None or self.curve_rounds > 1
         stats = job.stats(part) if measures and job.method.curve_statistics else None
-        asked = self.rounds(job.method, job.batch_size)
+        asked = self.rounds(job.method, job.text.batch_size)
         measure = partial(numbered_round, job, one, stats, asked, part)
 
         def curves(number: int, plan: PruningPlan | None) -> Curves:

@@ -68,7 +68,7 @@ def curves_command(
     plan = None if around is None else read_plan(around)
     reporter = Reporter()
     loaded = loading.open(reporter, model)
-    job = PruneJob(loaded, method, sample, text.batch_size, inputs, reporter)
+    job = PruneJob(loaded, method, sample, inputs, reporter)
     found = None if known is None else of_this_model(*known, scores, job)
     job.check_sites(None, found)
     if dry_run:

@@ -107,12 +107,11 @@ def prune_command(
     reporter = Reporter()
     loaded = loading.open(reporter, model_of(model, record), only_estimate=dry_run)
     saving.check_model(loaded)
-    sample = texts.calibration
-    job = PruneJob(loaded, method, sample, texts.batch_size, inputs, reporter, record, form.keep_statistics)
+    job = PruneJob(loaded, method, texts.calibration, inputs, reporter, record, form.keep_statistics)
     scores = known.of_this_model(wanted.scores, job)
     job.check_sites(plan, scores)
     if plan is None:
-        check_budget(job.asked.sites if scores is None else scores.sites, budget)
+        check_budget(job.asked.sites if scores is None else scores.sites, budget, method.allocator)
     job.check_text()
     if dry_run:
         rounds = measured.rounds_of(method, plan)

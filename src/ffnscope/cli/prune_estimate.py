@@ -100,7 +100,7 @@ def _workload(
     return Workload(
         load_of_steps(most, backward=False),
         load_of_steps(most, backward=True),
-        load_of_text([] if held_out is None else [held_out], job.batch_size),
+        load_of_text([] if held_out is None else [held_out], job.text.batch_size),
         0 if memory is None else memory.beside_batches,
         *refit,
     )

@@ -21,6 +21,7 @@ from ffnscope.apply.record import PruningRecord
 from ffnscope.apply.rounds import RoundSteps, plan_in_rounds, read_round
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
+from ffnscope.calibrate.forward import check_ids
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT, scoring_facts
@@ -60,7 +61,6 @@ class PruneJob:
         loaded: the dense model.
         method: see `Method`.
         text: to calibrate on.
-        batch_size: windows at a time.
         inputs: the metric with what it needs; None where a plan or scores are given.
         reporter: told what is done.
         record: of the earlier result that is cut again, in the place of a calibration.
@@ -70,7 +70,6 @@ class PruneJob:
     loaded: LoadedModel
     method: Method
     text: Sample
-    batch_size: int
     inputs: opt.Inputs | None
     reporter: Reporter
     record: PruningRecord | None = None
@@ -113,7 +112,7 @@ class PruneJob:
         """Sizes of the pass."""
         backward = defaults_of(self.method.reconstruct).backward
         checkpoint = part / "calibrate.safetensors" if part else None
-        size = self.batch_size
+        size = self.text.batch_size
         known = self.model_hash if part else None
         return PassOptions(size, backward, checkpoint=checkpoint, keep_checkpoint=True, model_hash=known)
 
@@ -134,6 +133,7 @@ class PruneJob:
         """Cut the calibration text, if it is read; refuse one that is too short, and say where it is for a refit."""
         if not self.reads_text:
             return
+        check_ids(self.loaded.model, self.windows)
         self.method.check_windows(len(self.windows))
         tell_few_tokens(self.reporter, self.loaded.model, self.method, self.asked.sites, self.windows)
 
@@ -156,7 +156,7 @@ class PruneJob:
     def score(self, part: Path, *, dense: bool = True) -> Scores:
         """Calibrate and score, the dense model or what rounds have left of it."""
         stats, core = self._calibrate(part, dense=dense)
-        facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.batch_size)
+        facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.text.batch_size)
         with self.reporter.task("score", "metrics"):
             (found,) = self.asked.scores(stats, core, facts).values()
         return found
@@ -167,12 +167,12 @@ class PruneJob:
         if method.reconstruct == "none":
             return plan
         known = [self.model_hash, plan_to_dict(plan), self.windows.hash, asdict(method)]
-        path = part / f"reconstruction_{hash_json([*known, self.batch_size])[:16]}.safetensors"
+        path = part / f"reconstruction_{hash_json([*known, self.text.batch_size])[:16]}.safetensors"
         discard_damaged(self.reporter, path, read_reconstruction)
         if path.exists():
             return read_reconstruction(path)
         stats = self.stats(part) if method.statistics else None
-        size, known = self.batch_size, self.model_hash
+        size, known = self.text.batch_size, self.model_hash
         options = SequentialOptions(batch_size=size, checkpoint=part / "blocks", model_hash=known)
         name = f"reconstruct ({method.reconstruct.replace('_', '-')})"
         announce_training(self.reporter, self.loaded.model, method, plan, self.windows)
@@ -184,7 +184,7 @@ class PruneJob:
         state = part / "evaluation.json"
         discard_damaged(self.reporter, state, read_state)
         windows = held_out.windows(self.loaded)
-        model, size = self.loaded.model, self.batch_size
+        model, size = self.loaded.model, held_out.batch_size
         rows = compare_with_dense(self.reporter, model, {"pruned": pruned}, windows, size, state)
         print_results(rows, OUT)
         return rows
@@ -203,13 +203,13 @@ class PruneJob:
         if self.record is not None:
             given: Any = {"method": self.method, "budget": budget, "protected": protected}
             given |= {"statistics": self.record.statistics if self.keeps else None}
-            return replace(self.record, batch_size=self.batch_size, held_out=of_result, **given)
+            return replace(self.record, batch_size=self.text.batch_size, held_out=of_result, **given)
         statistics = part / "kept.safetensors" if self.keeps else None
         if statistics is not None:
             write_stats(statistics, self._calibrate(part)[0].values(), {"model": self.model_hash})
         text = self.text.recipe(self.windows) if self.reads_text else None
         model = {"hash": self.model_hash, "dtype": self.loaded.source.dtype, **self.loaded.facts}
-        size = self.batch_size
+        size = self.text.batch_size
         return PruningRecord("", scores, self.method, budget, model, size, text, of_result, protected, statistics)
 
     @property

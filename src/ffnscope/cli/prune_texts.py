@@ -62,6 +62,7 @@ class Sample:
         n: windows.
         length: tokens per window.
         seed: chooses the windows.
+        batch_size: windows at a time.
         least: windows that are enough where the text has fewer than ``n``; None = ``n``.
         grows: whether there are more windows where FFNs are wider, see `enough_windows`.
     """
@@ -70,6 +71,7 @@ class Sample:
     n: int
     length: int
     seed: int
+    batch_size: int
     least: int | None = None
     grows: bool = False
 
@@ -97,13 +99,11 @@ class PruneTexts:
     Attributes:
         calibration: the calibration text.
         held_out: the other text, or None where nothing is measured.
-        batch_size: windows at a time.
         told: the held-out text, for the record; where nothing is measured, only how large it would be.
     """
 
     calibration: Sample
     held_out: Sample | None
-    batch_size: int
     told: Mapping[str, Any]
 
 
@@ -116,7 +116,7 @@ def calibration_of(context: typer.Context, text: opt.TextChoice, method: Method)
     grows = method.refits and not opt.given(context, "num_samples")
     n = text.num_samples if opt.given(context, "num_samples") else defaults.windows
     length = text.max_length if opt.given(context, "max_length") else defaults.length
-    return Sample(replace(text, mix=mix).calibration_source, n, length, text.seed, grows=grows)
+    return Sample(replace(text, mix=mix).calibration_source, n, length, text.seed, text.batch_size, grows=grows)
 
 
 def texts_of(
@@ -131,7 +131,7 @@ def texts_of(
     found = calibration_of(context, text, method)
     if not evaluates:
         size = {"n": text.num_samples, "length": text.max_length, "seed": text.seed}
-        return PruneTexts(found, None, text.batch_size, size)
+        return PruneTexts(found, None, size)
     decided = any(opt.given(context, name) for name in ("plan", "scores"))
     source, least = held_out, 1
     if source is None:
@@ -141,8 +141,8 @@ def texts_of(
         least = 1 if any(one.part for one in source.parts) else None
     _refuse_same(found.source, source)
     _check(source)
-    measured = Sample(source, text.num_samples, text.max_length, text.seed, least)
-    return PruneTexts(found, measured, text.batch_size, measured.told)
+    measured = Sample(source, text.num_samples, text.max_length, text.seed, text.batch_size, least)
+    return PruneTexts(found, measured, measured.told)
 
 
 def texts_again(
@@ -156,9 +156,9 @@ def texts_again(
     size = text.batch_size if opt.given(context, "batch_size") else record.batch_size
     of = record.held_out
     known = text.calibration_source if record.text is None else record.text.source
-    found = Sample(known, of["n"], of["length"], of["seed"])
+    found = Sample(known, of["n"], of["length"], of["seed"], size)
     if not evaluates:
-        return PruneTexts(found, None, size, of)
+        return PruneTexts(found, None, of)
     source = held_out
     if source is None and "source" in of:
         source = text_source(**of["source"])
@@ -170,7 +170,7 @@ def texts_again(
         _refuse_same(known, source)
     _check(source)
     measured = replace(found, source=source, least=1)
-    return PruneTexts(found, measured, size, measured.told)
+    return PruneTexts(found, measured, measured.told)
 
 
 def _parted(one: TextSource, *, by_document: bool) -> tuple[TextSource, TextSource]:

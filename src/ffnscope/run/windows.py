@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ffnscope.calibrate.forward import check_ids
 from ffnscope.calibrate.pack import Cut
 from ffnscope.calibrate.text import TextSource, check_text, load_cut, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
@@ -28,7 +29,7 @@ def sized(config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite]) -> t
     """Cut the calibration text, and fill in how many windows there are where the configuration leaves that to the FFNs.
 
     Raises:
-        UsageError: too few windows for a distillation.
+        UsageError: too few windows for a distillation, or token ids that the model does not know.
         TextError: the text is too short.
     """
     asked = config.calibration
@@ -37,6 +38,7 @@ def sized(config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite]) -> t
         enough = enough_windows(loaded.model, sites, config.max_length)
         cut = replace(cut, n=max(config.num_samples, enough), least=config.num_samples)
     windows = load_cut(calibration_source(config), loaded.tokenizer, cut)
+    check_ids(loaded.model, windows)
     if config.pruning.reconstructs:
         config.pruning.chosen(config.pruning.algorithms[0]).check_windows(len(windows))
     if not config.grows:
