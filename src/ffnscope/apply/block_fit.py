@@ -124,10 +124,11 @@ def refitted(
     """New columns of the kept channels [d_model, k], and what is told of them.
 
     A damping of None is chosen on the held-out tokens (1e-2 without any), and then all tokens are fitted. Where the
-    held-out error is lowest with the old columns, they stay. The facts: ``tokens`` in all; ``damping``;
-    ``damping_raised_to`` where the factorisation needed more; ``refitted`` unless the old columns stay; ``power``, the mean square of the output that is wanted; ``error_without`` and
-    ``error``, the squared error of the output without and with the refit as shares of the power; and whether these were
-    taken on ``held_out`` tokens.
+    held-out error is lowest with the old columns, they stay. The facts: ``tokens`` in all; ``damping``, and
+    ``damping_raised_to`` where the factorisation needed more; ``refitted`` unless the old columns stay; ``power``, the
+    mean square of the output that is wanted; ``error_without`` and ``error``, the squared error of the output without
+    and with the refit as shares of the power; and ``held_out``, whether these were taken on held-out tokens. The error
+    with the refit is then that of columns that were fitted to the others, and the result is fitted to all.
 
     Memory beside the sums: see `refit_down`.
 

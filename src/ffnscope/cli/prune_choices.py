@@ -91,7 +91,8 @@ class MethodChoice:
     def __post_init__(self) -> None:
         if self.sequential and self.reconstruct not in (None, "sequential"):
             raise UsageError(
-                f"--sequential is --reconstruct sequential, and --reconstruct {self.reconstruct} says another. Give one."
+                f"--sequential is the same as --reconstruct sequential; --reconstruct {self.reconstruct} is another "
+                "reconstruction. Give one of them."
             )
 
     @property

@@ -10,7 +10,7 @@ import torch
 
 from ffnscope.errors import UsageError
 from ffnscope.plan.floors import check_names, floor_of, least_widths
-from ffnscope.registry import allocator
+from ffnscope.registry import ALLOCATORS, allocator
 from ffnscope.types import Budget, FFNSite, Scores
 
 
