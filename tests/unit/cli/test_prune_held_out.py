@@ -94,7 +94,7 @@ def test_what_cannot_be_measured(fails: Fails, base: tuple[Any, ...], own: Path,
     written = fails(2, *base, "--text", texts / "train.txt")
     assert "(a .txt file is one document, of which none can be held out)" in written
     assert "Name a text to measure on (--held-out-text), or pass --no-evaluate." in written
-    assert "none.jsonl does not exist" in fails(1, *base, "--text", tmp_path / "none.jsonl")
+    assert "none.jsonl does not exist" in fails(2, *base, "--text", tmp_path / "none.jsonl")
     plan = ("--plan", tmp_path / "p.json", "--text", own, "--out", tmp_path / "out")
     assert "has no known held-out split" in fails(2, "prune", base[1], *plan)
 
