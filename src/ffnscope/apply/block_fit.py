@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.apply.ffn_tokens import FFNTokens
-from ffnscope.apply.refit import DAMPING, DAMPINGS, LeastSquares, Moments, choose_damping, refit_down
+from ffnscope.apply.profile import RAISED
+from ffnscope.apply.refit import DAMPING, DAMPINGS, LeastSquares, Moments, choose_damping
 from ffnscope.apply.rows import ChannelRows
 from ffnscope.calibrate.statistics import h_outer, xh_outer
 
@@ -123,10 +124,11 @@ def refitted(
     """New columns of the kept channels [d_model, k], and what is told of them.
 
     A damping of None is chosen on the held-out tokens (1e-2 without any), and then all tokens are fitted. Where the
-    held-out error is lowest with the old columns, they stay. The facts: ``tokens`` in all; ``damping``; ``refitted``
-    unless the old columns stay; ``power``, the mean square of the output that is wanted; ``error_without`` and
-    ``error``, the squared error of the output without and with the refit as shares of the power; and whether these were
-    taken on ``held_out`` tokens.
+    held-out error is lowest with the old columns, they stay. The facts: ``tokens`` in all; ``damping``, and
+    ``damping_raised_to`` where the factorisation needed more; ``refitted`` unless the old columns stay; ``power``, the
+    mean square of the output that is wanted; ``error_without`` and ``error``, the squared error of the output without
+    and with the refit as shares of the power; and ``held_out``, whether these were taken on held-out tokens. The error
+    with the refit is then that of columns that were fitted to the others, and the result is fitted to all.
 
     Memory beside the sums: see `refit_down`.
 
@@ -148,13 +150,15 @@ def refitted(
         judge = LeastSquares.of(down, kept, held_out)
         damping, errors = choose_damping(problem, judge, DAMPINGS if damping is None else (damping,))
         told = {"refitted": errors[damping] <= judge.without, "held_out": True}
-        new = refit_down(down, kept, join(), damping) if told["refitted"] else judge.old
+        new, used = LeastSquares.of(down, kept, join()).solve(damping) if told["refitted"] else (judge.old, damping)
         error = min(errors[damping], judge.without)
     else:
         damping = DAMPING if damping is None else damping
-        new = problem.solved(damping)
+        new, used = problem.solve(damping)
         error = problem.error(new)
     power, without = judge.power, judge.without
     shares = {"error_without": without / power if power else 0.0, "error": error / power if power else 0.0}
     tokens = fit.n_tokens + (0 if held_out is None else held_out.n_tokens)
+    if used != damping:
+        told[RAISED] = used
     return new, {"tokens": tokens, "damping": damping, **told, "power": power, **shares}

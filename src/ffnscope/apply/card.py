@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ffnscope.apply.padding import zeroed_channels
-from ffnscope.apply.profile import error_profile, reconstruction_name
+from ffnscope.apply.profile import error_profile, judged_on, raised_dampings, reconstruction_name
 from ffnscope.types import EvalResult, PruningPlan
 
 
@@ -88,9 +88,10 @@ def _reconstruction(plan: PruningPlan, facts: Mapping[str, Any]) -> str:
     if errors:
         means = (sum(row[key] for row in errors) / len(errors) for key in ("error_without", "error"))
         before, after = (f"{mean:.4g}" for mean in means)
-        held_out = "held-out tokens" if all(row["held_out"] for row in errors) else "the tokens of the fit"
         left = f"{before} of its power without the refit, {after} with it"
-        rows.append((f"mean squared error of an FFN's output on {held_out}", left))
+        rows.append((f"mean squared error of an FFN's output, on {judged_on(errors)}", left))
+    raised = raised_dampings(facts)
+    rows += [("damping raised, since the factorisation failed", raised)] if raised else []
     return f"## Reconstruction\n\n{_told(facts)}\n\n" + _table(("what", "value"), rows)
 
 

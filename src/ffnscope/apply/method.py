@@ -14,7 +14,7 @@ from ffnscope.apply.held_out import FitStatistics, Statistics
 from ffnscope.apply.one_shot import compensate_bias, reconstruct
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import check_linear
-from ffnscope.apply.sequential import TARGET, SequentialOptions, reconstruct_sequential
+from ffnscope.apply.sequential import HELD_OUT_EVERY, TARGET, SequentialOptions, reconstruct_sequential
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.registry import ALLOCATORS
@@ -128,6 +128,14 @@ class Method:
             check_linear(sites)
         if self.distill is not None:
             check_distillable(sites)
+
+    def check_windows(self, count: int) -> None:
+        """Raise UsageError when a calibration text has too few windows, before any work."""
+        if self.distill is not None and count < HELD_OUT_EVERY:
+            raise UsageError(
+                f"a distillation holds out every {HELD_OUT_EVERY}th window to choose the epoch; got {count} windows. "
+                f"Give at least {HELD_OUT_EVERY}."
+            )
 
     def check_budget(self, budget: Budget) -> None:
         """Raise UsageError when nothing is removed that could be made up for."""

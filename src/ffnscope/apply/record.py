@@ -95,7 +95,8 @@ class PruningRecord:
         model: "hash" of the weights, "model_id", "revision", "dtype".
         batch_size: windows per forward.
         text: of the calibration; None where none was read.
-        held_out: "n", "length" and "seed" of the windows that the result was measured on.
+        held_out: "n", "length" and "seed" of the windows that the result was measured on, and where that is known
+            "source", the text (as ``asdict`` tells it).
         protected: channels that stay whatever their score.
         statistics: file with those of the calibration; None where they were not kept.
         held_out_statistics: file with those of its held-out windows; None where there are none, so that another
@@ -109,7 +110,7 @@ class PruningRecord:
     model: Mapping[str, str | None]
     batch_size: int
     text: TextRecipe | None
-    held_out: Mapping[str, int] = field(default_factory=dict[str, int])
+    held_out: Mapping[str, Any] = field(default_factory=dict[str, Any])
     protected: Mapping[FFNSite, Tensor] = field(default_factory=dict[FFNSite, Tensor])
     statistics: Path | None = None
     held_out_statistics: Path | None = None
@@ -263,7 +264,7 @@ def read_record(folder: Path) -> PruningRecord:
             Budget(**told["budget"]),
             told["model"],
             told["batch_size"],
-            None if text is None else TextRecipe(_source(**text.pop("source")), **text),
+            None if text is None else TextRecipe(text_source(**text.pop("source")), **text),
             told["held_out"],
             {site: torch.tensor(protected[site.name]) for site in scores.values if site.name in protected},
             with_h_outer(folder / FOLDER / STATISTICS),
@@ -271,8 +272,9 @@ def read_record(folder: Path) -> PruningRecord:
         )
 
 
-def _source(*, mix: Sequence[Mapping[str, Any]] = (), **told: Any) -> TextSource:
-    parts = tuple(_source(**one) for one in mix)
+def text_source(*, mix: Sequence[Mapping[str, Any]] = (), **told: Any) -> TextSource:
+    """A text from what ``asdict`` told of it."""
+    parts = tuple(text_source(**one) for one in mix)
     return TextSource(**told, mix=parts)
 
 

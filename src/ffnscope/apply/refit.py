@@ -158,17 +158,22 @@ class LeastSquares:
 
     def solved(self, damping: float) -> Tensor:
         """New columns [d_model, k]; see `refit_down`."""
+        return self.solve(damping)[0]
+
+    def solve(self, damping: float) -> tuple[Tensor, float]:
+        """New columns [d_model, k], and the damping that they have: a higher one where the factorisation failed."""
         if not 0 < damping < float("inf"):
             raise UsageError(f"damping must be positive, a share of the mean power of the channels; got {damping:g}.")
         scale = float(self.moments.second.diagonal()[self.kept].mean())
         if scale == 0:
-            return self.old.clone()
+            return self.old.clone(), damping
         for attempt in range(_ATTEMPTS):
-            factor = _factor(self.moments.second, self.kept, damping * 10.0**attempt * scale)
+            raised = damping * 10.0**attempt
+            factor = _factor(self.moments.second, self.kept, raised * scale)
             if factor is not None:
                 change = _divided(self.missing, factor)
                 if bool(torch.isfinite(change).all()):
-                    return change.add_(self.old)
+                    return change.add_(self.old), raised
         raise NonFiniteError(
             f"least squares on {len(self.kept)} channels failed with every damping from {damping:g} on: the sums over "
             "the calibration are not finite, or the weights are not."

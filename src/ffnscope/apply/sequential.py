@@ -24,8 +24,10 @@ from ffnscope.apply.block_files import BlockFiles
 from ffnscope.apply.block_fit import Columns, SiteSums, fit_columns
 from ffnscope.apply.distill import Distillation
 from ffnscope.apply.edits import Edit
+from ffnscope.apply.few_tokens import few_tokens
 from ffnscope.apply.held_out import HELD_OUT_EVERY, is_held_out
 from ffnscope.apply.mask import check_plan
+from ffnscope.apply.one_shot import TOKENS_PER_CHANNEL
 from ffnscope.apply.reconstruction import Reconstruction, check_linear
 from ffnscope.apply.rows import row_edits
 from ffnscope.apply.streams import Streams, open_streams
@@ -135,6 +137,10 @@ def reconstruct_sequential(
         NonFiniteError: activations overflowed; the FFN is named.
         DeviceError: out of memory.
         ArtifactError: a checkpoint is damaged or cannot be written.
+
+    Warns:
+        UserWarning: FFNs with fewer than 4 tokens per channel, before the work; afterwards, experts that the router
+            gave fewer than that, or none.
     """
     found: dict[FFNSite, Columns] = {}
     facts = fit_blocks(model, windows, plan, options, take=found.update, on_block=on_block, error_weights=error_weights)
@@ -160,6 +166,9 @@ def fit_blocks(
     check_linear(list(plan.kept))
     if len(windows) == 0 or not plan.kept:
         raise UsageError("a sequential reconstruction needs at least one window of text and one FFN in the plan.")
+    few = few_tokens(model, list(plan.kept), windows.n_tokens)
+    if few is not None:
+        warnings.warn(f"{few}.", stacklevel=3)
     key = "" if options.checkpoint is None else _key(model, windows, plan, options, error_weights or {})
     files = BlockFiles(options.checkpoint, key)
     limited = memory_errors(OUT_OF_MEMORY.format(options.batch_size))
@@ -314,13 +323,15 @@ def _facts(told: Mapping[FFNSite, Mapping[str, Any]], windows: Windows, options:
 
 
 def _warn(told: Mapping[FFNSite, Mapping[str, Any]]) -> None:
-    few = [s for s, one in told.items() if 0 < one["tokens"] < 4 * s.d_ff]
+    experts = {s: one for s, one in told.items() if s.expert is not None}
+    few = [s for s, one in experts.items() if 0 < one["tokens"] < TOKENS_PER_CHANNEL * s.d_ff]
     none = [s for s, one in told.items() if not one["tokens"]]
     if few:
         least = min(few, key=lambda s: told[s]["tokens"] / s.d_ff)
         warnings.warn(
-            f"{len(few)} of {len(told)} FFNs were fitted on fewer tokens than 4 d_ff ({least.name}: "
-            f"{told[least]['tokens']} tokens for {least.d_ff} channels), which fits noise. Use more text.",
+            f"{len(few)} of {len(experts)} experts were fitted on fewer tokens than {TOKENS_PER_CHANNEL} d_ff "
+            f"({least.name}: its router gave it {told[least]['tokens']} tokens for {least.d_ff} channels), which fits "
+            "noise. Use more text.",
             stacklevel=4,
         )
     if none:

@@ -24,9 +24,11 @@ def forward_logits(model: nn.Module, batch: Windows) -> Tensor:
     The attention mask is passed only when the batch holds padding.
 
     Raises:
-        UsageError: the windows are longer than the positions that the model was built for.
+        UsageError: the windows are longer than the positions that the model was built for, or hold token ids that its
+            embedding has no row for.
     """
     check_length(model, batch.length)
+    check_ids(model, batch)
     device = input_device(model)
     mask = {} if bool(batch.valid.all()) else {"attention_mask": batch.valid.to(device, torch.int64)}
     return model(input_ids=batch.input_ids.to(device), use_cache=False, **mask).logits
@@ -39,6 +41,21 @@ def check_length(model: nn.Module, length: int) -> None:
         raise UsageError(
             f"windows of {length} tokens do not fit into {type(model).__name__}, which has {limit} positions. Lower "
             f"max_length to at most {limit}."
+        )
+
+
+def check_ids(model: nn.Module, windows: Windows) -> None:
+    """Raise UsageError when the text holds token ids for which the embedding of the model has no row."""
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding) or not windows.input_ids.numel():
+        return
+    rows, highest = embedding.weight.shape[0], int(windows.input_ids.max())
+    if highest >= rows:
+        many = int((windows.input_ids >= rows).sum())
+        raise UsageError(
+            f"the text has token ids up to {highest} ({many:,} tokens), but the embedding of {type(model).__name__} "
+            f"has {rows:,} rows, for ids 0 to {rows - 1}: the tokenizer is not that of the model. Give the model its "
+            "own tokenizer, or add rows (model.resize_token_embeddings) and train them."
         )
 
 

@@ -27,7 +27,7 @@ _UNITS = {"contiguous": "contiguous windows", "lines": "lines", "chat": "chats"}
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How documents are cut: the arguments of `make_windows`, and the text in words."""
+    """How documents are cut: the arguments of `make_windows`, the text in words, and how many windows are enough."""
 
     n: int | None
     length: int
@@ -35,6 +35,7 @@ class Cut:
     seed: int = 0
     answers_only: bool = False
     source: str = "text"
+    least: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -112,7 +113,7 @@ def cut_windows(documents: Iterable[Document], tokenizer: Tokenizer, cut: Cut) -
     else:
         rows = chat_rows(cast(Iterator[Chat], alike), tokenizer, cut.length, cut.answers_only)
     pool, whole = _pool(rows, cut, cut.length if mode == "contiguous" else 2)
-    chosen = pool if cut.n is None else [pool[i] for i in choose(len(pool), cut.n, cut.seed)]
+    chosen = pool if cut.n is None else [pool[i] for i in choose(len(pool), min(cut.n, len(pool)), cut.seed)]
     notes = [
         f"{cut.source}: {len(chosen):,} of {'' if whole else 'the first '}{len(pool):,} {_UNITS[mode]}"
         f" of {'' if mode == 'contiguous' else 'at most '}{cut.length:,} tokens",
@@ -185,10 +186,11 @@ def _pool(rows: Iterable[Row], cut: Cut, shortest: int) -> tuple[list[Row], bool
             pool.append(row)
     if not tokens:
         raise TextError(f"{cut.source} holds no text: every document is empty.")
-    if len(pool) < (cut.n or 1):
+    needed = cut.n if cut.n is None or cut.least is None else min(cut.n, cut.least)
+    if len(pool) < (needed or 1):
         subject = "it" if whole else "its beginning"
         raise TextError(
-            f"{cut.n or 1:,} windows of {cut.length:,} tokens were asked of {cut.source}; {subject} has "
+            f"{needed or 1:,} windows of {cut.length:,} tokens were asked of {cut.source}; {subject} has "
             f"{len(pool):,} ({tokens:,} tokens in {last + 1:,} documents). Lower the number or the length, or give "
             "more text."
         )

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ffnscope.calibrate.corpora import SPLITS, corpus, corpus_names, describe_corpus
 from ffnscope.calibrate.documents import Document, Place, documents_of, read_jsonl, read_text, wikitext_articles
@@ -18,9 +18,15 @@ from ffnscope.errors import TextError, UsageError, unknown_name
 
 __all__ = ["HUB_NAMES", "TextSource", "check_text", "load_documents", "load_windows", "make_windows"]
 
+Part: TypeAlias = Literal["fit", "held_out"]
+
+HELD_OUT_DOCUMENT = 8
+"""Every so many documents, the last one is in the part "held_out"."""
+
 HUB_NAMES = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "c4": ("allenai/c4", "en")}
 """Short name -> hub id and default subset. Unverified: tested on local folders of the same schema, not on the hub."""
 
+_PARTS: dict[Part, str] = {"fit": "all but every 8th document", "held_out": "every 8th document"}
 _STREAMED = frozenset({"allenai/c4"})  # too large to download: read row by row whatever is asked
 _ROW_FILES = (".parquet", ".json", ".jsonl", ".csv", ".arrow")
 
@@ -41,6 +47,7 @@ class TextSource:
         revision: commit, tag or branch of a hub data set.
         max_documents: read only this many documents from the beginning.
         mix: further texts; windows are cut from all of them in equal parts.
+        part: for a local text without splits: "held_out" is every 8th document, "fit" all others.
     """
 
     name: str
@@ -51,6 +58,7 @@ class TextSource:
     revision: str | None = None
     max_documents: int | None = None
     mix: tuple[TextSource, ...] = ()
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -84,6 +92,7 @@ class TextSource:
             f"split {self.split}" if self.split else None,
             f"column {self.text_field}" if self.text_field else None,
             f"revision {self.revision}" if self.revision else None,
+            _PARTS[self.part] if self.part else None,
             f"first {self.max_documents} documents" if self.max_documents else None,
         ]
         return ", ".join(part for part in parts if part)
@@ -112,7 +121,23 @@ def load_documents(source: TextSource, *, by_line: bool = False) -> Iterator[Doc
     else:
         _check_hub_name(source)
         found = _rows(_hub(source), source, by_line)
+    if source.part is not None:
+        found = _part(found, source.part, source.name)
     return itertools.islice(found, source.max_documents)
+
+
+def _part(documents: Iterable[Document], part: Part, name: str) -> Iterator[Document]:
+    """Yield the documents of a part; at the end, raise TextError where they were too few to hold one out."""
+    count = 0
+    for count, document in enumerate(documents, 1):
+        if (count % HELD_OUT_DOCUMENT == 0) == (part == "held_out"):
+            yield document
+    if count < HELD_OUT_DOCUMENT:
+        raise TextError(
+            f"{name} has {count} document(s), and every {HELD_OUT_DOCUMENT}th is held out: at least "
+            f"{HELD_OUT_DOCUMENT} are needed. Put more documents into it (one row of a .jsonl each), or name another "
+            "text to measure on."
+        )
 
 
 def check_text(source: TextSource) -> None:
@@ -152,15 +177,27 @@ def load_windows(
         UsageError: an argument has an impossible value.
         TextError: the text is not found, not readable or too short.
     """
+    return load_cut(source, tokenizer, Cut(n, length, mode, seed, answers_only))
+
+
+def load_cut(source: TextSource, tokenizer: Tokenizer, cut: Cut) -> Windows:
+    """Load a text and cut it: `load_windows`, but that of a text with less than ``cut.n`` windows a few may be enough.
+
+    Where there are less than ``cut.n``, but ``cut.least``, all are taken; of a mixture as many of every text as the
+    shortest has.
+    """
     if source.mix:
-        given: Any = {"length": length, "mode": mode, "seed": seed, "answers_only": answers_only}
-        shares = _shares(n, source)
-        found = [load_windows(one, tokenizer, n=k, **given) for one, k in zip(source.parts, shares, strict=True)]
+        least = None if cut.least is None else max(cut.least, len(source.parts))
+        shares, enough = _shares(cut.n, source), _shares(least, source)
+        parts = list(zip(source.parts, shares, enough, strict=True))
+        found = [load_cut(one, tokenizer, replace(cut, n=n, least=few)) for one, n, few in parts]
+        if any(n is not None and len(one) < n for one, n in zip(found, shares, strict=True)):
+            return load_cut(source, tokenizer, replace(cut, n=len(found) * min(map(len, found)), least=None))
         return joined(found, source.describe())
-    cut = Cut(n, length, mode, seed, answers_only, source.describe())
+    cut, n = replace(cut, source=source.describe()), cut.n
     if n is None and source.max_documents is None and HUB_NAMES.get(source.name, (source.name,))[0] in _STREAMED:
         raise TextError(f"all windows of {source.name} would take days; give n, or max_documents.")
-    return cut_windows(load_documents(source, by_line=mode == "lines"), tokenizer, cut)
+    return cut_windows(load_documents(source, by_line=cut.mode == "lines"), tokenizer, cut)
 
 
 def _shares(n: int | None, source: TextSource) -> list[int | None]:

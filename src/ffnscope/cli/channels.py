@@ -108,7 +108,7 @@ def score_all(
     part = folder / UNFINISHED / "calibrate.safetensors" if folder else None
     known = weights_hash(loaded.model)
     options = PassOptions(batch_size=choice.batch_size, checkpoint=part, keep_checkpoint=True, model_hash=known)
-    facts = scoring_facts(loaded, known, asked, windows, choice)
+    facts = scoring_facts(loaded, known, asked, windows, choice.batch_size)
     given: Any = {"sites": asked.sites, "rule": asked.rule, "options": options}
     announce(reporter, calibration_bytes(asked.model, windows, asked.params, **given))
     for path in part.parent.glob(f"*{part.name}") if part else ():
@@ -122,12 +122,12 @@ def score_all(
 
 
 def scoring_facts(
-    loaded: LoadedModel, model_hash: str, asked: Question, windows: Windows, choice: opt.TextChoice
+    loaded: LoadedModel, model_hash: str, asked: Question, windows: Windows, batch_size: int
 ) -> dict[str, Any]:
     """What scores and statistics were made from."""
     facts: dict[str, Any] = {"model": model_hash, **loaded.facts}
     facts |= {"calibration": describe_windows(windows)}
-    facts["batch_size"] = choice.batch_size
+    facts["batch_size"] = batch_size
     if needs_core(asked.params):
         facts["core"] = asdict(asked.rule)
     if asked.reference is not None:

@@ -10,14 +10,16 @@ import typer
 from ffnscope.analyze.curves import CurveOptions
 from ffnscope.analyze.measured import WINDOWS, CurveRounds
 from ffnscope.apply.method import Method
+from ffnscope.calibrate.text import check_text
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.curve_options import numbered_round, tell_curves, write_curve_files
 from ffnscope.cli.files import Out, Overwrite, check_folder_output, read_metric, unfinished
 from ffnscope.cli.groups import grouped, option_names
-from ffnscope.cli.prune import calibration_of, of_this_model
+from ffnscope.cli.prune import of_this_model
 from ffnscope.cli.prune_estimate import print_curves_estimate
 from ffnscope.cli.prune_job import PruneJob
+from ffnscope.cli.prune_texts import calibration_of
 from ffnscope.io import read_plan
 from ffnscope.run.progress import Reporter
 
@@ -48,8 +50,8 @@ def curves_command(
     """Measure the rise of the KL when single FFNs are cut: OUT/curves.safetensors, .csv and .png.
 
     `prune --allocator measured --curves OUT/curves.safetensors` chooses widths by them, at any sparsity. With a refit
-    the calibration has 128 windows of 256 tokens unless --num-samples and --max-length say otherwise. An interrupted
-    call goes on.
+    the calibration is that of `prune --method best`: a mixture of all shipped texts, 128 windows of 256 tokens or as
+    many as 4 tokens per channel need, unless you say otherwise. An interrupted call goes on.
     """
     check_folder_output(out, overwrite, UNFINISHED)
     if around is not None:
@@ -57,7 +59,8 @@ def curves_command(
     options = CurveOptions(tuple(sorted(share, reverse=True)) if share else CurveOptions().shares, text.batch_size)
     asked = CurveRounds(1, curve_samples, options)
     method = Method(metric, "measured", "one_shot" if refit else "none")
-    text.check_calibration()
+    sample = calibration_of(context, text, method)
+    check_text(sample.source)
     if scores is not None:
         opt.refuse_useless(context, f"--scores {scores}, which already decides that", option_names(opt.MetricOptions))
     inputs = None if scores else needs.inputs(context, [metric], text.seed)
@@ -65,7 +68,7 @@ def curves_command(
     plan = None if around is None else read_plan(around)
     reporter = Reporter()
     loaded = loading.open(reporter, model)
-    job = PruneJob(loaded, method, calibration_of(context, text, method), inputs, reporter)
+    job = PruneJob(loaded, method, sample, inputs, reporter)
     found = None if known is None else of_this_model(*known, scores, job)
     job.check_sites(None, found)
     if dry_run:

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from ffnscope.analyze.levels import CoreRule, needs_core
 from ffnscope.analyze.question import Question
-from ffnscope.apply.record import TextRecipe
 from ffnscope.calibrate.text import TextSource, check_text, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
@@ -20,6 +19,7 @@ from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, read_token
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_stats
 from ffnscope.registry import METRICS, import_own
+from ffnscope.run.defaults import RANKING
 from ffnscope.run.document import DocumentError, parse_value
 from ffnscope.run.explain import explain
 from ffnscope.run.metric_arguments import parse_arguments
@@ -204,8 +204,8 @@ class TextChoice:
     mix: Annotated[
         list[str] | None, typer.Option("--mix", help="Further text, in equal parts with the first; can be repeated.")
     ] = None
-    num_samples: Annotated[int, typer.Option("--num-samples", help="Token windows.")] = 64
-    max_length: Annotated[int, typer.Option("--max-length", help="Tokens per window.")] = 512
+    num_samples: Annotated[int, typer.Option("--num-samples", help="Token windows.")] = RANKING.windows
+    max_length: Annotated[int, typer.Option("--max-length", help="Tokens per window.")] = RANKING.length
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Windows per forward; changes memory, not results.")
     ] = 4
@@ -217,13 +217,9 @@ class TextChoice:
             if value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
 
-    def recipe(self, windows: Windows) -> TextRecipe:
-        """How windows of `calibration` were cut."""
-        return TextRecipe(self._calibration(), self.num_samples, self.max_length, self.seed, windows.hash)
-
     def check_calibration(self) -> None:
         """Raise now when the text is missing or not readable; windows are cut once a tokenizer is there."""
-        check_text(self._calibration())
+        check_text(self.calibration_source)
 
     def check_held_out(self) -> None:
         """Raise now when the held-out text is missing or not readable."""
@@ -231,7 +227,7 @@ class TextChoice:
 
     def calibration(self, loaded: LoadedModel) -> Windows:
         """Windows to calibrate on: of the split asked for, else of ``train``."""
-        return self._windows(self._calibration(), loaded)
+        return self._windows(self.calibration_source, loaded)
 
     def held_out(self, loaded: LoadedModel) -> Windows:
         """Windows to evaluate on: of the split asked for, else of the known held-out one."""
@@ -260,7 +256,9 @@ class TextChoice:
         """The text, then those mixed with it."""
         return (self.text, *(self.mix or ()))
 
-    def _calibration(self) -> TextSource:
+    @property
+    def calibration_source(self) -> TextSource:
+        """The text to calibrate on: the split asked for, else ``train``."""
         mix = tuple(TextSource(name, split=_train_split(name)) for name in self.mix or ())
         return TextSource(self.text, split=self.split or _train_split(self.text), mix=mix)
 

@@ -13,7 +13,8 @@ import typer
 from ffnscope.apply.folder import sweep
 from ffnscope.apply.method import Method
 from ffnscope.apply.reconstruction import Reconstruction
-from ffnscope.apply.record import write_record
+from ffnscope.apply.record import PruningRecord, write_record
+from ffnscope.calibrate.text import check_text
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.curve_options import CurveChoice, KnownCurves, beside, keep_beside, tell_curves
@@ -21,8 +22,9 @@ from ffnscope.cli.files import Out, Overwrite, check_output, read_metric, tell_c
 from ffnscope.cli.groups import grouped, option_names
 from ffnscope.cli.prune_choices import MethodChoice, PlanChoice, SaveOptions
 from ffnscope.cli.prune_estimate import print_prune_estimate
-from ffnscope.cli.prune_from import loading_of, model_of, open_record, text_of
+from ffnscope.cli.prune_from import loading_of, model_of, open_record
 from ffnscope.cli.prune_job import PruneJob
+from ffnscope.cli.prune_texts import HeldOutChoice, PruneTexts, texts_again, texts_of
 from ffnscope.errors import UsageError
 from ffnscope.io import read_plan
 from ffnscope.plan.allocate import check_budget
@@ -30,11 +32,8 @@ from ffnscope.plan.curves import Curves
 from ffnscope.report.error_table import print_profile
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
-from ffnscope.run.texts import SHIPPED_TEXTS, held_out_split
 from ffnscope.types import Budget, PruningPlan, Scores
 
-WINDOWS, LENGTH = 128, 256
-"""Of the calibration of a reconstruction: as many tokens as without, in more places of the text."""
 OptionalModel = Annotated[
     str | None, typer.Argument(help="Hub id, directory, .gguf file, or package:DIST; with --from that of RUN.")
 ]
@@ -71,6 +70,7 @@ def prune_command(
     measured: CurveChoice,
     form: SaveOptions,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after on held-out text.")] = True,
+    measured_on: HeldOutChoice,
     text: opt.TextChoice,
     needs: opt.MetricOptions,
     loading: opt.Loading,
@@ -79,17 +79,16 @@ def prune_command(
 ) -> None:
     """Prune and save: score -> plan -> reconstruct -> slice -> OUT, a checkpoint, or a DeciLM or GGUF export.
 
-    With a reconstruction the calibration has 128 windows of 256 tokens, a mixture of all shipped texts, unless you say
-    otherwise; 32 of them run backward where the metric needs it. With --from, nothing is calibrated: scores, text and
-    what is not given are those of an earlier result. An interrupted call goes on.
+    With a reconstruction the calibration has 128 windows of 256 tokens, or as many as give 4 tokens per channel, of a
+    mixture of all shipped texts, unless you say otherwise; 32 of them run backward where the metric needs it. With
+    --from, nothing is calibrated: scores, text and what is not given are those of an earlier result. An interrupted
+    call goes on.
     """
     record = open_record(context, wanted.run, choice.metric, text, form.keep_statistics) if wanted.run else None
     method = choice.chosen(context, record and record.method)
     if record is not None:
         record.check_method(method)
-        text, loading = text_of(context, text, record), loading_of(context, loading, record)
-    else:
-        text = mixed(context, text, method)
+        loading = loading_of(context, loading, record)
     refits = method.reconstruct != "none"
     _refuse_useless(context, wanted, not evaluate and not refits, refits)
     check_output(out, overwrite)
@@ -97,27 +96,28 @@ def prune_command(
     budget = wanted.budget(context, record)
     wanted.check(method, budget, saving)
     measured.check(context, method, wanted.plan)
-    held_out = _held_out(text) if evaluate else None
+    measured_on.check(context, evaluates=evaluate)
+    texts = _texts(context, text, method, record, measured_on, evaluates=evaluate)
     decided = wanted.plan or wanted.scores or wanted.run
     inputs = None if decided else needs.inputs(context, [method.metric], text.seed)
     if record is None and (inputs or refits or method.measures):
-        text.check_calibration()
+        check_text(texts.calibration.source)
     plan = read_plan(wanted.plan) if wanted.plan else None
     known = Known(plan, read_metric(wanted.scores, method.metric) if wanted.scores else None, measured.read())
     reporter = Reporter()
     loaded = loading.open(reporter, model_of(model, record), only_estimate=dry_run)
     saving.check_model(loaded)
-    chosen = calibration_of(context, text, method)
-    job = PruneJob(loaded, method, chosen, inputs, reporter, record, form.keep_statistics)
+    job = PruneJob(loaded, method, texts.calibration, inputs, reporter, record, form.keep_statistics)
     scores = known.of_this_model(wanted.scores, job)
     job.check_sites(plan, scores)
     if plan is None:
-        check_budget(job.asked.sites if scores is None else scores.sites, budget)
+        check_budget(job.asked.sites if scores is None else scores.sites, budget, method.allocator)
+    job.check_text()
     if dry_run:
         rounds = measured.rounds_of(method, plan)
-        print_prune_estimate(job, budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
+        print_prune_estimate(job, budget, texts.held_out.windows(loaded) if texts.held_out else None, OUT, rounds)
         return
-    _start(_Asked(wanted, measured, known, budget, saving, text, held_out), job, scores)
+    _start(_Asked(wanted, measured, known, budget, saving, texts), job, scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,7 @@ class _Asked:
     known: Known
     budget: Budget
     saving: Saving
-    text: opt.TextChoice
-    held_out: opt.TextChoice | None
+    texts: PruneTexts
 
 
 def _start(asked: _Asked, job: PruneJob, scores: Scores | None) -> None:
@@ -155,7 +154,7 @@ def _carry_out(asked: _Asked, job: PruneJob, scores: Scores | None, part: Path) 
     kept = None
     if scores is not None and saving.form != "gguf":
         protected = wanted.protected(scores, job.record)
-        kept = job.keep(scores, plan.budget, protected, asked.held_out or asked.text, part)
+        kept = job.keep(scores, plan.budget, protected, asked.texts.told, part)
 
     def add(folder: Path) -> None:
         keep_beside(curves, plan, job, folder)
@@ -168,7 +167,7 @@ def _carry_out(asked: _Asked, job: PruneJob, scores: Scores | None, part: Path) 
 
 def _finish(asked: _Asked, job: PruneJob, plan: PruningPlan, part: Path, add: Callable[[Path], None]) -> None:
     """Reconstruct, measure and save, with what ``add`` writes beside the weights."""
-    saving, held_out = asked.saving, asked.held_out
+    saving, held_out = asked.saving, asked.texts.held_out
     saving.check_plan(job.loaded, plan, job.reporter)
     pruned = job.reconstruct(plan, part)
     rows = job.compare(pruned, held_out, part) if held_out else []
@@ -178,19 +177,18 @@ def _finish(asked: _Asked, job: PruneJob, plan: PruningPlan, part: Path, add: Ca
     saving.prune_and_save(job.loaded, pruned, {row.label: row.results for row in rows}, job.reporter, add)
 
 
-def mixed(context: typer.Context, text: opt.TextChoice, method: Method) -> opt.TextChoice:
-    """The text, and for a reconstruction all shipped texts mixed, unless the user named one."""
-    if method.reconstruct == "none" or any(opt.given(context, name) for name in ("text", "mix", "split")):
-        return text
-    return replace(text, mix=[name for name in SHIPPED_TEXTS if name != text.text])
-
-
-def calibration_of(context: typer.Context, text: opt.TextChoice, method: Method) -> opt.TextChoice:
-    """The text to calibrate on: more and shorter windows for a reconstruction, unless the user gave other numbers."""
-    if method.reconstruct == "none":
-        return text
-    wanted = {"num_samples": WINDOWS, "max_length": LENGTH}
-    return replace(text, **{name: n for name, n in wanted.items() if not opt.given(context, name)})
+def _texts(
+    context: typer.Context,
+    text: opt.TextChoice,
+    method: Method,
+    record: PruningRecord | None,
+    measured_on: HeldOutChoice,
+    *,
+    evaluates: bool,
+) -> PruneTexts:
+    if record is None:
+        return texts_of(context, text, method, measured_on.source, evaluates=evaluates)
+    return texts_again(context, text, record, measured_on.source, evaluates=evaluates)
 
 
 def _refuse_useless(context: typer.Context, wanted: PlanChoice, reads_no_text: bool, refits: bool) -> None:
@@ -206,24 +204,6 @@ def _refuse_useless(context: typer.Context, wanted: PlanChoice, reads_no_text: b
             opt.refuse_useless(context, f"--{option} {value} and --no-evaluate, which read no text", _TEXT)
         unused = [name for name in useless if name != "split" or not refits]
         opt.refuse_useless(context, f"--{option} {value}, which already decides that", unused)
-
-
-def _held_out(text: opt.TextChoice) -> opt.TextChoice:
-    """The text to measure on; raises UsageError where it is not known which part is held out."""
-    for name in text.names:
-        if held_out_split(name) is None:
-            raise UsageError(
-                f"{name} has no known held-out split to measure on. Pass --no-evaluate, and use `ffnscope eval` with "
-                "another text."
-            )
-    if text.split == held_out_split(text.text):
-        raise UsageError(
-            f"--split {text.split} is the held-out split of {text.text}, on which the result is measured. Calibrate on "
-            "another, or pass --no-evaluate."
-        )
-    found = replace(text, split=None)
-    found.check_held_out()
-    return found
 
 
 def of_this_model(scores: Scores, model_hash: str, path: Path | None, job: PruneJob) -> Scores:

@@ -69,6 +69,7 @@ class MethodChoice:
             "(means of removed channels); default: as --method."
         ),
     ] = None
+    sequential: Annotated[bool, typer.Option("--sequential", help="The same as --reconstruct sequential.")] = False
     target: Annotated[
         float | None, typer.Option(help="Of --reconstruct sequential: 0 = the FFN's own output, 1 = the dense model's.")
     ] = None
@@ -87,13 +88,27 @@ class MethodChoice:
         typer.Option(help="Remove in this many steps; each ranks what is left, reconstructed. Default: 1."),
     ] = None
 
+    def __post_init__(self) -> None:
+        if self.sequential and self.reconstruct not in (None, "sequential"):
+            raise UsageError(
+                f"--sequential is the same as --reconstruct sequential; --reconstruct {self.reconstruct} is another "
+                "reconstruction. Give one of them."
+            )
+
+    @property
+    def _refit(self) -> str | None:
+        """The reconstruction that is asked for, as the library names it."""
+        if self.sequential:
+            return "sequential"
+        return None if self.reconstruct is None else self.reconstruct.replace("-", "_")
+
     def chosen(self, context: typer.Context, earlier: Method | None = None) -> Method:
         """Check these options and join them; raises UsageError for what is unknown or would do nothing.
 
         ``earlier`` is the method of the result that is cut again, which fills in what is not given.
         """
         changes: dict[str, Any] = {"metric": self.metric, "allocator": self.allocator, "rounds": self.rounds}
-        changes["reconstruct"] = None if self.reconstruct is None else self.reconstruct.replace("-", "_")
+        changes["reconstruct"] = self._refit
         found = named_method(self.method, **changes) if earlier is None else changed_method(earlier, **changes)
         refit = found.reconstruct.replace("_", "-")
         if found.reconstruct != "sequential":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from rich.console import Console
 from rich.text import Text
@@ -17,19 +18,25 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.run.bounds import Workload, load_of_steps, load_of_text, refit_of
 from ffnscope.run.estimate import (
-    Line,
     calibrate_line,
     curves_line,
     distillation_seconds,
     evaluate_line,
     held_out_lines,
-    print_lines,
     seconds_per_token,
     with_reading,
 )
 from ffnscope.run.held_out import damping_told, held_out_bytes
+from ffnscope.run.lines import Line, print_lines, with_more
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.saving import UNEVEN
+from ffnscope.run.solve_costs import (
+    moment_operations,
+    order_operations,
+    refit_operations,
+    score_line,
+    seconds_per_operation,
+)
 from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 from ffnscope.types import Budget
 
@@ -55,14 +62,17 @@ def print_prune_estimate(
     speed = seconds_per_token(model, asked.sites)
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
     each = [plan_steps(job.windows, names, job.options()) for names in passes if names]
-    lines = [calibrate_line("calibrate", steps, speed) for steps in each]
+    operation = seconds_per_operation(model)
+    sums = operation * moment_operations(asked.sites, job.windows.n_tokens, chain.from_iterable(passes)) if each else 0
+    lines = [with_more(line, sums / len(each)) for line in (calibrate_line("calibrate", s, speed) for s in each)]
     holds_out = job.record is None and job.n_held_out > 0
     lines += held_out_lines(asked.sites, job.windows, speed) if holds_out else []
     channels = sum(site.d_ff for site in asked.sites)
     if rounds is not None:
         lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=method.refits))
     if asked.params:
-        lines.append(Line("score", f"{method.metric} x {channels:,} channels of {len(asked.sites)} FFNs"))
+        what = f"{method.metric} x {channels:,} channels of {len(asked.sites)} FFNs"
+        lines.append(score_line(what, asked.sites, [method.metric], operation))
     elif job.record is not None:
         lines.append(Line("score", f"none: {method.metric} of {job.record.origin}"))
     if asked.params or job.record is not None:
@@ -71,16 +81,9 @@ def print_prune_estimate(
         lines.append(Line("plan", what + (": widths differ, so not stock transformers" if uneven else "")))
     for number in range(2, method.rounds + 1):
         again = [calibrate_line(f"round {number}", steps, speed) for steps in each]
-        lines += [replace(line, what=f"{line.what}, of what is left") for line in again]
-    if method.reconstruct == "sequential":
-        tokens = 2 * job.windows.n_tokens * method.rounds
-        what = f"block by block: {tokens:,} tokens forward"
-        lines.append(Line("reconstruct", what, tokens * speed, 3 * method.rounds))
-        lines += _distillation(job, budget, speed)
-    elif method.reconstruct == "bias":
-        lines.append(Line("reconstruct", f"a bias for each of {len(asked.sites)} FFNs"))
-    elif method.reconstruct == "one_shot":
-        lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs, {_damping(job)}"))
+        more = sums + operation * order_operations(asked.sites, method.metric)
+        lines += [with_more(replace(line, what=f"{line.what}, of what is left"), more) for line in again]
+    lines += _reconstruction(job, budget, speed, operation)
     if held_out is not None:
         lines.append(evaluate_line(held_out, 2, speed))
     memory = job.memory() if each else None
@@ -92,6 +95,19 @@ def print_prune_estimate(
         taken = bounds.work.refit_states * bounds.setting.item + bounds.work.refit
         console.print(Text(f"the reconstruction needs up to {taken / 2**20:,.0f} MiB beside the model"))
     print_advice(bounds, COMMAND, console)
+
+
+def _reconstruction(job: PruneJob, budget: Budget, speed: float, operation: float) -> list[Line]:
+    method, sites, tokens = job.method, job.asked.sites, job.windows.n_tokens if job.reads_text else 0
+    solves = method.rounds * operation * refit_operations(sites, method, 1 - budget.sparsity, tokens)
+    if method.reconstruct == "sequential":
+        forward = 2 * tokens * method.rounds
+        what = f"block by block: {forward:,} tokens forward, least squares of {len(sites)} FFNs"
+        line = Line("reconstruct", what, forward * speed + solves, 3 * method.rounds)
+        return [line, *_distillation(job, budget, speed)]
+    if method.reconstruct == "one_shot":
+        return [Line("reconstruct", f"least squares of {len(sites)} FFNs, {_damping(job)}", solves)]
+    return [Line("reconstruct", f"a bias for each of {len(sites)} FFNs")] if method.reconstruct == "bias" else []
 
 
 def _workload(

@@ -32,14 +32,6 @@ def open_record(
     return at_another_place(found, text.text) if opt.given(context, "text") else found
 
 
-def text_of(context: typer.Context, text: opt.TextChoice, record: PruningRecord) -> opt.TextChoice:
-    """The text and the windows that the earlier result was measured on; the batch size may be given."""
-    names = text.names if record.text is None else tuple(one.name for one in record.text.source.parts)
-    size = text.batch_size if opt.given(context, "batch_size") else record.batch_size
-    of = record.held_out
-    return opt.TextChoice(names[0], None, list(names[1:]), of["n"], of["length"], size, of["seed"])
-
-
 def loading_of(context: typer.Context, loading: opt.Loading, record: PruningRecord) -> opt.Loading:
     """Load the model as it was: the commit and the dtype of the record, unless others are given."""
     known = {name: record.model.get(name) for name in ("revision", "dtype")}

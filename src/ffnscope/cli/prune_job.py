@@ -14,7 +14,7 @@ from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.question import Question
 from ffnscope.apply.held_out import FitStatistics, Statistics, collect_held_out, held_out_windows
-from ffnscope.apply.method import GRADIENT_WINDOWS, Method, reconstruct_plan
+from ffnscope.apply.method import Method, reconstruct_plan
 from ffnscope.apply.new_bias import check_bias
 from ffnscope.apply.pruned import Pruned
 from ffnscope.apply.reconstruction import read_reconstruction
@@ -22,9 +22,11 @@ from ffnscope.apply.record import PruningRecord
 from ffnscope.apply.rounds import RoundSteps, plan_in_rounds, read_round
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
+from ffnscope.calibrate.forward import check_ids
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT, scoring_facts
+from ffnscope.cli.prune_texts import Sample
 from ffnscope.evaluate.compare import EvalRow
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
@@ -32,8 +34,16 @@ from ffnscope.io import hash_json, plan_to_dict, read_state, write_stats
 from ffnscope.plan.build import build_plan
 from ffnscope.plan.curves import Curves
 from ffnscope.report.tables import print_results
+from ffnscope.run.defaults import defaults_of, enough_windows
 from ffnscope.run.progress import Reporter
-from ffnscope.run.steps import announce, announce_training, compare_with_dense, discard_damaged, keep_reconstruction
+from ffnscope.run.steps import (
+    announce,
+    announce_training,
+    compare_with_dense,
+    discard_damaged,
+    keep_reconstruction,
+    tell_few_tokens,
+)
 from ffnscope.scoring import naming_weights
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
@@ -60,7 +70,7 @@ class PruneJob:
 
     loaded: LoadedModel
     method: Method
-    text: opt.TextChoice
+    text: Sample
     inputs: opt.Inputs | None
     reporter: Reporter
     record: PruningRecord | None = None
@@ -77,7 +87,8 @@ class PruneJob:
         """The calibration text."""
         if self.record is not None and self.record.text is not None:
             return self.record.text.windows(self.loaded.tokenizer)
-        return self.text.calibration(self.loaded)
+        enough = enough_windows(self.loaded.model, self.asked.sites, self.text.length) if self.text.grows else None
+        return self.text.windows(self.loaded, enough)
 
     @cached_property
     def model_hash(self) -> str:
@@ -100,7 +111,7 @@ class PruneJob:
 
     def options(self, part: Path | None = None) -> PassOptions:
         """Sizes of the pass."""
-        backward = None if self.method.reconstruct == "none" else GRADIENT_WINDOWS
+        backward = defaults_of(self.method.reconstruct).backward
         checkpoint = part / "calibrate.safetensors" if part else None
         size = self.text.batch_size
         known = self.model_hash if part else None
@@ -118,6 +129,14 @@ class PruneJob:
         self.method.check_sites(sites)
         if self.method.reconstruct == "bias":
             check_bias(self.loaded.model, sites)
+
+    def check_text(self) -> None:
+        """Cut the calibration text, if it is read; refuse one that is too short, and say where it is for a refit."""
+        if not self.reads_text:
+            return
+        check_ids(self.loaded.model, self.windows)
+        self.method.check_windows(len(self.windows))
+        tell_few_tokens(self.reporter, self.loaded.model, self.method, self.asked.sites, self.windows)
 
     def plan(
         self, scores: Scores, budget: Budget, protected: Protected, part: Path, curves: Curves | None = None
@@ -138,7 +157,7 @@ class PruneJob:
     def score(self, part: Path, *, dense: bool = True) -> Scores:
         """Calibrate and score, the dense model or what rounds have left of it."""
         stats, core = self._calibrate(part, dense=dense)
-        facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.text)
+        facts = scoring_facts(self.loaded, self.model_hash, self.asked, self.windows, self.text.batch_size)
         with self.reporter.task("score", "metrics"):
             (found,) = self.asked.scores(stats, core, facts).values()
         return found
@@ -161,11 +180,11 @@ class PruneJob:
         make = partial(reconstruct_plan, self.loaded.model, plan, method, windows=self.windows, stats=stats)
         return keep_reconstruction(self.reporter, name, path, options, make, method.steps)
 
-    def compare(self, pruned: Pruned, held_out: opt.TextChoice, part: Path) -> list[EvalRow]:
+    def compare(self, pruned: Pruned, held_out: Sample, part: Path) -> list[EvalRow]:
         """Measure the dense and the pruned model on held-out text, and print it."""
         state = part / "evaluation.json"
         discard_damaged(self.reporter, state, read_state)
-        windows = held_out.held_out(self.loaded)
+        windows = held_out.windows(self.loaded)
         model, size = self.loaded.model, held_out.batch_size
         rows = compare_with_dense(self.reporter, model, {"pruned": pruned}, windows, size, state)
         print_results(rows, OUT)
@@ -194,10 +213,12 @@ class PruneJob:
         return len(held_out_windows(self.windows)) if wanted else 0
 
     def keep(
-        self, scores: Scores, budget: Budget, protected: Protected, held_out: opt.TextChoice, part: Path
+        self, scores: Scores, budget: Budget, protected: Protected, of_result: Mapping[str, Any], part: Path
     ) -> PruningRecord:
-        """The record of this pruning; statistics that stay beside it lie in ``part``, or where they were kept."""
-        of_result = {"n": held_out.num_samples, "length": held_out.max_length, "seed": held_out.seed}
+        """The record of this pruning; statistics that stay beside it lie in ``part``, or where they were kept.
+
+        ``of_result`` tells what the result is measured on.
+        """
         if self.record is not None:
             given: Any = {"method": self.method, "budget": budget, "protected": protected}
             if not self.keeps:

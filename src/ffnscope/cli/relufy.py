@@ -21,7 +21,8 @@ from ffnscope.cli.groups import grouped
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.report.relufy_plot import plot_relufy
-from ffnscope.run.estimate import Line, print_lines, print_peak, seconds_per_token
+from ffnscope.run.estimate import print_peak, seconds_per_token
+from ffnscope.run.lines import Line, print_lines
 from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.texts import held_out_split
 from ffnscope.sparse.relu.activation import replace_activation_

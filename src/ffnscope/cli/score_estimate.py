@@ -18,7 +18,8 @@ from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.run.bounds import Workload, load_of_steps
-from ffnscope.run.estimate import Line, calibrate_line, print_lines, seconds_per_token, with_reading
+from ffnscope.run.estimate import calibrate_line, seconds_per_token, with_reading
+from ffnscope.run.lines import Line, print_lines
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 

@@ -10,7 +10,7 @@ import torch
 
 from ffnscope.errors import UsageError
 from ffnscope.plan.floors import check_names, floor_of, least_widths
-from ffnscope.registry import allocator
+from ffnscope.registry import ALLOCATORS, allocator
 from ffnscope.types import Budget, FFNSite, Scores
 
 
@@ -41,12 +41,19 @@ def round_width(width: float, d_ff: int, budget: Budget) -> int:
     return min(max(math.floor(width / step + 0.5) * step, low), high)
 
 
-def check_budget(sites: Iterable[FFNSite], budget: Budget) -> None:
-    """Raise UsageError when multiples and floors leave no room for the sparsity, or floors are for no site."""
+def check_budget(sites: Iterable[FFNSite], budget: Budget, allocator: str | None = None) -> None:
+    """Raise UsageError when multiples and floors leave no room for the sparsity, or floors are for no site.
+
+    A sparsity that an allocator of ours cannot reach with any scores is refused too: it divides made-up ones.
+    """
     known = list(sites)
     check_names(known, budget)
-    if budget.sparsity:
-        _ = least_widths(known, budget, kept_count(sum(s.d_ff for s in known), budget.sparsity))
+    if not (budget.sparsity and known):
+        return
+    _ = least_widths(known, budget, kept_count(sum(s.d_ff for s in known), budget.sparsity))
+    rule = None if allocator is None else ALLOCATORS.get(allocator)
+    if rule is not None and rule.fn.__module__.startswith("ffnscope.") and not rule.needs_curves:
+        rule.fn(Scores("trial", {site: torch.arange(1.0, site.d_ff + 1) for site in known}), budget)
 
 
 @allocator("local")

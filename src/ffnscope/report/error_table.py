@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ffnscope.apply.profile import judged_on, raised_dampings
 from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.report.tables import Cell, Grid, print_grid
 
@@ -22,8 +23,9 @@ def profile_grid(reconstruction: Reconstruction) -> Grid:
     worst = sorted(rows, key=lambda row: -row["error"])[:MOST]
     shown = [row for row in rows if row in worst] if len(rows) > MOST else rows
     notes = [f"The {MOST} with the largest error of {len(rows)} FFNs."] if len(rows) > MOST else []
-    seen = "tokens that the refit did not see" if all(row["held_out"] for row in rows) else "the tokens of the fit"
-    notes.append(f"Squared error of the FFN's output as a share of its power, on {seen}.")
+    notes.append(f"Squared error of the FFN's output as a share of its power, on {judged_on(rows)}.")
+    raised = raised_dampings(reconstruction.facts)
+    notes += [f"Damping raised, since the factorisation failed: {raised}."] if raised else []
     return Grid(f"Layer error profile: {reconstruction.name}", COLUMNS, [_line(row) for row in shown], notes)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ffnscope.analyze.concentration import LOSS_PROXY
+from ffnscope.apply.profile import judged_on
 from ffnscope.report import analysis_plots, plots
 from ffnscope.report.card_plot import card_figures
 from ffnscope.report.curve_plots import draw_curves, draw_errors
@@ -89,8 +90,9 @@ def _widths(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:
         yield "widths", caption, draw_curves([r for r in rows if r["label"] == label])
     errors = run.tables.get("error_profile", ())
     for label in dict.fromkeys(r["label"] for r in errors):
+        rows = [r for r in errors if r["label"] == label]
         caption = f"Where the damage is: the error of every FFN's output without and with the refit: {label}."
-        yield "errors", caption, draw_errors([r for r in errors if r["label"] == label])
+        yield "errors", f"{caption} On {judged_on(rows)}.", draw_errors(rows)
 
 
 def _scores(run: RunFolder) -> Iterator[tuple[str, str, Figure]]:

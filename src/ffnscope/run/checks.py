@@ -80,7 +80,7 @@ def _dependency(config: RunConfig) -> Iterator[Finding]:
 
 def _scar_sizes(config: RunConfig) -> Iterator[Finding]:
     for key in ("num_samples", "max_length"):
-        asked, limit = getattr(config.metrics.scar, key), getattr(config.calibration, key)
+        asked, limit = getattr(config.metrics.scar, key), getattr(config, key)
         if asked is not None and asked > limit:
             yield finding(
                 ("metrics", "scar", key),
@@ -159,7 +159,7 @@ def _analyses(config: RunConfig) -> Iterator[Finding]:
 
 
 def _cuts_gradients(config: RunConfig) -> bool:
-    return config.scar_num_samples < config.calibration.num_samples
+    return config.scar_num_samples < config.num_samples
 
 
 def _ablation(config: RunConfig) -> Iterator[Finding]:
@@ -241,7 +241,7 @@ def _device_map(config: RunConfig) -> Iterator[Finding]:
 
 def _text_keys(config: RunConfig) -> Iterator[Finding]:
     texts: list[tuple[KeyPath, Any, str]] = [(("dataset",), config.dataset, config.dataset.name)]
-    texts += [(path, text, text.name) for path, text in zip(_mix_paths(config), config.dataset.mix, strict=True)]
+    texts += [(path, text, text.name) for path, text in zip(_mix_paths(config), config.mixed_texts, strict=True)]
     if config.evaluation.enabled:
         texts.append((("evaluation",), config.evaluation, config.evaluation_text.name))
         texts += [(("evaluation", "extra", i), text, text.name) for i, text in enumerate(config.evaluation.extra)]
@@ -269,7 +269,7 @@ def _splits(config: RunConfig) -> Iterator[Finding]:
 
 
 def _mix_paths(config: RunConfig) -> list[KeyPath]:
-    return [("dataset", "mix", i) for i in range(len(config.dataset.mix))]
+    return [("dataset", "mix", i) for i in range(len(config.mixed_texts))]
 
 
 def _mixture(config: RunConfig) -> Iterator[Finding]:
@@ -279,8 +279,8 @@ def _mixture(config: RunConfig) -> Iterator[Finding]:
             message = f"the text {text.words!r} is in the mixture twice. Name another, or remove it"
             yield finding(path, message, ("dataset",))
         seen.add(text.identity)
-    if config.calibration.num_samples < (count := 1 + len(config.dataset.mix)):
-        message = f"{config.calibration.num_samples} window(s) cannot be shared by the {count} texts of dataset.mix"
+    if config.num_samples < (count := 1 + len(config.mixed_texts)):
+        message = f"{config.num_samples} window(s) cannot be shared by the {count} texts of dataset.mix"
         path = ("calibration", "num_samples")
         yield finding(path, f"{message}. Ask for {count} or more", path, ("dataset", "mix"))
 

@@ -11,8 +11,9 @@ from rich.text import Text
 from ffnscope.errors import ConfigError, FFNScopeError
 from ffnscope.ffn.load import quiet_transformers
 from ffnscope.run.choices import background_hash, reference_bytes
-from ffnscope.run.estimate import duration, estimate, print_estimate
+from ffnscope.run.estimate import estimate, print_estimate
 from ffnscope.run.folder import check_folder
+from ffnscope.run.lines import duration
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.schema import RunConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ffnscope.run.folder import CONFIG
 from ffnscope.run.load import load_config
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.stages import HELD_OUT
-from ffnscope.run.windows import calibration_source
+from ffnscope.run.windows import calibration_source, text_source
 from ffnscope.types import Budget
 
 
@@ -50,7 +51,7 @@ def _of_run(folder: Path, config: RunConfig, metric: str | None) -> PruningRecor
     asked, given = config.pruning, config.calibration
     protects = asked.enabled and config.supernode.enabled and config.supernode.protect_core
     protected = find_core(config, scores) if protects else None
-    size: Any = {"n": given.num_samples, "length": given.max_length, "seed": config.seed}
+    size: Any = {"n": config.num_samples, "length": config.max_length, "seed": config.seed}
     size |= {"mode": given.mode, "answers_only": given.answers_only}
     model = {"hash": facts["model"], "model_id": config.model.model_id, "dtype": config.model.dtype}
     return PruningRecord(
@@ -61,8 +62,15 @@ def _of_run(folder: Path, config: RunConfig, metric: str | None) -> PruningRecor
         {**model, "revision": config.model.revision},
         given.batch_size,
         TextRecipe(calibration_source(config), hash=facts["calibration"]["hash"], **size),
-        {"n": config.evaluation.num_samples, "length": config.evaluation_max_length, "seed": config.experiment.seed},
+        _held_out(config),
         protected or {},
         with_h_outer(folder / STATISTICS),
         with_h_outer(folder / f"{HELD_OUT}.safetensors"),
     )
+
+
+def _held_out(config: RunConfig) -> dict[str, Any]:
+    """The first text that the run was measured on."""
+    asked = config.evaluation
+    size = {"n": asked.num_samples, "length": config.evaluation_max_length, "seed": config.experiment.seed}
+    return {**size, "source": asdict(text_source(config.evaluation_text))} if asked.enabled else size

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.analyze.memory import CalibrationBytes, calibration_bytes
 from ffnscope.analyze.nulls import enough_draws
+from ffnscope.apply.few_tokens import few_tokens
 from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.forward import input_device
@@ -39,13 +39,15 @@ from ffnscope.run.choices import (
 from ffnscope.run.contextual import open_card
 from ffnscope.run.folder import check_folder
 from ffnscope.run.held_out import damping_told, held_out_bytes, held_out_told
+from ffnscope.run.lines import Line, print_lines, with_more
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.progress import peak_memory
 from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.solve_costs import moment_operations, refit_operations, score_line, seconds_per_operation
 from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.switches import FILE, Bounds, bounds_of, load_to_estimate, print_advice
-from ffnscope.run.windows import calibration_windows, evaluation_windows
+from ffnscope.run.windows import evaluation_windows, sized
 from ffnscope.types import FFNSite
 
 REFIT_SECONDS = 0.25  # least squares of an FFN of 1,536 channels on a processor core; it grows with the cube
@@ -54,32 +56,14 @@ EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole forward 
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One stage: what it reads, and how long it would take (None = seconds).
-
-    Attributes:
-        stage: name.
-        what: in words.
-        seconds: of the whole model in memory.
-        reads: how often a streamed model reads all weights.
-        again: seconds that a streamed model computes more, since it runs blocks again to go backward.
-    """
-
-    stage: str
-    what: str
-    seconds: float | None = None
-    reads: int = 0
-    again: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Estimate:
-    """Lines per stage, bounds of memory, the statistics of each pass, and what they take."""
+    """Lines per stage, bounds of memory, the statistics of each pass, what they take, and a text that is too short."""
 
     lines: list[Line]
     bounds: Bounds
     statistics: list[list[str]]
     calibration: CalibrationBytes
+    warning: str | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -106,7 +90,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     check_format(config, loaded)
     sites = find_sites(loaded.model, config.model.tracked_layers)
     check_sites(config, sites)
-    calibration = calibration_windows(config, loaded.tokenizer)
+    config, calibration = sized(config, loaded, sites)
     held_out = evaluation_windows(config, loaded.tokenizer)
     metrics = {name: metric_params(config, name) for name in config.metric_names}
     rule, options = core_rule(config), pass_options(config)
@@ -116,15 +100,15 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     steps = [step for one in each for step in one]
     given: Any = {"sites": sites, "rule": rule, "options": options, "extra": extra}
     found = calibration_bytes(loaded.model, calibration, metrics, **given)
-    speed = seconds_per_token(loaded.model, sites)
+    speed, operation = seconds_per_token(loaded.model, sites), seconds_per_operation(loaded.model)
     holds_out = config.pruning.holds_out
     lines = [
-        *(calibrate_line(f"calibrate {i}" if len(each) > 1 else "calibrate", s, speed) for i, s in enumerate(each, 1)),
+        *_calibrate_lines(each, passes, sites, speed, operation),
         *_curves_lines(config, sites, calibration, speed),
-        *_decision_lines(config, sites),
+        *_decision_lines(config, sites, operation),
         *(held_out_lines(sites, calibration, speed) if holds_out else []),
         *_round_lines(config, steps, speed),
-        *_reconstruction_lines(config, len(sites), calibration, speed),
+        *_reconstruction_lines(config, sites, calibration, speed, operation),
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, speed),
@@ -143,7 +127,8 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         more=reference_bytes(config),
     )
     bounds = bounds_of(loaded, sites, work, libraries)
-    return Estimate(with_reading(lines, loaded, sites), bounds, passes, found)
+    few = few_tokens(loaded.model, sites, calibration.n_tokens) if config.pruning.refitted else None
+    return Estimate(with_reading(lines, loaded, sites), bounds, passes, found, few)
 
 
 def _tokens(steps: Sequence[Step]) -> int:
@@ -159,17 +144,10 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
         what = ", ".join(names) if names else "nothing: there is no pass"
         console.print(Text(f"calibration pass {i} of {len(found.statistics)} collects: {what}"))
     console.print(Text(found.calibration.told))
+    if found.warning:
+        console.print(Text(f"warning: {found.warning}"))
     print_advice(found.bounds, FILE, console)
     console.print(Text(f"output in {config.output_dir}"))
-
-
-def print_lines(lines: Sequence[Line], title: str, console: Console) -> None:
-    """Print what each stage would do and about how long it would take."""
-    table = Table("stage", "what", "about", title=Text(f"{title}: nothing was computed (--dry-run)"))
-    for line in lines:
-        about = "seconds" if line.seconds is None else duration(line.seconds)
-        table.add_row(Text(line.stage), Text(line.what), about)
-    console.print(table)
 
 
 def with_reading(lines: Sequence[Line], loaded: LoadedModel, sites: Sequence[FFNSite]) -> list[Line]:
@@ -242,9 +220,25 @@ def _curves_lines(config: RunConfig, sites: Sequence[FFNSite], calibration: Wind
     return [Line(every.stage, what, seconds)]
 
 
-def _decision_lines(config: RunConfig, sites: Sequence[FFNSite]) -> list[Line]:
+def _calibrate_lines(
+    each: Sequence[Sequence[Step]],
+    passes: Sequence[Sequence[str]],
+    sites: Sequence[FFNSite],
+    speed: float,
+    operation: float,
+) -> list[Line]:
+    found: list[Line] = []
+    for i, (steps, names) in enumerate(zip(each, passes, strict=True), 1):
+        sums = operation * moment_operations(sites, sum(step.batch.n_tokens for step in steps), names)
+        name = f"calibrate {i}" if len(each) > 1 else "calibrate"
+        found.append(with_more(calibrate_line(name, steps, speed), sums))
+    return found
+
+
+def _decision_lines(config: RunConfig, sites: Sequence[FFNSite], operation: float) -> list[Line]:
     channels = sum(s.d_ff for s in sites)
-    scores = Line("score", f"{len(config.metric_names)} metrics x {channels:,} channels of {len(sites)} FFNs")
+    what = f"{len(config.metric_names)} metrics x {channels:,} channels of {len(sites)} FFNs"
+    scores = score_line(what, sites, config.metric_names, operation)
     return [scores, Line("plan", f"{_n_plans(config)} plans")]
 
 
@@ -257,19 +251,25 @@ def _round_lines(config: RunConfig, steps: Sequence[Step], speed: float) -> list
     return [Line("rounds", f"{again} more calibrations, of what is left", again * tokens * speed)]
 
 
-def _reconstruction_lines(config: RunConfig, n_sites: int, calibration: Windows, speed: float) -> list[Line]:
-    asked = config.pruning
+def _reconstruction_lines(
+    config: RunConfig, sites: Sequence[FFNSite], calibration: Windows, speed: float, operation: float
+) -> list[Line]:
+    asked, n_sites = config.pruning, len(sites)
     if not asked.reconstructs:
         return []
+    method, n_metrics = asked.chosen(asked.algorithms[0]), len(asked.algorithms)
+    each = (refit_operations(sites, method, 1 - ratio, calibration.n_tokens) for ratio in asked.ratios)
+    solves = n_metrics * asked.rounds * operation * sum(each)
     if asked.reconstruct == "bias":
         return [Line("reconstruct", f"{_n_plans(config)} plans x a bias for each of {n_sites} FFNs")]
     if asked.reconstruct == "one_shot":
         what = f"least squares of {n_sites} FFNs, {damping_told(asked.damping, calibration)}"
-        return [Line("reconstruct", f"{_n_plans(config)} plans x {what}")]
+        return [Line("reconstruct", f"{_n_plans(config)} plans x {what}", solves)]
     tokens = 2 * calibration.n_tokens * asked.rounds
     n_plans = _n_plans(config)
     what = f"{n_plans} plans x {tokens:,} tokens forward, block by block"
-    return [Line("reconstruct", what, n_plans * tokens * speed, n_plans * asked.rounds * (_CHECK + 1))]
+    seconds = n_plans * tokens * speed + solves
+    return [Line("reconstruct", what, seconds, n_plans * asked.rounds * (_CHECK + 1))]
 
 
 def _distillation_lines(
@@ -372,12 +372,3 @@ def distillation_seconds(model: Any, sites: Sequence[FFNSite], tokens: int, spee
     """
     trained = sum((2 if s.gate is None else 3) * s.d_ff * s.d_model for s in sites)
     return 3 * tokens * speed * trained / sum(p.numel() for p in model.parameters())
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that suits it; NaN is unknown."""
-    if math.isnan(seconds):
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -19,6 +19,8 @@ from ffnscope.run.schema import RunConfig
 CONFIG = "experiment_config.yaml"
 LOG_FILE = "run.log"
 LEDGER = "ledger.json"
+LEFT_TO_MODEL = ("calibration.num_samples", "metrics.scar.num_samples")
+"""Keys that may be null until the model is loaded; whether its text is the same, the ledger knows."""
 
 
 @contextlib.contextmanager
@@ -35,10 +37,15 @@ def open_folder(config: RunConfig, *, overwrite: bool = False) -> Generator[Path
     with held(folder):
         check_folder(config, overwrite=overwrite)  # of another process, between the first check and the lock
         sweep(folder)
-        path, text = folder / CONFIG, dump_config(config)
-        if not path.is_file() or path.read_bytes() != text.encode():
-            write_text(path, text)
+        record_config(folder, config)
         yield folder
+
+
+def record_config(folder: Path, config: RunConfig) -> None:
+    """Write the configuration of a run, unless the file is the same already."""
+    path, text = folder / CONFIG, dump_config(config)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_text(path, text)
 
 
 def check_folder(config: RunConfig, *, overwrite: bool = False) -> None:
@@ -76,7 +83,8 @@ def check_folder(config: RunConfig, *, overwrite: bool = False) -> None:
 def differing(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted keys whose values differ between two nested mappings, except where the output goes."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new or prefix == "output.dir" else [prefix or "everything"]
+        left = new is None and prefix in LEFT_TO_MODEL
+        return [] if old == new or prefix == "output.dir" or left else [prefix or "everything"]
     found: list[str] = []
     for key in {**old, **new}:
         dotted = f"{prefix}.{key}" if prefix else str(key)

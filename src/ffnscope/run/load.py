@@ -22,8 +22,9 @@ from ffnscope.run.document import (
     show,
     write_yaml,
 )
+from ffnscope.run.evaluation_block import ExtraText
 from ffnscope.run.explain import ALIASES, explain
-from ffnscope.run.schema import ExtraText, RunConfig
+from ffnscope.run.schema import RunConfig
 
 AFTER_FILE = 1_000_000_000
 """Order of the first override: they come after every line."""
@@ -224,18 +225,23 @@ def problem_lines(
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in every key that the configuration leaves to another key; a second time changes nothing."""
+    """Fill in every key that the configuration leaves to another key; a second time changes nothing.
+
+    What it leaves to the widths of the model stays null: see `ffnscope.run.windows.sized`.
+    """
     held_out, *extra = config.evaluation_texts
     supernode, scar = config.supernode, config.metrics.scar
     fraction = 0.01 if supernode.core_fraction is None and supernode.top_k is None else supernode.core_fraction
     text = {key: getattr(held_out, key) for key in type(held_out).model_fields}
-    lengths = {"num_samples": config.scar_num_samples, "max_length": config.scar_max_length}
+    backward = None if config.grows and config.scar_num_samples == config.num_samples else config.scar_num_samples
+    lengths = {"num_samples": backward, "max_length": config.scar_max_length}
+    size = {"num_samples": None if config.grows else config.num_samples, "max_length": config.max_length}
     blocks: dict[str, Any] = {
         "dataset": {
             "split": config.calibration_text.split,
             "mix": tuple(ExtraText(**source.model_dump()) for source in config.mixed_texts),
         },
-        "calibration": {"seed": config.seed},
+        "calibration": {"seed": config.seed, **size},
         "metrics": {"scar": scar.model_copy(update=lengths)},
         "supernode": {"core_fraction": fraction},
         "evaluation": {

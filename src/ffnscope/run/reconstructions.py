@@ -33,7 +33,7 @@ def check_sites(config: RunConfig, sites: Sequence[FFNSite]) -> None:
     if config.pruning.reconstructs:
         config.pruning.chosen(config.pruning.algorithms[0]).check_sites(sites)
     for ratio in config.pruning.ratios if config.pruning.enabled else ():
-        check_budget(sites, config.pruning.budget(ratio))
+        check_budget(sites, config.pruning.budget(ratio), config.pruning.allocator)
 
 
 def reconstruct_stage(job: Job, plans: Mapping[str, PruningPlan], stats: FitStatistics) -> dict[str, Pruned]:

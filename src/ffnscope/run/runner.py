@@ -87,6 +87,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         check_format(config, loaded)
         check_sites(config, find_sites(loaded.model, config.model.tracked_layers))
         job = stages.open_job(config, folder, reporter, loaded, overwrite=overwrite)
+        config = job.config
         asked = open_card(config, loaded, job.sites, job.calibration, job.model_hash)
         stats = stages.calibrate_stage(job)
         scores = stages.score_stage(job, stats)

@@ -8,13 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictBool, StrictInt
+from pydantic import ConfigDict, Field, StrictBool
 
 from ffnscope.apply.export import SHARD_SIZE
 from ffnscope.evaluate.tasks import TaskOptions
 from ffnscope.registry import METRICS
 from ffnscope.run.analysis_blocks import Ablation, Concentration, CrossLayer, Halo, Stability
 from ffnscope.run.contextual_block import Contextual, SecondText
+from ffnscope.run.defaults import RANKING, TextDefaults, defaults_of
+from ffnscope.run.evaluation_block import Evaluation, ExtraText
 from ffnscope.run.fields import (
     Block,
     Count,
@@ -38,7 +40,6 @@ from ffnscope.run.saving import Form
 from ffnscope.run.texts import TextSource, held_out_split
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-PROMPTS = ("The president of the United States", "The most important thing about science is", "Once upon a time")
 
 
 class Experiment(Block):
@@ -95,10 +96,6 @@ class Model(Block):
     """Model before fine-tuning, for delta_alignment: a model_id."""
 
 
-class ExtraText(TextSource):
-    """A further text, to calibrate on in a mixture, or held out."""
-
-
 class Dataset(TextSource):
     """Text that calibrates; also the base of the evaluation text."""
 
@@ -107,7 +104,8 @@ class Dataset(TextSource):
     split: Text | None = "train"
     """Part of the text that calibrates; a local file has none."""
     mix: tuple[ExtraText, ...] = ()
-    """Further texts that calibrate, in equal parts with this one."""
+    """Further texts that calibrate, in equal parts with this one; where pruned models are reconstructed and neither
+    name, split nor mix is given, all other shipped texts."""
     batch_size: Count = 1
     """Windows per forward pass of the evaluation."""
 
@@ -115,10 +113,11 @@ class Dataset(TextSource):
 class Calibration(Block):
     """How many tokens the statistics are summed over, and how they are cut."""
 
-    num_samples: Count = 64
-    """Token windows."""
-    max_length: Length = 512
-    """Tokens per window."""
+    num_samples: Count | None = None
+    """Token windows; null: 64, or where pruned models are reconstructed 128, with a refit as many more as give every
+    FFN 4 tokens per channel and the text has."""
+    max_length: Length | None = None
+    """Tokens per window; null: 512, or where pruned models are reconstructed 256."""
     batch_size: Count = 4
     """Windows per forward pass; changes memory and speed, not the statistics."""
     mode: Literal["contiguous", "lines", "chat"] = "contiguous"
@@ -137,7 +136,8 @@ class Scar(Block):
     enabled: StrictBool = True
     """Score the scar_* metrics."""
     num_samples: Count | None = None
-    """How many of the calibration windows also run backward; null: all."""
+    """How many of the calibration windows also run backward; null: 32 where pruned models are reconstructed and neither
+    supernode nor concentration is enabled, else all."""
     max_length: Length | None = None
     """Tokens that these windows are cut to; null: calibration.max_length."""
 
@@ -185,59 +185,6 @@ class Supernode(Block):
     """Would other text give the same core?"""
 
 
-class Samples(Block):
-    """Texts that the dense and the pruned models continue, to be read side by side."""
-
-    enabled: StrictBool = True
-    """Generate samples."""
-    prompts: Annotated[tuple[Text, ...], NotEmpty] = PROMPTS
-    """Beginnings of the texts."""
-    max_new_tokens: Count = 40
-    """Tokens generated after each prompt."""
-
-
-class Tasks(Block):
-    """Downstream tasks of the dense and the pruned models, run by lm-eval (`pip install 'ffnscope[eval]'`)."""
-
-    names: Annotated[tuple[Text, ...], Distinct] = ()
-    """Tasks, groups or tags of lm-eval, or paths of its .yaml files or of own .json and .jsonl files."""
-    num_fewshot: Annotated[StrictInt, Field(ge=0)] | None = None
-    """Examples before each question; null: what the task says, otherwise none."""
-    limit: Count | None = None
-    """Questions per task, the first ones; null: all."""
-    batch_size: Count = 1
-    """Requests per forward pass."""
-
-
-class Evaluation(Block):
-    """Held-out text and what is measured on it."""
-
-    enabled: StrictBool = True
-    """Evaluate the dense and every pruned model."""
-    name: Text | None = None
-    """Held-out text; null: dataset.name."""
-    subset: Text | None = None
-    """Configuration of a hub dataset; null: dataset.subset when the dataset is the same."""
-    split: Text | None = None
-    """Part of the text; null: the held-out split of a known dataset (test, for c4 validation)."""
-    streaming: StrictBool | None = None
-    """Read row by row; null: dataset.streaming when the dataset is the same."""
-    text_field: Text | None = None
-    """Column that holds the text; null: dataset.text_field when the dataset is the same."""
-    revision: Text | None = None
-    """Commit, tag or branch of a hub dataset; null: dataset.revision when the dataset is the same."""
-    num_samples: Count = 64
-    """Token windows of each held-out text; a text that has fewer is an error."""
-    max_length: Length | None = None
-    """Tokens per window; null: calibration.max_length."""
-    extra: tuple[ExtraText, ...] = ()
-    """Further held-out texts."""
-    samples: Samples = Field(default_factory=Samples)
-    """Generated samples."""
-    tasks: Tasks = Field(default_factory=Tasks)
-    """Downstream tasks."""
-
-
 class Output(Block):
     """Where results go."""
 
@@ -281,19 +228,41 @@ class RunConfig(Block):
         return self.experiment.seed if self.calibration.seed is None else self.calibration.seed
 
     @property
+    def text_defaults(self) -> TextDefaults:
+        """How much text calibrates where the configuration does not say."""
+        return defaults_of(self.pruning.reconstruct if self.pruning.enabled else "none")
+
+    @property
+    def grows(self) -> bool:
+        """Whether there are more calibration windows where FFNs are wider."""
+        return self.calibration.num_samples is None and self.pruning.refitted
+
+    @property
+    def num_samples(self) -> int:
+        """Calibration windows; at least as many where they are left to the widest FFN (see `sized`)."""
+        return self.calibration.num_samples or self.text_defaults.windows
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per calibration window."""
+        return self.calibration.max_length or self.text_defaults.length
+
+    @property
     def scar_num_samples(self) -> int:
         """Calibration windows that also run backward."""
-        return self.metrics.scar.num_samples or self.calibration.num_samples
+        analyses = self.supernode.enabled or self.concentration.enabled
+        default = None if analyses else self.text_defaults.backward
+        return self.metrics.scar.num_samples or min(default or self.num_samples, self.num_samples)
 
     @property
     def scar_max_length(self) -> int:
         """Tokens that the windows of the backward pass are cut to."""
-        return self.metrics.scar.max_length or self.calibration.max_length
+        return self.metrics.scar.max_length or self.max_length
 
     @property
     def evaluation_max_length(self) -> int:
-        """Tokens per window of the held-out texts."""
-        return self.evaluation.max_length or self.calibration.max_length
+        """Tokens per window of the held-out texts; the same for every method."""
+        return self.evaluation.max_length or self.calibration.max_length or RANKING.length
 
     @property
     def output_dir(self) -> Path:
@@ -308,7 +277,10 @@ class RunConfig(Block):
     @property
     def mixed_texts(self) -> tuple[TextSource, ...]:
         """Texts that calibrate in equal parts with the calibration text."""
-        return tuple(_source(text, text.split, "train") for text in self.dataset.mix)
+        asked = self.dataset
+        if not {"name", "split", "mix"} & asked.model_fields_set:
+            return tuple(TextSource(name=name, split="train") for name in self.text_defaults.mixed_with(asked.name))
+        return tuple(_source(text, text.split, "train") for text in asked.mix)
 
     @property
     def evaluation_text(self) -> TextSource:

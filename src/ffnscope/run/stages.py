@@ -57,11 +57,12 @@ from ffnscope.run.choices import (
     pass_options,
     reference_hash,
 )
+from ffnscope.run.folder import record_config
 from ffnscope.run.ledger import Ledger
 from ffnscope.run.progress import Reporter, peak_memory
 from ffnscope.run.schema import RunConfig
-from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, open_tasks
-from ffnscope.run.windows import calibration_windows, describe_windows, evaluation_windows
+from ffnscope.run.steps import announce, compare_with_dense, discard_damaged, open_tasks, tell_few_tokens
+from ffnscope.run.windows import describe_windows, evaluation_windows, sized
 from ffnscope.scoring import naming_weights, score
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
@@ -127,8 +128,12 @@ def open_job(
     ledger = Ledger(folder)
     sites = find_sites(loaded.model, config.model.tracked_layers)
     with reporter.task("read texts", "texts"):
-        calibration = calibration_windows(config, loaded.tokenizer)
+        config, calibration = sized(config, loaded, sites)
         held_out = evaluation_windows(config, loaded.tokenizer)
+    record_config(folder, config)
+    if config.pruning.reconstructs:
+        method = config.pruning.chosen(config.pruning.algorithms[0])
+        tell_few_tokens(reporter, loaded.model, method, sites, calibration)
     tasks = open_tasks(config.task_options, reporter)
     hashes = weights_hash(loaded.model), reference_hash(config, sites), background_hash(config)
     texts = {"the calibration text": calibration.hash}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from ffnscope.analyze.memory import CalibrationBytes
 from ffnscope.apply.block_files import BlockFiles
+from ffnscope.apply.few_tokens import FEW, few_tokens
 from ffnscope.apply.ffn_tokens import token_bytes
 from ffnscope.apply.method import Method
 from ffnscope.apply.pruned import Pruned
@@ -22,7 +24,7 @@ from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.tasks import TaskOptions, TaskSet, load_tasks
 from ffnscope.io import read_stats, read_tensors, writing
 from ffnscope.run.progress import Reporter
-from ffnscope.types import PruningPlan
+from ffnscope.types import FFNSite, PruningPlan
 
 ANNOUNCED_BYTES = 2**28
 
@@ -31,6 +33,15 @@ def announce(reporter: Reporter, found: CalibrationBytes) -> None:
     """Say how much a calibration takes, before one that takes much: with second moments, or of large batches."""
     if found.memory > ANNOUNCED_BYTES:
         reporter.say(found.told)
+
+
+def tell_few_tokens(
+    reporter: Reporter, model: nn.Module, method: Method, sites: Sequence[FFNSite], windows: Windows
+) -> None:
+    """Say before any work that a text is too short for a least squares."""
+    few = few_tokens(model, sites, windows.n_tokens) if method.refits else None
+    if few is not None:
+        reporter.say(f"warning: {few}")
 
 
 def announce_training(
@@ -95,7 +106,8 @@ def keep_reconstruction(
     """
     for block in options.checkpoint.glob("*.safetensors") if options.checkpoint else ():
         discard_damaged(reporter, block, read_tensors)
-    with reporter.task(name, unit) as update:
+    with reporter.task(name, unit) as update, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*{FEW}")  # told before anything was begun
         made = make(options=replace(options, keep_checkpoint=True), on_block=update)
     assert isinstance(made, Reconstruction), "checked by the caller"
     write_reconstruction(path, made, overwrite=True)

@@ -19,9 +19,9 @@ from ffnscope.io import (
     writing,
 )
 from ffnscope.report.sweep_page import CellResult, sweep_rows, write_sweep_page
-from ffnscope.run.estimate import duration
 from ffnscope.run.executors import JOBS, check_executor, execute
 from ffnscope.run.folder import CONFIG, check_folder
+from ffnscope.run.lines import duration
 from ffnscope.run.outputs import PAGE, check_plots
 from ffnscope.run.progress import Reporter
 from ffnscope.run.schema import RunConfig

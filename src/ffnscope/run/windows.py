@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ffnscope.calibrate.text import TextSource, check_text, load_documents, load_windows
+from ffnscope.calibrate.forward import check_ids
+from ffnscope.calibrate.pack import Cut
+from ffnscope.calibrate.text import TextSource, check_text, load_cut, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
+from ffnscope.ffn.load import LoadedModel
 from ffnscope.run import texts
+from ffnscope.run.defaults import enough_windows
 from ffnscope.run.schema import RunConfig
+from ffnscope.types import FFNSite
 
 
 def check_texts(config: RunConfig) -> None:
@@ -19,6 +25,29 @@ def check_texts(config: RunConfig) -> None:
         check_text(source)
 
 
+def sized(config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite]) -> tuple[RunConfig, Windows]:
+    """Cut the calibration text, and fill in how many windows there are where the configuration leaves that to the FFNs.
+
+    Raises:
+        UsageError: too few windows for a distillation, or token ids that the model does not know.
+        TextError: the text is too short.
+    """
+    asked = config.calibration
+    cut = Cut(config.num_samples, config.max_length, asked.mode, config.seed, asked.answers_only)
+    if config.grows:
+        enough = enough_windows(loaded.model, sites, config.max_length)
+        cut = replace(cut, n=max(config.num_samples, enough), least=config.num_samples)
+    windows = load_cut(calibration_source(config), loaded.tokenizer, cut)
+    check_ids(loaded.model, windows)
+    if config.pruning.reconstructs:
+        config.pruning.chosen(config.pruning.algorithms[0]).check_windows(len(windows))
+    if not config.grows:
+        return config, windows
+    config = config.model_copy(update={"calibration": asked.model_copy(update={"num_samples": len(windows)})})
+    scar = config.metrics.scar.model_copy(update={"num_samples": config.scar_num_samples})
+    return config.model_copy(update={"metrics": config.metrics.model_copy(update={"scar": scar})}), windows
+
+
 def calibration_windows(
     config: RunConfig, tokenizer: Any, *, text: texts.TextSource | None = None, seed: int | None = None
 ) -> Windows:
@@ -27,8 +56,8 @@ def calibration_windows(
     return load_windows(
         text_source(text) if text else calibration_source(config),
         tokenizer,
-        n=asked.num_samples,
-        length=asked.max_length,
+        n=config.num_samples,
+        length=config.max_length,
         mode=asked.mode,
         seed=config.seed if seed is None else seed,
         answers_only=asked.answers_only,

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from ffnscope.errors import ArtifactError, DeviceError, TextError
 from ffnscope.run import RunConfig
-from ffnscope.run.estimate import Line, estimate, print_estimate, with_libraries
+from ffnscope.run.estimate import estimate, print_estimate, with_libraries
+from ffnscope.run.lines import Line
 from runs import quiet_run
 from tiny import D_FF, LAYERS, tiny
 

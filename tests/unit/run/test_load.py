@@ -67,7 +67,7 @@ FAULTS = [
     ("calibration: {num_samples: '8'}", "line 3: calibration.num_samples: expected a whole number; got '8'."),
     ("calibration: {num_samples: 8.0}", "line 3: calibration.num_samples: expected a whole number; got 8.0."),
     ("calibration: {num_samples: true}", "line 3: calibration.num_samples: expected a whole number; got true."),
-    ("calibration: {num_samples: }", "line 3: calibration.num_samples: expected a whole number; got nothing (null)."),
+    ("calibration: {batch_size: }", "line 3: calibration.batch_size: expected a whole number; got nothing (null)."),
     ("calibration: {num_samples: 0}", "line 3: calibration.num_samples: must be at least 1; got 0."),
     ("calibration: {max_length: 1}", "line 3: calibration.max_length: must be at least 2; got 1."),
     ("experiment: {seed: 4294967296}", "line 3: experiment.seed: must be below 4294967296; got 4294967296."),

@@ -1,0 +1,50 @@
+"""Estimates of dense linear algebra: they grow as the work does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffnscope import FFNSite
+from ffnscope.apply.method import Method
+from ffnscope.run.lines import Line, with_more
+from ffnscope.run.solve_costs import (
+    moment_operations,
+    order_operations,
+    refit_operations,
+    score_line,
+    seconds_per_operation,
+)
+
+
+def sites(d_ff: int, count: int = 1) -> list[FFNSite]:
+    return [FFNSite(i, f"layers.{i}", None, "up", "down", 16, d_ff) for i in range(count)]
+
+
+def test_orders_grow_with_the_cube() -> None:
+    one, twice = (order_operations(sites(n), "obs_loss") for n in (10_000, 20_000))
+    assert twice / one == pytest.approx(8, rel=0.01)
+    assert order_operations(sites(10_000, 3), "obs") == pytest.approx(3 * one)
+    assert order_operations(sites(10_000), "wanda") == 0
+
+
+def test_moments_grow_with_the_tokens() -> None:
+    assert moment_operations(sites(8), 20) == 2 * moment_operations(sites(8), 10) == 0.5 * 20 * 64
+    assert moment_operations(sites(8), 20, ["act_sq"]) == 0
+
+
+def test_every_damping_is_a_factorisation() -> None:
+    chosen, given = (refit_operations(sites(4096), Method(damping=d), 1.0, 0) for d in (None, 0.1))
+    assert chosen / given == pytest.approx(5, rel=0.1)
+    one_shot = refit_operations(sites(4096), Method(reconstruct="one_shot"), 1.0, 1000)
+    sequential = refit_operations(sites(4096), Method(), 1.0, 1000)
+    assert sequential - one_shot == pytest.approx(moment_operations(sites(4096), 1000))
+    assert refit_operations(sites(4096), Method(reconstruct="none"), 0.5, 1000) == 0
+    assert refit_operations(sites(4096), Method(), 0.5, 0) < refit_operations(sites(4096), Method(), 0.9, 0)
+
+
+def test_lines() -> None:
+    assert 0 < seconds_per_operation(torch.nn.Linear(2, 2)) < 1e-6
+    assert score_line("what", sites(8), ["wanda"], 1.0).seconds is None
+    assert score_line("what", sites(1000), ["wanda", "obs"], 1e-9).seconds == pytest.approx(4.032, rel=0.01)
+    assert with_more(Line("a", "b", 1.0), 2.0).seconds == 3.0
