@@ -28,6 +28,7 @@ from ffnscope.io import read_plan
 from ffnscope.plan.allocate import check_budget
 from ffnscope.plan.curves import Curves
 from ffnscope.report.error_table import print_profile
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
 from ffnscope.run.texts import SHIPPED_TEXTS, held_out_split
@@ -105,6 +106,7 @@ def prune_command(
     plan = read_plan(wanted.plan) if wanted.plan else None
     known = Known(plan, read_metric(wanted.scores, method.metric) if wanted.scores else None, measured.read())
     reporter = Reporter()
+    libraries = library_bytes() if dry_run else 0  # before the model is loaded
     loaded = loading.open(reporter, model_of(model, record), only_estimate=dry_run)
     saving.check_model(loaded)
     chosen = calibration_of(context, text, method)
@@ -115,7 +117,7 @@ def prune_command(
         check_budget(job.asked.sites if scores is None else scores.sites, budget)
     if dry_run:
         rounds = measured.rounds_of(method, plan)
-        print_prune_estimate(job, budget, held_out.held_out(loaded) if held_out else None, OUT, rounds)
+        print_prune_estimate(job, budget, held_out.held_out(loaded) if held_out else None, libraries, OUT, rounds)
         return
     _start(_Asked(wanted, measured, known, budget, saving, text, held_out), job, scores)
 

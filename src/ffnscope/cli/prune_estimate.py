@@ -26,7 +26,6 @@ from ffnscope.run.estimate import (
     seconds_per_token,
     with_reading,
 )
-from ffnscope.run.progress import peak_memory
 from ffnscope.run.saving import UNEVEN
 from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 from ffnscope.types import Budget
@@ -45,10 +44,14 @@ def print_curves_estimate(job: PruneJob, rounds: CurveRounds, console: Console) 
 
 
 def print_prune_estimate(
-    job: PruneJob, budget: Budget, held_out: Windows | None, console: Console, rounds: CurveRounds | None = None
+    job: PruneJob,
+    budget: Budget,
+    held_out: Windows | None,
+    libraries: int,
+    console: Console,
+    rounds: CurveRounds | None = None,
 ) -> None:
-    """Print what `ffnscope prune` would do."""
-    libraries = peak_memory()["resident"]
+    """Print what `ffnscope prune` would do; ``libraries``: see `bounds_of`."""
     model, asked, method = job.loaded.model, job.asked, job.method
     speed = seconds_per_token(model, asked.sites)
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []

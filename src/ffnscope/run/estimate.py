@@ -38,8 +38,8 @@ from ffnscope.run.choices import (
 )
 from ffnscope.run.contextual import open_card
 from ffnscope.run.folder import check_folder
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.outputs import check_plots
-from ffnscope.run.progress import peak_memory
 from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.sparse_steps import CardJob
@@ -96,11 +96,11 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
 
     What would stop the run at once stops this too: a folder that is not this run's, a model or a text that is missing,
     a text that is too short. Stages whose results are there already are counted as if they ran. ``libraries`` is main
-    memory in bytes that a process takes before it loads a model; None = what this one has taken so far.
+    memory in bytes that a process takes before it loads a model; None = what this one takes now.
     """
     check_plots(config)
     check_folder(config, overwrite=overwrite)
-    libraries = peak_memory()["resident"] if libraries is None else libraries
+    libraries = library_bytes() if libraries is None else libraries
     loaded = load_to_estimate(model_source(config))
     check_format(config, loaded)
     sites = find_sites(loaded.model, config.model.tracked_layers)
