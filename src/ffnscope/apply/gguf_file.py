@@ -111,7 +111,7 @@ def _write_facts(writer: Any, config: Any, width: int) -> None:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file in the layout of this format, on the CPU, offloaded ones too; a tied head is left out."""
+    """Every tensor of the file in the layout of this format, on the CPU, read where it is offloaded; no tied head."""
     config: Any = model.config
     once = frozenset(names_once(model))
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

@@ -20,13 +20,13 @@ from ffnscope.run.estimate import (
     Line,
     calibrate_line,
     curves_line,
-    distillation_seconds,
     evaluate_line,
     print_lines,
-    seconds_per_token,
+    refit_line,
     with_reading,
 )
 from ffnscope.run.saving import UNEVEN
+from ffnscope.run.seconds import distillation_seconds, seconds_per_token, solve_seconds
 from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 from ffnscope.types import Budget
 
@@ -72,14 +72,17 @@ def print_prune_estimate(
         again = [calibrate_line(f"round {number}", steps, speed) for steps in each]
         lines += [replace(line, what=f"{line.what}, of what is left") for line in again]
     if method.reconstruct == "sequential":
+        share, chooses = 1 - budget.sparsity, method.damping is None
+        one = refit_line(model, asked.sites, job.windows, share, speed, chooses=chooses)
         tokens = 2 * job.windows.n_tokens * method.rounds
-        what = f"block by block: {tokens:,} tokens forward"
-        lines.append(Line("reconstruct", what, tokens * speed, 3 * method.rounds))
+        what = f"block by block: {tokens:,} tokens forward, and least squares of {len(asked.sites)} FFNs"
+        lines.append(Line("reconstruct", what, method.rounds * (one.seconds or 0), method.rounds * one.reads))
         lines += _distillation(job, budget, speed)
     elif method.reconstruct == "bias":
         lines.append(Line("reconstruct", f"a bias for each of {len(asked.sites)} FFNs"))
     elif method.reconstruct == "one_shot":
-        lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs"))
+        seconds = solve_seconds(model, asked.sites, 1 - budget.sparsity, chooses=False)
+        lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs", seconds))
     if held_out is not None:
         lines.append(evaluate_line(held_out, 2, speed))
     memory = job.memory() if each else None

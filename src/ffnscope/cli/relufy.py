@@ -21,9 +21,10 @@ from ffnscope.cli.groups import grouped
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.report.relufy_plot import plot_relufy
-from ffnscope.run.estimate import Line, print_lines, print_peak, seconds_per_token
+from ffnscope.run.estimate import Line, print_lines, print_peak
 from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
+from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.texts import held_out_split
 from ffnscope.sparse.relu.activation import replace_activation_
 from ffnscope.sparse.relu.convert import CALIBRATION, ReluModel, Watch, relufy_

@@ -18,7 +18,8 @@ from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.run.bounds import Workload, load_of_steps
-from ffnscope.run.estimate import Line, calibrate_line, print_lines, seconds_per_token, with_reading
+from ffnscope.run.estimate import Line, calibrate_line, print_lines, with_reading
+from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 
 Texts = Mapping[str, tuple[Question, Windows]]

@@ -41,8 +41,9 @@ from ffnscope.io import read_state, write_csv, write_json, write_text
 from ffnscope.plan.build import check_allocator_name
 from ffnscope.registry import METRICS
 from ffnscope.report.validation_table import print_validation, validation_facts, validation_markdown
-from ffnscope.run.estimate import Line, calibrate_line, print_lines, seconds_per_token
+from ffnscope.run.estimate import Line, calibrate_line, print_lines
 from ffnscope.run.progress import Reporter
+from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
 from ffnscope.run.texts import held_out_split
 from ffnscope.scoring import naming_weights

@@ -56,8 +56,10 @@ def _save(job: Job, saving: Saving, plan: Pruned, measured: Mapping[str, list[Ev
     source = model_source(job.config)
     placed = source.device_map is not None or source.stream is not None
     by_blocks = placed and saving.can_leave(job.loaded.model, plan)
-    loaded = job.loaded if by_blocks else load_model(
-        source if source.device_map is not None else replace(source, device="cpu")
+    loaded = (
+        job.loaded
+        if by_blocks
+        else load_model(source if source.device_map is not None else replace(source, device="cpu"))
     )
     saving.check_plan(loaded, plan_of(plan), job.reporter)
     unfinished = saving.out.with_name(f"{saving.out.name}.part")

@@ -188,8 +188,8 @@ class Supernode(Block):
 class Samples(Block):
     """Texts that the dense and the pruned models continue, to be read side by side."""
 
-    enabled: StrictBool = True
-    """Generate samples."""
+    enabled: StrictBool | None = None
+    """Generate samples; null: unless the model is streamed, which reads all weights for every token."""
     prompts: Annotated[tuple[Text, ...], NotEmpty] = PROMPTS
     """Beginnings of the texts."""
     max_new_tokens: Count = 40
@@ -342,6 +342,12 @@ class RunConfig(Block):
         if not asked.enabled or chosen is None:
             return None
         return SecondText(**_source(chosen, chosen.split, held_out_split(chosen.name)).model_dump())
+
+    @property
+    def generates_samples(self) -> bool:
+        """Whether samples are generated: of a streamed model only where the file says so."""
+        asked = self.evaluation.samples.enabled
+        return self.evaluation.enabled and (self.model.stream is None if asked is None else asked)
 
     @property
     def task_options(self) -> TaskOptions | None:
