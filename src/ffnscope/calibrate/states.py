@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.calibrate.sweep_files import SweepFiles
+from ffnscope.ffn.own_folder import OwnFolder
 from ffnscope.ffn.streamed import Place
 
 Key = tuple[int, int]
@@ -57,7 +56,7 @@ class HiddenStates:
         self.place = place
         self._kept = kept
         self._parent = folder
-        self._folder: Path | None = None
+        self._folder: OwnFolder | None = None
         self._held: dict[Key, Tensor] = {}
         self._devices: dict[Key, torch.device] = {}
         self._sequences = 0
@@ -68,7 +67,7 @@ class HiddenStates:
     def __exit__(self, *error: object) -> None:
         self._held.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     def put(self, key: Key, value: Tensor) -> None:
         """Keep a tensor, without its graph."""
@@ -126,7 +125,5 @@ class HiddenStates:
 
     def _file(self, key: Key) -> Path:
         if self._folder is None:
-            if self._parent is not None:
-                self._parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="ffnscope-states-", dir=self._parent))
-        return self._folder / f"{key[0]}_{key[1]}.pt"
+            self._folder = OwnFolder(self._parent, "ffnscope-states")
+        return self._folder.path / f"{key[0]}_{key[1]}.pt"

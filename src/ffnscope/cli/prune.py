@@ -24,6 +24,7 @@ from ffnscope.cli.prune_estimate import print_prune_estimate
 from ffnscope.cli.prune_from import loading_of, model_of, open_record, text_of
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.errors import UsageError
+from ffnscope.ffn.streamed import wait_in
 from ffnscope.io import read_plan
 from ffnscope.plan.allocate import check_budget
 from ffnscope.plan.curves import Curves
@@ -141,6 +142,7 @@ def _start(asked: _Asked, job: PruneJob, scores: Scores | None) -> None:
     with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
         sweep(out.parent, out.name)
         check_output(out, asked.saving.overwrite)  # of another process, since the first check
+        wait_in(job.loaded.model, part)
         tell_changes(part, job.hashes, job.reporter)
         _carry_out(asked, job, scores, part)
 

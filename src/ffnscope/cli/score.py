@@ -16,6 +16,7 @@ from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.passes import compare_calibrations
 from ffnscope.cli.score_estimate import print_score_estimate
+from ffnscope.ffn.streamed import wait_in
 from ffnscope.io import write_csv, write_json, writing
 from ffnscope.report.stability_table import print_stability
 from ffnscope.report.summary import correlation_summary, score_summary
@@ -70,6 +71,7 @@ def score_command(
         print_score_estimate(asked, windows, texts, options, loaded, libraries, OUT)
         return
     with unfinished(out / UNFINISHED) as part:
+        wait_in(loaded.model, part)
         found = score_all(loaded, asked, text, reporter, out, windows)
         summary = {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)}
         write_json(out / "scores.json", summary)
