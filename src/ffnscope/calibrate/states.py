@@ -12,6 +12,7 @@ from torch import Tensor
 from ffnscope.calibrate.sweep_files import SweepFiles
 from ffnscope.ffn.own_folder import OwnFolder
 from ffnscope.ffn.streamed import Place
+from ffnscope.io import read_tensors, write_tensors
 
 Key = tuple[int, int]
 """What a tensor is: the block that it waits for (below 0: a gradient) or the sequence that it is in, and its batch."""
@@ -76,7 +77,7 @@ class HiddenStates:
         if self.place == "disk" and self._kept is not None:
             self._kept.write_state(key, value)
         elif self.place == "disk":
-            torch.save(value.cpu().clone(), self._file(key))  # a clone, since a view would be saved with all behind it
+            write_tensors(self._file(key), {"state": value.cpu()}, {"kind": "hidden state"})
         else:
             self._held[key] = value.cpu() if self.place == "cpu" else value
 
@@ -85,7 +86,7 @@ class HiddenStates:
         if self.place == "disk" and self._kept is not None:
             return self._kept.read_state(key).to(self._devices[key])
         if self.place == "disk":
-            return torch.load(self._file(key), weights_only=True).to(self._devices[key])
+            return read_tensors(self._file(key))[0]["state"].to(self._devices[key])
         return self._held[key].to(self._devices[key])
 
     def pop(self, key: Key) -> Tensor:
@@ -126,4 +127,4 @@ class HiddenStates:
     def _file(self, key: Key) -> Path:
         if self._folder is None:
             self._folder = OwnFolder(self._parent, "ffnscope-states")
-        return self._folder.path / f"{key[0]}_{key[1]}.pt"
+        return self._folder.path / f"{key[0]}_{key[1]}.safetensors"
