@@ -71,18 +71,7 @@ def print_prune_estimate(
     for number in range(2, method.rounds + 1):
         again = [calibrate_line(f"round {number}", steps, speed) for steps in each]
         lines += [replace(line, what=f"{line.what}, of what is left") for line in again]
-    if method.reconstruct == "sequential":
-        share, chooses = 1 - budget.sparsity, method.damping is None
-        one = refit_line(model, asked.sites, job.windows, share, speed, chooses=chooses)
-        tokens = 2 * job.windows.n_tokens * method.rounds
-        what = f"block by block: {tokens:,} tokens forward, and least squares of {len(asked.sites)} FFNs"
-        lines.append(Line("reconstruct", what, method.rounds * (one.seconds or 0), method.rounds * one.reads))
-        lines += _distillation(job, budget, speed)
-    elif method.reconstruct == "bias":
-        lines.append(Line("reconstruct", f"a bias for each of {len(asked.sites)} FFNs"))
-    elif method.reconstruct == "one_shot":
-        seconds = solve_seconds(model, asked.sites, 1 - budget.sparsity, chooses=False)
-        lines.append(Line("reconstruct", f"least squares of {len(asked.sites)} FFNs", seconds))
+    lines += _reconstruction(job, budget, speed)
     if held_out is not None:
         lines.append(evaluate_line(held_out, 2, speed))
     memory = job.memory() if each else None
@@ -110,6 +99,23 @@ def _workload(
         0 if memory is None else memory.beside_batches,
         *refit,
     )
+
+
+def _reconstruction(job: PruneJob, budget: Budget, speed: float) -> list[Line]:
+    method, model, sites = job.method, job.loaded.model, job.asked.sites
+    share = 1 - budget.sparsity
+    if method.reconstruct == "bias":
+        return [Line("reconstruct", f"a bias for each of {len(sites)} FFNs")]
+    if method.reconstruct == "one_shot":
+        seconds = solve_seconds(model, sites, share, chooses=False)
+        return [Line("reconstruct", f"least squares of {len(sites)} FFNs", seconds)]
+    if method.reconstruct != "sequential":
+        return []
+    one = refit_line(model, sites, job.windows, share, speed, chooses=method.damping is None)
+    tokens = 2 * job.windows.n_tokens * method.rounds
+    what = f"block by block: {tokens:,} tokens forward, and least squares of {len(sites)} FFNs"
+    found = Line("reconstruct", what, method.rounds * (one.seconds or 0), method.rounds * one.reads)
+    return [found, *_distillation(job, budget, speed)]
 
 
 def _distillation(job: PruneJob, budget: Budget, speed: float) -> list[Line]:
