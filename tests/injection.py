@@ -1,4 +1,4 @@
-"""Faults at random points of `ffnscope run` and `ffnscope prune`, and what comes of them."""
+"""Faults at random points of `ffnscope run`, also on a streamed model, and `ffnscope prune`, and what comes of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -45,12 +46,15 @@ class Watch:
         root: the folder.
         at: number of the operation, from 1; None only counts.
         kind: "interrupt" (it raises), "death" (so does every later one, clean-up too), "full disk" (from then on
-            nothing can be opened to write), "kill" (SIGKILL).
+            nothing can be opened to write), "full disk in a write" (from then on no file grows beyond ``size`` bytes,
+            so that a write fails in the middle: EFBIG in the place of ENOSPC), "kill" (SIGKILL).
+        size: in bytes.
     """
 
     root: str
     at: int | None = None
     kind: str = "interrupt"
+    size: int = 0
     count: int = 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -62,10 +66,18 @@ class Watch:
             return
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.kind != "full disk":
+        if not self.kind.startswith("full disk"):
             raise Died
-        if opens:
+        if self.kind == "full disk in a write":
+            _limit_files(self.size)
+        elif opens:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+
+def _limit_files(size: int | None) -> None:
+    """No file of this process may be longer; None = as long as before."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
 
 _watching: list[Watch] = []
@@ -88,6 +100,7 @@ def watching(watch: Watch) -> Iterator[Watch]:
         yield watch
     finally:
         _watching.pop()
+        _limit_files(None)
 
 
 _SERVER = multiprocessing.get_context("forkserver")  # imports once, and makes a process of its own for every kill
@@ -108,7 +121,7 @@ class Work:
     """A command on a tiny checkpoint.
 
     Attributes:
-        name: "run" or "prune".
+        name: "run", "streamed run" (hidden states on disk, a reconstruction, checkpoints), or "prune".
         root: everything that it reads and writes.
     """
 
@@ -120,8 +133,12 @@ class Work:
         return self.root / "work" / "out"
 
     @property
+    def is_run(self) -> bool:
+        return self.name != "prune"
+
+    @property
     def arguments(self) -> list[str]:
-        if self.name == "run":
+        if self.is_run:
             return ["run", str(self.root / "run.yaml")]
         text = ("--text", self.root / "texts" / "train.txt", "--num-samples", 8, "--max-length", 32, "--batch-size", 4)
         given = (
@@ -141,12 +158,16 @@ class Work:
         """Write the checkpoint, the texts and the configuration."""
         make_checkpoint(self.root / "model")
         shutil.copytree(texts, self.root / "texts")
-        config = small_run(self.root / "model", self.root / "texts", self.out, evaluation={"num_samples": 3})
+        changes: dict[str, Any] = {"evaluation": {"num_samples": 3}}
+        if self.name == "streamed run":
+            pruning = {"ratios": [0.5], "algorithms": ["scar_loss_proxy"], "reconstruct": "sequential"}
+            changes |= {"model": {"stream": "disk"}, "pruning": pruning, "output": {"checkpoints": True}}
+        config = small_run(self.root / "model", self.root / "texts", self.out, **changes)
         (self.root / "run.yaml").write_text(yaml.safe_dump(config))
 
     def start(self, *, overwrite: bool = False) -> str:
         """Do the work, or go on with it; returns what it told."""
-        if self.name == "run":
+        if self.is_run:
             told = io.StringIO()
             config = load_config(self.root / "run.yaml")
             run(config, overwrite=overwrite, reporter=Reporter(Console(file=told, width=1000)))
@@ -191,47 +212,67 @@ class Faults:
         with watching(Watch(str(self.work.root / "work"))) as watch:
             self.work.start()
         self.operations, self.whole = watch.count, self.work.made()
+        self.seconds = self._seconds()
 
     def broken_off(self, kind: str) -> str:
         """Break off a new start at a random file operation, as `Watch` says; returns what an error told."""
         self.work.fresh()
-        watch = Watch(str(self.work.root / "work"), self.rng.randint(1, self.operations), kind)
+        at, size = self.rng.randint(1, self.operations), self.rng.randint(1, 500)
+        watch = Watch(str(self.work.root / "work"), at, kind, size)
         with watching(watch):
             try:
                 self.work.start()
             except Died:
                 return ""
             except ArtifactError as error:
-                assert "Make room" in str(error) and "work" in str(error), error
+                assert "cannot write" in str(error) and "work" in str(error), error
+                assert "Make room" in str(error) or kind == "full disk in a write", error
                 return str(error)
-        assert kind == "full disk", "every operation was passed"  # the log alone could not be written
+        assert kind.startswith("full disk"), "every operation was passed"  # the log alone could not be written
         return ""
 
     def stopped(self, kind: str) -> None:
         """An interrupt, a death or a full disk; then the same call again."""
         told = self.broken_off(kind)
-        self.again(kind if kind != "full disk" or told else "full disk, log only")
+        while kind.startswith("full disk") and not told:  # no file but the log was written after that
+            told = self.broken_off(kind)
+        self.again(kind)
 
     def killed(self, *, at_time: bool) -> None:
-        """SIGKILL of a child at a random file operation, or at a random time after its first file."""
-        self.work.fresh()
-        at = self.rng.randint(1, self.operations)
-        child = _SERVER.Process(
-            target=_command, args=(str(self.work.root / "work"), None if at_time else at, self.work.arguments)
-        )
+        """SIGKILL of a child at a random file operation, or at a random time between its first file and its end."""
+        while True:
+            self.work.fresh()
+            child = self._child(None if at_time else self.rng.randint(1, self.operations))
+            if at_time:
+                time.sleep(self.rng.uniform(0, self.seconds))
+                child.kill()
+            child.join(timeout=300)
+            assert child.exitcode in (-signal.SIGKILL, *((0,) if at_time else ())), child.exitcode
+            if not self._finished():
+                break
+        self.again(f"kill -9 at a random {'time' if at_time else 'file operation'}")
+
+    def _child(self, at: int | None) -> Any:
+        """A process that does the work, and has written its first file, or has ended."""
+        child = _SERVER.Process(target=_command, args=(str(self.work.root / "work"), at, self.work.arguments))
         child.start()
-        if at_time:
-            while not self.work.files() and child.exitcode is None:
-                time.sleep(0.005)
-            time.sleep(self.rng.uniform(0, 0.8))
-            child.kill()
+        while at is None and not self.work.files() and child.exitcode is None:
+            time.sleep(0.005)
+        return child
+
+    def _seconds(self) -> float:
+        """From the first file of a process to its end."""
+        self.work.fresh()
+        child = self._child(None)
+        start = time.perf_counter()
         child.join(timeout=300)
-        status = child.exitcode
-        assert status == -signal.SIGKILL or (at_time and status == 0), status
-        if status == 0 and self.work.name == "prune":
-            assert self.work.made() == self.whole
-            return self.note("kill -9 at a random time", "was done already")
-        return self.again(f"kill -9 at a random {'time' if at_time else 'file operation'}")
+        assert child.exitcode == 0 and self._finished(), child.exitcode
+        return time.perf_counter() - start
+
+    def _finished(self) -> bool:
+        """Whether everything was made, and nothing was left to do."""
+        left = [path for path in self.work.out.parent.iterdir() if path != self.work.out]
+        return not left and self.work.out.is_dir() and results(self.work.out) == self.whole
 
     def damaged(self, kind: str, *, finished: bool = False) -> None:
         """A flipped bit in, or the end cut from, a random file of broken-off or finished work."""
@@ -317,7 +358,7 @@ class Faults:
         from ffnscope.apply.folder import held
 
         self.work.fresh()
-        folder = self.work.out if self.work.name == "run" else self.work.out.with_name(".out.prune.part")
+        folder = self.work.out if self.work.is_run else self.work.out.with_name(".out.prune.part")
         folder.mkdir(parents=True)
         with held(folder):
             try:
@@ -367,17 +408,17 @@ def another_model(work: Work) -> Callable[[], Callable[[], None]]:
     return change
 
 
-def all_faults(work: Work, seed: int, *, kills: int = 5) -> Faults:
-    """Every kind of fault several times: 27 and ``kills`` on a run, 23 and ``kills`` on a pruning."""
+def all_faults(work: Work, seed: int, *, kills: int = 5, times: int = 4) -> Faults:
+    """Every kind of fault ``times`` times or less, and ``kills``: 30 and these on a run, 26 on a pruning by default."""
     made = Faults(work, seed)
-    for kind in ("interrupt", "death", "full disk"):
-        for _ in range(4):
+    for kind in ("interrupt", "death", "full disk", "full disk in a write"):
+        for _ in range(times - (kind == "full disk in a write")):
             made.stopped(kind)
     for kind in ("bit flipped", "truncated"):
-        for _ in range(4):
+        for _ in range(times):
             made.damaged(kind)
-    if work.name == "run":
-        for _ in range(3):
+    if work.is_run:
+        for _ in range(times - 1):
             made.damaged("bit flipped", finished=True)
         made.damaged("truncated", finished=True)
     for index in range(kills):

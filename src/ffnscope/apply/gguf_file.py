@@ -14,6 +14,7 @@ from ffnscope.apply.decilm import check_llama_like
 from ffnscope.apply.folder import refuse_existing
 from ffnscope.apply.gguf_tokenizer import Vocabulary, read_vocabulary
 from ffnscope.errors import NotAvailableError
+from ffnscope.ffn.offload import names_once, value_of
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import replacing
 
@@ -110,11 +111,14 @@ def _write_facts(writer: Any, config: Any, width: int) -> None:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file in the layout of this format, on the CPU; a tied head is left out."""
+    """Every tensor of the file in the layout of this format, on the CPU, read where it is offloaded; no tied head."""
     config: Any = model.config
+    once = frozenset(names_once(model))
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, value in model.named_parameters():
-        value = value.detach().cpu()
+        if name not in once:
+            continue
+        value = value_of(model, name, value).detach().cpu()
         part = name.split(".")[-2]
         yield name, _interleaved(value, heads[part]) if part in heads else value
 

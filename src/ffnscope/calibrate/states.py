@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ffnscope.calibrate.sweep_files import SweepFiles
+from ffnscope.ffn.own_folder import OwnFolder
 from ffnscope.ffn.streamed import Place
+from ffnscope.io import read_tensors, write_tensors
 
 Key = tuple[int, int]
 """What a tensor is: the block that it waits for (below 0: a gradient) or the sequence that it is in, and its batch."""
@@ -57,7 +57,7 @@ class HiddenStates:
         self.place = place
         self._kept = kept
         self._parent = folder
-        self._folder: Path | None = None
+        self._folder: OwnFolder | None = None
         self._held: dict[Key, Tensor] = {}
         self._devices: dict[Key, torch.device] = {}
         self._sequences = 0
@@ -68,7 +68,7 @@ class HiddenStates:
     def __exit__(self, *error: object) -> None:
         self._held.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     def put(self, key: Key, value: Tensor) -> None:
         """Keep a tensor, without its graph."""
@@ -77,7 +77,7 @@ class HiddenStates:
         if self.place == "disk" and self._kept is not None:
             self._kept.write_state(key, value)
         elif self.place == "disk":
-            torch.save(value.cpu().clone(), self._file(key))  # a clone, since a view would be saved with all behind it
+            write_tensors(self._file(key), {"state": value.cpu()}, {"kind": "hidden state"})
         else:
             self._held[key] = value.cpu() if self.place == "cpu" else value
 
@@ -86,7 +86,7 @@ class HiddenStates:
         if self.place == "disk" and self._kept is not None:
             return self._kept.read_state(key).to(self._devices[key])
         if self.place == "disk":
-            return torch.load(self._file(key), weights_only=True).to(self._devices[key])
+            return read_tensors(self._file(key))[0]["state"].to(self._devices[key])
         return self._held[key].to(self._devices[key])
 
     def pop(self, key: Key) -> Tensor:
@@ -126,7 +126,5 @@ class HiddenStates:
 
     def _file(self, key: Key) -> Path:
         if self._folder is None:
-            if self._parent is not None:
-                self._parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="ffnscope-states-", dir=self._parent))
-        return self._folder / f"{key[0]}_{key[1]}.pt"
+            self._folder = OwnFolder(self._parent, "ffnscope-states")
+        return self._folder.path / f"{key[0]}_{key[1]}.safetensors"

@@ -26,10 +26,12 @@ from ffnscope.cli.prune_from import loading_of, model_of, open_record
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.cli.prune_texts import HeldOutChoice, PruneTexts, texts_again, texts_of
 from ffnscope.errors import UsageError
+from ffnscope.ffn.streamed import wait_in
 from ffnscope.io import read_plan
 from ffnscope.plan.allocate import check_budget
 from ffnscope.plan.curves import Curves
 from ffnscope.report.error_table import print_profile
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
 from ffnscope.run.saving import Saving
 from ffnscope.types import Budget, PruningPlan, Scores
@@ -105,6 +107,7 @@ def prune_command(
     plan = read_plan(wanted.plan) if wanted.plan else None
     known = Known(plan, read_metric(wanted.scores, method.metric) if wanted.scores else None, measured.read())
     reporter = Reporter()
+    libraries = library_bytes() if dry_run else 0  # before the model is loaded
     loaded = loading.open(reporter, model_of(model, record), only_estimate=dry_run)
     saving.check_model(loaded)
     job = PruneJob(loaded, method, texts.calibration, inputs, reporter, record, form.keep_statistics)
@@ -115,7 +118,8 @@ def prune_command(
     job.check_text()
     if dry_run:
         rounds = measured.rounds_of(method, plan)
-        print_prune_estimate(job, budget, texts.held_out.windows(loaded) if texts.held_out else None, OUT, rounds)
+        held_out = texts.held_out.windows(loaded) if texts.held_out else None
+        print_prune_estimate(job, budget, held_out, libraries, OUT, rounds)
         return
     _start(_Asked(wanted, measured, known, budget, saving, texts), job, scores)
 
@@ -138,6 +142,7 @@ def _start(asked: _Asked, job: PruneJob, scores: Scores | None) -> None:
     with working_folder(out.with_name(f".{out.name}.prune.part")) as part:
         sweep(out.parent, out.name)
         check_output(out, asked.saving.overwrite)  # of another process, since the first check
+        wait_in(job.loaded.model, part)
         tell_changes(part, job.hashes, job.reporter)
         _carry_out(asked, job, scores, part)
 

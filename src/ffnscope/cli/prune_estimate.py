@@ -20,16 +20,14 @@ from ffnscope.run.bounds import Workload, load_of_steps, load_of_text, refit_of
 from ffnscope.run.estimate import (
     calibrate_line,
     curves_line,
-    distillation_seconds,
     evaluate_line,
     held_out_lines,
-    seconds_per_token,
     with_reading,
 )
 from ffnscope.run.held_out import damping_told, held_out_bytes
 from ffnscope.run.lines import Line, print_lines, with_more
-from ffnscope.run.progress import peak_memory
 from ffnscope.run.saving import UNEVEN
+from ffnscope.run.seconds import distillation_seconds, seconds_per_token
 from ffnscope.run.solve_costs import (
     moment_operations,
     order_operations,
@@ -54,10 +52,14 @@ def print_curves_estimate(job: PruneJob, rounds: CurveRounds, console: Console) 
 
 
 def print_prune_estimate(
-    job: PruneJob, budget: Budget, held_out: Windows | None, console: Console, rounds: CurveRounds | None = None
+    job: PruneJob,
+    budget: Budget,
+    held_out: Windows | None,
+    libraries: int,
+    console: Console,
+    rounds: CurveRounds | None = None,
 ) -> None:
-    """Print what `ffnscope prune` would do."""
-    libraries = peak_memory()["resident"]
+    """Print what `ffnscope prune` would do; ``libraries``: see `bounds_of`."""
     model, asked, method = job.loaded.model, job.asked, job.method
     speed = seconds_per_token(model, asked.sites)
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []

@@ -21,9 +21,11 @@ from ffnscope.cli.groups import grouped
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.report.relufy_plot import plot_relufy
-from ffnscope.run.estimate import print_peak, seconds_per_token
+from ffnscope.run.estimate import print_peak
 from ffnscope.run.lines import Line, print_lines
-from ffnscope.run.progress import Reporter, peak_memory
+from ffnscope.run.machine import library_bytes
+from ffnscope.run.progress import Reporter
+from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.texts import held_out_split
 from ffnscope.sparse.relu.activation import replace_activation_
 from ffnscope.sparse.relu.convert import CALIBRATION, ReluModel, Watch, relufy_
@@ -152,11 +154,12 @@ def relufy_command(
     options = choice.options(context)
     sources = text.sources()
     reporter = Reporter()
+    libraries = library_bytes() if dry_run else 0  # before the model is loaded
     loaded = loading.open(reporter, model)
     read = options.steps * options.batch_size * options.accumulate
     windows, held_out = text.windows(sources, loaded, read)
     if dry_run:
-        _estimate(loaded, windows, held_out, options, OUT)
+        _estimate(loaded, windows, held_out, options, libraries)
         return
     with reporter.task("train", "steps") as on_step:
         trials = _Trials(reporter)
@@ -191,9 +194,8 @@ def _print(found: ReluModel, console: Console) -> None:
     console.print(table)
 
 
-def _estimate(loaded: LoadedModel, text: Windows, held_out: Windows, options: ReluOptions, console: Console) -> None:
+def _estimate(loaded: LoadedModel, text: Windows, held_out: Windows, options: ReluOptions, libraries: int) -> None:
     """Print what would run; the activation is replaced in memory to see whether it can be."""
-    libraries = peak_memory()["resident"]
     model: Any = loaded.model
     sites = replace_activation_(model, options.activation)
     speed = seconds_per_token(model, sites)
@@ -211,7 +213,7 @@ def _estimate(loaded: LoadedModel, text: Windows, held_out: Windows, options: Re
         lines.append(Line("shift", f"12 times {n_tokens:,} tokens", 12 * speed * n_tokens))
     disk = f"up to {2 * 12 * n_parameters / 2**30:.1f} GiB beside the output until it is finished"
     lines.append(Line("checkpoints", f"one every {options.every} steps, {disk}"))
-    print_lines(lines, "relufy", console)
+    print_lines(lines, "relufy", OUT)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     saved = sum(4 * s.d_ff + 12 * s.d_model for s in sites) * 4
-    print_peak(model, 16 * n_parameters + forward * (saved + 12 * vocabulary), libraries, console)
+    print_peak(model, 16 * n_parameters + forward * (saved + 12 * vocabulary), libraries, OUT)

@@ -16,9 +16,11 @@ from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.passes import compare_calibrations
 from ffnscope.cli.score_estimate import print_score_estimate
+from ffnscope.ffn.streamed import wait_in
 from ffnscope.io import write_csv, write_json, writing
 from ffnscope.report.stability_table import print_stability
 from ffnscope.report.summary import correlation_summary, score_summary
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
 
 Metrics = Annotated[list[str], typer.Option("--metric", "-m", help="Metric; repeatable. See `ffnscope metrics`.")]
@@ -55,6 +57,7 @@ def score_command(
     for one in (text, *choices.values()):
         one.check_calibration()
     reporter = Reporter()
+    libraries = library_bytes() if dry_run else 0  # before the model is loaded
     loaded = loading.open(reporter, model, only_estimate=dry_run)
     asked = inputs.question(loaded, tracked)
     windows = text.calibration(loaded)
@@ -65,9 +68,10 @@ def score_command(
     }
     options = PassOptions(batch_size=text.batch_size)
     if dry_run:
-        print_score_estimate(asked, windows, texts, options, loaded, OUT)
+        print_score_estimate(asked, windows, texts, options, loaded, libraries, OUT)
         return
     with unfinished(out / UNFINISHED) as part:
+        wait_in(loaded.model, part)
         found = score_all(loaded, asked, text, reporter, out, windows)
         summary = {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)}
         write_json(out / "scores.json", summary)

@@ -18,23 +18,28 @@ from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.run.bounds import Workload, load_of_steps
-from ffnscope.run.estimate import calibrate_line, seconds_per_token, with_reading
+from ffnscope.run.estimate import calibrate_line, with_reading
 from ffnscope.run.lines import Line, print_lines
-from ffnscope.run.progress import peak_memory
+from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 
 Texts = Mapping[str, tuple[Question, Windows]]
 
 
 def print_score_estimate(
-    asked: Question, windows: Windows, texts: Texts, options: PassOptions, loaded: LoadedModel, console: Console
+    asked: Question,
+    windows: Windows,
+    texts: Texts,
+    options: PassOptions,
+    loaded: LoadedModel,
+    libraries: int,
+    console: Console,
 ) -> None:
     """Print what `ffnscope score` would do: calibrate on ``windows``, then on every text to compare, and score.
 
     ``texts`` maps labels to questions and windows, as in `compare_calibrations`; ``loaded`` is the model that is asked
-    about.
+    about; ``libraries``: see `bounds_of`.
     """
-    libraries = peak_memory()["resident"]
     speed = seconds_per_token(asked.model, asked.sites)
     given: Any = {"sites": asked.sites, "rule": asked.rule, "options": options}
     alone = calibration_bytes(asked.model, windows, asked.params, **given)

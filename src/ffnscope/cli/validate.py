@@ -41,9 +41,10 @@ from ffnscope.io import read_state, write_csv, write_json, write_text
 from ffnscope.plan.build import check_allocator_name
 from ffnscope.registry import METRICS
 from ffnscope.report.validation_table import print_validation, validation_facts, validation_markdown
-from ffnscope.run.estimate import calibrate_line, seconds_per_token
+from ffnscope.run.estimate import calibrate_line
 from ffnscope.run.lines import Line, print_lines
 from ffnscope.run.progress import Reporter
+from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
 from ffnscope.run.texts import held_out_split
 from ffnscope.scoring import naming_weights

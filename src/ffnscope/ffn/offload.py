@@ -8,8 +8,6 @@ goes to memory for a weight in memory, and to new files for a weight on disk: th
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 import uuid
 import warnings
 import weakref
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import ModelError, UsageError
 from ffnscope.ffn.heap import give_back_free
+from ffnscope.ffn.own_folder import OwnFolder
 from ffnscope.ffn.projection import coupled
 from ffnscope.io import write_tensors
 from ffnscope.types import FFNSite
@@ -380,9 +379,9 @@ def _replacing(weights: Any, key: str, value: Tensor) -> Callable[[], None]:
 
 def _folder(loader: Any) -> Path:
     """New folder for changed weights of a loader, beside those that it reads; removed when the loader is."""
-    found: Path | None = getattr(loader, "ffnscope_folder", None)
+    found: OwnFolder | None = getattr(loader, "ffnscope_folder", None)
     if found is None:
-        found = Path(tempfile.mkdtemp(prefix="ffnscope-", dir=loader.save_folder))
-        loader.ffnscope_folder = found
-        weakref.finalize(loader, shutil.rmtree, found, ignore_errors=True)
-    return found
+        parent = None if loader.save_folder is None else Path(loader.save_folder)
+        found = loader.ffnscope_folder = OwnFolder(parent, "ffnscope-weights")
+        weakref.finalize(loader, found.remove)
+    return found.path

@@ -8,14 +8,14 @@ is that passes over text should run block by block, and where hidden states wait
 from __future__ import annotations
 
 import atexit
-import shutil
-import tempfile
 import weakref
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+
+from ffnscope.ffn.own_folder import OwnFolder
 
 Place = Literal["device", "cpu", "disk"]
 PLACES: tuple[str, ...] = get_args(Place)
@@ -30,9 +30,9 @@ def offload_to(folder: str | None) -> str:
     """
     if folder is not None:
         return folder
-    made = tempfile.mkdtemp(prefix="ffnscope-stream-")
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
+    made = OwnFolder(None, "ffnscope-stream")
+    atexit.register(made.remove)
+    return str(made.path)
 
 
 def stream_(model: nn.Module, place: Place, device: torch.device, folder: Path | None = None) -> nn.Module:
@@ -54,6 +54,12 @@ def stream_(model: nn.Module, place: Place, device: torch.device, folder: Path |
                 setattr(module, name, buffer.to(device))
     _STREAMED[model] = place, folder
     return model
+
+
+def wait_in(model: nn.Module, folder: Path) -> None:
+    """Let hidden states on disk wait in this folder, if the model is streamed and was given none."""
+    if model in _STREAMED and _STREAMED[model][1] is None:
+        _STREAMED[model] = _STREAMED[model][0], folder
 
 
 def is_streamed(model: nn.Module) -> bool:

@@ -70,6 +70,7 @@ class Workload:
         refit_states: values of hidden states that a sequential reconstruction keeps; 0 = there is none.
         refit: bytes that it takes beside them.
         more: bytes that stay beside the model all the time, for example a reference model.
+        reloads: whether it is loaded once more into main memory to be cut and saved; one that is streamed is not.
     """
 
     forward: Load = Load()
@@ -79,6 +80,7 @@ class Workload:
     refit_states: int = 0
     refit: int = 0
     more: int = 0
+    reloads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +165,14 @@ def _resident(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Byt
         work.forward.at_once(setting.batch) * logits,
         work.backward.at_once(setting.batch) * (shapes.saved * item + logits),
     )
+    copy = shapes.weights * item * work.reloads
     pairs = work.held_out.at_once(setting.batch) * 2 * item * shapes.vocabulary  # dense and pruned logits
     return {
         "calibrate": Bytes(base + calibrate + work.sums),
         "score": Bytes(base + work.sums),
         "reconstruct": Bytes(base + work.refit_states * item + work.refit),
         "evaluate": Bytes(base + pairs),
-        "save": Bytes(base),
+        "save": Bytes(base, host=copy) if shapes.accelerator else Bytes(base + copy),
     }
 
 

@@ -33,7 +33,8 @@ def check_format(config: RunConfig, loaded: LoadedModel) -> None:
 def checkpoints_stage(job: Job, plans: Mapping[str, Pruned], rows: Sequence[EvalRow]) -> None:
     """Save ``checkpoints/METRIC-SPARSITY`` for every plan.
 
-    Slicing changes a model for good, so each is loaded again, on the CPU.
+    Slicing changes a model for good, so each is loaded again, on the CPU. One that is streamed or placed by a
+    ``device_map`` is written block by block from where it is; where that cannot be, it is loaded again as it was.
     """
     config = job.config
     if not config.output.checkpoints:
@@ -52,10 +53,17 @@ def checkpoints_stage(job: Job, plans: Mapping[str, Pruned], rows: Sequence[Eval
 
 def _save(job: Job, saving: Saving, plan: Pruned, measured: Mapping[str, list[EvalResult]], files: list[Path]) -> None:
     """Load, prune and save one model, and add what was written to ``files``."""
-    loaded = load_model(replace(model_source(job.config), device="cpu", device_map=None))
+    source = model_source(job.config)
+    placed = source.device_map is not None or source.stream is not None
+    by_blocks = placed and saving.can_leave(job.loaded.model, plan)
+    loaded = (
+        job.loaded
+        if by_blocks
+        else load_model(source if source.device_map is not None else replace(source, device="cpu"))
+    )
     saving.check_plan(loaded, plan_of(plan), job.reporter)
     unfinished = saving.out.with_name(f"{saving.out.name}.part")
-    saving = replace(saving, unfinished=unfinished, model_hash=job.model_hash)
+    saving = replace(saving, by_blocks=by_blocks, unfinished=unfinished, model_hash=job.model_hash)
     saving.prune_and_save(loaded, plan, {label: found for label, found in measured.items() if found}, job.reporter)
     files += sorted(p for p in saving.out.rglob("*") if p.is_file()) if saving.out.is_dir() else [saving.out]
 

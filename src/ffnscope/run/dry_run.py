@@ -14,8 +14,9 @@ from ffnscope.run.choices import background_hash, reference_bytes
 from ffnscope.run.estimate import estimate, print_estimate
 from ffnscope.run.folder import check_folder
 from ffnscope.run.lines import duration
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.outputs import check_plots
-from ffnscope.run.progress import Reporter, peak_memory
+from ffnscope.run.progress import Reporter
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.sweep import check_sweep
 from ffnscope.run.sweep_cells import SweepConfig
@@ -60,7 +61,7 @@ def dry_run_sweep(sweep: SweepConfig, console: Console, *, overwrite: bool = Fal
     )
     failed: dict[str, str] = {}
     bounds: dict[str, Bounds] = {}
-    total, libraries = 0.0, peak_memory()["resident"]  # before the models of earlier cells
+    total, libraries = 0.0, library_bytes()  # before the models of earlier cells
     with Reporter().task("estimate", "cells") as update, quiet_transformers():
         for i, cell in enumerate(sweep.cells, 1):
             try:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -19,7 +18,6 @@ from ffnscope.analyze.nulls import enough_draws
 from ffnscope.apply.few_tokens import few_tokens
 from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.calibrate.collect import plan_steps
-from ffnscope.calibrate.forward import input_device
 from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.tasks import load_tasks
@@ -40,19 +38,18 @@ from ffnscope.run.contextual import open_card
 from ffnscope.run.folder import check_folder
 from ffnscope.run.held_out import damping_told, held_out_bytes, held_out_told
 from ffnscope.run.lines import Line, print_lines, with_more
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.outputs import check_plots
-from ffnscope.run.progress import peak_memory
 from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
+from ffnscope.run.seconds import REFIT_SECONDS, SAVE_SECONDS, distillation_seconds, seconds_per_token
 from ffnscope.run.solve_costs import moment_operations, refit_operations, score_line, seconds_per_operation
 from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.switches import FILE, Bounds, bounds_of, load_to_estimate, print_advice
 from ffnscope.run.windows import evaluation_windows, sized
 from ffnscope.types import FFNSite
 
-REFIT_SECONDS = 0.25  # least squares of an FFN of 1,536 channels on a processor core; it grows with the cube
 _CHECK = 2  # readings of a streamed model by which it is checked to be a chain of blocks
-EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole forward reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +78,11 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
 
     What would stop the run at once stops this too: a folder that is not this run's, a model or a text that is missing,
     a text that is too short. Stages whose results are there already are counted as if they ran. ``libraries`` is main
-    memory in bytes that a process takes before it loads a model; None = what this one has taken so far.
+    memory in bytes that a process takes before it loads a model; None = what this one takes now.
     """
     check_plots(config)
     check_folder(config, overwrite=overwrite)
-    libraries = peak_memory()["resident"] if libraries is None else libraries
+    libraries = library_bytes() if libraries is None else libraries
     loaded = load_to_estimate(model_source(config))
     check_format(config, loaded)
     sites = find_sites(loaded.model, config.model.tracked_layers)
@@ -111,9 +108,9 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         *_reconstruction_lines(config, sites, calibration, speed, operation),
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
-        *_evaluation_lines(config, held_out, speed),
+        *_evaluation_lines(config, held_out, loaded.tokenizer, speed),
         *_contextual_lines(open_card(config, loaded, sites, calibration), speed),
-        *([Line("checkpoints", f"{_n_plans(config)} models")] if config.output.checkpoints else []),
+        *_checkpoint_lines(config, loaded.model),
     ]
     refit = (0, 0)
     if config.pruning.enabled and config.pruning.reconstruct == "sequential":
@@ -125,6 +122,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         max(found.beside_batches, found.disk + (held_out_bytes(sites, calibration) if holds_out else 0)),
         *refit,
         more=reference_bytes(config),
+        reloads=config.output.checkpoints and config.model.device_map is None,
     )
     bounds = bounds_of(loaded, sites, work, libraries)
     few = few_tokens(loaded.model, sites, calibration.n_tokens) if config.pruning.refitted else None
@@ -197,12 +195,13 @@ def curves_line(
 ) -> Line:
     """Tell the measuring of loss curves; ``speed`` in seconds per token of a forward, ``refits``: of every cut."""
     cuts = curve_cuts(sites, rounds)
-    tokens = rounds.windows(calibration).n_tokens
-    seconds = (cuts / 2 + 2 * rounds.rounds) * tokens * speed
+    windows = rounds.windows(calibration)
+    tokens, forwards = windows.n_tokens, cuts / 2 + 2 * rounds.rounds
+    seconds, reads = forwards * tokens * speed, math.ceil(forwards * len(windows) / rounds.options.batch_size)
     if refits:
         seconds += cuts * REFIT_SECONDS * (max(s.d_ff for s in sites) / 1536) ** 3
     what = f"{cuts:,} cuts in {rounds.rounds} round(s) x {tokens:,} tokens, on average half of the layers"
-    return Line("measure curves", what + (", each refitted" if refits else ""), seconds)
+    return Line("measure curves", what + (", each refitted" if refits else ""), seconds, reads)
 
 
 def _curves_lines(config: RunConfig, sites: Sequence[FFNSite], calibration: Windows, speed: float) -> list[Line]:
@@ -217,7 +216,7 @@ def _curves_lines(config: RunConfig, sites: Sequence[FFNSite], calibration: Wind
     n_metrics, n_plans = len(asked.algorithms), _n_plans(config)
     seconds = n_metrics * (first.seconds or 0) + n_plans * ((every.seconds or 0) - (first.seconds or 0))
     what = f"{every.what}; the first round for {n_metrics} metric(s), the others for {n_plans} plan(s)"
-    return [Line(every.stage, what, seconds)]
+    return [Line(every.stage, what, seconds, n_metrics * first.reads + n_plans * (every.reads - first.reads))]
 
 
 def _calibrate_lines(
@@ -248,22 +247,24 @@ def _round_lines(config: RunConfig, steps: Sequence[Step], speed: float) -> list
     if not again:
         return []
     tokens = sum(s.batch.n_tokens * (1 + s.backward) for s in steps)
-    return [Line("rounds", f"{again} more calibrations, of what is left", again * tokens * speed)]
+    backward = sum(s.batch.n_tokens for s in steps if s.backward)
+    reads, more = again * (_CHECK + 1 + bool(backward)), again * backward * speed
+    return [Line("rounds", f"{again} more calibrations, of what is left", again * tokens * speed, reads, more)]
 
 
 def _reconstruction_lines(
     config: RunConfig, sites: Sequence[FFNSite], calibration: Windows, speed: float, operation: float
 ) -> list[Line]:
-    asked, n_sites = config.pruning, len(sites)
+    asked = config.pruning
     if not asked.reconstructs:
         return []
     method, n_metrics = asked.chosen(asked.algorithms[0]), len(asked.algorithms)
     each = (refit_operations(sites, method, 1 - ratio, calibration.n_tokens) for ratio in asked.ratios)
     solves = n_metrics * asked.rounds * operation * sum(each)
     if asked.reconstruct == "bias":
-        return [Line("reconstruct", f"{_n_plans(config)} plans x a bias for each of {n_sites} FFNs")]
+        return [Line("reconstruct", f"{_n_plans(config)} plans x a bias for each of {len(sites)} FFNs")]
     if asked.reconstruct == "one_shot":
-        what = f"least squares of {n_sites} FFNs, {damping_told(asked.damping, calibration)}"
+        what = f"least squares of {len(sites)} FFNs, {damping_told(asked.damping, calibration)}"
         return [Line("reconstruct", f"{_n_plans(config)} plans x {what}", solves)]
     tokens = 2 * calibration.n_tokens * asked.rounds
     n_plans = _n_plans(config)
@@ -295,11 +296,11 @@ def _analysis_lines(config: RunConfig, n_sites: int, calibration: Windows, speed
     if config.supernode.enabled and asked.enabled and others:
         tokens = others * calibration.n_tokens
         what = f"the core of {others} other calibrations: {tokens:,} tokens forward and backward"
-        found.append(Line("stability", what, 2 * tokens * speed))
+        found.append(Line("stability", what, 2 * tokens * speed, others * (_CHECK + 2), tokens * speed))
     return found
 
 
-def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float) -> list[Line]:
+def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], tokenizer: Any, speed: float) -> list[Line]:
     models = 1 + _n_plans(config)
     lines = [evaluate_line(w, models, speed) for w in held_out]
     lines += _ablation_lines(config, held_out, speed)
@@ -307,11 +308,20 @@ def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], speed: flo
         questions = load_tasks(config.task_options).n_questions
         what = " and ".join(f"{n:,} questions of {name}" for name, n in questions.items())
         lines.append(Line("tasks", f"{models} models x {what}", math.nan))
-    asked = config.evaluation.samples
-    if held_out and asked.enabled:
+    if config.generates_samples:
+        asked = config.evaluation.samples
+        steps = models * asked.max_new_tokens * (1 if tokenizer.pad_token_id is not None else len(asked.prompts))
         what = f"{models * len(asked.prompts)} texts of up to {asked.max_new_tokens} tokens"
-        lines.append(Line("samples", what, models * asked.max_new_tokens * speed * _TOKENS_OF_ONE_STEP))
+        lines.append(Line("samples", what, steps * speed * _TOKENS_OF_ONE_STEP, steps))
     return lines
+
+
+def _checkpoint_lines(config: RunConfig, model: Any) -> list[Line]:
+    if not config.output.checkpoints:
+        return []
+    n_plans = _n_plans(config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return [Line("checkpoints", f"{n_plans} models", n_plans * size * SAVE_SECONDS)]
 
 
 def evaluate_line(windows: Windows, n_models: int, speed: float) -> Line:
@@ -324,11 +334,14 @@ def _ablation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float
     asked = config.ablation
     if not asked.enabled:
         return []
-    tokens, found = held_out[0][: asked.num_samples].n_tokens, list[Line]()
+    windows, found = held_out[0][: asked.num_samples], list[Line]()
+    tokens, batches = windows.n_tokens, math.ceil(len(windows) / config.dataset.batch_size)
     if config.supernode.enabled:
         halos = 2 * config.halo.enabled
         sets = 2 * (1 + 2 * halos + 2 * asked.draws) + len(asked.dose_shares) * asked.draws
-        found.append(Line("ablate sets", f"{sets} sets x {tokens:,} tokens", (1 + sets) * tokens * speed))
+        found.append(
+            Line("ablate sets", f"{sets} sets x {tokens:,} tokens", (1 + sets) * tokens * speed, (1 + sets) * batches)
+        )
     if asked.channels:
         what = f"{asked.channels} channels x {tokens:,} tokens, on average half of the layers"
         found.append(Line("ablate channels", what, asked.channels * tokens * speed / 2))
@@ -349,26 +362,3 @@ _TOKENS_OF_ONE_STEP = 32
 
 def _n_plans(config: RunConfig) -> int:
     return len(config.pruning.algorithms) * len(config.pruning.ratios) if config.pruning.enabled else 0
-
-
-def seconds_per_token(model: Any, sites: Sequence[FFNSite]) -> float:
-    """Time of one token's forward: 2 FLOP per weight at the measured speed of a matrix product of the FFN's shape."""
-    device, dtype = input_device(model), next(p.dtype for p in model.parameters() if p.dim() == 2)
-    a = torch.randn(1024, sites[0].d_model, device=device, dtype=dtype)
-    b = torch.randn(sites[0].d_model, sites[0].d_ff, device=device, dtype=dtype)
-    times: list[float] = []
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ b)[0, 0])
-        times.append(time.perf_counter() - start)
-    speed = 2 * a.shape[0] * b.numel() / min(times)  # the least disturbed run
-    return 2 * sum(p.numel() for p in model.parameters()) / (speed * EFFICIENCY)
-
-
-def distillation_seconds(model: Any, sites: Sequence[FFNSite], tokens: int, speed: float) -> float:
-    """Time of an epoch over ``tokens`` in every FFN, none of them cut: forward and backward take three forwards.
-
-    ``speed``: seconds per token of a forward.
-    """
-    trained = sum((2 if s.gate is None else 3) * s.d_ff * s.d_model for s in sites)
-    return 3 * tokens * speed * trained / sum(p.numel() for p in model.parameters())

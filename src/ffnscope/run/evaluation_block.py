@@ -19,8 +19,8 @@ class ExtraText(TextSource):
 class Samples(Block):
     """Texts that the dense and the pruned models continue, to be read side by side."""
 
-    enabled: StrictBool = True
-    """Generate samples."""
+    enabled: StrictBool | None = None
+    """Generate samples; null: unless the model is streamed, which reads all weights for every token."""
     prompts: Annotated[tuple[Text, ...], NotEmpty] = PROMPTS
     """Beginnings of the texts."""
     max_new_tokens: Count = 40

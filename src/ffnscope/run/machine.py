@@ -1,10 +1,15 @@
-"""How much memory there is: of the process's control group, of the machine, and of the accelerator."""
+"""How much memory there is (of the process's control group, the machine, the accelerator), and what libraries take."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
+
+from ffnscope.run.progress import peak_memory
+
+_MODEL_CODE = "transformers.models.llama.modeling_llama"  # imports nearly all that the code of any model does
 
 
 def main_memory(root: Path = Path("/")) -> int | None:
@@ -17,6 +22,19 @@ def main_memory(root: Path = Path("/")) -> int | None:
     except OSError:
         return None
     return min([int(rows["MemTotal"].split()[0]) * 1024, *_group_limits(root)])
+
+
+def library_bytes(root: Path = Path("/")) -> int:
+    """Bytes of main memory of this process now, with the libraries that run a model: to be called before one is loaded.
+
+    Not the peak so far, in which models count that are gone again, except where the system tells only that.
+    """
+    importlib.import_module(_MODEL_CODE)
+    try:
+        rows = dict(line.split(":", 1) for line in (root / "proc/self/status").read_text().splitlines() if ":" in line)
+    except OSError:
+        return peak_memory()["resident"]
+    return int(rows["VmRSS"].split()[0]) * 1024
 
 
 def _group_limits(root: Path) -> list[int]:

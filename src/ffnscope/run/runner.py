@@ -14,6 +14,7 @@ from ffnscope.evaluate.compare import EvalRow
 from ffnscope.evaluate.tasks import TaskRow
 from ffnscope.ffn.load import load_model
 from ffnscope.ffn.sites import find_sites
+from ffnscope.ffn.streamed import wait_in
 from ffnscope.report.tables import results_columns, results_frame
 from ffnscope.run import stages
 from ffnscope.run.ablations import ablation_stage
@@ -84,6 +85,7 @@ def run(config: RunConfig, *, overwrite: bool = False, reporter: Reporter | None
         reporter.say(f"ffnscope {ffnscope.__version__}: {config.experiment.name} -> {folder}")
         with reporter.task(f"load {config.model.model_id}", "models"):
             loaded = load_model(model_source(config))
+        wait_in(loaded.model, folder)
         check_format(config, loaded)
         check_sites(config, find_sites(loaded.model, config.model.tracked_layers))
         job = stages.open_job(config, folder, reporter, loaded, overwrite=overwrite)

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from torch import nn
+
 from ffnscope.apply.decilm import check_llama_like, save_decilm
 from ffnscope.apply.export import SHARD, check_shard_size, prune_, save_model
 from ffnscope.apply.folder import staged
 from ffnscope.apply.gguf_file import check_gguf, check_one_width, save_gguf
 from ffnscope.apply.padding import zeroed_channels
-from ffnscope.apply.pruned import Pruned
+from ffnscope.apply.pruned import Pruned, plan_of
 from ffnscope.apply.reconstruction import Reconstruction, reconstruct_
 from ffnscope.apply.write_pruned import Destination, write_pruned
 from ffnscope.apply.written_blocks import STATE
+from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.errors import NotAvailableError, unknown_name
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.narrowed import MODELING
@@ -41,7 +44,8 @@ class Saving:
         pad_to_widest: see `prune_`.
         max_shard_size: largest file of weights.
         overwrite: replace what is there.
-        unfinished: folder for finished blocks of a model that is streamed, from which the same call goes on.
+        by_blocks: write block by block and leave the model as it is, as always where it is streamed; see `can_leave`.
+        unfinished: folder for finished blocks of a model that is written so, from which the same call goes on.
         model_hash: of the dense weights, where it is known.
 
     Raises:
@@ -53,6 +57,7 @@ class Saving:
     pad_to_widest: bool = False
     max_shard_size: str = SHARD
     overwrite: bool = False
+    by_blocks: bool = False
     unfinished: Path | None = None
     model_hash: str | None = None
 
@@ -86,6 +91,16 @@ class Saving:
                 "ones. Choose the allocator 'local', or pad to the widest (--pad-to-widest)."
             )
 
+    def can_leave(self, model: nn.Module, pruned: Pruned) -> bool:
+        """Whether a checkpoint can be written block by block: see `write_pruned`."""
+        if self.form != "transformers" or (isinstance(pruned, Reconstruction) and pruned.bias):
+            return False
+        try:
+            list_of_blocks(model, list(plan_of(pruned).kept))
+        except NotAvailableError:
+            return False
+        return True
+
     def prune_and_save(
         self,
         loaded: LoadedModel,
@@ -99,7 +114,7 @@ class Saving:
         ``add`` writes more into the checkpoint; it appears with all that, or not at all.
         """
         model, tokenizer = loaded.model, loaded.tokenizer
-        if is_streamed(model) and self.form == "transformers":
+        if self.by_blocks or (is_streamed(model) and self.form == "transformers"):
             self._write_blocks(loaded, pruned, results, reporter, add)
             return
         before = sum(p.numel() for p in model.parameters())
@@ -127,7 +142,7 @@ class Saving:
         reporter: Reporter,
         add: Callable[[Path], None] | None,
     ) -> None:
-        """The same for a model that is streamed: it is not cut, but what is left of each block is written."""
+        """The same for a model that is not cut: what is left of each block is written."""
         plan = pruned.told_plan if isinstance(pruned, Reconstruction) else pruned
         before = sum(p.numel() for p in loaded.model.parameters())
         if self.unfinished is not None:

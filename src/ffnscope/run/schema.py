@@ -316,6 +316,12 @@ class RunConfig(Block):
         return SecondText(**_source(chosen, chosen.split, held_out_split(chosen.name)).model_dump())
 
     @property
+    def generates_samples(self) -> bool:
+        """Whether samples are generated: of a streamed model only where the file says so."""
+        asked = self.evaluation.samples.enabled
+        return self.evaluation.enabled and (self.model.stream is None if asked is None else asked)
+
+    @property
     def task_options(self) -> TaskOptions | None:
         """Downstream tasks to run; None for none."""
         asked = self.evaluation.tasks

@@ -40,7 +40,17 @@ def moment_operations(sites: Sequence[FFNSite], n_tokens: int, statistics: Itera
 
     Half of each is computed, in the dtype of the model, which takes half of the time of float64.
     """
-    return sum(0.5 * n_tokens * site.d_ff**2 for site in sites) if MOMENTS in statistics else 0.0
+    return sum(0.5 * n_tokens * _tokens(site, sites) * site.d_ff**2 for site in sites) if MOMENTS in statistics else 0.0
+
+
+def _cross_operations(sites: Sequence[FFNSite], n_tokens: int) -> float:
+    """Operations of the sums (t - W h) h^T that a sequential reconstruction fits to, in the dtype of the model."""
+    return sum(1.0 * n_tokens * _tokens(site, sites) * site.d_model * site.d_ff for site in sites)
+
+
+def _tokens(site: FFNSite, sites: Sequence[FFNSite]) -> float:
+    """Share of the tokens that reaches an FFN: experts of a layer share them."""
+    return 1.0 if site.expert is None else 1.0 / sum(s.layer == site.layer and s.expert is not None for s in sites)
 
 
 def order_operations(sites: Sequence[FFNSite], metric: str) -> float:
@@ -61,7 +71,9 @@ def refit_operations(sites: Sequence[FFNSite], method: Method, density: float, n
         both = 2.0 * kept**2 * site.d_model
         lost = 4.0 * (site.d_ff - kept) * site.d_ff * site.d_model
         solves += (tried + 1) * (kept**3 / 3 + both) + tried * both + lost
-    return solves + (moment_operations(sites, n_tokens) if method.reconstruct == "sequential" else 0.0)
+    if method.reconstruct == "sequential":
+        solves += moment_operations(sites, n_tokens) + _cross_operations(sites, n_tokens)
+    return solves
 
 
 def score_line(what: str, sites: Sequence[FFNSite], metrics: Sequence[str], operation: float) -> Line:

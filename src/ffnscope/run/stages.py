@@ -28,8 +28,10 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.samples import generate_samples
 from ffnscope.evaluate.tasks import TaskRow, TaskSet, compare_tasks
+from ffnscope.ffn.heap import give_back_free
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
+from ffnscope.ffn.streamed import is_streamed
 from ffnscope.io import (
     hash_json,
     read_json,
@@ -113,6 +115,7 @@ class Job:
         self.ledger.begin(name, files)
         start = time.perf_counter()
         make()
+        give_back_free()  # else the next stage begins with what this one has freed
         seconds = round(time.perf_counter() - start, 3)
         self.ledger.record(name, key, files, {"seconds": seconds, "peak_memory_bytes": peak_memory()})
 
@@ -332,7 +335,7 @@ def tasks_stage(job: Job, plans: Mapping[str, Pruned]) -> list[TaskRow]:
 def samples_stage(job: Job, plans: Mapping[str, Pruned]) -> dict[str, list[str]]:
     """Let the dense model and every plan continue the prompts: ``samples.json``."""
     asked = job.config.evaluation.samples
-    if not (job.config.evaluation.enabled and asked.enabled):
+    if not job.config.generates_samples:
         return {}
     path = job.folder / "samples.json"
     prompts = list(asked.prompts)
@@ -342,6 +345,8 @@ def samples_stage(job: Job, plans: Mapping[str, Pruned]) -> dict[str, list[str]]
         return generate_samples(model, job.loaded.tokenizer, prompts, max_new_tokens=asked.max_new_tokens)
 
     def make() -> None:
+        if is_streamed(model):
+            job.reporter.say("note: a streamed model reads all weights for every token of the samples")
         with job.reporter.task("generate samples", "texts") as update:
             found = {"dense": write()}
             for label, plan in plans.items():

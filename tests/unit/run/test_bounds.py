@@ -39,6 +39,13 @@ def test_a_resident_model() -> None:
     }
 
 
+def test_a_model_that_is_loaded_again_to_be_cut() -> None:
+    again = replace(WORK, reloads=True)
+    assert stage_bytes(SHAPES, again, Setting(4))["save"] == Bytes(12000)
+    assert stage_bytes(replace(SHAPES, accelerator=True), again, Setting(4))["save"] == Bytes(6000, host=6000)
+    assert stage_bytes(SHAPES, again, Setting(4, "disk"))["save"] == Bytes(4000)
+
+
 def test_a_streamed_model() -> None:
     head = 500 * 4 + 512 * 50 * 12  # 512 tokens at a time
     states = (160 + 80 * 11) * 4 * 4  # all windows once, those that run backward at every block and after it

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GgufConfig
 
 import ffnscope
 from checkpoints import make_checkpoint
 from ffnscope.errors import ConfigError, NotAvailableError
-from ffnscope.run import config_from_dict
+from ffnscope.run import checkpoints, config_from_dict
 from runs import quiet_run, small_run
 from tiny import logits
 
@@ -18,6 +19,10 @@ from tiny import logits
 def config(checkpoint: Path, texts: Path, out: Path, **output: Any) -> Any:
     changes = {"pruning": {"allocator": "global"}, "output": {"checkpoints": True, **output}}
     return config_from_dict(small_run(checkpoint, texts, out, **changes))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 def test_every_plan_is_saved(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
@@ -44,6 +49,35 @@ def test_every_plan_is_saved(checkpoint: Path, texts: Path, tmp_path: Path) -> N
     quiet_run(asked)
     assert (folder / label / "config.json").exists()
     assert all(p.stat().st_mtime_ns == times[p] for other in others for p in (folder / other).rglob("*"))
+
+
+def test_a_model_that_is_offloaded(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    wanted = quiet_run(config(checkpoint, texts, tmp_path / "resident"))
+    asked = config(checkpoint, texts, tmp_path / "offloaded")
+    places: Any = {"device_map": "auto", "max_memory": {"cpu": "40KB"}, "offload_folder": str(tmp_path / "weights")}
+    asked = asked.model_copy(update={"model": asked.model.model_copy(update=places)})
+    found = quiet_run(asked)
+    quiet_run(asked)  # finished, not stopped at the checkpoints
+    for label in wanted.plans:
+        one, other = (tensors_of(result.folder / "checkpoints" / label) for result in (wanted, found))
+        assert one.keys() == other.keys() and all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_an_offloaded_model_as_gguf_is_loaded_where_it_was(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[ffnscope.ModelSource] = []
+    load = ffnscope.load_model
+    monkeypatch.setattr(checkpoints, "load_model", lambda source: [read.append(source), load(source)][1])
+    output = {"format": "gguf", "pad_to_widest": True}
+    wanted = quiet_run(config(checkpoint, texts, tmp_path / "resident", **output))
+    asked = config(checkpoint, texts, tmp_path / "offloaded", **output)
+    places: Any = {"device_map": "auto", "max_memory": {"cpu": "40KB"}}
+    found = quiet_run(asked.model_copy(update={"model": asked.model.model_copy(update=places)}))
+    assert {(one.device_map, one.device) for one in read} == {(None, "cpu"), ("auto", "cpu")}
+    for label in wanted.plans:
+        one, other = ((result.folder / "checkpoints" / f"{label}.gguf").read_bytes() for result in (wanted, found))
+        assert one == other
 
 
 def test_as_gguf(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
-from ffnscope.run.machine import device_memory, main_memory
+from ffnscope.run.machine import device_memory, library_bytes, main_memory
+from ffnscope.run.progress import peak_memory
 
 
 def system(root: Path, groups: str, limits: dict[str, str]) -> Path:
@@ -45,3 +47,14 @@ def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
     assert device_memory(torch.device("cpu")) is None
     found = main_memory()
     assert found is None or found > 2**27
+
+
+def test_libraries_are_what_the_process_takes_now(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/status").write_text("Name:\tpython\nVmHWM:\t  900 kB\nVmRSS:\t  300 kB\n")
+    assert library_bytes(tmp_path) == 300 * 1024
+    assert "transformers.models.llama.modeling_llama" in sys.modules  # what models of all kinds import
+
+
+def test_libraries_by_the_peak_where_the_system_tells_only_that(tmp_path: Path) -> None:
+    assert library_bytes(tmp_path) == peak_memory()["resident"]

@@ -13,9 +13,11 @@ import ffnscope
 from faults import stop_at
 from ffnscope.apply import sequential
 from ffnscope.apply.block_writer import BlockWriter
+from ffnscope.calibrate import states
 from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.errors import ConfigError, UsageError
 from ffnscope.ffn.load import ModelSource
+from ffnscope.ffn.own_folder import OwnFolder
 from ffnscope.io import read_plan, read_scores
 from ffnscope.run import RunConfig, steps
 from runs import quiet_run, results
@@ -80,3 +82,29 @@ def test_what_contradicts_it_is_refused(small: Callable[..., RunConfig]) -> None
         ModelSource("x", stream="tape")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"would do nothing beside model\.stream"):
         small(model={"stream": "cpu", "device_map": "auto"})
+
+
+@pytest.mark.filterwarnings("ignore:.*fitted on fewer tokens")
+def test_hidden_states_wait_in_the_folder_of_the_run(
+    small: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents: set[Path | None] = set()
+
+    class Seen(OwnFolder):
+        def __init__(self, parent: Path | None, name: str):
+            parents.add(parent)
+            super().__init__(parent, name)
+
+    monkeypatch.setattr(states, "OwnFolder", Seen)
+    pruning = {"ratios": [0.5], "algorithms": ["random"], "reconstruct": "sequential"}
+    config = small(model={"stream": "disk"}, pruning=pruning)
+    left = config.output_dir / f".ffnscope-states.{'0' * 32}.tmp"
+    quiet_run(config)
+    assert parents == {config.output_dir}
+    left.mkdir()  # by a process that was killed
+    quiet_run(config)
+    assert not list(config.output_dir.glob(".*"))
+    given = tmp_path / "given"
+    other = {"dir": str(tmp_path / "other")}
+    quiet_run(small(model={"stream": "disk", "offload_folder": str(given)}, pruning=pruning, output=other))
+    assert parents == {config.output_dir, given} and not list(given.iterdir())
