@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,12 +35,18 @@ def test_moments_grow_with_the_tokens() -> None:
     assert moment_operations(sites(8), 20, ["act_sq"]) == 0
 
 
+def test_experts_of_a_layer_share_the_tokens() -> None:
+    experts = [replace(site, layer=0, expert=i) for i, site in enumerate(sites(8, 4))]
+    assert moment_operations(experts, 20) == pytest.approx(moment_operations(sites(8), 20))
+
+
 def test_every_damping_is_a_factorisation() -> None:
     chosen, given = (refit_operations(sites(4096), Method(damping=d), 1.0, 0) for d in (None, 0.1))
     assert chosen / given == pytest.approx(5, rel=0.1)
     one_shot = refit_operations(sites(4096), Method(reconstruct="one_shot"), 1.0, 1000)
     sequential = refit_operations(sites(4096), Method(), 1.0, 1000)
-    assert sequential - one_shot == pytest.approx(moment_operations(sites(4096), 1000))
+    cross = 1000 * 16 * 4096
+    assert sequential - one_shot == pytest.approx(moment_operations(sites(4096), 1000) + cross)
     assert refit_operations(sites(4096), Method(reconstruct="none"), 0.5, 1000) == 0
     assert refit_operations(sites(4096), Method(), 0.5, 0) < refit_operations(sites(4096), Method(), 0.9, 0)
 
