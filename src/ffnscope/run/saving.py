@@ -148,8 +148,8 @@ class Saving:
         if self.unfinished is not None:
             discard_damaged(reporter, self.unfinished / STATE, read_state)
         with staged(self.out, self.overwrite) as out:
-            kept = {"checkpoint": self.unfinished, "model_hash": self.model_hash}
-            output = Destination(out, self.max_shard_size, self.pad_to_widest, **kept)
+            kept = self.unfinished, self.model_hash
+            output = Destination(out, self.max_shard_size, self.pad_to_widest, False, *kept)
             after, zeroed = write_pruned(loaded.model, loaded.tokenizer, output, pruned, results)
             if add is not None:
                 add(out)
