@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import os
 import shutil
@@ -70,6 +71,11 @@ def sweep(folder: Path, name: str | None = None) -> None:
         _remove(old) if path.exists() else old.replace(path)
     for part in list(find(f"{pattern}.tmp")):
         _remove(part)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether `sweep` deletes it: a file or folder of which a process was killed before it had its name."""
+    return fnmatch.fnmatchcase(path.name, f".*.{_ID}.tmp")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ffnscope.apply.folder import held, sweep
+from ffnscope.apply.folder import held, is_unfinished, sweep
 from ffnscope.errors import ArtifactError
 from ffnscope.io import check_writable, read_json, write_json, write_text, writing
 from ffnscope.run.load import dump_config
@@ -63,7 +63,8 @@ def check_folder(config: RunConfig, *, overwrite: bool = False) -> None:
         raise ArtifactError(f"{folder} is a file; output.dir must be a folder.")
     check_writable(folder)
     with writing(folder):
-        held = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+        found = folder.iterdir() if folder.exists() else ()
+        held = {path.name for path in found if not is_unfinished(path)}
     if overwrite or held <= {CONFIG, LOG_FILE, LEDGER}:
         return
     if CONFIG not in held:
