@@ -480,6 +480,7 @@ class TestRefusals:
         with pytest.raises(UsageError, match="one FFN in the plan"):
             reconstruct_sequential(llama, text(8), replace(plan, kept={}))
 
+    @pytest.mark.filterwarnings("ignore:.*fewer tokens than 4 d_ff")
     def test_overflow_names_the_ffn(self, llama: Any) -> None:
         plan = plan_of(llama)
         with torch.no_grad():

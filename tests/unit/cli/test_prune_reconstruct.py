@@ -100,7 +100,8 @@ def test_the_perplexity_after_reload_is_that_before_saving(ok: Ok, checkpoint: P
     after = ffnscope.perplexity(loaded.model, windows)
     assert f"{after.value:.6g}" == before[1]
     assert "## Reconstruction" in card and "| kind | sequential refit |" in card and "| target | 0.35 |" in card
-    assert re.search(r"on held-out tokens \| [\d.e-]+ of its power without the refit, [\d.e-]+ with it \|", card)
+    assert "that were held out to choose the damping" in card
+    assert re.search(r"of them afterwards \| [\d.e-]+ of its power without the refit, [\d.e-]+ with it \|", card)
 
 
 def test_more_and_shorter_windows_unless_the_user_says_otherwise(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_one_shot_chooses_its_damping(
         passes = stop_at(patch, calibrating, "_run_group", 0)
         result = ok(*options)
     assert not passes
-    assert "calibrate held-out windows: " in result.stderr and "tokens that the refit did not see" in result.stdout
+    assert "calibrate held-out windows: " in result.stderr and "held out to choose the damping" in result.stdout
     told = read_plan(tmp_path / "out" / "ffnscope_plan.json").provenance["reconstruction"]
     assert told["damping"] == "chosen on held-out tokens"
     assert "| damping | chosen on held-out tokens |" in (tmp_path / "out" / "README.md").read_text()

@@ -25,7 +25,6 @@ from ffnscope.run import (
     executors,
     load_config,
     load_sweep,
-    progress,
     run_sweep,
     sweep_record,
     switches,
@@ -351,8 +350,8 @@ def test_dry_run_tells_what_would_make_cells_fit(
     models = {"small": {"model.model_id": str(small)}, "large": {"model.model_id": str(large)}}
     cells = load_sweep(written({"model": models, **SEEDS}))
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    libraries = progress.peak_memory()["resident"]
-    monkeypatch.setattr(dry_run, "peak_memory", lambda: {"resident": libraries})
+    libraries = dry_run.library_bytes()
+    monkeypatch.setattr(dry_run, "library_bytes", lambda: libraries)
     monkeypatch.setattr(switches, "main_memory", lambda: libraries + size)
     text = io.StringIO()
     dry_run_sweep(cells, Console(file=text, width=250))
