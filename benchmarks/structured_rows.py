@@ -33,7 +33,7 @@ SCORES = {
     "SCAR-Conn": "supernode_connectivity_score",
 }
 """Label -> metric of the published scores; each is run alone, and with a one-shot refit of the down columns."""
-SEQUENTIAL = ("activation norm", "Minitron", "SCAR-LP")
+SEQUENTIAL = ("activation norm", "Minitron", "Wanda, channels", "SCAR-LP")
 """Published scores that also get the sequential reconstruction."""
 WEIGHTS_ONLY = {"magnitude (product of norms)", "OptiPFair PPM", "LLM-Rank WPR", "LLM-Rank MPR"}
 """Labels whose plan reads no text: alone, one seed is all there is."""
@@ -182,6 +182,7 @@ OURS: dict[str, Make] = {
     DEFAULT: sequential("obs_loss", "halfway"),
     "obs_loss, local + sequential": sequential("obs_loss"),
     "obs_general, halfway + sequential": sequential("obs_general", "halfway"),
+    "SCAR-LP, halfway + sequential": sequential("scar_loss_proxy", "halfway"),
     "obs_loss, halfway + one-shot": one_shot("obs_loss", "halfway"),
     "obs_loss, local + one-shot": one_shot("obs_loss"),
     "obs, local + one-shot": one_shot("obs"),
