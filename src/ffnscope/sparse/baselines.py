@@ -12,12 +12,13 @@ from torch import nn
 from ffnscope.errors import unknown_name
 from ffnscope.ffn.function import FFN
 from ffnscope.registry import POLICIES, PREDICTORS
-from ffnscope.sparse.calibration import Target, calibrate_policy, scored
+from ffnscope.sparse.calibration import Target, calibrate_policy, scored_readings
 from ffnscope.sparse.costs import GROUP, low_bit_share, rank_for
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.labels import nonzero
 from ffnscope.sparse.policies import Policy, TopK
 from ffnscope.sparse.predictors.interface import Predictor
+from ffnscope.sparse.readings import readings_of
 from ffnscope.sparse.selector import Selector
 from ffnscope.sparse.traces import Traces
 from ffnscope.types import FFNSite
@@ -141,7 +142,8 @@ def site_at_density(
     """The selector of one FFN, as `at_density`."""
     if isinstance(policy, TopK):  # needs no text
         return Selector(predictor, policy, math.floor(density * site.d_ff + 1e-9))
-    chunks = scored(predictor, predictor.ffn, traces.x(site, "calibrate"), nonzero, chunk)
+    tokens = traces.fit_tokens(site, "calibrate", lookahead=predictor.lookahead)
+    chunks = scored_readings(predictor, readings_of(predictor, tokens), nonzero, chunk)
     return Selector(predictor, policy, calibrate_policy(policy, chunks, Target("density", density)).parameter)
 
 

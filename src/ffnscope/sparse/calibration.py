@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ffnscope.errors import UsageError, unknown_name
 from ffnscope.ffn.function import FFN
-from ffnscope.sparse.measures import Label, Truth, of_mask, truths
+from ffnscope.sparse.measures import Label, Truth, of_mask, truth_of, truths
 from ffnscope.sparse.policies import Policy
+from ffnscope.sparse.predictors.interface import Predictor
 from ffnscope.sparse.quantile import Quantile, float_of, order_of, reach
+from ffnscope.sparse.readings import Readings
 
 Measure = Literal["recall", "missed_mass", "density", "relative_error"]
 
@@ -71,12 +73,24 @@ Chunks = Callable[[], Iterable[Scored]]
 
 
 def scored(predictor: nn.Module, ffn: FFN, x: Tensor, label: Label, chunk: int = 1024) -> Chunks:
-    """Score tokens x [T, d_model] by a predictor, ``chunk`` at a time, whenever they are asked for."""
+    """Score tokens x [T, d_model] by a predictor of their own inputs, ``chunk`` at a time, whenever asked for."""
 
     @torch.no_grad()
     def make() -> Iterator[Scored]:
         for part, truth in truths(ffn, x, label, chunk):
             yield Scored(predictor(part), truth)
+
+    return make
+
+
+def scored_readings(predictor: Predictor, readings: Readings, label: Label, chunk: int = 1024) -> Chunks:
+    """The same of tokens as the predictor is given them."""
+
+    @torch.no_grad()
+    def make() -> Iterator[Scored]:
+        norms = predictor.ffn.down_norms
+        for x, seen in readings.chunks(predictor, chunk):
+            yield Scored(predictor(seen), truth_of(predictor.ffn, x, label, norms))
 
     return make
 

@@ -113,6 +113,7 @@ class SiteCard:
         bands: "density" and "kept_mass" (share of a token's scores in kept channels) -> p1 and p99 of their running
             means on the calibration documents: what the run-time monitor should see.
         figures: on what -> measure -> figure.
+        source: the FFN whose input the predictor reads, where it looks ahead; else None.
     """
 
     site: FFNSite
@@ -124,6 +125,7 @@ class SiteCard:
     break_even: float
     bands: Mapping[str, Band]
     figures: Mapping[Source, Mapping[str, Figure]]
+    source: FFNSite | None = None
 
     @property
     def dense(self) -> bool:
@@ -198,5 +200,6 @@ class SparsityCard:
                 ffn = ffn_of(model, one.site, one.activation)
                 prefix = f"{one.site.name}/"
                 own = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
-                found[one.site] = Selector(*self.rule.restore(ffn, own), one.parameter)
+                rule = self.rule.own(ahead=one.source is not None)
+                found[one.site] = Selector(*rule.restore(ffn, own), one.parameter, one.source)
         return found

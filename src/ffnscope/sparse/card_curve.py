@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ REFERENCES = ("oracle top-k", "static mean")
 
 OnStep = Callable[[str, int, int], None]
 """Called with "fit" after each calibrated selection of all FFNs, or "measure" after each batch: done, and in all."""
-Rules = Mapping[FFNSite, tuple[Predictor, Policy]]
+Rules = Mapping[FFNSite, tuple[Predictor, Policy, FFNSite | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +108,20 @@ def card_curve(
     forms = _forms(model, traces, card, densities, say)
     key = hash_json([traces.facts["key"], traces.facts["seed"], traces.facts["weights_hash"], _card_key(card)])
     known, found = _read(options.state, key), dict[str, Losses]()
-    each = math.ceil(len(held) / options.batch_size)
+    each, prompt = math.ceil(len(held) / options.batch_size), card.rule.prompt
     for index, (name, form) in enumerate(forms.items()):
 
         def step(done: int, _: int, before: int = index * each) -> None:
             say("measure", before + done, each * len(forms))
 
         if name not in known:
-            run = partial(form_losses, model, form, held, batch_size=options.batch_size, on_batch=step)
+            run = partial(form_losses, model, form, held, prompt=prompt, batch_size=options.batch_size, on_batch=step)
             known[name] = _plain(run())
             if options.state is not None:
                 write_json(options.state, {"key": key, "losses": known})
         found[name] = _losses(known[name], [] if form is None else form.sites)
         step(each, each)
-    return [form_row(model, form, found[name], found[DENSE], held) for name, form in forms.items()]
+    return [form_row(model, form, found[name], found[DENSE], held, prompt) for name, form in forms.items()]
 
 
 def lines_of(rows: Sequence[FormRow]) -> dict[str, list[FormRow]]:
@@ -154,7 +154,7 @@ def _forms(
     for label, make in lines.items():
         rules = make()
         for density in sorted(densities):
-            own = {site: site_at_density(traces, site, *rule, density) for site, rule in rules.items()}
+            own = {site: _at_density(traces, site, rule, density) for site, rule in rules.items()}
             found[f"{label} {density:g}"] = MaskedForm(label, own)
             say("fit", len(found) - 1, total)
     if selectors:
@@ -164,14 +164,15 @@ def _forms(
 
 def _own(model: nn.Module, traces: Traces, card: SparsityCard, selectors: Mapping[FFNSite, Selector]) -> Rules:
     """Predictor and policy of every FFN of the card: its own, and new ones where it stays dense."""
-    found: dict[FFNSite, tuple[Predictor, Policy]] = {}
+    found: dict[FFNSite, tuple[Predictor, Policy, FFNSite | None]] = {}
     for one in card.sites:
         if one.site in selectors:
-            found[one.site] = selectors[one.site].predictor, selectors[one.site].policy
+            found[one.site] = selectors[one.site].predictor, selectors[one.site].policy, one.source
             continue
-        fit = traces.fit_tokens(one.site)
-        predictor = card.rule.make_predictor(ffn_of(model, one.site, one.activation), fit)
-        found[one.site] = predictor, card.rule.make_policy(predictor, fit)
+        rule, ahead = card.rule.own(ahead=one.source is not None), 0 if one.source is None else 1
+        fit = traces.fit_tokens(one.site, lookahead=ahead)
+        predictor = rule.make_predictor(ffn_of(model, one.site, one.activation), fit)
+        found[one.site] = predictor, rule.make_policy(predictor, fit), one.source
     return found
 
 
@@ -179,14 +180,21 @@ def _reference(model: nn.Module, traces: Traces, card: SparsityCard, name: str) 
     row = baseline(name)
     policy: Policy = POLICIES.get(row.policy).make()
     made = fit_predictors(model, traces, row, sites=[one.site for one in card.sites])
-    return {site: (predictor, policy) for site, predictor in made.items()}
+    return {site: (predictor, policy, None) for site, predictor in made.items()}
+
+
+def _at_density(
+    traces: Traces, site: FFNSite, rule: tuple[Predictor, Policy, FFNSite | None], density: float
+) -> Selector:
+    predictor, policy, source = rule
+    return replace(site_at_density(traces, site, predictor, policy, density), source=source)
 
 
 def _card_key(card: SparsityCard) -> list[Any]:
     """What a state belongs to, beside the traces."""
     rule = card.rule
     parameters = [(one.site.name, one.parameter) for one in card.sites]
-    return [rule.predictor, rule.policy, dict(rule.predictor_params), dict(rule.policy_params), parameters]
+    return [*rule.identity(), parameters]
 
 
 def _read(state: Path | None, key: str) -> dict[str, Any]:

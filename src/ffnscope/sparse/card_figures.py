@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ffnscope.sparse.card import Band, Figure, SiteCard, Source, WantedChannels
 from ffnscope.sparse.figures import DocumentMeasures, site_figures
-from ffnscope.sparse.measures import Select, measure
 from ffnscope.sparse.monitor import SIGNALS, band_of, signals
-from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.readings import Readings, readings_of
+from ffnscope.sparse.selector import Selector, measure_selector
 from ffnscope.sparse.site_fit import FittedSite
 from ffnscope.sparse.traces import Traces
 from ffnscope.types import FFNSite
@@ -40,11 +40,11 @@ class CardFigures:
         selector = one.selector(setting)
         found: dict[Source, dict[str, Figure]] = {}
         for source, whole in self._whole.items():
-            x, document = self._tokens(site, source)
-            if len(x):
-                measures = measure(one.predictor.ffn, selector or _all(one), x, self._label, CHUNK)
-                found[source] = site_figures(measures, document)
-                whole.add(measures.values, document)
+            readings = self._readings(one, site, source)
+            if readings is not None:
+                measures = measure_selector(selector, one.predictor, readings, self._label, CHUNK)
+                found[source] = site_figures(measures, readings.document)
+                whole.add(measures.values, readings.document)
         return SiteCard(
             site=site,
             activation=self._traces.activation(site),
@@ -53,30 +53,34 @@ class CardFigures:
             bytes_read=one.bytes_read(setting),
             bytes_dense=one.bytes_dense,
             break_even=one.break_even,
-            bands={} if selector is None else self._bands(site, selector),
+            bands={} if selector is None else self._bands(one, site, selector),
             figures=found,
+            source=one.source,
         )
 
     def whole(self) -> dict[Source, dict[str, Figure]]:
         """Of all FFNs together."""
         return {source: one.figures() for source, one in self._whole.items() if one.sums}
 
-    def _tokens(self, site: FFNSite, source: Source) -> tuple[Tensor, Tensor]:
+    def _readings(self, one: FittedSite, site: FFNSite, source: Source) -> Readings | None:
+        """The tokens of a text; None for none."""
+        ahead = one.predictor.lookahead
         if source == "second":
             assert self._second is not None
-            return self._second.x(site), self._second.document[self._second.tokens(site)]
-        return self._traces.x(site, source), self._traces.document[self._traces.tokens(site, source)]
+            if not len(self._second.tokens(site)):
+                return None
+            return readings_of(one.predictor, self._second.all_tokens(site, lookahead=ahead))
+        if not len(self._traces.tokens(site, source)):
+            return None
+        return readings_of(one.predictor, self._traces.fit_tokens(site, source, lookahead=ahead))
 
     @torch.no_grad()
-    def _bands(self, site: FFNSite, selector: Selector) -> dict[str, Band]:
+    def _bands(self, one: FittedSite, site: FFNSite, selector: Selector) -> dict[str, Band]:
         parts: dict[str, list[Tensor]] = {name: [] for name in SIGNALS}
-        for x in self._tokens(site, "calibrate")[0].split(CHUNK):
-            scores = selector.predictor(x)
-            for name, values in signals(scores, selector.policy.select(scores, selector.parameter)).items():
+        readings = self._readings(one, site, "calibrate")
+        assert readings is not None, "an FFN without calibration tokens is left out"
+        for _, seen in readings.chunks(one.predictor, CHUNK):
+            scores = one.predictor(seen)
+            for name, values in signals(scores, selector.of_scores(scores)).items():
                 parts[name].append(values.cpu())
         return {name: band_of(torch.cat(values)) for name, values in parts.items()}
-
-
-def _all(one: FittedSite) -> Select:
-    ffn = one.predictor.ffn
-    return lambda x: torch.ones(len(x), ffn.d_ff, dtype=torch.bool, device=ffn.weights.up.device)

@@ -106,7 +106,10 @@ def _site_card(row: Mapping[str, Any]) -> SiteCard:
         name: row[name] for name in ("activation", "parameter", "density", "bytes_read", "bytes_dense", "break_even")
     }
     bands = {name: (low, high) for name, (low, high) in row["bands"].items()}
-    return SiteCard(site=FFNSite(**row["site"]), **plain, bands=bands, figures=_figures(row["figures"]))
+    source = None if row.get("source") is None else FFNSite(**row["source"])
+    return SiteCard(
+        site=FFNSite(**row["site"]), **plain, bands=bands, figures=_figures(row["figures"]), source=source
+    )
 
 
 def _figures(value: Mapping[Any, Any]) -> dict[Any, dict[str, Figure]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +16,10 @@ from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.certificate import Method, PValue, bootstrap, hoeffding_bentkus
 from ffnscope.sparse.split import Part
 from ffnscope.sparse.traces import Traces
+from ffnscope.types import FFNSite
 
+OnSiteEpoch = Callable[[FFNSite, int, int, float], None]
+"""Called with the FFN, epochs done, epochs at most, and the missed mass on the tokens that training is judged by."""
 Allocation = Literal["uniform", "relative_error", "fisher", "measured"]
 DENSITIES = tuple(round(0.95 - 0.05 * i, 2) for i in range(19))
 LOSS_STEPS = tuple((i + 1) / 16 for i in range(24))
@@ -46,16 +50,37 @@ class PerplexityTarget:
         return math.log1p(self.increase)
 
 
-CardTarget = Target | PerplexityTarget
+@dataclass(frozen=True, slots=True)
+class ParameterTarget:
+    """The parameter of the policy itself, the same in every FFN: nothing is calibrated, all is measured.
+
+    For rules that come with one: a score of 0.5 of predictors trained for that, the kept channels of a pruning plan
+    (score 1, others 0), a k.
+
+    Attributes:
+        value: of the policy's parameter.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise UsageError(f"the parameter of the policy must be finite; got {self.value}.")
+
+
+CardTarget = Target | PerplexityTarget | ParameterTarget
 
 
 def measure_and_value(target: CardTarget) -> tuple[str, float]:
     """A target as a card holds it."""
+    if isinstance(target, ParameterTarget):
+        return "parameter", target.value
     return ("perplexity", target.increase) if isinstance(target, PerplexityTarget) else (target.measure, target.value)
 
 
 def parse_target(text: str) -> CardTarget:
-    """Parse ``MEASURE=VALUE``: recall=0.95, missed_mass=0.1, density=0.3, relative_error=0.2 or perplexity=+1%.
+    """Parse ``MEASURE=VALUE``: recall=0.95, missed_mass=0.1, density=0.3, relative_error=0.2, perplexity=+1%, or
+    parameter=0.5, that of the policy itself.
 
     Raises:
         UsageError: another form, an unknown measure, or an impossible value.
@@ -70,10 +95,12 @@ def parse_target(text: str) -> CardTarget:
     if not equals:
         raise UsageError(
             f"the target {text!r} is not MEASURE=VALUE, for example recall=0.95, missed_mass=0.1, density=0.3, "
-            "relative_error=0.2 or perplexity=+1%."
+            "relative_error=0.2, perplexity=+1%, or parameter=0.5, that of the policy itself."
         )
     if measure == "perplexity":
         return PerplexityTarget(number)
+    if measure == "parameter":
+        return ParameterTarget(number)
     if number == 0 and measure in ("recall", "density"):
         raise UsageError(
             f"the target {text!r} would keep no channel at all; give a share above 0, such as {measure}=0.3."
@@ -126,7 +153,9 @@ class CardOptions:
         densities: settings that are tried where one density is searched for, from high to low.
         gradient_windows: that "fisher" runs a backward on, and "measured" its forwards.
         batch_size: windows per forward.
-        checkpoint: folder of a file per FFN: a call that was cut off, or has another way to choose, goes on from them.
+        checkpoint: folder of a file per FFN: a call that was cut off, or has another way to choose, goes on from them;
+            so does the training of a predictor, from its last epoch.
+        on_epoch: called after each epoch of a predictor that is trained; see `OnSiteEpoch`.
     """
 
     wanted: WantedChannels = field(default_factory=WantedChannels)
@@ -137,6 +166,7 @@ class CardOptions:
     gradient_windows: int = 8
     batch_size: int = 4
     checkpoint: Path | None = None
+    on_epoch: OnSiteEpoch | None = None
 
     def __post_init__(self) -> None:
         if self.allocation not in get_args(Allocation):
@@ -171,12 +201,12 @@ class Ladder:
     """Settings of a selection from safe to aggressive. Before the first of ``values`` comes the dense model.
 
     Attributes:
-        measure: that a setting meets in every FFN.
+        measure: that a setting meets in every FFN; "parameter": settings are those of the policy itself.
         values: of the measure.
         part: documents on which the parameters meet it.
     """
 
-    measure: Measure
+    measure: Measure | Literal["parameter"]
     values: tuple[float, ...]
     part: Part
 
@@ -187,6 +217,9 @@ def ladder_of(target: CardTarget, options: CardOptions) -> Ladder:
     Raises:
         UsageError: a combination that is not offered.
     """
+    if isinstance(target, ParameterTarget):
+        check_offered(target, options)
+        return Ladder("parameter", (target.value,), "calibrate")
     searched = options.certify is not None or options.allocation != "uniform" or isinstance(target, PerplexityTarget)
     if not searched and isinstance(target, Target):
         return Ladder(target.measure, (target.value,), "calibrate")
@@ -202,7 +235,7 @@ def ladder_of(target: CardTarget, options: CardOptions) -> Ladder:
     return Ladder(target.measure, tuple(1 - x if target.measure == "recall" else x for x in losses), part)
 
 
-def loss_limit(target: CardTarget) -> float:
+def loss_limit(target: Target | PerplexityTarget) -> float:
     """What a certificate bounds, in [0, 1]."""
     if isinstance(target, PerplexityTarget):
         return 1 / CAP
@@ -214,6 +247,11 @@ def check_offered(target: CardTarget, options: CardOptions) -> None:
     if options.certify is not None and options.allocation != "uniform":
         raise UsageError(
             "a certificate needs settings fixed before, which an allocation is not; choose one of the two."
+        )
+    if isinstance(target, ParameterTarget) and (options.certify is not None or options.allocation != "uniform"):
+        raise UsageError(
+            "a given parameter of the policy is taken as it is, so nothing can be promised or allocated by it; give "
+            "recall, missed_mass, density, relative_error or perplexity."
         )
     if options.certify is not None and isinstance(target, Target) and target.measure == "density":
         raise UsageError("a density is a cost and has no certificate; give recall, missed mass, error or perplexity.")

@@ -15,7 +15,17 @@ from ffnscope.errors import UsageError
 from ffnscope.sparse.allocation import DamageCurve, allocate
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import LossChange
-from ffnscope.sparse.card_options import CAP, CardOptions, CardTarget, Certify, Ladder, PerplexityTarget, loss_limit
+from ffnscope.sparse.card_options import (
+    CAP,
+    CardOptions,
+    CardTarget,
+    Certify,
+    Ladder,
+    ParameterTarget,
+    PerplexityTarget,
+    loss_limit,
+    measure_and_value,
+)
 from ffnscope.sparse.certificate import (
     Certificate,
     check_documents,
@@ -23,7 +33,7 @@ from ffnscope.sparse.certificate import (
     risk_control,
     split_conformal,
 )
-from ffnscope.sparse.evaluation import OnBatch, form_losses
+from ffnscope.sparse.evaluation import OnBatch, after_prompt, form_losses
 from ffnscope.sparse.forms import MaskedForm
 from ffnscope.sparse.losses import document_sums, loss_change
 from ffnscope.sparse.selector import Selector
@@ -55,14 +65,22 @@ class Choice:
 class ModelLosses:
     """NLL of the windows of one part of the documents, dense and at settings; each is measured once.
 
-    ``on_batch`` is called after each batch that is run, with (batches done, batches in all) of the measurement.
+    ``prompt`` tokens at the beginning of each window run dense and do not count (`form_losses`). ``on_batch`` is called
+    after each batch that is run, with (batches done, batches in all) of the measurement.
     """
 
     def __init__(
-        self, model: nn.Module, fitted: Fitted, windows: Windows, batch_size: int, on_batch: OnBatch | None = None
+        self,
+        model: nn.Module,
+        fitted: Fitted,
+        windows: Windows,
+        batch_size: int,
+        on_batch: OnBatch | None = None,
+        prompt: int = 0,
     ):
-        self.model, self.fitted, self.windows, self.batch_size = model, fitted, windows, batch_size
-        self.on_batch = on_batch
+        self.model, self.fitted, self.batch_size = model, fitted, batch_size
+        self.windows, self._whole = after_prompt(windows, prompt), windows
+        self.on_batch, self.prompt = on_batch, prompt
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def at(self, settings: Mapping[FFNSite, int]) -> Tensor:
@@ -71,8 +89,8 @@ class ModelLosses:
         if key not in self._known:
             chosen = selectors_at(self.fitted, settings)
             form = MaskedForm("card", chosen) if chosen else None
-            options: Any = {"batch_size": self.batch_size, "on_batch": self.on_batch}
-            self._known[key] = form_losses(self.model, form, self.windows, **options).nll
+            options: Any = {"prompt": self.prompt, "batch_size": self.batch_size, "on_batch": self.on_batch}
+            self._known[key] = form_losses(self.model, form, self._whole, **options).nll
         return self._known[key]
 
     def change(self, settings: Mapping[FFNSite, int]) -> LossChange:
@@ -117,7 +135,7 @@ def choose(
     if isinstance(target, PerplexityTarget):
         uniform = _bisect(fitted, len(ladder.values), target, _needed(losses))
     elif options.allocation != "uniform":
-        uniform = 1 + ladder.values.index(target.value)
+        uniform = 1 + ladder.values.index(measure_and_value(target)[1])
     if options.allocation == "uniform" or uniform == 0:
         return Choice(_same(fitted, uniform))
     return _allocated(fitted, uniform, options, _needed(losses))
@@ -137,6 +155,7 @@ def most_batches(n_sites: int, ladder: Ladder, target: CardTarget, options: Card
 
 def check_certificate(certify: Certify, target: CardTarget, n_documents: int) -> None:
     """Raise UsageError before any work where the calibration has too few documents for what is to be promised."""
+    assert not isinstance(target, ParameterTarget), "check_offered refuses it"
     limit = loss_limit(target)
     if not 0 < limit < 1:
         raise UsageError(f"a target with the loss {limit:g} cannot be promised; allow a loss in (0, 1).")
@@ -146,6 +165,7 @@ def check_certificate(certify: Certify, target: CardTarget, n_documents: int) ->
 def _certified(
     fitted: Fitted, ladder: Ladder, target: CardTarget, certify: Certify, losses: ModelLosses | None
 ) -> Certificate:
+    assert not isinstance(target, ParameterTarget), "check_offered refuses it"
     limit = loss_limit(target)
     if isinstance(target, Target):
         return _certificate(_document_losses(fitted), limit, certify)
@@ -197,7 +217,7 @@ def _allocated(fitted: Fitted, uniform: int, options: CardOptions, losses: Model
     budget = sum(one.bytes_read(uniform) for one in fitted.values())
     floors = _floors(list(fitted), options.floor)
     windows = spread(losses.windows, options.gradient_windows)
-    few = ModelLosses(losses.model, fitted, windows, losses.batch_size, losses.on_batch)
+    few = ModelLosses(losses.model, fitted, windows, losses.batch_size, losses.on_batch, losses.prompt)
     curves = {site: _curve(fitted, site, options, few) for site in fitted}
     settings = allocate(curves, budget, floors)
     change = loss_change(losses.at(same), losses.at(settings), losses.windows)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import ArtifactError, UsageError
+from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
 from ffnscope.ffn.function import FFN
 from ffnscope.io import hash_json
 from ffnscope.sparse.calibration import Target
@@ -40,6 +40,7 @@ from ffnscope.sparse.choose import (
 )
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.gradients import OutputGradients, output_gradients
+from ffnscope.sparse.predictors.interface import OnEpoch
 from ffnscope.sparse.rule import SelectionRule, tensors_of
 from ffnscope.sparse.selector import Selector
 from ffnscope.sparse.site_fit import FittedSite, SiteJob, SiteTokens, fit_site, read_site, write_site
@@ -97,6 +98,29 @@ def fit_card(
     fitting.meter.reach(1.0)
     settings = {s: _unless_dearer(one, choice.settings[s]) for s, one in fitted.items()}
     return fitting.card(fitted, choice, settings), selectors_at(fitted, settings)
+
+
+def check_readable(rule: SelectionRule, options: CardOptions, sites: Sequence[FFNSite]) -> None:
+    """Raise for what a rule cannot be fitted with: allocations, FFNs, and files that it names.
+
+    Raises:
+        UsageError: "fisher", whose gradients come with each FFN's own input alone, and a predictor of another input.
+        NotAvailableError: a prompt, and an FFN that is an expert.
+        ArtifactError: a file that is not there.
+    """
+    rule.identity()
+    if options.allocation == "fisher" and (rule.lookahead or rule.prompt):
+        what = "looks ahead" if rule.lookahead else "takes its scores from a prompt"
+        raise UsageError(
+            f"the allocation 'fisher' weighs errors on each FFN's own inputs, and {rule.predictor} {what}; use "
+            "'relative_error' or 'measured'."
+        )
+    expert = next((site for site in sites if site.expert is not None), None)
+    if rule.prompt and expert is not None:
+        raise NotAvailableError(
+            f"{expert.name} is an expert, which does not see the prompt of a window as a whole; griffin is for dense "
+            "FFNs. Use another predictor, such as static."
+        )
 
 
 def _unless_dearer(one: FittedSite, setting: int) -> int:
@@ -168,6 +192,7 @@ class _Fitting:
                 f"the traces in {self.traces.path} are of other weights than this {type(self.model).__name__} has. "
                 "Load the traced model in the same dtype, or trace again."
             )
+        check_readable(self.rule, self.options, self.traces.sites)
         if self.options.certify is not None:
             check_certificate(self.options.certify, self.target, len(self.traces.parts["calibrate"]))
         windows = self.texts.windows
@@ -216,7 +241,7 @@ class _Fitting:
         tensors = {
             f"{site.name}/{name}": value
             for site, one in fitted.items()
-            if settings[site]
+            if settings[site] or self.rule.trained
             for name, value in tensors_of(one.predictor, one.policy).items()
         }
         return SparsityCard(
@@ -241,7 +266,8 @@ class _Fitting:
         return found
 
     def _model_losses(self, fitted: Mapping[FFNSite, FittedSite], windows: Windows) -> ModelLosses:
-        return ModelLosses(self.model, fitted, windows, self.options.batch_size, self.meter.batch)
+        size, prompt = self.options.batch_size, self.rule.prompt
+        return ModelLosses(self.model, fitted, windows, size, self.meter.batch, prompt)
 
     def ffn(self, site: FFNSite) -> FFN:
         return ffn_of(self.model, site, self.traces.activation(site))
@@ -249,14 +275,24 @@ class _Fitting:
     def _site(self, number: int, site: FFNSite, key: str, gradients: OutputGradients | None) -> FittedSite:
         folder, ffn = self.options.checkpoint, self.ffn(site)
         path = None if folder is None else folder / f"site_{number:04d}.safetensors"
-        found = None if path is None else read_site(path, key, ffn, self.rule)
+        source = self.traces.before(site) if self.rule.lookahead else None
+        found = None if path is None else read_site(path, key, ffn, self.rule, source)
         if found is None:
-            traces = self.traces
-            tokens = SiteTokens(traces.fit_tokens(site), traces.fit_tokens(site, "calibrate"), gradients)
-            found = fit_site(ffn, tokens, self.job)
-            if path is not None:
+            training = None if path is None else path.with_name(f"training_{number:04d}.safetensors")
+            fit, calibrate = (
+                self.traces.fit_tokens(site, part, lookahead=0 if source is None else 1)
+                for part in ("fit", "calibrate")
+            )
+            fit = replace(fit, checkpoint=training, on_epoch=self._on_epoch(site))
+            found = fit_site(ffn, SiteTokens(fit, calibrate, gradients, source), self.job)
+            if path is not None and training is not None:
                 write_site(path, key, found)
+                training.unlink(missing_ok=True)
         return found
+
+    def _on_epoch(self, site: FFNSite) -> OnEpoch | None:
+        told = self.options.on_epoch
+        return None if told is None else lambda done, most, missed: told(site, done, most, missed)
 
     def _gradients(self) -> Mapping[FFNSite, OutputGradients]:
         windows = self._windows("calibrate")
@@ -273,7 +309,7 @@ class _Fitting:
         """Hash of all that a fitted FFN depends on."""
         job = asdict(self.job)
         windows = self.options.gradient_windows if self.options.allocation == "fisher" else 0
-        return hash_json([job, self.traces.facts["key"], self.traces.facts["seed"], windows])
+        return hash_json([job, self.rule.identity(), self.traces.facts["key"], self.traces.facts["seed"], windows])
 
     def _facts(self, fitted: Mapping[FFNSite, FittedSite]) -> dict[str, Any]:
         traces, second, certify = self.traces, self.texts.second, self.options.certify
@@ -286,6 +322,7 @@ class _Fitting:
             "left_out": [site.name for site in traces.sites if site not in fitted],
             "allocation": self.options.allocation,
             "floor": self.options.floor,
+            "prompt": self.rule.prompt,
         }
         if second is not None:
             facts["second"] = {"source": second.facts["source"], "windows_hash": second.facts["windows_hash"]}

@@ -13,7 +13,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.sparse.predictors.fixed import PromptConstant
 from ffnscope.sparse.runtime import Runtime
-from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.selector import Noted, Selector
 from ffnscope.sparse.uses import Selector as Select
 from ffnscope.sparse.uses import Step
 from ffnscope.types import FFNSite
@@ -28,12 +28,14 @@ class Selected:
         channels: selected, summed over tokens.
         tokens: that were selected for.
         batch: the windows that run.
+        noted: inputs of FFNs that predictors one layer after read.
     """
 
     prompt: int
     channels: dict[FFNSite, int] = field(default_factory=dict[FFNSite, int])
     tokens: dict[FFNSite, int] = field(default_factory=dict[FFNSite, int])
     batch: Windows | None = None
+    noted: dict[FFNSite, Noted] = field(default_factory=dict[FFNSite, Noted])
 
     def begin(self, batch: Windows) -> None:
         """Say which windows run next, so that padding and prompts are told apart."""
@@ -70,19 +72,22 @@ def masked_by(model: nn.Module, selectors: Mapping[FFNSite, Select], prompt: int
     Raises:
         UsageError: no selectors.
         NotAvailableError: an expert in shared parameters; a prompt where an FFN is an expert; a predictor that looks
-            ahead.
+            ahead, of a selector that does not say at the input of which FFN.
     """
     if not selectors:
         raise UsageError("no selectors were given; expected one per FFN that is to be masked, as {site: function}.")
     for site, select in selectors.items():
         _check(site, prompt)
-        if isinstance(select, Selector) and select.predictor.lookahead:
+        if isinstance(select, Selector) and select.predictor.lookahead and select.source is None:
             raise NotAvailableError(
-                f"the predictor of {site.name} looks ahead from the FFN one layer before; a masked run gives it the "
-                "input of its own FFN. Use a predictor with lookahead 0."
+                f"the predictor of {site.name} looks ahead from the FFN one layer before, and its selector does not "
+                "say which that is. Give Selector.source, or use a predictor with lookahead 0."
             )
     selected = Selected(prompt)
+    sources = {one.source for one in selectors.values() if isinstance(one, Selector) and one.source is not None}
+    selected.noted = {source: Noted() for source in sources}
     rules = {site: _rule(site, select, selected) for site, select in selectors.items()}
+    rules |= {source: _dense_source(source, selected) for source in sources if source not in selectors}
     runtime = Runtime(model, rules, 0.0, Step(prefill=True))
     try:
         for site in rules:
@@ -104,11 +109,34 @@ def _check(site: FFNSite, prompt: int) -> None:
         )
 
 
-def _rule(site: FFNSite, select: Select, selected: Selected) -> Select:
+def _dense_source(site: FFNSite, selected: Selected) -> Select:
+    """Of an FFN that stays dense, and whose input another one's predictor reads."""
+
     def rule(x: Tensor) -> Tensor:
+        selected.noted[site].x = x
+        return torch.ones(len(x), site.d_ff, dtype=torch.bool, device=x.device)
+
+    return rule
+
+
+def _rule(site: FFNSite, select: Select, selected: Selected) -> Select:
+    source = select.source if isinstance(select, Selector) else None
+
+    def select_by(x: Tensor, which: Tensor | None) -> Tensor:
+        """The masks of some rows of x, which a predictor that looks ahead takes from the noted input."""
+        if source is None or not isinstance(select, Selector):
+            return select(x if which is None else x[which])
+        noted = selected.noted[source].x
+        assert noted is not None and len(noted) == len(x), "the FFN one layer before ran just now, on the same tokens"
+        return select.of_scores(select.predictor(noted if which is None else noted[which]))
+
+    @torch.no_grad()
+    def rule(x: Tensor) -> Tensor:
+        if site in selected.noted:
+            selected.noted[site].x = x
         counted = selected.rows(len(x))
         if counted is None:
-            mask = select(x)
+            mask = select_by(x, None)
             _count(site, selected, mask)
             return mask
         counted = counted.to(x.device)
@@ -116,7 +144,7 @@ def _rule(site: FFNSite, select: Select, selected: Selected) -> Select:
         if isinstance(select, Selector) and isinstance(select.predictor, PromptConstant) and selected.prompt:
             found = _after_prompts(select, select.predictor, x, counted, selected)
         else:
-            found = select(x[counted])
+            found = select_by(x, counted)
         _count(site, selected, found)
         mask[counted] = found
         return mask

@@ -86,9 +86,14 @@ def truths(ffn: FFN, x: Tensor, label: Label, chunk: int = 1024) -> Iterator[tup
     """Yield inputs [n, d_model] and what the dense FFN does with them, ``chunk`` tokens at a time."""
     norms = ffn.down_norms
     for part in x.split(chunk):
-        h = ffn.h(part)
-        c = h.abs() * norms
-        yield part, Truth(h, c, label(c), ffn.weights.down)
+        yield part, truth_of(ffn, part, label, norms)
+
+
+def truth_of(ffn: FFN, x: Tensor, label: Label, norms: Tensor | None = None) -> Truth:
+    """What the dense FFN does with inputs [n, d_model]; ``norms`` are its `down_norms`, where they are known."""
+    h = ffn.h(x)
+    c = h.abs() * (ffn.down_norms if norms is None else norms)
+    return Truth(h, c, label(c), ffn.weights.down)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

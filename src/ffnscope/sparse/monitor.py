@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ffnscope.errors import UsageError
 from ffnscope.sparse.card import Band, SiteCard, SparsityCard
 from ffnscope.sparse.measures import Label, of_mask, truths
-from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.selector import Noted, Selector
 from ffnscope.types import FFNSite
 
 HORIZON = 64
@@ -113,7 +113,7 @@ def signals(scores: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 @dataclass(slots=True, eq=False)
 class Watched:
-    """A selector that notes what it does; called like it."""
+    """A selector that notes what it does; called like it. ``own`` is where it hands on its input, if one reads that."""
 
     card: SiteCard
     selector: Selector
@@ -127,12 +127,15 @@ class Watched:
     alarms: int = 0
     outside: bool = False
     steps: int = 0
+    own: Noted | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Inputs [T, d_model] -> mask [T, d_ff]; all channels while outside of a band and ``fallback`` is on."""
-        scores = self.selector.predictor(x)
-        mask = self.selector.policy.select(scores, self.selector.parameter)
+        if self.own is not None:
+            self.own.x = x
+        scores = self.selector.scores(x)
+        mask = self.selector.of_scores(scores)
         seen = signals(scores, mask)
         for name, values in seen.items():
             self.means[name].add(float(values.mean()), len(values))
@@ -147,8 +150,9 @@ class Watched:
         return mask | (seen["kept_mass"] < self.options.min_kept_mass)[:, None]
 
     def fresh(self) -> Watched:
-        """The same, which has seen nothing."""
-        return Watched(self.card, self.selector, self.label, self.options, self.offset, self.period)
+        """The same, which has seen nothing and stands alone: a predictor that looks ahead reads what is given."""
+        alone = replace(self.selector, source=None, noted=None)
+        return Watched(self.card, alone, self.label, self.options, self.offset, self.period)
 
     def drift(self) -> Drift:
         """What was seen."""
@@ -171,11 +175,25 @@ class Watched:
         return False
 
 
+@dataclass(slots=True, eq=False)
+class HandsOn:
+    """Of an FFN that stays dense: selects all channels, and hands on its input."""
+
+    card: SiteCard
+    own: Noted
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Inputs [T, d_model] -> mask [T, d_ff] of ones."""
+        self.own.x = x
+        return torch.ones(len(x), self.card.site.d_ff, dtype=torch.bool, device=x.device)
+
+
 class Monitor:
     """Watches the FFNs of a card while its model decodes.
 
     Attributes:
-        selectors: site -> selector that notes what it does, for `wrap_`.
+        selectors: site -> selector that notes what it does, for `wrap_`. Where predictors look ahead, FFNs that stay
+            dense and whose input is read are there too, and select all channels.
     """
 
     def __init__(
@@ -186,26 +204,34 @@ class Monitor:
         every = options.audit_every
         period = None if every is None else every * len(selectors)
         self._warned = False
-        self.selectors = {
-            site: Watched(cards[site], rule, card.wanted.label, options, (every or 0) * i, period)
-            for i, (site, rule) in enumerate(selectors.items())
-        }
+        noted = {rule.source: Noted() for rule in selectors.values() if rule.source is not None}
+        self.selectors: dict[FFNSite, Watched | HandsOn] = {}
+        for i, (site, rule) in enumerate(selectors.items()):
+            rule = rule if rule.source is None else replace(rule, noted=noted[rule.source])
+            watched = Watched(cards[site], rule, card.wanted.label, options, (every or 0) * i, period)
+            watched.own = noted.get(site)
+            self.selectors[site] = watched
+        self.selectors |= {s: HandsOn(cards[s], own) for s, own in noted.items() if s not in selectors}
+
+    @property
+    def _watched(self) -> dict[FFNSite, Watched]:
+        return {site: one for site, one in self.selectors.items() if isinstance(one, Watched)}
 
     def report(self) -> tuple[Drift, ...]:
         """What every FFN did, in the order of the model."""
-        return tuple(one.drift() for one in self.selectors.values())
+        return tuple(one.drift() for one in self._watched.values())
 
     @property
     def drifting(self) -> tuple[FFNSite, ...]:
         """FFNs that are outside of a band now."""
-        return tuple(site for site, one in self.selectors.items() if one.outside)
+        return tuple(site for site, one in self._watched.items() if one.outside)
 
     def check(self) -> None:
         """Warn, once, when FFNs are outside of their bands."""
         found = self.drifting
         if found and not self._warned:
             self._warned = True
-            first = self.selectors[found[0]]
+            first = self._watched[found[0]]
             values = ", ".join(f"{name} {mean.value:.3f}" for name, mean in first.means.items())
             bands = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in first.card.bands.items())
             then = "run dense" if first.options.fallback else "go on as they are"

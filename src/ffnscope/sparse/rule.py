@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ffnscope.errors import NotAvailableError, UsageError, unknown_name
+from ffnscope.errors import ArtifactError, UsageError, unknown_name
 from ffnscope.ffn.function import FFN
+from ffnscope.io import hash_file
 from ffnscope.registry import POLICIES, PREDICTORS
 from ffnscope.sparse.policies import ChannelThreshold, Hybrid, Policy, TopK, channel_gain
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed, token_mean
 from ffnscope.sparse.predictors.restore import restore_predictor
+from ffnscope.sparse.readings import readings_of
 
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {"low_bit": {"bits": 4, "group": 64}}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"low_bit": {"bits": 4, "group": 64}, "griffin": {"prompt": 32}}
 """Parameters of a predictor for those who name none, where it asks for some."""
+FILES = ("plan", "folder")
+"""Parameters of predictors that name files."""
 GAIN_TOKENS = 4096
 """Tokens on which gains of channels are measured, at most."""
 
@@ -43,17 +49,44 @@ class SelectionRule:
     policy_params: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        if self.predictor == "griffin":
-            raise NotAvailableError(
-                "griffin takes its scores from each prompt, so no calibration holds for it; use static, or begin() of "
-                "its predictor before every prompt."
-            )
-        if self.predictor_params.get("lookahead"):
-            raise NotAvailableError("a predictor that reads the input of an earlier FFN cannot run here; lookahead=0.")
         _check_params("predictor", self.predictor, self.predictor_params, PREDICTORS.get(self.predictor).params)
+        if self.lookahead not in (0, 1):
+            raise UsageError(f"lookahead must be 0 or 1 layers; got {self.lookahead}.")
+        if self.predictor == "griffin" and self.prompt < 1:
+            raise UsageError(
+                "griffin takes its scores from a prompt; give prompt, the tokens at the beginning of each window that "
+                f"are one, at least 1 (default {DEFAULTS['griffin']['prompt']}); got {self.prompt}."
+            )
         policy, params = self._plain_policy()
         own = {} if policy == "channel_threshold" else POLICIES.get(policy).params
         _check_params("policy", policy, params, own)
+
+    @property
+    def lookahead(self) -> int:
+        """1 where predictors read the input of the FFN one layer before, wherever there is one; else 0."""
+        return self.predictor_params.get("lookahead", 0)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens at the beginning of each window that run dense, since scores are taken from them; 0 for most rules."""
+        return self.predictor_params.get("prompt", 0) if self.predictor == "griffin" else 0
+
+    @property
+    def trained(self) -> bool:
+        """Whether its predictors are trained, epoch by epoch."""
+        return self.predictor in ("low_rank", "deja_vu")
+
+    def own(self, *, ahead: bool) -> SelectionRule:
+        """The rule of one FFN: without lookahead where there is no FFN before it (``ahead`` false)."""
+        if ahead or not self.lookahead:
+            return self
+        return replace(self, predictor_params={**self.predictor_params, "lookahead": 0})
+
+    def identity(self) -> list[Any]:
+        """All that results depend on, to be hashed: names, parameters, and the content of files that these name."""
+        files = {key: _content(Path(str(self.predictor_params[key]))) for key in FILES if self.predictor_params.get(key)}
+        params = dict(self.predictor_params), dict(self.policy_params)
+        return [self.predictor, self.policy, *params, *([files] if files else [])]
 
     def make_predictor(self, ffn: FFN, fit: FitTokens | None) -> Predictor:
         """The predictor of an FFN."""
@@ -64,8 +97,7 @@ class SelectionRule:
         """The policy of an FFN."""
         name, params = self._plain_policy()
         if name == "channel_threshold":
-            x = needed(fit, "channel_threshold").x[:GAIN_TOKENS]
-            return ChannelThreshold(channel_gain(predictor(x), predictor.ffn.contributions(x)))
+            return ChannelThreshold(_gain(predictor, needed(fit, "channel_threshold")))
         made: Policy = POLICIES.get(name).make(**params)
         if self.policy != "hybrid":
             return made
@@ -100,6 +132,28 @@ class SelectionRule:
                 f"{rest!r}."
             )
         return rest, {k: v for k, v in self.policy_params.items() if k not in ("core", "rest")}
+
+
+@torch.no_grad()
+def _gain(predictor: Predictor, fit: FitTokens) -> Tensor:
+    """Gains of channels on the first tokens."""
+    scores: list[Tensor] = []
+    contributions: list[Tensor] = []
+    for x, seen in readings_of(predictor, fit).chunks(predictor, GAIN_TOKENS):
+        if sum(map(len, scores)) >= GAIN_TOKENS:
+            break
+        scores.append(predictor(seen))
+        contributions.append(predictor.ffn.contributions(x))
+    return channel_gain(torch.cat(scores), torch.cat(contributions))
+
+
+def _content(path: Path) -> str | dict[str, str]:
+    """Hash of a file, or of each file of a folder; raises ArtifactError for what is not there."""
+    if path.is_dir():
+        return {one.name: hash_file(one) for one in sorted(path.iterdir()) if one.is_file()}
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist; a parameter of the predictor names it.")
+    return hash_file(path)
 
 
 def rule_of(

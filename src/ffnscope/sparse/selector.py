@@ -7,8 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ffnscope.errors import NotAvailableError
+from ffnscope.sparse.measures import MEASURES, Label, TokenMeasures, of_mask, truth_of
 from ffnscope.sparse.policies import Policy
 from ffnscope.sparse.predictors.interface import Predictor
+from ffnscope.sparse.readings import Readings
+from ffnscope.types import FFNSite
+
+
+@dataclass(slots=True, eq=False)
+class Noted:
+    """The input of an FFN in the forward that runs, for the predictor of the FFN one layer after.
+
+    Attributes:
+        x: [T, d_model], or None where it has been read, or has not been noted yet.
+    """
+
+    x: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,13 +34,55 @@ class Selector:
         predictor: gives scores.
         policy: selects by them.
         parameter: of the policy, as `calibrate_policy` finds it.
+        source: the FFN whose input a predictor reads that looks ahead; None where it is that of its own FFN.
+        noted: where that input is put while a model runs; None where nothing runs that does so.
     """
 
     predictor: Predictor
     policy: Policy
     parameter: float
+    source: FFNSite | None = None
+    noted: Noted | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """Inputs [T, d_model] -> mask [T, d_ff]."""
-        return self.policy.select(self.predictor(x), self.parameter)
+        """Inputs of the FFN [T, d_model] -> mask [T, d_ff]; see `scores`."""
+        return self.of_scores(self.scores(x))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Inputs of the FFN [T, d_model] -> scores [T, d_ff], from the noted input where the predictor looks ahead.
+
+        Raises:
+            NotAvailableError: nothing has been noted for these tokens.
+        """
+        return self.predictor(x if self.source is None else self._taken(len(x)))
+
+    def of_scores(self, scores: Tensor) -> Tensor:
+        """Scores [T, d_ff] -> mask [T, d_ff]."""
+        return self.policy.select(scores, self.parameter)
+
+    def _taken(self, n_tokens: int) -> Tensor:
+        assert self.source is not None
+        found = None if self.noted is None else self.noted.x
+        if self.noted is None or found is None or len(found) != n_tokens:
+            raise NotAvailableError(
+                f"the predictor of {self.predictor.ffn.name} reads the input of {self.source.name}, one layer before, "
+                "which nothing has handed on. Decode by wrap_(model, card), without never_slower, or use a predictor "
+                "with lookahead 0."
+            )
+        self.noted.x = None
+        return found
+
+
+@torch.no_grad()
+def measure_selector(
+    selector: Selector | None, predictor: Predictor, readings: Readings, label: Label, chunk: int = 1024
+) -> TokenMeasures:
+    """Measure a selection (None: all channels) on tokens as its predictor is given them, against the dense FFN."""
+    rows: list[dict[str, Tensor]] = []
+    norms = predictor.ffn.down_norms
+    for x, seen in readings.chunks(predictor, chunk):
+        truth = truth_of(predictor.ffn, x, label, norms)
+        mask = torch.ones_like(truth.labels) if selector is None else selector.of_scores(predictor(seen))
+        rows.append(of_mask(mask, truth))
+    return TokenMeasures({name: torch.cat([row[name] for row in rows]) for name in MEASURES})

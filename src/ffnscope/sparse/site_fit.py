@@ -14,16 +14,18 @@ from ffnscope.errors import UsageError
 from ffnscope.evaluate.intervals import sums_by_document
 from ffnscope.ffn.function import FFN, wide
 from ffnscope.io import disposable, expect_kind, read_tensors, write_tensors
-from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored
+from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored_readings
 from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.card_options import Ladder
 from ffnscope.sparse.costs import matrix_bytes, sparse_bytes
 from ffnscope.sparse.gradients import OutputGradients, fisher_damage
 from ffnscope.sparse.measures import density, missed_mass, recall, relative_error
 from ffnscope.sparse.policies import Policy
-from ffnscope.sparse.predictors.interface import FitTokens, Predictor
+from ffnscope.sparse.predictors.interface import CHUNK, FitTokens, Predictor
+from ffnscope.sparse.readings import Readings, readings_of
 from ffnscope.sparse.rule import SelectionRule, tensors_of
 from ffnscope.sparse.selector import Selector
+from ffnscope.types import FFNSite
 
 KIND = "fitted FFN"
 HELD_VALUES = 2**26
@@ -58,11 +60,13 @@ class SiteTokens:
         fit: to make the predictor from, and the settings where these have a certificate.
         calibrate: other documents, to see what settings cost and lose.
         gradients: for the damage "fisher".
+        source: the FFN that ``earlier`` of the tokens is the input of; None where there is none.
     """
 
     fit: FitTokens
     calibrate: FitTokens
     gradients: OutputGradients | None = None
+    source: FFNSite | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +76,7 @@ class FittedSite:
     Attributes:
         predictor: of this FFN.
         policy: of this FFN.
+        source: the FFN whose input the predictor reads, where it looks ahead; else None.
         parameters: of the policy, one per setting; None = dense.
         density: mean on the calibration documents [n].
         damage: on them [n], or empty.
@@ -82,6 +87,7 @@ class FittedSite:
 
     predictor: Predictor
     policy: Policy
+    source: FFNSite | None
     parameters: tuple[float | None, ...]
     density: Tensor
     damage: Tensor
@@ -92,7 +98,7 @@ class FittedSite:
     def selector(self, setting: int) -> Selector | None:
         """The selection at a setting; None where dense."""
         parameter = self.parameters[setting]
-        return None if parameter is None else Selector(self.predictor, self.policy, parameter)
+        return None if parameter is None else Selector(self.predictor, self.policy, parameter, self.source)
 
     @property
     def bytes_dense(self) -> int:
@@ -118,13 +124,17 @@ def fit_site(ffn: FFN, tokens: SiteTokens, job: SiteJob) -> FittedSite:
     Raises:
         UsageError: the one setting of a ladder cannot be met.
     """
-    predictor = job.rule.make_predictor(ffn, tokens.fit)
-    policy = job.rule.make_policy(predictor, tokens.fit)
-    calibrate = _held(predictor, policy, tokens.calibrate, job)
-    chunks = _held(predictor, policy, tokens.fit, job) if job.ladder.part == "fit" else calibrate
+    rule = job.rule.own(ahead=tokens.source is not None)
+    predictor = rule.make_predictor(ffn, replace(tokens.fit, density=_kept_share(ffn, tokens.fit.x, job)))
+    policy = rule.make_policy(predictor, tokens.fit)
+    readings = readings_of(predictor, tokens.calibrate)
+    calibrate = _held(predictor, policy, readings, job)
+    chunks = calibrate
+    if job.ladder.part == "fit":
+        chunks = _held(predictor, policy, readings_of(predictor, tokens.fit), job)
     parameters = (None, *_parameters(_by_keys(policy, job), chunks, job.ladder))
-    made = FittedSite(predictor, policy, parameters, *(torch.empty(0) for _ in range(5)))
-    return _measured(made, tokens, calibrate, job)
+    made = FittedSite(predictor, policy, tokens.source, parameters, *(torch.empty(0) for _ in range(5)))
+    return _measured(made, tokens, readings, calibrate, job)
 
 
 def write_site(path: Path, key: str, fitted: FittedSite) -> None:
@@ -134,8 +144,10 @@ def write_site(path: Path, key: str, fitted: FittedSite) -> None:
     write_tensors(path, {**tensors_of(fitted.predictor, fitted.policy), **measured}, facts)
 
 
-def read_site(path: Path, key: str, ffn: FFN, rule: SelectionRule) -> FittedSite | None:
+def read_site(path: Path, key: str, ffn: FFN, rule: SelectionRule, source: FFNSite | None = None) -> FittedSite | None:
     """A fitted FFN from its file; None where there is none, or one of other arguments.
+
+    Args: as of `FittedSite`, and the key that it was written with.
 
     Raises:
         ArtifactError: a damaged file.
@@ -147,17 +159,35 @@ def read_site(path: Path, key: str, ffn: FFN, rule: SelectionRule) -> FittedSite
         expect_kind(path, facts, KIND)
         if facts.get("key") != key:
             return None
-        predictor, policy = rule.restore(ffn, tensors)
-        return FittedSite(predictor, policy, tuple(facts["parameters"]), **{name: tensors[name] for name in _MEASURED})
+        predictor, policy = rule.own(ahead=source is not None).restore(ffn, tensors)
+        measured = {name: tensors[name] for name in _MEASURED}
+        return FittedSite(predictor, policy, source, tuple(facts["parameters"]), **measured)
 
 
 _MEASURED = ("density", "damage", "loss_sums", "documents", "loss_counts")
+
+
+@torch.no_grad()
+def _kept_share(ffn: FFN, x: Tensor, job: SiteJob) -> float | None:
+    """The density at which the best selection meets a lone setting: what a predictor is trained for; None if unknown."""
+    ladder = job.ladder
+    if not job.rule.trained or len(ladder.values) > 1 or ladder.measure not in ("density", "recall", "missed_mass"):
+        return None
+    found = ladder.values[0]
+    if ladder.measure != "density":
+        label = job.wanted.label if ladder.measure == "recall" else WantedChannels("top_mass", found).label
+        found = sum(float(density(label(ffn.contributions(part))).sum()) for part in x.split(CHUNK)) / len(x)
+    return found if 0 < found < 1 else None
 
 
 def _parameters(policy: Policy, chunks: Chunks, ladder: Ladder) -> Iterator[float | None]:
     """A parameter per setting. What a policy cannot reach is the setting before it, unless it is the only one."""
     last: float | None = None
     for value in ladder.values:
+        if ladder.measure == "parameter":
+            policy.level(value)  # refuses what is impossible
+            yield value
+            continue
         try:
             last = calibrate_policy(policy, chunks, Target(ladder.measure, value)).parameter
         except UsageError:
@@ -188,24 +218,25 @@ def _by_keys(policy: Policy, job: SiteJob) -> Policy:
     return _Keys(policy) if len(job.ladder.values) > 1 else policy
 
 
-def _held(predictor: Predictor, policy: Policy, tokens: FitTokens, job: SiteJob) -> Chunks:
+def _held(predictor: Predictor, policy: Policy, readings: Readings, job: SiteJob) -> Chunks:
     """The scored tokens, with keys as scores where there are several settings; in memory where they are few."""
-    scores = scored(predictor, predictor.ffn, tokens.x, job.wanted.label)
+    scores = scored_readings(predictor, readings, job.wanted.label)
 
     def keyed() -> Iterator[Scored]:
         return (Scored(policy.keys(one.scores), one.truth) for one in scores())
 
     chunks = keyed if len(job.ladder.values) > 1 else scores
-    if len(tokens.x) * predictor.ffn.d_ff > HELD_VALUES:
+    if len(readings) * predictor.ffn.d_ff > HELD_VALUES:
         return chunks
     held: list[Scored] = list(chunks())
     return lambda: held
 
 
-def _measured(fitted: FittedSite, tokens: SiteTokens, chunks: Chunks, job: SiteJob) -> FittedSite:
+def _measured(
+    fitted: FittedSite, tokens: SiteTokens, readings: Readings, chunks: Chunks, job: SiteJob
+) -> FittedSite:
     """Add density, losses by document and damage at every setting."""
-    document = tokens.calibrate.document
-    assert document is not None, "traces know the documents of their tokens"
+    document = readings.document
     documents = document.unique()
     densities, losses = [torch.ones(())], [torch.zeros(len(document), dtype=torch.float64)]
     errors: list[float] = [0.0]
@@ -248,6 +279,7 @@ def _fisher(fitted: FittedSite, gradients: OutputGradients | None) -> list[float
         return [0.0] * len(fitted.parameters)
     ffn = fitted.predictor.ffn
     h, down = ffn.h(gradients.x), wide(ffn.weights.down)
+    assert fitted.source is None, "refused by SiteJob's maker: gradients come with the FFN's own input alone"
     scores = fitted.predictor(gradients.x)
 
     def damage(parameter: float | None) -> float:

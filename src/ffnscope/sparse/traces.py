@@ -68,10 +68,22 @@ class Traces:
         Raises:
             UsageError: no token of this part reached the site, or there is no traced dense FFN in the layer before.
         """
+        return self._fit_tokens(site, lookahead, part)
+
+    def all_tokens(self, site: FFNSite, *, lookahead: int = 0) -> FitTokens:
+        """The same of all documents."""
+        return self._fit_tokens(site, lookahead, None)
+
+    def before(self, site: FFNSite) -> FFNSite | None:
+        """The dense FFN one layer before a dense one, if it was traced and is the only one there."""
+        found = [s for s in self.files if s.layer == site.layer - 1 and s.expert is None]
+        return found[0] if len(found) == 1 and site.expert is None else None
+
+    def _fit_tokens(self, site: FFNSite, lookahead: int, part: Part | None) -> FitTokens:
         x, tokens = self._read(site)
-        rows = self._in_part(tokens, part)
-        earlier = self._read(self._before(site))[0][tokens[rows]] if lookahead else None
-        return FitTokens(x[rows], self.document[tokens[rows]], earlier)
+        rows = torch.arange(len(tokens)) if part is None else self._in_part(tokens, part)
+        earlier = self._read(self._source(site))[0][tokens[rows]] if lookahead else None
+        return FitTokens(x[rows], self.document[tokens[rows]], earlier, self.window[tokens[rows]])
 
     def activation(self, site: FFNSite) -> str:
         """Name of the activation function with which the weights gave the model's activations, for `ffn_of`."""
@@ -79,14 +91,14 @@ class Traces:
         with complete(self._file(site), "trace"):
             return facts["activation"]
 
-    def _before(self, site: FFNSite) -> FFNSite:
-        found = [s for s in self.files if s.layer == site.layer - 1 and s.expert is None]
-        if len(found) != 1 or site.expert is not None:
+    def _source(self, site: FFNSite) -> FFNSite:
+        found = self.before(site)
+        if found is None:
             raise UsageError(
-                f"a lookahead of 1 for {site.name} needs one dense FFN in layer {site.layer - 1}; these traces have "
-                f"{len(found)}. Use lookahead 0."
+                f"a lookahead of 1 for {site.name} needs it to be dense, and one dense FFN in layer {site.layer - 1}, "
+                "which these traces do not have. Use lookahead 0."
             )
-        return found[0]
+        return found
 
     def _in_part(self, tokens: Tensor, part: Part) -> Tensor:
         if part not in PARTS:

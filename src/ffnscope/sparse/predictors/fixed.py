@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ffnscope.errors import UsageError
+from ffnscope.errors import NotAvailableError, UsageError, unknown_name
 from ffnscope.ffn.function import FFN
+from ffnscope.io import read_plan
 from ffnscope.registry import predictor
 from ffnscope.sparse.ffn import check_input
-from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed, token_mean
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor, Prompted, needed, token_mean
 
 
 class Constant(Predictor):
@@ -34,12 +36,36 @@ class Constant(Predictor):
         return self.scores.expand(len(x), -1)
 
 
-class PromptConstant(Constant):
-    """Scores of the tokens of a prompt, the same for all that is generated after it."""
+class PromptConstant(Prompted):
+    """Scores of the tokens of a prompt, the same for all that is generated after it.
+
+    Attributes:
+        prompt: see `Prompted`.
+        scores: [d_ff]; None until a prompt is given.
+    """
+
+    def __init__(self, ffn: FFN, scores: Tensor | None, prompt: int = 0):
+        super().__init__(ffn)
+        self.prompt, self.scores = prompt, scores
+
+    @property
+    def bytes_read(self) -> int:
+        """None: the selection is made once per prompt."""
+        return 0
 
     def begin(self, x: Tensor) -> None:
         """Take the scores of a new prompt, x [T, d_model]."""
         self.scores = griffin_scores(self.ffn, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d_model] -> scores [T, d_ff]; raises NotAvailableError before the first prompt."""
+        check_input(self.ffn, x)
+        if self.scores is None:
+            raise NotAvailableError(
+                f"the selection of {self.ffn.name} is that of a prompt (griffin), and none has been given. Call "
+                "ffnscope.begin_prompt(model, input_ids) on the wrapped model before it generates."
+            )
+        return self.scores.to(x.device).expand(len(x), -1)
 
 
 class Chance(Predictor):
@@ -74,17 +100,26 @@ def random(ffn: FFN, fit: FitTokens | None = None, *, seed: int = 0) -> Predicto
 
 
 @predictor("static")
-def static(ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None) -> Predictor:
+def static(
+    ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None, plan: str | None = None
+) -> Predictor:
     """The mean contribution over calibration tokens, or the kept channels of a pruning plan, for every token.
 
     Args:
         ffn: the FFN.
-        fit: tokens; not needed with ``kept``.
+        fit: tokens; not needed with ``kept`` or ``plan``.
         kept: indices of channels (`PruningPlan.kept`), which get the score 1, all others 0.
+        plan: file of a pruning plan, from which ``kept`` is taken by the name of the FFN.
 
     Raises:
-        UsageError: neither tokens nor kept channels, or channels that the FFN does not have.
+        UsageError: neither tokens nor kept channels, both a plan and channels, a plan without this FFN, or channels
+            that the FFN does not have.
+        ArtifactError: a plan that cannot be read.
     """
+    if plan is not None:
+        if kept is not None:
+            raise UsageError("static takes kept channels or the file of a plan; give one of the two.")
+        kept = _kept_by(Path(plan), ffn)
     if kept is None:
         return Constant(ffn, token_mean(needed(fit, "static").x, ffn.contributions))
     if not kept.numel() or not 0 <= int(kept.min()) <= int(kept.max()) < ffn.d_ff:
@@ -92,18 +127,29 @@ def static(ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None) -> Pr
     return Constant(ffn, torch.zeros(ffn.d_ff).index_fill_(0, kept.cpu(), 1).to(ffn.weights.up.device))
 
 
+def _kept_by(path: Path, ffn: FFN) -> Tensor:
+    kept = {site.name: index for site, index in read_plan(path).kept.items()}
+    if ffn.name not in kept:
+        raise unknown_name(f"FFN of the plan {path}", ffn.name, kept)
+    return kept[ffn.name]
+
+
 @predictor("griffin", source="GRIFFIN (arXiv:2404.01365)")
-def griffin(ffn: FFN, fit: FitTokens | None) -> Predictor:
+def griffin(ffn: FFN, fit: FitTokens | None, *, prompt: int = 0) -> Predictor:
     """The channels that a prompt uses, for all that follows: norms over tokens of h, each token's scaled to length 1.
 
     Args:
         ffn: the FFN.
-        fit: the prompt; ``begin(x)`` of what is returned takes another one.
+        fit: the prompt; ``begin(x)`` of what is returned takes another one. Not needed with ``prompt``.
+        prompt: tokens at the beginning of each window that are its prompt where a selection is calibrated or measured;
+            0: ``fit`` is the prompt.
 
     Raises:
-        UsageError: no tokens.
+        UsageError: neither tokens nor a length of prompts.
     """
-    return PromptConstant(ffn, griffin_scores(ffn, needed(fit, "griffin").x))
+    if prompt < 0:
+        raise UsageError(f"prompt must be a number of tokens, at least 0; got {prompt}.")
+    return PromptConstant(ffn, None if prompt else griffin_scores(ffn, needed(fit, "griffin").x), prompt)
 
 
 def griffin_scores(ffn: FFN, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from ffnscope.ffn.function import FFN
 
 CHUNK = 1024
 """Tokens at a time where sums over fitting tokens are made."""
+OnEpoch = Callable[[int, int, float], None]
+"""Called after each epoch with epochs done, epochs at most, and the missed mass on the tokens to judge by."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,16 +27,25 @@ class FitTokens:
         document: document of each token [T], so that tokens to judge by are of other documents; or None.
         earlier: inputs of the FFN of the layer before at the same tokens [T, d_model], for a predictor that looks
             ahead; or None.
+        window: window of each token [T], for a predictor that takes its scores from the beginning of each; or None.
+        density: share of the channels that will be kept, for a predictor that is trained to tell these from the
+            others; None where that is not known.
+        checkpoint: file that a predictor which is trained goes on from when it was cut off; or None.
+        on_epoch: called after each epoch of such a training.
     """
 
     x: Tensor
     document: Tensor | None = None
     earlier: Tensor | None = None
+    window: Tensor | None = None
+    density: float | None = None
+    checkpoint: Path | None = None
+    on_epoch: OnEpoch | None = None
 
     def __post_init__(self) -> None:
         if self.x.dim() != 2 or not len(self.x):
             raise UsageError(f"tokens to fit must be [T, d_model] with T at least 1; got {tuple(self.x.shape)}.")
-        for name in ("document", "earlier"):
+        for name in ("document", "earlier", "window"):
             value: Tensor | None = getattr(self, name)
             if value is not None and len(value) != len(self.x):
                 raise UsageError(f"{name} has {len(value)} rows for {len(self.x)} tokens.")
@@ -67,6 +79,21 @@ class Predictor(nn.Module):
         """
         own = sum(value.numel() * value.element_size() for value in self.state_dict().values())
         return own + sum(self.ffn.matrix_bytes(name) for name in self.reads)
+
+
+class Prompted(Predictor):
+    """A predictor whose scores are those of a prompt, for all that follows it.
+
+    Attributes:
+        prompt: tokens at the beginning of a window that are its prompt where a text is measured; 0: the scores are
+            those of the fitting tokens until another prompt is given.
+    """
+
+    prompt: int = 0
+
+    def begin(self, x: Tensor) -> None:
+        """Take the scores of a prompt, x [T, d_model]."""
+        raise NotImplementedError
 
 
 def needed(fit: FitTokens | None, name: str) -> FitTokens:

@@ -68,7 +68,8 @@ def _whitened_svd(ffn: FFN, params: Params, state: Mapping[str, Tensor]) -> Pred
 
 def _low_rank(ffn: FFN, params: Params, state: Mapping[str, Tensor]) -> Predictor:
     rank = state["fc1.weight"].shape[0] if "fc1.weight" in state else 1
-    return LowRank(ffn, rank, relu=params.get("relu", True), bias="fc2.bias" in state)
+    lookahead, bias = params.get("lookahead", 0), "fc2.bias" in state
+    return LowRank(ffn, rank, relu=params.get("relu", True), lookahead=lookahead, bias=bias)
 
 
 def _static(ffn: FFN, params: Params, state: Mapping[str, Tensor]) -> Predictor:
@@ -86,5 +87,6 @@ _EMPTY: dict[str, Empty] = {
     "static": _static,
     "whitened_svd": _whitened_svd,
     "low_rank": _low_rank,
-    "deja_vu": lambda ffn, params, state: _low_rank(ffn, {"relu": False}, state),
+    "deja_vu": lambda ffn, params, state: _low_rank(ffn, {**params, "relu": False}, state),
+    "fc_files": _low_rank,
 }

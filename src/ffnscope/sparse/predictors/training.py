@@ -15,7 +15,7 @@ from ffnscope.errors import NonFiniteError, UsageError, unknown_name
 from ffnscope.io import disposable, expect_kind, hash_json, hash_tensors, read_tensors, write_tensors
 from ffnscope.sparse.labels import largest, nonzero
 from ffnscope.sparse.measures import missed_mass
-from ffnscope.sparse.predictors.interface import FitTokens
+from ffnscope.sparse.predictors.interface import FitTokens, OnEpoch
 from ffnscope.sparse.predictors.low_rank import LowRank
 from ffnscope.sparse.split import hash_order
 
@@ -24,8 +24,6 @@ HELD_OUT = 0.1
 """Share of the documents (of the tokens, where documents are not known) to judge by."""
 
 Loss = Literal["mass", "published"]
-OnEpoch = Callable[[int, int, float], None]
-"""Called after each epoch with epochs done, epochs at most, and the missed mass on the tokens to judge by."""
 
 
 @dataclass(frozen=True, slots=True)
