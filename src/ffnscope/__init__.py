@@ -107,12 +107,13 @@ from ffnscope.scoring import score
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import Figure, LossChange, SiteCard, SparsityCard, WantedChannels
 from ffnscope.sparse.card_files import read_card, write_card
-from ffnscope.sparse.card_options import CardOptions, CardTexts, Certify, PerplexityTarget
+from ffnscope.sparse.card_options import CardOptions, CardTexts, Certify, ParameterTarget, PerplexityTarget
 from ffnscope.sparse.certificate import Certificate
 from ffnscope.sparse.evaluation import compare_forms
 from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.monitor import MonitorOptions
+from ffnscope.sparse.prompts import begin_prompt
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import unwrap_, wrap_
 from ffnscope.sparse.selector import Selector
@@ -146,6 +147,7 @@ __all__ = [
     "CardOptions",
     "CardTexts",
     "Certify",
+    "ParameterTarget",
     "PerplexityTarget",
     "Certificate",
     "fit_card",
@@ -231,6 +233,7 @@ __all__ = [
     "ablate_channels",
     "agreement",
     "allocator",
+    "begin_prompt",
     "bench",
     "bootstrap_statistics",
     "build_plan",

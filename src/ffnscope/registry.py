@@ -100,7 +100,7 @@ PREDICTORS: Registry[Factory] = Registry(
     "predictor",
     tuple(
         f"ffnscope.sparse.predictors.{room}"
-        for room in ("exact", "fixed", "sign_bit", "low_bit", "whitened_svd", "low_rank")
+        for room in ("exact", "fixed", "sign_bit", "low_bit", "whitened_svd", "low_rank", "fc_files")
     ),
     "ffnscope.predictors",
 )
@@ -234,11 +234,11 @@ def allocator(name: str) -> Callable[[F], F]:
     return add
 
 
-def predictor(name: str, *, source: str = "") -> Callable[[F], F]:
+def predictor(name: str, *, source: str = "", options: type | None = None) -> Callable[[F], F]:
     """Register what makes a predictor of channel contributions: ``make(ffn, fit, **params)`` (see `Factory`)."""
 
     def add(fn: F) -> F:
-        PREDICTORS.add(name, Factory(name, fn, source, _first_line(fn)))
+        PREDICTORS.add(name, Factory(name, fn, source, _first_line(fn), options))
         return fn
 
     return add

@@ -187,15 +187,26 @@ class Allocator:
 
 @dataclass(frozen=True, slots=True)
 class Factory:
-    """What makes a predictor, ``make(ffn, fit, **params)``, or a policy, ``make(**params)``; see `ffnscope.sparse`."""
+    """What makes a predictor, ``make(ffn, fit, **params)``, or a policy, ``make(**params)``; see `ffnscope.sparse`.
+
+    Attributes:
+        name: in the registry.
+        make: the function or class.
+        source: where it was published.
+        summary: its first line.
+        options: dataclass whose fields ``make`` takes as further keyword arguments; or None.
+    """
 
     name: str
     make: Callable[..., Any]
     source: str
     summary: str
+    options: type | None = None
 
     @property
     def params(self) -> dict[str, inspect.Parameter]:
         """Typed parameters by name: keyword-only ones of a predictor, all of a policy."""
-        found = inspect.signature(self.make).parameters
-        return {k: p for k, p in found.items() if k not in ("ffn", "fit")}
+        found = dict(inspect.signature(self.make).parameters)
+        if self.options is not None:
+            found |= inspect.signature(self.options).parameters
+        return {k: p for k, p in found.items() if k not in ("ffn", "fit") and p.kind is not p.VAR_KEYWORD}

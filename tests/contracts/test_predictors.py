@@ -7,13 +7,22 @@ import torch
 
 from ffnscope.registry import PREDICTORS
 from ffnscope.testing import check_predictor
+from ffnscope.testing.predictors import D_FF, D_MODEL
 
 PARAMS = {"whitened_svd": {"rank": 8}, "low_rank": {"rank": 8, "epochs": 2}, "deja_vu": {"rank": 8, "epochs": 2}}
 
 
-@pytest.mark.parametrize("name", PREDICTORS.names())
+@pytest.mark.parametrize("name", [name for name in PREDICTORS.names() if name != "fc_files"])
 def test_predictor_keeps_the_laws(name):
     check_predictor(name, **PARAMS.get(name, {}))
+
+
+def test_predictors_from_files_keep_the_laws(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    fc1, fc2 = torch.randn(4, D_MODEL, generator=random), torch.randn(D_FF, 4, generator=random)
+    torch.save({"fc1.weight": fc1, "fc2.weight": fc2}, tmp_path / "model_3.pt")
+    check_predictor("fc_files", folder=str(tmp_path), layer=3, before_norm=False)
+    check_predictor("fc_files", folder=str(tmp_path), layer=3, norm=torch.full((D_MODEL,), 0.5))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
 from ffnscope.cli.groups import grouped
-from ffnscope.cli.sparse_options import params_of
+from ffnscope.cli.sparse_options import MAX_TRACES, MaxTraces, params_of, trace_bytes
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import write_text
@@ -47,6 +47,7 @@ class DomainChoice:
     held_out_samples: Annotated[int, typer.Option(help="Held-out windows of each text to measure perplexity on.")] = 8
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per forward.")] = 4
     seed: Annotated[int, typer.Option(help="Seed that chooses the windows.")] = 42
+    max_traces: MaxTraces = MAX_TRACES
 
     def texts(self) -> dict[str, tuple[opt.TextChoice, opt.TextChoice]]:
         """Name -> windows to calibrate on, and held-out ones; raises for one that cannot be read, or one alone."""
@@ -92,6 +93,7 @@ def answer_command(
     asked = parse_target(target)
     if not isinstance(asked, Target):
         raise UsageError("each rule is calibrated in every FFN by itself; --target perplexity is for sparsify.")
+    limit = trace_bytes(choice.max_traces)
     params = {**DEFAULTS.get(predictor, {}), **params_of("--predictor-param", predictor_param)}
     options = AnswerOptions(asked, wanted or None, predictor, params, choice.batch_size)
     texts = choice.texts()
@@ -102,7 +104,8 @@ def answer_command(
         reporter.say("dry run: nothing was computed")
         return
     with unfinished(out / UNFINISHED) as part:
-        pages = [_page(model, loading, texts, options, part, out, reporter) for model in models]
+        tracing = TraceOptions(batch_size=options.batch_size, max_bytes=limit)
+        pages = [_page(model, loading, texts, (options, tracing), part, out, reporter) for model in models]
         write_text(out / "answer.md", "\n".join(pages))
 
 
@@ -122,15 +125,15 @@ def _page(
     model: str,
     loading: opt.Loading,
     texts: dict[str, tuple[opt.TextChoice, opt.TextChoice]],
-    options: AnswerOptions,
+    asked: tuple[AnswerOptions, TraceOptions],
     part: Path,
     out: Path,
     reporter: Reporter,
 ) -> str:
+    options, tracing = asked
     loaded = loading.open(reporter, model)
     label = model.removeprefix("package:").strip("/").replace("/", "_")
     domains: dict[str, Domain] = {}
-    tracing = TraceOptions(batch_size=options.batch_size)
     for place, (name, (calibration, held_out)) in enumerate(texts.items()):
         windows: Windows = calibration.calibration(loaded)
         found = traced(loaded, windows, part / f"{label}_{place}", name, reporter, tracing)

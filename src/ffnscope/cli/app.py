@@ -24,6 +24,7 @@ from ffnscope.cli.curves import curves_command
 from ffnscope.cli.files import Overwrite
 from ffnscope.cli.inspect import inspect_command
 from ffnscope.cli.place import place_command
+from ffnscope.cli.predictors import predictors_app
 from ffnscope.cli.prune import prune_command
 from ffnscope.cli.rank import rank_command
 from ffnscope.cli.relufy import relufy_command
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 plan_app = typer.Typer(no_args_is_help=True, help="Look at pruning plans.")
 app.add_typer(plan_app, name="plan")
+app.add_typer(predictors_app, name="predictors")
 app.command("score")(score_command)
 app.command("rank")(rank_command)
 app.command("prune")(prune_command)

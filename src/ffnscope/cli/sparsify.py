@@ -13,7 +13,7 @@ from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
 from ffnscope.cli.groups import grouped
-from ffnscope.cli.sparse_options import RuleChoice
+from ffnscope.cli.sparse_options import MAX_TRACES, MaxTraces, RuleChoice, trace_bytes
 from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.report.card_page import write_card_page
@@ -22,7 +22,7 @@ from ffnscope.run.progress import Reporter
 from ffnscope.run.sparse_steps import CardJob, draw_card_plots, write_curve
 from ffnscope.sparse.card_curve import check_densities
 from ffnscope.sparse.card_files import write_card
-from ffnscope.sparse.card_options import CardOptions, CardTarget, Certify, check_offered, parse_target
+from ffnscope.sparse.card_options import CardOptions, CardTarget, Certify, check_offered, parse_target, wanted_channels
 
 UNFINISHED = "sparsify.part"
 CURVE_FILES = ("curve.csv", "curve.json", "curve.png", "curve_bytes.png")
@@ -40,13 +40,26 @@ class CardChoice:
     allocation: Annotated[
         str, typer.Option(help="uniform, or by curves of damage: relative_error, fisher or measured.")
     ] = "uniform"
+    floor: Annotated[float, typer.Option(help="Lowest density of the first and last layer in an allocation.")] = 0.3
+    wanted: Annotated[
+        float, typer.Option(help="Recall is of the fewest channels that miss this share; 0: of all that are not zero.")
+    ] = 0.1
+    max_traces: MaxTraces = MAX_TRACES
 
     def options(self, context: typer.Context, target: CardTarget, batch_size: int) -> CardOptions:
         """Check these options; raises UsageError."""
         if self.certify is None:
             opt.refuse_useless(context, "no --certify", ("failure",))
+        if self.allocation == "uniform":
+            opt.refuse_useless(context, "--allocation uniform", ("floor",))
         certify = None if self.certify is None else Certify(self.certify, self.failure)  # type: ignore[arg-type]
-        found = CardOptions(certify=certify, allocation=self.allocation, batch_size=batch_size)  # type: ignore[arg-type]
+        found = CardOptions(
+            wanted_channels(self.wanted),
+            certify,
+            self.allocation,  # type: ignore[arg-type]
+            self.floor,
+            batch_size=batch_size,
+        )
         check_offered(target, found)
         return found
 
@@ -58,7 +71,10 @@ def sparsify_command(
     model: opt.Model,
     out: Out,
     target: Annotated[
-        str, typer.Option(help="recall=, missed_mass=, density=, relative_error= or perplexity=+1%.")
+        str,
+        typer.Option(
+            help="recall=, missed_mass=, density=, relative_error=, perplexity=+1%, or the policy's parameter="
+        ),
     ] = "recall=0.95",
     rule: RuleChoice,
     curve: Annotated[
@@ -88,12 +104,11 @@ def sparsify_command(
     text.check_calibration()
     if other is not None:
         other.check_held_out()
-    reporter = Reporter()
+    limit, reporter = trace_bytes(choice.max_traces), Reporter()
     loaded = loading.open(reporter, model)
     held = None if other is None else other.held_out(loaded)
-    job = CardJob(
-        loaded, find_sites(loaded.model), selection, asked, options, text.calibration(loaded), held, densities
-    )
+    sites, windows = find_sites(loaded.model), text.calibration(loaded)
+    job = CardJob(loaded, sites, selection, asked, options, windows, held, densities, max_bytes=limit)
     job.check()
     if dry_run:
         for step, what, _ in job.steps():

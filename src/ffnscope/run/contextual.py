@@ -49,6 +49,7 @@ def open_card(
         second_windows(config, loaded.tokenizer),
         asked.curves,
         config.experiment.seed,
+        round(asked.max_traces * 2**30),
         model_hash,
     )
     found.check()

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StrictBool, StrictStr
+from pydantic.types import Strict
 
 from ffnscope.errors import UsageError
 from ffnscope.registry import POLICIES, PREDICTORS, Registry
-from ffnscope.run.fields import Block, Distinct, Fraction, Keywords, did_you_mean, refuse
+from ffnscope.run.fields import Block, Distinct, Fraction, Keywords, Share, did_you_mean, refuse
 from ffnscope.run.texts import TextSource
-from ffnscope.sparse.card_options import Allocation, CardOptions, CardTarget, Certify, parse_target
+from ffnscope.sparse.card_options import Allocation, CardOptions, CardTarget, Certify, parse_target, wanted_channels
 from ffnscope.sparse.certificate import Method
 from ffnscope.sparse.rule import SelectionRule, rule_of
+from ffnscope.sparse.tracing import TraceOptions
 
 
 def _known(registry: Registry[Any]) -> Any:
@@ -43,11 +45,12 @@ class Contextual(Block):
     enabled: StrictBool = False
     """Trace the calibration windows, fit a sparsity card, and write it to contextual/card.json."""
     target: Annotated[StrictStr, AfterValidator(_target)] = "recall=0.95"
-    """recall=, missed_mass=, density=, relative_error= (of every FFN), or perplexity=+1%."""
+    """recall=, missed_mass=, density=, relative_error= (of every FFN), perplexity=+1%, or parameter= of the policy."""
     predictor: Annotated[StrictStr, _known(PREDICTORS)] = "low_bit"
-    """What scores the channels of a token: low_bit, low_rank, whitened_svd, sign_bit, exact_gate, oracle, ..."""
+    """What scores the channels of a token: low_bit, low_rank, whitened_svd, static, griffin, fc_files, oracle, ..."""
     predictor_params: Keywords = Field(default_factory=dict)
-    """Parameters of the predictor; low_bit has bits: 4 and group: 64 unless they are here."""
+    """Parameters of the predictor (`ffnscope predictors list`); low_bit has bits: 4 and group: 64 unless they are
+    here, griffin prompt: 32."""
     policy: Annotated[StrictStr, _known(POLICIES)] = "nucleus"
     """Rule that keeps channels by their scores: nucleus, threshold, top_k, hybrid, ..."""
     policy_params: Keywords = Field(default_factory=dict)
@@ -58,6 +61,12 @@ class Contextual(Block):
     """Of split_conformal and learn_then_test: how often the promise may fail; null: 0.1."""
     allocation: Allocation = "uniform"
     """The same density in every FFN, or densities by curves of damage: relative_error, fisher or measured."""
+    floor: Share | None = None
+    """Lowest density of the first and the last layer in an allocation; null: 0.3."""
+    wanted: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.1
+    """Recall is about the fewest channels that miss this share of a token's contributions; 0: all that are not zero."""
+    max_traces: Annotated[float, Strict(), Field(gt=0, lt=2**20)] = TraceOptions().max_bytes / 2**30
+    """GiB of disk that the traces of a text may take."""
     second: SecondText | None = None
     """Another text, to see what the card does there; null: the first of evaluation.extra, if there is one."""
     curves: Annotated[tuple[Fraction, ...], Distinct] = ()
@@ -76,4 +85,5 @@ class Contextual(Block):
     def options(self, batch_size: int) -> CardOptions:
         """How the card is fitted."""
         certify = None if self.certify is None else Certify(self.certify, self.failure or Certify().failure)
-        return CardOptions(certify=certify, allocation=self.allocation, batch_size=batch_size)
+        floor = CardOptions().floor if self.floor is None else self.floor
+        return CardOptions(wanted_channels(self.wanted), certify, self.allocation, floor, batch_size=batch_size)

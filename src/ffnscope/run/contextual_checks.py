@@ -46,6 +46,9 @@ def _promise(config: RunConfig) -> Iterator[Finding]:
     if asked.failure is not None and asked.certify in (None, "risk_control"):
         message = f"would do nothing with 'certify: {asked.certify or 'null'}'. Leave it out"
         yield finding((BLOCK, "failure"), message, (BLOCK, "certify"))
+    if asked.floor is not None and asked.allocation == "uniform":
+        message = "would do nothing with 'allocation: uniform'. Leave it out"
+        yield finding((BLOCK, "floor"), message, (BLOCK, "allocation"))
     options = asked.options(config.calibration.batch_size)
     path = (BLOCK, "allocation") if asked.certify is None else (BLOCK, "certify")
     reads = [(BLOCK, key) for key in ("target", "certify", "allocation", "failure")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import hash_json, read_json, write_csv, write_json
 from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
-from ffnscope.run.progress import Reporter, Update
+from ffnscope.run.progress import LOG, QUIET_SECONDS, Reporter, Update
 from ffnscope.run.steps import discard_damaged
 from ffnscope.sparse.card import SparsityCard, target_words
 from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
@@ -22,8 +23,8 @@ from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, measure_and_value
 from ffnscope.sparse.choose import check_certificate
 from ffnscope.sparse.costs import UNIT
-from ffnscope.sparse.evaluation import FormRow
-from ffnscope.sparse.fit import OnStep, fit_card
+from ffnscope.sparse.evaluation import FormRow, after_prompt
+from ffnscope.sparse.fit import OnStep, check_readable, fit_card
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.traces import Traces
@@ -62,6 +63,7 @@ class CardJob:
         second: another text.
         densities: of the curve; empty for none.
         seed: splits the documents.
+        max_bytes: of the traces of a text.
         model_hash: of the weights; only where something is made, since it takes time.
     """
 
@@ -74,25 +76,31 @@ class CardJob:
     second: Windows | None = None
     densities: tuple[float, ...] = ()
     seed: int = 0
+    max_bytes: int = TraceOptions().max_bytes
     model_hash: str = ""
 
     @property
     def key(self) -> str:
         """Hash of all that the card depends on."""
-        options = asdict(replace(self.options, batch_size=1, checkpoint=None))
+        options = asdict(replace(self.options, batch_size=1, checkpoint=None, on_epoch=None))
         second = None if self.second is None else self._text_key(self.second)
         target = [type(self.target).__name__, asdict(self.target)]
-        return hash_json([UNIT, self._text_key(self.windows), second, asdict(self.rule), target, options])
+        return hash_json([UNIT, self._text_key(self.windows), second, self.rule.identity(), target, options])
 
     def check(self) -> None:
         """Refuse what cannot work before any work.
 
         Raises:
-            UsageError: too few documents for a split or for the certificate, traces that are too large, or impossible
-                densities.
-            NotAvailableError: an FFN that cannot be traced.
+            UsageError: too few documents for a split or for the certificate, traces that are too large, impossible
+                densities, a prompt as long as the windows, or a predictor's parameter of an FFN that is not there.
+            NotAvailableError: an FFN that cannot be traced, or that the predictor is not for.
+            ArtifactError: a file that a parameter names is not there.
         """
         check_densities(self.rule, self.densities)
+        check_readable(self.rule, self.options, self.sites)
+        if self.rule.prompt:
+            for text in self._texts:
+                after_prompt(text, self.rule.prompt)
         for text in self._texts:
             check_traces(self.loaded.model, text, self.sites, self._trace_options)
         if self.options.certify is not None:
@@ -127,7 +135,7 @@ class CardJob:
         traces = self._traces(folder, reporter)
         held = None if self.second is None else self._traced(self.second, folder, "the second text", reporter)
         texts = CardTexts(self.windows, held, self.second)
-        options = replace(self.options, checkpoint=folder / "fits")
+        options = replace(self.options, checkpoint=folder / "fits", on_epoch=_Epochs(reporter).told)
         with _tasks(reporter) as on_step:
             card, _ = fit_card(
                 self.loaded.model, traces, self.rule, self.target, options=options, texts=texts, on_step=on_step
@@ -159,7 +167,7 @@ class CardJob:
 
     @property
     def _trace_options(self) -> TraceOptions:
-        return TraceOptions(batch_size=self.options.batch_size, seed=self.seed)
+        return TraceOptions(batch_size=self.options.batch_size, max_bytes=self.max_bytes, seed=self.seed)
 
     def _traces(self, folder: Path, reporter: Reporter) -> Traces:
         return self._traced(self.windows, folder, "the text", reporter)
@@ -171,6 +179,23 @@ class CardJob:
     def _text_key(self, windows: Windows) -> str:
         names = [site.name for site in self.sites]
         return hash_json([self.model_hash, windows.hash, windows.document.tolist(), names, self.seed])
+
+
+class _Epochs:
+    """Tells the epochs of predictors that are trained: each in the log, on the terminal one every few seconds."""
+
+    def __init__(self, reporter: Reporter):
+        self._reporter, self._last = reporter, time.perf_counter()
+
+    def told(self, site: FFNSite, done: int, most: int, missed: float) -> None:
+        """See `OnSiteEpoch`."""
+        text = f"train the predictor of {site.name}: epoch {done} of at most {most}, missed mass {missed:.4f}"
+        now = time.perf_counter()
+        if now - self._last < QUIET_SECONDS:
+            LOG.info(text)
+            return
+        self._last = now
+        self._reporter.say(text)
 
 
 _TASKS = {

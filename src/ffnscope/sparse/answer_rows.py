@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import UsageError
 from ffnscope.evaluate.intervals import Estimate
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.labels import nonzero, top_mass
 from ffnscope.sparse.measures import Label, Summary
+from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.traces import Traces
 
 RULES = ("top_k", "threshold", "nucleus")
@@ -52,6 +54,15 @@ class AnswerOptions:
     predictor: str = "low_bit"
     params: Mapping[str, Any] = field(default_factory=lambda: {"bits": 4, "group": 64})
     batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        rule = SelectionRule(self.predictor, RULES[0], self.params)
+        if rule.lookahead or rule.prompt:
+            why = "reads the input of another FFN" if rule.lookahead else "takes its scores from a prompt"
+            raise UsageError(
+                f"an answer compares rules on the same scores of single tokens, and {self.predictor} {why}. Choose "
+                "another predictor, or sparsify, which makes a card with it."
+            )
 
     @property
     def label(self) -> Label:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.evaluate.intervals import Estimate, over_documents
-from ffnscope.registry import POLICIES, PREDICTORS
+from ffnscope.registry import POLICIES
 from ffnscope.sparse.answer_rows import RULES, AnswerOptions, Calibration, Domain, EqualDensity, OnStep, Reuse
 from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored
 from ffnscope.sparse.evaluation import Losses, form_losses
@@ -20,7 +20,9 @@ from ffnscope.sparse.forms import MaskedForm
 from ffnscope.sparse.measures import MEASURES, of_mask, summarise, truths
 from ffnscope.sparse.policies import Policy
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor
+from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.site_params import site_params
 from ffnscope.types import FFNSite
 
 EQUAL = "equal density"
@@ -90,12 +92,13 @@ def calibrate_rules(
 ) -> Rules:
     """Fit a predictor per FFN on the fitting documents of all domains, and calibrate every rule."""
     policies: dict[str, Policy] = {rule: POLICIES.get(rule).make() for rule in RULES}
-    factory, predictors = PREDICTORS.get(options.predictor), dict[FFNSite, Predictor]()
+    by, predictors = SelectionRule(options.predictor, RULES[0], options.params), dict[FFNSite, Predictor]()
+    params = site_params(by, model, sites)
     calibrated: dict[tuple[str, FFNSite, str], float] = {}
     equal: dict[tuple[str, FFNSite, str], float] = {}
     for done, site in enumerate(sites, 1):
         ffn = ffn_of(model, site, next(iter(domains.values())).traces.activation(site))
-        predictors[site] = factory.make(ffn, _pooled(domains, site), **options.params)
+        predictors[site] = by.own(ahead=False, params=params[site]).make_predictor(ffn, _pooled(domains, site))
         for name, domain in domains.items():
             chunks = _held(scored(predictors[site], ffn, domain.traces.x(site, "calibrate"), options.label))
             for rule, policy in policies.items():

@@ -16,6 +16,8 @@ from ffnscope.sparse.certificate import Certificate
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.labels import largest, nonzero, top_mass
 from ffnscope.sparse.measures import Label
+from ffnscope.sparse.policies import Policy
+from ffnscope.sparse.predictors.interface import Predictor
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.selector import Selector
 from ffnscope.types import FFNSite
@@ -197,9 +199,22 @@ class SparsityCard:
         found: dict[FFNSite, Selector] = {}
         for one in self.sites:
             if one.parameter is not None:
-                ffn = ffn_of(model, one.site, one.activation)
-                prefix = f"{one.site.name}/"
-                own = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
-                rule = self.rule.own(ahead=one.source is not None)
-                found[one.site] = Selector(*rule.restore(ffn, own), one.parameter, one.source)
+                known = self.restored(model, one)
+                assert known is not None, "an FFN that is sparse has its predictor in the card"
+                found[one.site] = Selector(*known, one.parameter, one.source)
         return found
+
+    def restored(self, model: nn.Module, one: SiteCard) -> tuple[Predictor, Policy] | None:
+        """Predictor and policy of an FFN; None for one that stays dense, and whose predictor is not kept.
+
+        Raises:
+            ArtifactError: tensors that do not fit.
+        """
+        if one.dense and not self.rule.trained:
+            return None
+        prefix = f"{one.site.name}/"
+        own = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+        if one.dense and not own:  # of a card that was made before these were kept
+            return None
+        rule = self.rule.own(ahead=one.source is not None)
+        return rule.restore(ffn_of(model, one.site, one.activation), own)

@@ -169,10 +169,13 @@ def _own(model: nn.Module, traces: Traces, card: SparsityCard, selectors: Mappin
         if one.site in selectors:
             found[one.site] = selectors[one.site].predictor, selectors[one.site].policy, one.source
             continue
-        rule, ahead = card.rule.own(ahead=one.source is not None), 0 if one.source is None else 1
-        fit = traces.fit_tokens(one.site, lookahead=ahead)
-        predictor = rule.make_predictor(ffn_of(model, one.site, one.activation), fit)
-        found[one.site] = predictor, rule.make_policy(predictor, fit), one.source
+        known = card.restored(model, one)
+        if known is None:
+            fit = traces.fit_tokens(one.site, lookahead=0 if one.source is None else 1)
+            rule = card.rule.own(ahead=one.source is not None)
+            predictor = rule.make_predictor(ffn_of(model, one.site, one.activation), fit)
+            known = predictor, rule.make_policy(predictor, fit)
+        found[one.site] = *known, one.source
     return found
 
 

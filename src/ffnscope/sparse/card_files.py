@@ -107,9 +107,7 @@ def _site_card(row: Mapping[str, Any]) -> SiteCard:
     }
     bands = {name: (low, high) for name, (low, high) in row["bands"].items()}
     source = None if row.get("source") is None else FFNSite(**row["source"])
-    return SiteCard(
-        site=FFNSite(**row["site"]), **plain, bands=bands, figures=_figures(row["figures"]), source=source
-    )
+    return SiteCard(site=FFNSite(**row["site"]), **plain, bands=bands, figures=_figures(row["figures"]), source=source)
 
 
 def _figures(value: Mapping[Any, Any]) -> dict[Any, dict[str, Figure]]:

@@ -108,6 +108,17 @@ def parse_target(text: str) -> CardTarget:
     return Target(measure, number)  # type: ignore[arg-type]
 
 
+def wanted_channels(share: float) -> WantedChannels:
+    """The channels that recall is about: the fewest that miss a share of the contributions; 0: all that are not zero.
+
+    Raises:
+        UsageError: no share in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise UsageError(f"wanted must be in [0, 1), the share of the contributions that may be missed; got {share:g}.")
+    return WantedChannels("top_mass", share) if share else WantedChannels("nonzero")
+
+
 @dataclass(frozen=True, slots=True)
 class Certify:
     """Choose the setting so that the target is promised for new documents, instead of met on the calibration's.

@@ -44,6 +44,7 @@ from ffnscope.sparse.predictors.interface import OnEpoch
 from ffnscope.sparse.rule import SelectionRule, tensors_of
 from ffnscope.sparse.selector import Selector
 from ffnscope.sparse.site_fit import FittedSite, SiteJob, SiteTokens, fit_site, read_site, write_site
+from ffnscope.sparse.site_params import check_names, site_params
 from ffnscope.sparse.split import Part
 from ffnscope.sparse.traces import Traces
 from ffnscope.types import FFNSite
@@ -109,6 +110,7 @@ def check_readable(rule: SelectionRule, options: CardOptions, sites: Sequence[FF
         ArtifactError: a file that is not there.
     """
     rule.identity()
+    check_names(rule, sites)
     if options.allocation == "fisher" and (rule.lookahead or rule.prompt):
         what = "looks ahead" if rule.lookahead else "takes its scores from a prompt"
         raise UsageError(
@@ -170,6 +172,7 @@ class _Fitting:
     texts: CardTexts
     meter: _Meter
     known: dict[Part, ModelLosses] = field(default_factory=dict[Part, ModelLosses])
+    params: Mapping[FFNSite, Mapping[str, Any]] = field(default_factory=dict[FFNSite, Mapping[str, Any]])
 
     @property
     def ladder(self) -> Ladder:
@@ -209,6 +212,7 @@ class _Fitting:
         """All FFNs that have tokens, with all settings."""
         found: dict[FFNSite, FittedSite] = {}
         gradients = self._gradients()
+        self.params = site_params(self.rule, self.model, self.traces.sites)
         key = self._key()
         self.meter.say("fit", 0, len(self.traces.sites))
         for done, site in enumerate(self.traces.sites, start=1):
@@ -284,7 +288,7 @@ class _Fitting:
                 for part in ("fit", "calibrate")
             )
             fit = replace(fit, checkpoint=training, on_epoch=self._on_epoch(site))
-            found = fit_site(ffn, SiteTokens(fit, calibrate, gradients, source), self.job)
+            found = fit_site(ffn, SiteTokens(fit, calibrate, gradients, source, self.params[site]), self.job)
             if path is not None and training is not None:
                 write_site(path, key, found)
                 training.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from ffnscope.errors import UsageError
 from ffnscope.sparse.card import Band, SiteCard, SparsityCard
 from ffnscope.sparse.measures import Label, of_mask, truths
+from ffnscope.sparse.predictors.fixed import Constant
+from ffnscope.sparse.predictors.interface import Prompted
 from ffnscope.sparse.selector import Noted, Selector
 from ffnscope.types import FFNSite
 
@@ -151,7 +153,10 @@ class Watched:
 
     def fresh(self) -> Watched:
         """The same, which has seen nothing and stands alone: a predictor that looks ahead reads what is given."""
-        alone = replace(self.selector, source=None, noted=None)
+        predictor = self.selector.predictor
+        if isinstance(predictor, Prompted):  # whose prompt may not have come yet
+            predictor = Constant(predictor.ffn, torch.ones(predictor.ffn.d_ff, device=predictor.ffn.down_norms.device))
+        alone = replace(self.selector, predictor=predictor, source=None, noted=None)
         return Watched(self.card, alone, self.label, self.options, self.offset, self.period)
 
     def drift(self) -> Drift:

@@ -1,4 +1,4 @@
-"""What a predictor is given for some tokens: their own inputs, those of the FFN before, or a prompt and what follows."""
+"""What a predictor is given for some tokens: their own inputs, those of the FFN before, or what follows a prompt."""
 
 from __future__ import annotations
 

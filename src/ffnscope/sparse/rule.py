@@ -73,18 +73,24 @@ class SelectionRule:
 
     @property
     def trained(self) -> bool:
-        """Whether its predictors are trained, epoch by epoch."""
-        return self.predictor in ("low_rank", "deja_vu")
+        """Whether its predictors are trained matrices, which a card keeps of FFNs that stay dense too."""
+        return self.predictor in ("low_rank", "deja_vu", "fc_files")
 
-    def own(self, *, ahead: bool) -> SelectionRule:
-        """The rule of one FFN: without lookahead where there is no FFN before it (``ahead`` false)."""
-        if ahead or not self.lookahead:
-            return self
-        return replace(self, predictor_params={**self.predictor_params, "lookahead": 0})
+    def own(self, *, ahead: bool, params: Mapping[str, Any] | None = None) -> SelectionRule:
+        """The rule of one FFN: without lookahead where there is no FFN before it, with parameters that are its own.
+
+        Args:
+            ahead: whether there is one before it.
+            params: further ones of the predictor (`ffnscope.sparse.site_params`).
+        """
+        own = dict(params or {}) if ahead or not self.lookahead else {"lookahead": 0, **(params or {})}
+        return replace(self, predictor_params={**self.predictor_params, **own}) if own else self
 
     def identity(self) -> list[Any]:
         """All that results depend on, to be hashed: names, parameters, and the content of files that these name."""
-        files = {key: _content(Path(str(self.predictor_params[key]))) for key in FILES if self.predictor_params.get(key)}
+        files = {
+            key: _content(Path(str(self.predictor_params[key]))) for key in FILES if self.predictor_params.get(key)
+        }
         params = dict(self.predictor_params), dict(self.policy_params)
         return [self.predictor, self.policy, *params, *([files] if files else [])]
 
@@ -191,12 +197,14 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "str": (str,),
     "None": (type(None),),
+    "Mapping": (Mapping,),
+    "Tensor": (Tensor,),
 }
 
 
 def _check_type(what: str, annotation: Any, value: Any) -> None:
     """Refuse a plain value of another type than a signature declares; other types are left to who takes them."""
-    names = str(getattr(annotation, "__name__", annotation)).split(" | ")
+    names = [name.partition("[")[0] for name in str(getattr(annotation, "__name__", annotation)).split(" | ")]
     allowed = [one for name in names for one in _TYPES.get(name, (object,))]
     fits = bool in allowed or object in allowed if isinstance(value, bool) else isinstance(value, tuple(allowed))
     if not fits:

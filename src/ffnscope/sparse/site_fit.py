@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,12 +61,14 @@ class SiteTokens:
         calibrate: other documents, to see what settings cost and lose.
         gradients: for the damage "fisher".
         source: the FFN that ``earlier`` of the tokens is the input of; None where there is none.
+        params: of the predictor of this FFN alone, beside those of the rule.
     """
 
     fit: FitTokens
     calibrate: FitTokens
     gradients: OutputGradients | None = None
     source: FFNSite | None = None
+    params: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +126,7 @@ def fit_site(ffn: FFN, tokens: SiteTokens, job: SiteJob) -> FittedSite:
     Raises:
         UsageError: the one setting of a ladder cannot be met.
     """
-    rule = job.rule.own(ahead=tokens.source is not None)
+    rule = job.rule.own(ahead=tokens.source is not None, params=tokens.params)
     predictor = rule.make_predictor(ffn, replace(tokens.fit, density=_kept_share(ffn, tokens.fit.x, job)))
     policy = rule.make_policy(predictor, tokens.fit)
     readings = readings_of(predictor, tokens.calibrate)
@@ -169,7 +171,7 @@ _MEASURED = ("density", "damage", "loss_sums", "documents", "loss_counts")
 
 @torch.no_grad()
 def _kept_share(ffn: FFN, x: Tensor, job: SiteJob) -> float | None:
-    """The density at which the best selection meets a lone setting: what a predictor is trained for; None if unknown."""
+    """The density at which the best selection meets a lone setting, for which a predictor is trained; or None."""
     ladder = job.ladder
     if not job.rule.trained or len(ladder.values) > 1 or ladder.measure not in ("density", "recall", "missed_mass"):
         return None
@@ -232,9 +234,7 @@ def _held(predictor: Predictor, policy: Policy, readings: Readings, job: SiteJob
     return lambda: held
 
 
-def _measured(
-    fitted: FittedSite, tokens: SiteTokens, readings: Readings, chunks: Chunks, job: SiteJob
-) -> FittedSite:
+def _measured(fitted: FittedSite, tokens: SiteTokens, readings: Readings, chunks: Chunks, job: SiteJob) -> FittedSite:
     """Add density, losses by document and damage at every setting."""
     document = readings.document
     documents = document.unique()

@@ -153,7 +153,8 @@ def _checked_size(model: nn.Module, windows: Windows, sites: Sequence[FFNSite], 
     if size > limit:
         raise UsageError(
             f"these traces would take {size / 2**20:,.1f} MiB ({windows.n_tokens:,} tokens, {len(sites)} FFNs); "
-            f"max_bytes is {limit / 2**20:,.1f} MiB. Trace fewer windows or FFNs, or raise max_bytes."
+            f"max_bytes is {limit / 2**20:,.1f} MiB. Trace fewer windows or FFNs, or raise it (--max-traces GIB, "
+            "contextual.max_traces)."
         )
     return size
 

@@ -131,7 +131,7 @@ def _check_order(case: _Case, made: Predictor) -> None:
     if "seed" in case.rule.params:
         return
     order = torch.randperm(D_FF, generator=torch.Generator().manual_seed(5))
-    if "kept" in case.params:
+    if {"kept", "plan", "folder"} & set(case.params):  # these name channels by their places
         return
     weights = case.ffn.weights
     moved = FFNWeights(

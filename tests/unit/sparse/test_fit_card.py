@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.calibrate.windows import contiguous_windows
-from ffnscope.errors import ArtifactError, NotAvailableError, UnknownNameError, UsageError
+from ffnscope.errors import ArtifactError, UnknownNameError, UsageError
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.report.card_table import card_grids, card_sentences
 from ffnscope.sparse.calibration import Target
@@ -318,10 +318,10 @@ class TestRules:
             SelectionRule("oracle", "capped_threshold", {}, {"k_min": 2})
         with pytest.raises(UnknownNameError, match="parameter of policy 'channel_threshold' 'gain'"):
             SelectionRule("oracle", "channel_threshold", {}, {"gain": 1})
-        with pytest.raises(NotAvailableError, match="griffin"):
+        with pytest.raises(UsageError, match="griffin takes its scores from a prompt; give prompt"):
             SelectionRule("griffin")
-        with pytest.raises(NotAvailableError, match="lookahead"):
-            SelectionRule("low_rank", "top_k", {"lookahead": 1})
+        with pytest.raises(UsageError, match="lookahead must be 0 or 1 layers; got 2"):
+            SelectionRule("low_rank", "top_k", {"lookahead": 2})
         with pytest.raises(UsageError, match="another simple policy"):
             SelectionRule("oracle", "hybrid", {}, {"rest": "hybrid"})
 

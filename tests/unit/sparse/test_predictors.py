@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,12 @@ from ffnscope.ffn.function import FFN
 from ffnscope.registry import PREDICTORS
 from ffnscope.sparse.costs import predictor_bytes, sparse_bytes
 from ffnscope.sparse.predictors.exact import exact_gate, exact_up, oracle
+from ffnscope.sparse.predictors.fc_files import write_fc_predictors
 from ffnscope.sparse.predictors.fixed import PromptConstant, griffin, static
 from ffnscope.sparse.predictors.fixed import random as chance
 from ffnscope.sparse.predictors.interface import FitTokens
 from ffnscope.sparse.predictors.low_bit import LowBit, low_bit
+from ffnscope.sparse.predictors.low_rank import low_rank
 from ffnscope.sparse.predictors.packing import pack, unpack
 from ffnscope.sparse.predictors.sign_bit import sign_bit
 from ffnscope.sparse.predictors.whitened_svd import whitened_svd
@@ -187,12 +191,15 @@ def test_random_depends_on_token_and_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("name", PREDICTORS.names())
-def test_inputs_of_another_shape(name: str) -> None:
+def test_inputs_of_another_shape(name: str, tmp_path: Path) -> None:
     params = {
         "whitened_svd": {"rank": 2},
         "low_rank": {"rank": 2, "epochs": 1},
+        "fc_files": {"folder": str(tmp_path), "layer": 0, "before_norm": False},
         "deja_vu": {"rank": 2, "epochs": 1},
     }.get(name, {})
+    if name == "fc_files":
+        write_fc_predictors(tmp_path, [low_rank(ffn(), FIT, rank=2, epochs=1)])
     made = PREDICTORS.get(name).make(ffn(), FIT, **params)
     for bad in (X[None], X[:, 1:]):
         with pytest.raises(UsageError, match=r"\[T, 12\]"):

@@ -19,6 +19,8 @@ from torch import Tensor
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.function import FFN
 from ffnscope.io import replacing
+from ffnscope.registry import predictor
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor
 from ffnscope.sparse.predictors.low_rank import LowRank
 
 
@@ -53,7 +55,7 @@ def write_fc_predictors(
         if norm_weights is not None:
             weight = norm_weights[layer].detach().cpu()
             state["fc1.weight"] = (state["fc1.weight"].double() * weight.double()).to(state["fc1.weight"].dtype)
-        with replacing(folder / f"model_{layer}.pt") as part:
+        with replacing(file_of(folder, layer)) as part:
             torch.save(state, part)
 
 
@@ -75,23 +77,67 @@ def read_fc_predictors(
     """
     if norm_weights is not None and len(norm_weights) != len(ffns):
         raise UsageError(f"{len(norm_weights)} norms were given for {len(ffns)} FFNs; give one for each.")
-    found: list[LowRank] = []
-    for layer, ffn in enumerate(ffns):
-        path = folder / f"model_{layer}.pt"
-        state = _read(path)
-        first, second = state["fc1.weight"], state["fc2.weight"]
-        if first.shape[1] != ffn.d_model or second.shape != (ffn.d_ff, first.shape[0]):
-            raise UsageError(
-                f"{path} has fc1 {tuple(first.shape)} and fc2 {tuple(second.shape)}; {ffn.name} needs [rank, "
-                f"{ffn.d_model}] and [{ffn.d_ff}, rank]."
-            )
-        if norm_weights is not None:
-            weight = norm_weights[layer].detach().cpu().double()
-            state["fc1.weight"] = (first.double() / weight).to(first.dtype)
-        one = LowRank(ffn, first.shape[0], relu=relu, bias="fc2.bias" in state).to(first.dtype)
-        one.load_state_dict(state)
-        found.append(one.eval().requires_grad_(False))
-    return found
+    norms = norm_weights or [None] * len(ffns)
+    pairs = zip(ffns, norms, strict=True)
+    return [_predictor(file_of(folder, layer), ffn, norm, relu=relu) for layer, (ffn, norm) in enumerate(pairs)]
+
+
+@predictor("fc_files", source="PowerInfer (arXiv:2312.12456), ProSparse (arXiv:2402.13516)")
+def fc_files(
+    ffn: FFN,
+    fit: FitTokens | None,
+    *,
+    folder: str,
+    relu: bool = True,
+    before_norm: bool = True,
+    layer: int | None = None,
+    norm: Tensor | None = None,
+) -> Predictor:
+    """Trained predictors of PowerInfer and ProSparse, from their files ``model_<layer>.pt``.
+
+    Args:
+        ffn: the FFN.
+        fit: not used.
+        folder: where the files are.
+        relu: a ReLU between the matrices (PowerInfer, ProSparse), or nothing (Deja Vu).
+        before_norm: whether they read what is before the norm of the FFN, as theirs do; false: the input of the FFN.
+        layer: of the FFN; a card finds it.
+        norm: weights of the norm before the FFN [d_model], for ``before_norm``; a card finds them.
+
+    Raises:
+        UsageError: no layer, no norm where it is needed, or a predictor of another shape than its FFN.
+        ArtifactError: the file is missing or damaged, or holds something else.
+    """
+    if layer is None or (before_norm and norm is None):
+        raise UsageError("fc_files needs the layer of the FFN, and the norm before it unless before_norm is false.")
+    return _predictor(file_of(Path(folder), layer), ffn, norm if before_norm else None, relu=relu)
+
+
+def file_of(folder: Path, layer: int) -> Path:
+    """The file of a layer."""
+    return folder / f"model_{layer}.pt"
+
+
+def _predictor(path: Path, ffn: FFN, norm: Tensor | None, *, relu: bool) -> LowRank:
+    state = _read(path)
+    first, second = state["fc1.weight"], state["fc2.weight"]
+    fits = first.dim() == second.dim() == 2 and first.shape[1] == ffn.d_model
+    if not fits or second.shape != (ffn.d_ff, first.shape[0]):
+        raise UsageError(
+            f"{path} has fc1 {tuple(first.shape)} and fc2 {tuple(second.shape)}; {ffn.name} needs [rank, "
+            f"{ffn.d_model}] and [{ffn.d_ff}, rank]."
+        )
+    if norm is not None:
+        weight = norm.detach().cpu().double()
+        if not bool((weight != 0).all()):
+            raise UsageError(f"the norm before {ffn.name} has weights of 0, so what is before it cannot be told.")
+        state["fc1.weight"] = (first.double() / weight).to(first.dtype)
+    for name, value in state.items():
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise ArtifactError(f"{name} of {path} holds NaN, infinity or no floating numbers; export it again.")
+    one = LowRank(ffn, first.shape[0], relu=relu, bias="fc2.bias" in state).to(first.dtype)
+    one.load_state_dict(state)
+    return one.to(ffn.weights.up.device).eval().requires_grad_(False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

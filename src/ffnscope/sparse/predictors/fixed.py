@@ -63,7 +63,7 @@ class PromptConstant(Prompted):
         if self.scores is None:
             raise NotAvailableError(
                 f"the selection of {self.ffn.name} is that of a prompt (griffin), and none has been given. Call "
-                "ffnscope.begin_prompt(model, input_ids) on the wrapped model before it generates."
+                "ffnscope.begin_prompt(model, input_ids, wrap_(model, card)) before the model generates."
             )
         return self.scores.to(x.device).expand(len(x), -1)
 
@@ -100,9 +100,7 @@ def random(ffn: FFN, fit: FitTokens | None = None, *, seed: int = 0) -> Predicto
 
 
 @predictor("static")
-def static(
-    ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None, plan: str | None = None
-) -> Predictor:
+def static(ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None, plan: str | None = None) -> Predictor:
     """The mean contribution over calibration tokens, or the kept channels of a pruning plan, for every token.
 
     Args:

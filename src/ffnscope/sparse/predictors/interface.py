@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +101,22 @@ def needed(fit: FitTokens | None, name: str) -> FitTokens:
     if fit is None:
         raise UsageError(f"predictor {name!r} is made from calibration tokens; give FitTokens.")
     return fit
+
+
+def by_name(value: int | Mapping[str, int], ffn: FFN, what: str) -> int:
+    """A number for one FFN: the one that is given, or that under its name, or under "*" for all others.
+
+    Raises:
+        UsageError: a mapping without this FFN, or something else than a whole number.
+    """
+    found: object = value
+    if isinstance(value, Mapping):
+        found = value.get(ffn.name, value.get("*"))
+        if found is None:
+            raise UsageError(f'{what} names no number for {ffn.name}; give it by that name, or for all others by "*".')
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise UsageError(f"{what} of {ffn.name} must be a whole number; got {found!r}.")
+    return found
 
 
 def check_gated(ffn: FFN, name: str) -> None:

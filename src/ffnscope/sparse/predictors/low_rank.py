@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.function import FFN, wide
 from ffnscope.registry import predictor
 from ffnscope.sparse.ffn import check_input
-from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor, by_name, needed
+from ffnscope.sparse.predictors.training_options import TrainingOptions
 
 
 class LowRank(Predictor):
@@ -49,43 +51,39 @@ class LowRank(Predictor):
         return self.logits(x).sigmoid()
 
 
-@predictor("low_rank", source="Deja Vu (arXiv:2310.17157), PowerInfer (arXiv:2312.12456)")
+@predictor("low_rank", source="Deja Vu (arXiv:2310.17157), PowerInfer (arXiv:2312.12456)", options=TrainingOptions)
 def low_rank(
     ffn: FFN,
     fit: FitTokens | None,
     *,
-    rank: int = 128,
+    rank: int | Mapping[str, int] = 128,
     relu: bool = True,
     lookahead: int = 0,
-    density: float = 0.3,
-    epochs: int = 20,
+    **training: Any,
 ) -> Predictor:
     """Two thin matrices, trained on the channels that contribute most.
 
-    Made by `train_low_rank`, which has more options, checkpoints and progress; it stops when the missed mass at
-    ``density`` on held-out documents no longer falls.
+    Made by `train_low_rank`; training stops when the missed mass at the target density on held-out documents no longer
+    falls, and goes on from ``fit.checkpoint`` where it was cut off.
 
     Args:
         ffn: the FFN.
         fit: tokens; with ``earlier`` for a lookahead of 1.
-        rank: width between the matrices.
+        rank: width between the matrices; or FFN -> width, with "*" for all others.
         relu: a ReLU between them (PowerInfer, ProSparse), or nothing (Deja Vu).
         lookahead: 0 reads the input of this FFN, 1 that of the FFN one layer before.
-        density: share of the channels that are to be told from the others.
-        epochs: of training, at most.
+        training: fields of `TrainingOptions`; without ``density`` it is ``fit.density``, if that is known.
 
     Raises:
         UsageError: no tokens, or an impossible value.
     """
-    from ffnscope.sparse.predictors.training import TrainingOptions, train_low_rank
-
-    made = LowRank(ffn, rank, relu=relu, lookahead=lookahead)
-    return train_low_rank(made, needed(fit, "low_rank"), TrainingOptions(density=density, epochs=epochs)).predictor
+    made = LowRank(ffn, by_name(rank, ffn, "rank"), relu=relu, lookahead=lookahead)
+    return _trained(made, needed(fit, "low_rank"), training)
 
 
-@predictor("deja_vu", source="arXiv:2310.17157")
+@predictor("deja_vu", source="arXiv:2310.17157", options=TrainingOptions)
 def deja_vu(
-    ffn: FFN, fit: FitTokens | None, *, rank: int = 128, lookahead: int = 0, density: float = 0.3, epochs: int = 20
+    ffn: FFN, fit: FitTokens | None, *, rank: int | Mapping[str, int] = 128, lookahead: int = 0, **training: Any
 ) -> Predictor:
     """Two thin matrices with nothing between, trained by Deja Vu's published loss, in which positives weigh most.
 
@@ -96,16 +94,24 @@ def deja_vu(
     Args:
         ffn: the FFN.
         fit: tokens; with ``earlier`` for a lookahead of 1.
-        rank: width between the matrices.
+        rank: width between the matrices; or FFN -> width, with "*" for all others.
         lookahead: 0 reads the input of this FFN, 1 that of the FFN one layer before.
-        density: share of the channels that are to be told from the others.
-        epochs: of training, at most.
+        training: fields of `TrainingOptions` but ``loss``; without ``density`` it is ``fit.density``, if that is known.
 
     Raises:
-        UsageError: no tokens, or an impossible value.
+        UsageError: no tokens, another loss, or an impossible value.
     """
-    from ffnscope.sparse.predictors.training import TrainingOptions, train_low_rank
+    if training.setdefault("loss", "published") != "published":
+        raise UsageError(
+            f"deja_vu is trained by its published loss; for the loss {training['loss']!r} use low_rank with relu=false."
+        )
+    made = LowRank(ffn, by_name(rank, ffn, "rank"), relu=False, lookahead=lookahead)
+    return _trained(made, needed(fit, "deja_vu"), training)
 
-    made = LowRank(ffn, rank, relu=False, lookahead=lookahead)
-    options = TrainingOptions(density=density, epochs=epochs, loss="published")
-    return train_low_rank(made, needed(fit, "deja_vu"), options).predictor
+
+def _trained(made: LowRank, fit: FitTokens, training: Mapping[str, Any]) -> Predictor:
+    from ffnscope.sparse.predictors.training import train_low_rank
+
+    known = {} if fit.density is None else {"density": fit.density}
+    options = TrainingOptions(**{**known, **training})
+    return train_low_rank(made, fit, options, checkpoint=fit.checkpoint, on_epoch=fit.on_epoch).predictor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.function import FFN, wide
 from ffnscope.registry import predictor
 from ffnscope.sparse.ffn import check_input
-from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed, token_mean
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor, by_name, needed, token_mean
 
 
 class LowRankMatrix(nn.Module):
@@ -49,7 +51,7 @@ class WhitenedSVD(Predictor):
 
 @predictor("whitened_svd", source="own form of SVDP (arXiv:2603.14110)")
 def whitened_svd(
-    ffn: FFN, fit: FitTokens | None, *, rank: int = 128, up: bool = True, damping: float = 1e-4
+    ffn: FFN, fit: FitTokens | None, *, rank: int | Mapping[str, int] = 128, up: bool = True, damping: float = 1e-4
 ) -> Predictor:
     """Contributions from gate and up of a low rank, the one with the least squared error on calibration inputs.
 
@@ -59,14 +61,14 @@ def whitened_svd(
     Args:
         ffn: the FFN; without a gate it is up that is predicted.
         fit: tokens.
-        rank: of each matrix, at most min(d_model, d_ff).
+        rank: of each matrix, at most min(d_model, d_ff); or FFN -> rank, with "*" for all others.
         up: predict up too; else its usual size sqrt(E[u_i^2]) takes its place.
         damping: share of the mean square of an input that is added to all; positive.
 
     Raises:
         UsageError: no tokens, or an impossible rank or damping.
     """
-    tokens = needed(fit, "whitened_svd")
+    tokens, rank = needed(fit, "whitened_svd"), by_name(rank, ffn, "rank")
     if not 1 <= rank <= min(ffn.d_model, ffn.d_ff):
         raise UsageError(f"rank must be in [1, {min(ffn.d_model, ffn.d_ff)}] for {ffn.name}; got {rank}.")
     if damping <= 0:
