@@ -36,6 +36,11 @@ def card_sentences(card: SparsityCard) -> list[str]:
     ]
     if n_dense == len(card.sites):
         found.append("So this card changes nothing. Allow more loss, or choose a predictor that reads less.")
+    if card.rule.prompt:
+        found.append(
+            f"The selection is that of each prompt: give it by begin_prompt before generating. Here the first "
+            f"{card.rule.prompt} tokens of each window are its prompt, which all figures leave out."
+        )
     if card.certificate is not None:
         found.append(f"Certified: {card.certificate.statement}.")
     if reason := card.allocation.get("reason"):
@@ -93,7 +98,13 @@ def _loss(card: SparsityCard) -> Grid:
         ]
         for source, one in card.loss.items()
     ]
-    notes = ["Prompts are sparse here too; rise in nats per token ± standard error over documents."]
+    prompt = card.facts.get("prompt", 0)
+    read = (
+        f"The first {prompt} tokens of each window run dense and do not count"
+        if prompt
+        else "Prompts are sparse here too"
+    )
+    notes = [f"{read}; rise in nats per token ± standard error over documents."]
     return Grid("Perplexity", ["on", "dense", "sparse", "rise of the loss"], lines, notes)
 
 

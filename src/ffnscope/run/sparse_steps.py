@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import hash_json, read_json, write_csv, write_json
 from ffnscope.report.card_plot import plot_card
@@ -23,7 +24,7 @@ from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, measure_and_value
 from ffnscope.sparse.choose import check_certificate
 from ffnscope.sparse.costs import UNIT
-from ffnscope.sparse.evaluation import FormRow, after_prompt
+from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.fit import OnStep, check_readable, fit_card
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.split import split_documents
@@ -98,10 +99,8 @@ class CardJob:
         """
         check_densities(self.rule, self.densities)
         check_readable(self.rule, self.options, self.sites)
-        if self.rule.prompt:
-            for text in self._texts:
-                after_prompt(text, self.rule.prompt)
         for text in self._texts:
+            _check_prompt(text, self.rule.prompt)
             check_traces(self.loaded.model, text, self.sites, self._trace_options)
         if self.options.certify is not None:
             n_documents = len(split_documents(self.windows.document, self.seed)["calibrate"])
@@ -179,6 +178,16 @@ class CardJob:
     def _text_key(self, windows: Windows) -> str:
         names = [site.name for site in self.sites]
         return hash_json([self.model_hash, windows.hash, windows.document.tolist(), names, self.seed])
+
+
+def _check_prompt(windows: Windows, prompt: int) -> None:
+    """Raise UsageError where no window has a token to predict after its prompt."""
+    if prompt and windows.length < prompt + 2:
+        raise UsageError(
+            f"a prompt of {prompt} tokens leaves nothing to predict in windows of {windows.length} tokens "
+            f"({windows.source}). Give longer windows (--max-length, calibration.max_length), or a shorter prompt "
+            "(predictor parameter prompt)."
+        )
 
 
 class _Epochs:

@@ -12,8 +12,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import ffnscope
+from checkpoints import write_documents
 from faults import stop_at
 from ffnscope.cli import app
+from ffnscope.run import sparse_steps
 from ffnscope.sparse import fit
 from tiny import tokens
 
@@ -21,6 +23,12 @@ Ok = Callable[..., Result]
 Fails = Callable[..., str]
 SMALL = ("--num-samples", 24, "--max-length", 24, "--device", "cpu")
 RULE = ("--predictor", "low_bit", "--predictor-param", "group=8", "--policy", "top_k")
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    (tmp_path / "documents").mkdir()
+    return write_documents(tmp_path / "documents")
 
 
 @pytest.fixture
@@ -98,6 +106,11 @@ class TestSparsify:
             (("--certify", "conformal"), "Unknown method of a certificate 'conformal'"),
             (("--allocation", "fisher"), "nothing to allocate"),
             (("--second", "sotu"), "is the text of the calibration"),
+            (("--floor", 0.2), "would do nothing with --allocation uniform"),
+            (("--wanted", 1), "wanted must be in [0, 1)"),
+            (("--max-traces", 0), "--max-traces must be a positive number of GiB"),
+            (("--max-traces", 1e-6), "or raise it (--max-traces GIB, contextual.max_traces)"),
+            (("--target", "parameter=nan"), "the parameter of the policy must be finite"),
         ],
     )
     def test_refused(self, fails: Fails, base: tuple[Any, ...], options: tuple[Any, ...], message: str) -> None:
@@ -107,6 +120,39 @@ class TestSparsify:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("mine")
         assert "already exists" in fails(1, *base)
+
+
+class TestPredictors:
+    """Trained predictors go out to files and come back; progress is told."""
+
+    def test_list(self, ok: Ok) -> None:
+        told = ok("predictors", "list").stdout
+        assert "low_rank rank=128 relu=True lookahead=0 density=0.3 loss=mass" in told and "griffin prompt=32" in told
+        assert "hybrid core=0.02 rest=nucleus" in told and "kept=" not in told
+
+    def test_out_and_in(
+        self, ok: Ok, fails: Fails, checkpoint: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sparse_steps, "QUIET_SECONDS", 0.0)
+        small = ("--text", documents / "train.jsonl", *SMALL, "--policy", "top_k", "--target", "density=0.4")
+        trained, out = tmp_path / "trained", tmp_path / "fc"
+        params = ("rank=4", "epochs=2", "loss=published")
+        given = [part for one in params for part in ("--predictor-param", one)]
+        told = ok("sparsify", checkpoint, "--out", trained, *small, "--predictor", "low_rank", *given).stderr
+        assert "train the predictor of model.layers.1.mlp: epoch 2 of at most 2, missed mass" in told
+        card = ("--card", trained / "card.json")
+        export = ("predictors", "export", checkpoint, "--device", "cpu", "--out", out)
+        assert "2 predictors of what is before the norm" in ok(*export, *card).stdout
+        assert {path.name for path in out.iterdir()} == {"model_0.pt", "model_1.pt"}
+        assert "is not empty" in fails(1, *export, *card)
+        files = ("--predictor", "fc_files", "--predictor-param", f"folder={out}")
+        ok("sparsify", checkpoint, "--out", tmp_path / "again", *small, *files)
+        first, second = (ffnscope.read_card(tmp_path / name / "card.json") for name in ("trained", "again"))
+        recalls = [one.figures["test"]["recall"].mean for one in (first, second)]
+        assert recalls[0] == pytest.approx(recalls[1], abs=1e-3)
+        ok("sparsify", checkpoint, "--out", tmp_path / "plain", *small, "--predictor-param", "group=8")
+        plain = ("--card", tmp_path / "plain" / "card.json")
+        assert "only trained ones can be exported" in fails(2, *export, *plain, "--out", tmp_path / "more")
 
 
 class TestAnswer:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from ffnscope.calibrate.windows import contiguous_windows
+from card_sets import RULE, Set
 from ffnscope.errors import ArtifactError, UnknownNameError, UsageError
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.report.card_table import card_grids, card_sentences
 from ffnscope.sparse.calibration import Target
-from ffnscope.sparse.card import SparsityCard, WantedChannels
+from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CAP, CardOptions, CardTexts, Certify, PerplexityTarget, ladder_of
 from ffnscope.sparse.choose import most_batches
@@ -32,45 +31,15 @@ from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.traces import Traces
 from ffnscope.sparse.tracing import trace
 from reference import padded, text
-from tiny import tiny, tokens
+from tiny import tiny
 from tiny_moe import tiny_moe
 
-RULE = SelectionRule("low_bit", "top_k", {"bits": 4, "group": 16})
 POLICY_PARAMS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("top_k", "threshold", "channel_threshold", "nucleus", "statistical_top_k")},
     "capped_threshold": {"k_min": 2, "k_max": 40},
     "bank_top_k": {"size": 16},
     "hybrid": {"core": 0.05, "rest": "threshold"},
 }
-N_DOCUMENTS = 60  # 36 to fit, 12 to calibrate, 12 to test
-
-
-@torch.no_grad()
-def written_by(model: Any, rows: int, length: int) -> Tensor:
-    """Token ids [rows, length] drawn from a model."""
-    ids, random = tokens(rows, 1), torch.Generator().manual_seed(0)
-    while ids.shape[1] < length:
-        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
-        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=random)], 1)
-    return ids
-
-
-class Set:
-    """A tiny model, a text that it wrote itself, so that no change makes it better, and the traces of that."""
-
-    def __init__(self, folder: Path, idle_layer: int | None = None):
-        self.model = tiny("llama")
-        with torch.no_grad():
-            self.model.lm_head.weight.mul_(8)
-            for layer, block in enumerate(self.model.model.layers):
-                block.mlp.down_proj.weight.mul_(1e-3 if layer == idle_layer else 8)
-        self.windows = contiguous_windows(written_by(self.model, N_DOCUMENTS, 16), "the model's own text")
-        self.traces = trace(self.model, self.windows, folder / "traces")
-
-    def fit(self, rule: SelectionRule = RULE, target: Any = None, **options: Any) -> SparsityCard:
-        texts = CardTexts(self.windows)
-        target = target or Target("density", 0.5)
-        return fit_card(self.model, self.traces, rule, target, options=CardOptions(**options), texts=texts)[0]
 
 
 @pytest.fixture(scope="module")
