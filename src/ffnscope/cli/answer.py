@@ -54,6 +54,8 @@ class DomainChoice:
         names = tuple(self.text or SHIPPED_TEXTS)
         if len(set(names)) < 2:
             raise UsageError(f"an answer compares text domains; got {', '.join(names)}. Give two --text or more.")
+        if self.held_out_samples < 1:
+            raise UsageError(f"--held-out-samples must be at least 1; got {self.held_out_samples}.")
         found: dict[str, tuple[opt.TextChoice, opt.TextChoice]] = {}
         for name in dict.fromkeys(names):
             one = opt.TextChoice(name, None, None, self.num_samples, self.max_length, self.batch_size, self.seed)
@@ -92,11 +94,12 @@ def answer_command(
     check_folder_output(out, overwrite, UNFINISHED)
     asked = parse_target(target)
     if not isinstance(asked, Target):
-        raise UsageError("each rule is calibrated in every FFN by itself; --target perplexity is for sparsify.")
+        raise UsageError(f"each rule is calibrated in every FFN by itself; --target {target} is for sparsify.")
     limit = trace_bytes(choice.max_traces)
     params = {**DEFAULTS.get(predictor, {}), **params_of("--predictor-param", predictor_param)}
     options = AnswerOptions(asked, wanted or None, predictor, params, choice.batch_size)
     texts = choice.texts()
+    _check_labels(models)
     reporter = Reporter()
     if dry_run:
         for model in models:
@@ -107,6 +110,19 @@ def answer_command(
         tracing = TraceOptions(batch_size=options.batch_size, max_bytes=limit)
         pages = [_page(model, loading, texts, (options, tracing), part, out, reporter) for model in models]
         write_text(out / "answer.md", "\n".join(pages))
+
+
+def _label(model: str) -> str:
+    """Name of the files of a model."""
+    return model.removeprefix("package:").strip("/").replace("/", "_")
+
+
+def _check_labels(models: list[str]) -> None:
+    """Raise UsageError for two models whose files would have one name."""
+    labels = [_label(model) for model in models]
+    for model, label in zip(models, labels, strict=True):
+        if labels.count(label) > 1:
+            raise UsageError(f"{model} is given twice, or another MODEL has the same file name {label}.json.")
 
 
 def _print_plan(
@@ -132,7 +148,7 @@ def _page(
 ) -> str:
     options, tracing = asked
     loaded = loading.open(reporter, model)
-    label = model.removeprefix("package:").strip("/").replace("/", "_")
+    label = _label(model)
     domains: dict[str, Domain] = {}
     for place, (name, (calibration, held_out)) in enumerate(texts.items()):
         windows: Windows = calibration.calibration(loaded)

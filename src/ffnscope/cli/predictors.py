@@ -16,7 +16,7 @@ from ffnscope.errors import UsageError
 from ffnscope.registry import POLICIES, PREDICTORS, Registry
 from ffnscope.run.progress import Reporter
 from ffnscope.sparse.card_files import read_card
-from ffnscope.sparse.predictors.fc_files import write_fc_predictors
+from ffnscope.sparse.predictors.fc_files import check_new, write_fc_predictors
 from ffnscope.sparse.predictors.low_rank import LowRank
 from ffnscope.sparse.site_params import check_layers, ffn_norms
 
@@ -63,6 +63,7 @@ def predictors_export(
 
     `sparsify --predictor fc_files --predictor-param folder=OUT` reads such files back, and calibrates a policy to them.
     """
+    check_new(out)
     found = read_card(card)
     if not found.rule.trained:
         raise UsageError(

@@ -21,12 +21,13 @@ from ffnscope.run.steps import discard_damaged
 from ffnscope.sparse.card import SparsityCard, target_words
 from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
 from ffnscope.sparse.card_files import read_card, write_card
-from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, measure_and_value
+from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, ParameterTarget, measure_and_value
 from ffnscope.sparse.choose import check_certificate
 from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.fit import OnStep, check_readable, fit_card
 from ffnscope.sparse.rule import SelectionRule
+from ffnscope.sparse.site_params import check_predictor_params
 from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.traces import Traces
 from ffnscope.sparse.tracing import TraceOptions, check_traces, trace, traces_size
@@ -99,6 +100,9 @@ class CardJob:
         """
         check_densities(self.rule, self.densities)
         check_readable(self.rule, self.options, self.sites)
+        check_predictor_params(self.rule, self.loaded.model, self.sites)
+        if isinstance(self.target, ParameterTarget):
+            self.rule.check_parameter(self.target.value)
         for text in self._texts:
             _check_prompt(text, self.rule.prompt)
             check_traces(self.loaded.model, text, self.sites, self._trace_options)

@@ -56,6 +56,11 @@ class AnswerOptions:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
+        if self.wanted is not None and not 0 < self.wanted < 1:
+            raise UsageError(
+                f"wanted must be in (0, 1), the share of the contributions that may be missed; got {self.wanted:g}. "
+                "For the exact zeros of a ReLU model it is None (--wanted 0)."
+            )
         rule = SelectionRule(self.predictor, RULES[0], self.params)
         if rule.lookahead or rule.prompt:
             why = "reads the input of another FFN" if rule.lookahead else "takes its scores from a prompt"

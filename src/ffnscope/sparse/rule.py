@@ -60,6 +60,11 @@ class SelectionRule:
         policy, params = self._plain_policy()
         own = {} if policy == "channel_threshold" else POLICIES.get(policy).params
         _check_params("policy", policy, params, own)
+        if policy != "channel_threshold":
+            POLICIES.get(policy).make(**params)  # refuses impossible values
+        options = PREDICTORS.get(self.predictor).options
+        if options is not None:
+            options(**{k: v for k, v in self.predictor_params.items() if k in inspect.signature(options).parameters})
 
     @property
     def lookahead(self) -> int:
@@ -75,6 +80,14 @@ class SelectionRule:
     def trained(self) -> bool:
         """Whether its predictors are trained matrices, which a card keeps of FFNs that stay dense too."""
         return self.predictor in ("low_rank", "deja_vu", "fc_files")
+
+    def check_parameter(self, value: float) -> None:
+        """Raise UsageError for a parameter that the policy cannot have."""
+        policy, params = self._plain_policy()
+        made: Policy = (
+            ChannelThreshold(torch.ones(1)) if policy == "channel_threshold" else POLICIES.get(policy).make(**params)
+        )
+        made.level(value)
 
     def own(self, *, ahead: bool, params: Mapping[str, Any] | None = None) -> SelectionRule:
         """The rule of one FFN: without lookahead where there is no FFN before it, with parameters that are its own.

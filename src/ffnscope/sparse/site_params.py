@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import NotAvailableError, UsageError, unknown_name
+from ffnscope.ffn.function import FFN
+from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.stream_probe import Call, last_norm, observe_stream
+from ffnscope.sparse.predictors.interface import by_name
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.types import FFNSite
 
@@ -27,10 +30,34 @@ def site_params(rule: SelectionRule, model: nn.Module, sites: Sequence[FFNSite])
     check_names(rule, sites)
     if rule.predictor != "fc_files":
         return {site: {} for site in sites}
+    given = sorted({"layer", "norm"} & set(rule.predictor_params))
+    if given:
+        raise UsageError(f"{given[0]} of predictor 'fc_files' is found for each FFN; leave it out.")
     if len({site.layer for site in sites}) < len(sites):
         raise NotAvailableError("fc_files has one file per layer, and this model has several FFNs in a layer.")
     norms = ffn_norms(model, sites) if rule.predictor_params.get("before_norm", True) else {}
     return {site: {"layer": site.layer, "norm": norms.get(site)} for site in sites}
+
+
+def check_predictor_params(rule: SelectionRule, model: nn.Module, sites: Sequence[FFNSite]) -> None:
+    """Raise before any work what making the predictors would, as far as that needs no tokens.
+
+    Raises:
+        UsageError: an impossible value.
+        ArtifactError: a file that is missing, damaged, or of another model.
+        NotAvailableError: see `site_params`.
+    """
+    params = site_params(rule, model, sites)
+    ffns = {site: FFN(weights_of(model, site), torch.relu, site.name) for site in sites}
+    if rule.predictor == "fc_files" or rule.predictor_params.get("plan") is not None:
+        for site, ffn in ffns.items():
+            rule.own(ahead=False, params=params[site]).make_predictor(ffn, None)
+    if rule.predictor == "low_bit":
+        rule.make_predictor(next(iter(ffns.values())), None)
+    for site, ffn in ffns.items() if "rank" in rule.predictor_params else ():
+        rank, most = by_name(rule.predictor_params["rank"], ffn, "rank"), min(site.d_model, site.d_ff)
+        if not 1 <= rank <= most:
+            raise UsageError(f"rank must be in [1, {most}] for {site.name}; got {rank}.")
 
 
 def check_names(rule: SelectionRule, sites: Sequence[FFNSite]) -> None:

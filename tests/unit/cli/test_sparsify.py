@@ -123,7 +123,47 @@ class TestSparsify:
 
 
 class TestPredictors:
-    """Trained predictors go out to files and come back; progress is told."""
+    """Trained predictors go out to files and come back; progress is told; what is impossible is refused at once."""
+
+    @pytest.mark.parametrize(
+        ("status", "params", "message"),
+        [
+            (1, ("static", "plan=nowhere.json"), "nowhere.json does not exist"),
+            (1, ("fc_files", "folder=nowhere"), "nowhere does not exist"),
+            (2, ("fc_files", "folder=.", "layer=1"), "layer of predictor 'fc_files' is found for each FFN"),
+            (2, ("low_bit", "bits=16"), "bits must be in [2, 8]"),
+            (2, ("low_rank", "rank=0"), "rank must be in [1, 32] for model.layers.0.mlp; got 0"),
+            (2, ("low_rank", "rank={model.layers.7.mlp: 3}"), "Unknown FFN in rank of predictor 'low_rank'"),
+            (2, ("low_rank", "epochs=-1"), "epochs must be positive; got -1"),
+            (2, ("griffin", "prompt=23"), "a prompt of 23 tokens leaves nothing to predict in windows of 24"),
+        ],
+    )
+    def test_refused_before_any_work(
+        self,
+        fails: Fails,
+        checkpoint: Path,
+        documents: Path,
+        tmp_path: Path,
+        status: int,
+        params: tuple[str, ...],
+        message: str,
+    ) -> None:
+        given = [part for one in params[1:] for part in ("--predictor-param", one)]
+        text = ("--text", documents / "train.jsonl", *SMALL, "--dry-run")
+        told = fails(status, "sparsify", checkpoint, "--out", tmp_path / "o", *text, "--predictor", params[0], *given)
+        assert message in told
+
+    @pytest.mark.parametrize(
+        ("policy", "params", "target"),
+        [("top_k", (), "parameter=1.5"), ("nucleus", (), "parameter=3"), ("bank_top_k", ("size=0",), "recall=0.9")],
+    )
+    def test_policies_refused_before_any_work(
+        self, fails: Fails, checkpoint: Path, documents: Path, policy: str, params: tuple[str, ...], target: str
+    ) -> None:
+        given = [part for one in params for part in ("--policy-param", one)]
+        text = ("--text", documents / "train.jsonl", *SMALL, "--dry-run", "--target", target)
+        told = fails(2, "sparsify", checkpoint, "--out", documents / "o", *text, "--policy", policy, *given)
+        assert "must be" in told
 
     def test_list(self, ok: Ok) -> None:
         told = ok("predictors", "list").stdout
@@ -169,6 +209,33 @@ class TestAnswer:
     def test_one_text_is_no_answer(self, fails: Fails, checkpoint: Path, tmp_path: Path) -> None:
         told = fails(2, "answer", checkpoint, "--out", tmp_path / "out", "--text", "sotu", *SMALL)
         assert "compares text domains; got sotu" in told
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                ("--predictor", "griffin"),
+                "griffin takes its scores from a prompt. Choose another predictor, or sparsify",
+            ),
+            (
+                ("--predictor", "low_rank", "--predictor-param", "lookahead=1"),
+                "low_rank reads the input of another FFN",
+            ),
+            (("--predictor-param", "grup=8"), "Did you mean 'group'?"),
+            (("--wanted", 1.5), "wanted must be in (0, 1)"),
+            (("--held-out-samples", 0), "--held-out-samples must be at least 1; got 0"),
+            (("--target", "parameter=3"), "--target parameter=3 is for sparsify"),
+            (("--max-traces", -1), "--max-traces must be a positive number of GiB"),
+        ],
+    )
+    def test_refused(
+        self, fails: Fails, checkpoint: Path, tmp_path: Path, options: tuple[Any, ...], message: str
+    ) -> None:
+        assert message in fails(2, "answer", checkpoint, "--out", tmp_path / "out", *SMALL, *options)
+
+    def test_a_model_twice(self, fails: Fails, checkpoint: Path, tmp_path: Path) -> None:
+        told = fails(2, "answer", checkpoint, f"{checkpoint}/", "--out", tmp_path / "out", *SMALL)
+        assert "is given twice, or another MODEL has the same file name" in told
 
     def test_perplexity_is_for_sparsify(self, fails: Fails, checkpoint: Path, tmp_path: Path) -> None:
         told = fails(2, "answer", checkpoint, "--out", tmp_path / "out", "--target", "perplexity=+1%", *SMALL)

@@ -48,8 +48,7 @@ def write_fc_predictors(
                 f"the predictor of layer {layer} has {'a lookahead' if one.lookahead else 'no ReLU'}; the format is "
                 "for predictors of their own layer with a ReLU. Train with relu=True and lookahead=0."
             )
-    if folder.exists() and any(folder.iterdir()):
-        raise ArtifactError(f"{folder} is not empty. Choose another folder.")
+    check_new(folder)
     for layer, one in enumerate(predictors):
         state = {name: value.detach().cpu().clone() for name, value in one.state_dict().items()}
         if norm_weights is not None:
@@ -111,6 +110,14 @@ def fc_files(
     if layer is None or (before_norm and norm is None):
         raise UsageError("fc_files needs the layer of the FFN, and the norm before it unless before_norm is false.")
     return _predictor(file_of(Path(folder), layer), ffn, norm if before_norm else None, relu=relu)
+
+
+def check_new(folder: Path) -> None:
+    """Raise ArtifactError unless a folder is new or empty."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; predictors are written to a folder.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"{folder} is not empty. Choose another folder.")
 
 
 def file_of(folder: Path, layer: int) -> Path:
