@@ -23,6 +23,7 @@ from ffnscope.sparse.card_options import (
     CardTarget,
     CardTexts,
     Ladder,
+    ParameterTarget,
     PerplexityTarget,
     ladder_of,
     loss_limit,
@@ -330,7 +331,7 @@ class _Fitting:
         }
         if second is not None:
             facts["second"] = {"source": second.facts["source"], "windows_hash": second.facts["windows_hash"]}
-        if certify is not None:
+        if certify is not None and not isinstance(self.target, ParameterTarget):  # which `check_offered` refuses
             facts["certified_loss"] = _LOSS_WORDS[measure_and_value(self.target)[0]]
             facts["limit"] = loss_limit(self.target)
             facts["certify"] = asdict(certify)

@@ -173,9 +173,9 @@ _MEASURED = ("density", "damage", "loss_sums", "documents", "loss_counts")
 def _kept_share(ffn: FFN, x: Tensor, job: SiteJob) -> float | None:
     """The density at which the best selection meets a lone setting, for which a predictor is trained; or None."""
     ladder = job.ladder
-    if not job.rule.trained or len(ladder.values) > 1 or ladder.measure not in ("density", "recall", "missed_mass"):
+    if not job.rule.trained or len(ladder.values) != 1 or ladder.measure not in ("density", "recall", "missed_mass"):
         return None
-    found = ladder.values[0]
+    (found,) = ladder.values
     if ladder.measure != "density":
         label = job.wanted.label if ladder.measure == "recall" else WantedChannels("top_mass", found).label
         found = sum(float(density(label(ffn.contributions(part))).sum()) for part in x.split(CHUNK)) / len(x)

@@ -109,7 +109,6 @@ class TestSparsify:
             (("--floor", 0.2), "would do nothing with --allocation uniform"),
             (("--wanted", 1), "wanted must be in [0, 1)"),
             (("--max-traces", 0), "--max-traces must be a positive number of GiB"),
-            (("--max-traces", 1e-6), "or raise it (--max-traces GIB, contextual.max_traces)"),
             (("--target", "parameter=nan"), "the parameter of the policy must be finite"),
         ],
     )
@@ -164,6 +163,11 @@ class TestPredictors:
         text = ("--text", documents / "train.jsonl", *SMALL, "--dry-run", "--target", target)
         told = fails(2, "sparsify", checkpoint, "--out", documents / "o", *text, "--policy", policy, *given)
         assert "must be" in told
+
+    def test_traces_are_bounded(self, fails: Fails, checkpoint: Path, documents: Path) -> None:
+        text = ("--text", documents / "train.jsonl", *SMALL, "--max-traces", 1e-6)
+        told = fails(2, "sparsify", checkpoint, "--out", documents / "o", *text, "--predictor-param", "group=8")
+        assert "or raise it (--max-traces GIB, contextual.max_traces)" in told
 
     def test_list(self, ok: Ok) -> None:
         told = ok("predictors", "list").stdout

@@ -112,6 +112,6 @@ def deja_vu(
 def _trained(made: LowRank, fit: FitTokens, training: Mapping[str, Any]) -> Predictor:
     from ffnscope.sparse.predictors.training import train_low_rank
 
-    known = {} if fit.density is None else {"density": fit.density}
+    known: dict[str, Any] = {} if fit.density is None else {"density": fit.density}
     options = TrainingOptions(**{**known, **training})
     return train_low_rank(made, fit, options, checkpoint=fit.checkpoint, on_epoch=fit.on_epoch).predictor
