@@ -18,6 +18,7 @@ from ffnscope.run.progress import Reporter
 from ffnscope.sparse.card_files import read_card
 from ffnscope.sparse.predictors.fc_files import check_new, write_fc_predictors
 from ffnscope.sparse.predictors.low_rank import LowRank
+from ffnscope.sparse.rule import DEFAULTS
 from ffnscope.sparse.site_params import check_layers, ffn_norms
 
 predictors_app = typer.Typer(no_args_is_help=True, help="What scores the channels of a token, and trained predictors.")
@@ -36,14 +37,16 @@ def _print(registry: Registry[Any]) -> None:
     OUT.print(Text(f"{registry.kind} (--{registry.kind}, --{registry.kind}-param NAME=VALUE)", style="bold underline"))
     for name in registry.names():
         item = registry.get(name)
-        shown = {k: p for k, p in item.params.items() if k not in INTERNAL}
-        params = "".join(
-            f" {k}" if p.default is inspect.Parameter.empty else f" {k}={p.default}" for k, p in shown.items()
-        )
+        values = {k: p.default for k, p in item.params.items() if k not in INTERNAL} | dict(DEFAULTS.get(name, {}))
+        values |= _WORDS.get(name, {})
+        params = "".join(f" {k}" if v is inspect.Parameter.empty else f" {k}={v}" for k, v in values.items())
         OUT.print(Text.assemble((name, "bold"), (_HYBRID if name == "hybrid" else params, "cyan")))
         OUT.print(Text(f"    {item.summary}" + (f" Source: {item.source}" if item.source else "")))
 
 
+_DENSITY = "that of the target, or 0.3"
+_WORDS = {"low_rank": {"density": _DENSITY}, "deja_vu": {"density": _DENSITY, "loss": "published"}}
+"""Defaults that are not those of the signature."""
 _HYBRID = " core=0.02 rest=nucleus, and parameters of rest"
 
 

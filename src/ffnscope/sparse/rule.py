@@ -22,8 +22,8 @@ from ffnscope.sparse.readings import readings_of
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"low_bit": {"bits": 4, "group": 64}, "griffin": {"prompt": 32}}
 """Parameters of a predictor for those who name none, where it asks for some."""
-FILES = ("plan", "folder")
-"""Parameters of predictors that name files."""
+FILES = {"static": "plan", "fc_files": "folder"}
+"""Predictor -> its parameter that names a file, or a folder of predictors."""
 GAIN_TOKENS = 4096
 """Tokens on which gains of channels are measured, at most."""
 
@@ -101,11 +101,10 @@ class SelectionRule:
 
     def identity(self) -> list[Any]:
         """All that results depend on, to be hashed: names, parameters, and the content of files that these name."""
-        files = {
-            key: _content(Path(str(self.predictor_params[key]))) for key in FILES if self.predictor_params.get(key)
-        }
+        named = self.predictor_params.get(FILES.get(self.predictor, ""))
+        files = [] if named is None else [_content(Path(str(named)))]
         params = dict(self.predictor_params), dict(self.policy_params)
-        return [self.predictor, self.policy, *params, *([files] if files else [])]
+        return [self.predictor, self.policy, *params, *files]
 
     def make_predictor(self, ffn: FFN, fit: FitTokens | None) -> Predictor:
         """The predictor of an FFN."""
@@ -167,9 +166,9 @@ def _gain(predictor: Predictor, fit: FitTokens) -> Tensor:
 
 
 def _content(path: Path) -> str | dict[str, str]:
-    """Hash of a file, or of each file of a folder; raises ArtifactError for what is not there."""
+    """Hash of a file, or of each predictor in a folder; raises ArtifactError for what is not there."""
     if path.is_dir():
-        return {one.name: hash_file(one) for one in sorted(path.iterdir()) if one.is_file()}
+        return {one.name: hash_file(one) for one in sorted(path.glob("model_*.pt"))}
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; a parameter of the predictor names it.")
     return hash_file(path)

@@ -171,7 +171,8 @@ class TestPredictors:
 
     def test_list(self, ok: Ok) -> None:
         told = ok("predictors", "list").stdout
-        assert "low_rank rank=128 relu=True lookahead=0 density=0.3 loss=mass" in told and "griffin prompt=32" in told
+        assert "low_rank rank=128 relu=True lookahead=0 density=that of the target, or 0.3 loss=mass" in told
+        assert "griffin prompt=32" in told and "low_bit bits=4 group=64" in told
         assert "hybrid core=0.02 rest=nucleus" in told and "kept=" not in told
 
     def test_out_and_in(
