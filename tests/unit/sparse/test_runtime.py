@@ -9,6 +9,8 @@ from ffnscope.apply.replace import replaced
 from ffnscope.errors import ModelError, NotAvailableError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse import runtime as module
+from ffnscope.sparse import timing
+from ffnscope.sparse.kernels.break_even import DENSITIES, RowTimes
 from ffnscope.sparse.runtime import unwrap_, wrap_
 from tiny import ARCHITECTURES, D_FF, logits, tiny, tokens
 from tiny_all import tiny_causal_lm
@@ -242,7 +244,7 @@ class TestDecoding:
 
     def test_more_tokens_than_rows_pay_for(self, llama, monkeypatch) -> None:
         monkeypatch.setattr(module, "MOST_TOKENS", 2)
-        monkeypatch.setattr(module, "break_even", lambda *args: 1.0)
+        monkeypatch.setattr(module, "reading_times", lambda *args: RowTimes((0.0,) * len(DENSITIES)))
         for n_rows, share in ((2, 1.0), (3, 0.0)):
             _, runtime = wrapped(llama, selectors(llama), n_rows=n_rows)
             assert {row.sparse_steps for row in runtime.measured().values()} == {share}
@@ -314,9 +316,11 @@ def test_break_even_is_measured_once_per_shape(llama, monkeypatch) -> None:
         for run, some in zip(dense, sparse, strict=True):
             run()
             some(torch.arange(3, dtype=torch.int32))
-        return 0.5
+        return RowTimes(tuple(1.94 * density for density in DENSITIES))
 
-    monkeypatch.setattr(module, "break_even", measure)
+    monkeypatch.setattr(timing, "row_times", measure)
     _, runtime = wrapped(llama, selectors(llama))
     assert {(shape[2], n) for shape, n in asked} == {(1, 2)}  # one token; two layers take turns
     assert {row.sparse_steps for row in runtime.measured().values()} == {1.0}
+    _, runtime = wrapped(llama, selectors(llama, 0.6))  # above the 0.5 where that line crosses
+    assert {row.sparse_steps for row in runtime.measured().values()} == {0.0}
