@@ -181,7 +181,7 @@ def takes(monkeypatch: pytest.MonkeyPatch, rows: float, *selecting: float) -> No
 
 class TestNeverSlower:
     def test_what_is_slower_is_left_dense(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        """At a density of 0.4 rows take 0.4 of the dense time; selecting takes 0.7 of it in one FFN, 0.5 in the other."""
+        """At a density of 0.4 rows take 0.4 of the dense time; selecting takes 0.7 in one FFN, 0.5 in the other."""
         model, card, selectors = made
         first, second = selectors
         wrap_(model, {second: selectors[second]}, break_even=1.0)

@@ -80,6 +80,21 @@ class TestSparseFFN:
         found = sparse_ffn(x * float("nan"), RowWeights.of(self.weights), torch.arange(12).int(), "relu")
         assert torch.isnan(found).all()
 
+    @pytest.mark.parametrize("n_tokens", [1, 3])
+    @pytest.mark.parametrize("gated", [True, False])
+    def test_what_was_read_is_not_read_again(self, gated, n_tokens) -> None:
+        gate, up, down = (self.weights.gate if gated else None), self.weights.up, self.weights.down
+        x, index = random(n_tokens, 5), torch.tensor([0, 3, 7], dtype=torch.int32)
+        mask = torch.tensor([[True, False, True]]).expand(n_tokens, -1)
+        biases = (random(12) if gated else None, random(12))
+        whole = FFNWeights(gate, up, down, *biases)
+        read = torch.nn.functional.linear(x, gate if gated else up, biases[0] if gated else biases[1])[:, index]
+        gone = torch.full_like(up, float("nan"))
+        rest = FFNWeights(gone, up, down, *biases) if gated else FFNWeights(None, gone, down, *biases)
+        for own in (None, mask):
+            found = sparse_ffn(x, RowWeights.of(rest), index, "silu", token_mask=own, read=read)
+            torch.testing.assert_close(found, sparse_ffn(x, RowWeights.of(whole), index, "silu", token_mask=own))
+
     def test_a_function_as_activation(self) -> None:
         rows, x, index = RowWeights.of(self.weights), random(1, 5), torch.tensor([0, 3, 7], dtype=torch.int32)
         named = sparse_ffn(x, rows, index, "silu")
