@@ -26,7 +26,6 @@ from ffnscope.types import FFNSite
 
 MOST_TOKENS = 16
 """Largest batch whose FFNs read rows; more tokens than that run dense under their masks."""
-MEASURED_SITES = 8
 ACTIVATION_NAMES = {
     **dict.fromkeys(("silu", "swish"), "silu"),
     "gelu": "gelu",
@@ -154,10 +153,9 @@ class Runtime:
         return limit
 
     def _alike(self, site: FFNSite) -> list[FFNSite]:
-        """Some of the FFNs that run as a site does, itself among them."""
+        """The FFNs that run as a site does, itself first."""
         own = (self.levels[site], shape_key(site))
-        alike = [s for s, level in self.levels.items() if (level, shape_key(s)) == own and s != site]
-        return [site, *alike[: MEASURED_SITES - 1]]
+        return [site, *(s for s, level in self.levels.items() if (level, shape_key(s)) == own and s != site)]
 
     def _row_times(self, site: FFNSite, n_tokens: int) -> RowTimes:
         uses = {s: self._uses[s][0] for s in self._alike(site)}

@@ -63,13 +63,13 @@ def row_times(
     In every round the dense form runs first and last and all densities, on random channels, between; the ratio of that
     round is to the mean of the two, so a machine that gets slower in the meantime does not show. The median of seven
     rounds counts, after one that compiles and allocates: what another job disturbs for less than half of them is not
-    in it.
+    in it. FFNs take turns, and before each call the one before it runs dense, so that weights and code come from where
+    they do in a decoding step.
 
     Args:
         shape: what the answer depends on; a second call with the same one measures nothing.
         d_ff: number of channels.
-        dense: the dense form of several FFNs of this shape, which take turns, so that weights come from memory as
-            they do in a model and not from the cache.
+        dense: the dense form of FFNs of this shape, as many as there are.
         sparse: the sparse form of the same ones, given int32 indices [k].
         device: where they run.
     """
@@ -82,21 +82,22 @@ def row_times(
 def share_of_dense(
     what: Hashable, dense: Sequence[Callable[[], object]], runs: Sequence[Callable[[], object]], device: torch.device
 ) -> float:
-    """Time of what runs beside an FFN over that of its dense form: the median of seven rounds, as in `row_times`.
+    """Time of what runs before an FFN over that of its dense form: the median of seven rounds, as in `row_times`.
 
     Args:
         what: what the answer depends on; a second call with the same one measures nothing.
-        dense: the dense form of several FFNs, which take turns.
-        runs: what is timed, of the same ones.
+        dense: the dense form of FFNs.
+        runs: what is timed, of some of them.
         device: where they run.
     """
     key = (what, str(device), torch.get_num_threads())
     if key not in _shares:
         rounds: list[float] = []
         for turn in range(ROUNDS + 1):
-            other = runs[(turn + len(runs) // 2) % len(runs)]  # not what dense has just brought into the cache
-            times = [seconds(run, device) for run in (dense[turn % len(dense)], other)]
-            rounds += [times[1] / times[0]] if turn else []
+            dense[turn % len(dense)]()
+            whole = seconds(dense[(turn + 1) % len(dense)], device)
+            one = seconds(runs[turn % len(runs)], device)
+            rounds += [one / whole] if turn else []
         _shares[key] = statistics.median(rounds)
     return _shares[key]
 
@@ -125,6 +126,7 @@ def _measure(
             turn += 1
             index = torch.randperm(d_ff, generator=random)[: round(density * d_ff)].sort().values.int().to(device)
             run, ffn = dense[turn % len(dense)], sparse[turn % len(sparse)]
+            dense[(turn - 1) % len(dense)]()
             times.append(seconds(run if density == 0 else lambda ffn=ffn, index=index: ffn(index), device))
         whole = (times[0] + times[-1]) / 2
         rounds += [[one / whole for one in times[1:-1]]] if round_ else []
