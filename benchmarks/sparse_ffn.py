@@ -1,6 +1,7 @@
 """One FFN of one token: reading only selected channels, over torch dense and over what the memory allows.
 
-    python benchmarks/sparse_ffn.py [--shapes 576x1536 2048x8192 4096x14336] [--dtypes float32 bfloat16] [--record]
+    python benchmarks/sparse_ffn.py [--shapes 576x1536 2048x8192 4096x14336] [--dtypes float32 bfloat16]
+        [--threads 1 2] [--record]
 
 Per shape, dtype and density: the kernel alone, the kernel with a predictor and the selection (a random low-rank
 predictor, x A B with rank d_model / 8, its top k, sorted), and the same product by gathers in torch. All take turns
@@ -265,37 +266,41 @@ class Table:
             )
 
 
+def run(args, threads):
+    """Yield the lines of all shapes and dtypes."""
+    torch.set_num_threads(threads)
+    clock = "CPU time of the thread" if threads == 1 else "wall-clock"
+    yield (
+        f"{device_name()}, {threads} thread{'s' * (threads > 1)}, {clock}, torch {torch.__version__}, "
+        f"{'numba' if has_compiler() else 'no numba'}, {args.rounds} rounds, {args.cache_mib} MiB of FFNs in turn"
+    )
+    machine, verdicts = Machine(threads), []
+    for name, dtype in itertools.product(args.shapes, args.dtypes):
+        shape = Shape(*map(int, name.split("x")), getattr(torch, dtype), args.cache_mib * 2**20)
+        table = Table(shape, measure(shape, machine, args.rounds))
+        verdicts += table.verdicts()
+        yield from table.lines()
+        del shape, table
+    yield from verdicts
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", default=["576x1536", "2048x8192", "4096x14336"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=sorted(FASTER))
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=25, help="2 at least")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument(
         "--cache-mib", type=int, default=512, help="FFNs that take turns have as many bytes, two at least"
     )
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    clock = "CPU time of the thread" if args.threads == 1 else "wall-clock"
-    lines = [
-        f"{device_name()}, {args.threads} thread{'s' * (args.threads > 1)}, {clock}, torch {torch.__version__}, "
-        f"{'numba' if has_compiler() else 'no numba'}, {args.rounds} rounds, {args.cache_mib} MiB of FFNs in turn"
-    ]
-    print(lines[0], flush=True)
-    machine, verdicts = Machine(args.threads), []
+    args, lines = parser.parse_args(), []
     with torch.inference_mode():
-        for name, dtype in itertools.product(args.shapes, args.dtypes):
-            shape = Shape(*map(int, name.split("x")), getattr(torch, dtype), args.cache_mib * 2**20)
-            table = Table(shape, measure(shape, machine, args.rounds))
-            verdicts += table.verdicts()
-            for line in table.lines():
-                print(line, flush=True)
-                lines.append(line)
-            del shape, table
-    print("\n".join(verdicts))
+        for line in itertools.chain.from_iterable(run(args, threads) for threads in args.threads):
+            print(line, flush=True)
+            lines.append(line)
     if args.record:
-        write_text(RECORD, "\n".join([*lines, *verdicts]) + "\n")
+        write_text(RECORD, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

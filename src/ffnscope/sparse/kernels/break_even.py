@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DENSITIES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)
+DENSITIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 ROUNDS = 7
 MARGIN = 0.97
 """Share of the dense time that the sparse form may take: so much is noise."""
