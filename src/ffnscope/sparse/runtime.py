@@ -214,8 +214,9 @@ def wrap_(
 
     Raises:
         ArtifactError: the card is of another model.
-        UsageError: no selectors, sites of another model, a model that is wrapped already, a ``break_even`` outside
-            [0, 1], or ``never_slower`` without a card, whose densities it needs.
+        UsageError: no selectors or something else, sites of another model, a model that is wrapped already, a
+            ``break_even`` outside [0, 1], or ``never_slower`` or ``monitor`` without a card, which they need.
+        NonFiniteError: an FFN puts out NaN or infinity.
         NotAvailableError: an expert in parameters that all experts of its layer share.
         ModelError: weights are offloaded.
     """
@@ -225,6 +226,8 @@ def wrap_(
         selectors = watch.selectors
     elif never_slower:
         raise UsageError("never_slower needs the densities of a card; without one, choose the FFNs by their speed.")
+    elif monitor is not None:
+        raise UsageError("monitor needs the bands of a card; give a card instead of selectors, or no monitor.")
     _check(model, selectors, break_even)
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
     masked = _settle(model, runtime, list(selectors))
@@ -249,7 +252,27 @@ def unwrap_(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_kinds(selectors: Any) -> None:
+    """Python checks no types, and a card's file, names of modules and masks are near at hand."""
+    if not isinstance(selectors, Mapping):
+        raise UsageError(
+            f"selectors must be a card, as read_card reads it, or {{site: function}}; got {type(selectors).__name__}."
+        )
+    items: Mapping[Any, Any] = selectors
+    for site, select in items.items():
+        if not isinstance(site, FFNSite):
+            raise UsageError(
+                f"selectors must be {{site: function}} with sites as find_sites gives them; got the key {site!r}."
+            )
+        if not callable(select):
+            raise UsageError(
+                f"the selector of {site.name} is a {type(select).__name__}; expected a function of x [T, d_model] that "
+                "gives the mask [T, d_ff]."
+            )
+
+
 def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float | None) -> None:
+    _check_kinds(selectors)
     if _KEY in vars(model):
         raise UsageError(f"{type(model).__name__} is wrapped already; call unwrap_(model) first.")
     if not selectors:
