@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffnscope.errors import NotAvailableError, UsageError
-from ffnscope.ffn.offload import check_values
-from ffnscope.ffn.projection import check_resident, modules_of, shape_of, uses_of, weights_of
+from ffnscope.errors import UsageError
+from ffnscope.ffn.projection import modules_of, uses_of, weights_of
 from ffnscope.ffn.survey import LeftOut, describe
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.kernels.break_even import MARGIN, RowTimes
 from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
 from ffnscope.sparse.monitor import Monitor, MonitorOptions, Watched
+from ffnscope.sparse.refusals import check_selectors
 from ffnscope.sparse.timing import reading_times, selecting_time, shape_key
 from ffnscope.sparse.trial import differs, kinds_of, reached
 from ffnscope.sparse.uses import Counts, Level, ModuleUse, ProjectionUse, Selection, Selector, Step, projection_rows
@@ -217,7 +217,7 @@ def wrap_(
         UsageError: no selectors or something else, sites of another model, a model that is wrapped already, a
             ``break_even`` outside [0, 1], or ``never_slower`` or ``monitor`` without a card, which they need.
         NonFiniteError: an FFN puts out NaN or infinity.
-        NotAvailableError: an expert in parameters that all experts of its layer share.
+        NotAvailableError: an expert in parameters that all experts of its layer share, or a predictor that looks ahead.
         ModelError: weights are offloaded.
     """
     watch = None
@@ -252,48 +252,12 @@ def unwrap_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_kinds(selectors: Any) -> None:
-    """Python checks no types, and a card's file, names of modules and masks are near at hand."""
-    if not isinstance(selectors, Mapping):
-        raise UsageError(
-            f"selectors must be a card, as read_card reads it, or {{site: function}}; got {type(selectors).__name__}."
-        )
-    items: Mapping[Any, Any] = selectors
-    for site, select in items.items():
-        if not isinstance(site, FFNSite):
-            raise UsageError(
-                f"selectors must be {{site: function}} with sites as find_sites gives them; got the key {site!r}."
-            )
-        if not callable(select):
-            raise UsageError(
-                f"the selector of {site.name} is a {type(select).__name__}; expected a function of x [T, d_model] that "
-                "gives the mask [T, d_ff]."
-            )
-
-
 def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float | None) -> None:
-    _check_kinds(selectors)
     if _KEY in vars(model):
         raise UsageError(f"{type(model).__name__} is wrapped already; call unwrap_(model) first.")
-    if not selectors:
-        raise UsageError(
-            "no selectors were given; expected one per FFN that is to be sparse, or a card with such an FFN."
-        )
     if limit is not None and not 0 <= limit <= 1:
         raise UsageError(f"break_even must be a density in [0, 1]; got {limit:g}.")
-    for site in selectors:
-        if site.stacked:
-            raise NotAvailableError(
-                f"{site.name} is an expert in a parameter that all experts of its layer share; selecting channels per "
-                "token is supported for FFNs and experts that are modules. Leave it out."
-            )
-        if shape_of(model, site) != (site.d_ff, site.d_model):
-            raise UsageError(
-                f"{site.name} has {site.d_ff} channels of width {site.d_model}; this model has "
-                f"{shape_of(model, site)} there. Use the model that the selectors were made for."
-            )
-        check_values(model, site)
-        check_resident(model, site)
+    check_selectors(model, selectors)
 
 
 def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> list[LeftOut]:

@@ -10,9 +10,13 @@ from ffnscope.errors import ModelError, NonFiniteError, NotAvailableError, Usage
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse import runtime as module
 from ffnscope.sparse import timing
+from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.kernels.break_even import DENSITIES, RowTimes
 from ffnscope.sparse.monitor import MonitorOptions
+from ffnscope.sparse.policies import TopK
+from ffnscope.sparse.predictors import fixed
 from ffnscope.sparse.runtime import unwrap_, wrap_
+from ffnscope.sparse.selector import Selector
 from tiny import ARCHITECTURES, D_FF, logits, tiny, tokens
 from tiny_all import tiny_causal_lm
 from tiny_listed import tiny_listed
@@ -328,6 +332,10 @@ class TestRefusals:
         ):
             with pytest.raises(UsageError, match=message):
                 wrap_(llama, given)
+        ahead = Selector(fixed.random(ffn_of(llama, site)), TopK(), 3)
+        ahead.predictor.lookahead = 1
+        with pytest.raises(NotAvailableError, match="looks ahead from the FFN one layer before"):
+            wrap_(llama, {site: ahead})
         with pytest.raises(UsageError, match="monitor needs the bands of a card"):
             wrap_(llama, rules, monitor=MonitorOptions())
 
