@@ -187,9 +187,6 @@ def wrap_(
     runs: where reading rows would not be faster (too dense, more than 16 tokens, gradients), or cannot be done, FFNs
     run dense under the mask. Each kind of FFN is tried out on one token first.
 
-    A predictor takes time as well. With a card, FFNs for which selecting and reading is measured to take longer than
-    dense are therefore left as they are (``never_slower``).
-
     Compiled kernels round less than bfloat16 modules do, so texts may differ there. Weights must not change, and the
     model not be copied, while it is wrapped; `unwrap_` it before.
 
@@ -201,16 +198,14 @@ def wrap_(
         break_even: largest density at which rows are read, in [0, 1]; None measures it once per shape, on first use.
         monitor: how decoding by a card is watched.
         never_slower: leave FFNs dense, without their predictors, for which selecting and reading at the density of the
-            card is measured, once per shape, dtype and kind of predictor, to take longer than that for one token. A
-            dense FFN misses nothing, but which FFNs are left, and so the text, may depend on the machine; False
-            selects in all FFNs of the card. None: with a card, unless ``break_even`` is given.
+            card is measured, once per shape, dtype and kind of predictor, to take longer. Nothing is missed there, but
+            the text may depend on the machine. None: with a card, unless ``break_even`` is given.
 
     Returns:
         The runtime, which tells how each FFN runs and what was measured.
 
     Warns:
-        which FFNs run dense under the mask, with torch instead of compiled kernels, or dense because that is faster,
-            and why.
+        which FFNs run dense under the mask, dense, or with torch instead of compiled kernels, and why.
 
     Raises:
         ArtifactError: the card is of another model.
@@ -224,10 +219,8 @@ def wrap_(
     if isinstance(selectors, SparsityCard):
         watch = Monitor(selectors, selectors.selectors(model), monitor)
         selectors = watch.selectors
-    elif never_slower:
-        raise UsageError("never_slower needs the densities of a card; without one, choose the FFNs by their speed.")
-    elif monitor is not None:
-        raise UsageError("monitor needs the bands of a card; give a card instead of selectors, or no monitor.")
+    else:
+        _check_without_card(monitor, never_slower)
     _check(model, selectors, break_even)
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
     masked = _settle(model, runtime, list(selectors))
@@ -250,6 +243,13 @@ def unwrap_(model: nn.Module) -> nn.Module:
         raise UsageError(f"{type(model).__name__} is not wrapped, so there is nothing to put back.")
     runtime.close()
     return model
+
+
+def _check_without_card(monitor: MonitorOptions | None, never_slower: bool | None) -> None:
+    if never_slower:
+        raise UsageError("never_slower needs the densities of a card; without one, choose the FFNs by their speed.")
+    if monitor is not None:
+        raise UsageError("monitor needs the bands of a card; give a card instead of selectors, or no monitor.")
 
 
 def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float | None) -> None:

@@ -214,8 +214,8 @@ class TestNeverSlower:
         wrap_(model, selectors, break_even=0.0)
         expected = decode(model)
         unwrap_(model)
-        for options in ({"never_slower": False}, {"break_even": 1.0}, {"break_even": 0.0}):
-            runtime = wrap_(model, card, **options)
+        for limit, never in ((None, False), (1.0, None), (0.0, None)):
+            runtime = wrap_(model, card, break_even=limit, never_slower=never)
             torch.testing.assert_close(decode(model), expected, atol=1e-5, rtol=1e-5)
             assert len(runtime.levels) == 2
             unwrap_(model)
