@@ -28,7 +28,6 @@ import platform
 import random
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,12 +108,10 @@ class Shape:
     def pays(self, density):
         return self.selecting + self.times.at(density) <= MARGIN
 
-    def automatic(self, density, layer, index):
-        """Rows or the dense FFN under the mask, for a selection that is there."""
-        return layer.sparse(index) if density <= self.times.limit else layer.dense(mask=self.masks[density])
-
-    def automatic_selected(self, density, layer, index):
-        return layer.selected(index) if self.pays(density) else layer.dense()
+    def automatic(self, density):
+        """Rows, or the dense FFN under the mask, for a selection that is there; decided before the clock runs."""
+        mask = self.masks[density]
+        return Layer.sparse if density <= self.times.limit else lambda layer, index: layer.dense(mask=mask)
 
     def bytes_of(self, density):
         return 3 * round(density * self.d_ff) * self.d_model * self.dtype.itemsize
@@ -123,8 +120,8 @@ class Shape:
         found = {("dense", 1.0): Layer.dense}
         for density in DENSITIES:
             found["sparse", density], found["selected", density] = Layer.sparse, Layer.selected
-            found["automatic", density] = partial(self.automatic, density)
-            found["automatic selected", density] = partial(self.automatic_selected, density)
+            found["automatic", density] = self.automatic(density)
+            found["automatic selected", density] = Layer.selected if self.pays(density) else Layer.dense
             if density <= 0.5:
                 found["gathers", density] = Layer.by_gathers
         return found

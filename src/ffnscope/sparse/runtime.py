@@ -143,12 +143,17 @@ class Runtime:
         return ProjectionUse(model, use, selection, held)
 
     def _limit_of(self, site: FFNSite) -> Callable[[int], float]:
+        known: dict[tuple[int, int], float] = {}
+
         def limit(n_tokens: int) -> float:
             if self._given_limit is not None:
                 return self._given_limit
             if n_tokens > MOST_TOKENS or self.levels.get(site, "masked") == "masked":
                 return 0.0
-            return self._row_times(site, n_tokens).limit
+            key = (n_tokens, torch.get_num_threads())
+            if key not in known:  # asked at every step
+                known[key] = self._row_times(site, n_tokens).limit
+            return known[key]
 
         return limit
 

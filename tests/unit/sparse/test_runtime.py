@@ -371,6 +371,7 @@ def test_break_even_is_measured_once_per_shape(llama, monkeypatch) -> None:
     monkeypatch.setattr(timing, "row_times", measure)
     _, runtime = wrapped(llama, selectors(llama))
     assert {(shape[2], n) for shape, n in asked} == {(1, 2)}  # one token; two layers take turns
+    assert len(asked) == 2  # not at every step
     assert {row.sparse_steps for row in runtime.measured().values()} == {1.0}
     _, runtime = wrapped(llama, selectors(llama, 0.6))  # above the 0.5 where that line crosses
     assert {row.sparse_steps for row in runtime.measured().values()} == {0.0}
