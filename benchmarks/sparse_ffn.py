@@ -1,13 +1,19 @@
 """One FFN of one token: reading only selected channels, over torch dense and over what the memory allows.
 
-    python benchmarks/sparse_ffn.py [--shapes 576x1536 2048x8192 4096x14336] [--dtypes float32 bfloat16] [--record]
+    python benchmarks/sparse_ffn.py [--shapes 576x1536 2048x8192 4096x14336] [--dtypes float32 bfloat16]
+        [--threads 1 2] [--record]
 
 Per shape, dtype and density: the kernel alone, the kernel with a predictor and the selection (a random low-rank
 predictor, x A B with rank d_model / 8, its top k, sorted), and the same product by gathers in torch. All take turns
-with torch dense and with plain reads of memory, in an order that is drawn in every round; random channels each time; a
-block larger than the last cache is read before each call. Speed-ups are ratios of medians (dense median over
-quartiles). The bound is the bytes of the selected rows at the speed of the faster of two plain reads. "auto" is what
-runs when dense is taken above the measured break-even.
+with torch dense and with plain reads of memory, in an order that is drawn in every round, with random channels each
+time. As in a decoding step, FFNs take turns, more than the last cache holds, and before each call another one runs
+dense. Times are medians (quartiles), speed-ups dense median over quartiles. The bound is the bytes of the selected
+rows, and in the second table of the predictor, at the speed of the faster of two plain reads.
+
+"Automatic" is what the runtime runs by itself, as a share of the time of the dense FFN right before or after it: rows
+up to the measured break-even and the dense FFN under the mask above it (kernel), or the dense FFN without any selection
+where selecting does not pay (with selection, as `wrap_(model, card)` does). The decisions are measured once per shape
+and dtype before; how long that takes is told. The last lines compare with what is asked for.
 
 With one thread (the default) times are CPU seconds of the thread, which other jobs disturb through shared memory
 bandwidth and caches alone; with more they are wall-clock, for idle machines. --record writes results/sparse_ffn.txt.
@@ -16,6 +22,8 @@ bandwidth and caches alone; with more they are wall-clock, for idle machines. --
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import platform
 import random
 import statistics
@@ -26,7 +34,7 @@ import torch
 from torch.nn import functional
 
 from ffnscope.io import write_text
-from ffnscope.sparse.kernels.break_even import break_even
+from ffnscope.sparse.kernels.break_even import MARGIN, row_times, share_of_dense
 from ffnscope.sparse.kernels.ffn import RowWeights, sparse_ffn
 from ffnscope.sparse.kernels.rows import RowMatrix, has_compiler
 from ffnscope.types import FFNWeights
@@ -34,6 +42,8 @@ from ffnscope.types import FFNWeights
 RECORD = Path(__file__).parent / "results" / "sparse_ffn.txt"
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 READ = 400 * 2**20  # bytes
+FASTER = {"float32": 6.0, "bfloat16": 5.0}
+"""Asked for at 10 % density where d_model is 2,048 or more."""
 
 
 def device_name():
@@ -44,26 +54,25 @@ def device_name():
         return platform.processor() or platform.machine()
 
 
-class Shape:
-    """The forms of one random FFN; each takes int32 indices, which the dense one ignores."""
+class Layer:
+    """One random FFN with its predictor; every form takes int32 indices, which the dense one ignores."""
 
-    def __init__(self, d_model, d_ff, dtype):
-        draw = torch.Generator().manual_seed(0)
-        self.d_model, self.d_ff, self.dtype = d_model, d_ff, dtype
-        shapes = ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff))
-        gate, up, down = ((torch.randn(s, generator=draw) / s[1] ** 0.5).to(dtype) for s in shapes)
-        self.weights = FFNWeights(gate, up, down)
-        self.rows = RowWeights.of(self.weights)
-        self.gathers = RowWeights.of(self.weights, compiled=False)
-        self.x = torch.randn(1, d_model, generator=draw).to(dtype)
-        rank = d_model // 8
-        self.a = torch.randn(rank, d_model, generator=draw).to(dtype)
-        self.b = torch.randn(d_ff, rank, generator=draw).to(dtype)
+    def __init__(self, shape, draw):
+        d_model, d_ff, dtype, rank = shape.d_model, shape.d_ff, shape.dtype, shape.d_model // 8
 
-    def dense(self, index=None):
-        w = self.weights
-        h = functional.silu(functional.linear(self.x, w.gate)) * functional.linear(self.x, w.up)
-        return functional.linear(h, w.down)
+        def random(n, width):
+            return (torch.randn(n, width, generator=draw) / width**0.5).to(dtype)
+
+        self.shape, self.x = shape, torch.randn(1, d_model, generator=draw).to(dtype)
+        self.gate, self.up, self.down = random(d_ff, d_model), random(d_ff, d_model), random(d_model, d_ff)
+        self.a, self.b = random(rank, d_model), random(d_ff, rank)
+        self.rows = RowWeights.of(FFNWeights(self.gate, self.up, self.down))
+        by_rows = FFNWeights(self.gate, self.up, self.rows.down.weight.T)
+        self.gathers = RowWeights.of(by_rows, compiled=False)
+
+    def dense(self, index=None, mask=None):
+        h = functional.silu(functional.linear(self.x, self.gate)) * functional.linear(self.x, self.up)
+        return functional.linear(h if mask is None else h * mask, self.down)
 
     def sparse(self, index):
         return sparse_ffn(self.x, self.rows, index, "silu")
@@ -71,34 +80,58 @@ class Shape:
     def by_gathers(self, index):
         return sparse_ffn(self.x, self.gathers, index, "silu")
 
-    def selected(self, index):
+    def choose(self, k):
         scores = functional.linear(functional.linear(self.x, self.a), self.b)
-        return self.sparse(scores[0].topk(index.numel(), sorted=False).indices.sort().values.int())
+        return scores[0].topk(k, sorted=False).indices.sort().values.int()
+
+    def selected(self, index):
+        return self.sparse(self.choose(index.numel()))
+
+
+class Shape:
+    """FFNs of one shape, and what the runtime measures to decide."""
+
+    def __init__(self, d_model, d_ff, dtype, cache):
+        draw = torch.Generator().manual_seed(0)
+        self.d_model, self.d_ff, self.dtype = d_model, d_ff, dtype
+        self.name = str(dtype).removeprefix("torch.")
+        self.layers = [Layer(self, draw) for _ in range(max(2, math.ceil(cache / self.bytes_of(1.0))))]
+        self.predictor_bytes = self.layers[0].a.nbytes + self.layers[0].b.nbytes
+        self.masks = {density: torch.rand(1, d_ff, generator=draw) < density for density in DENSITIES}
+        start = time.perf_counter()
+        key, cpu, dense = ("benchmark", d_model, dtype), torch.device("cpu"), [one.dense for one in self.layers]
+        self.times = row_times(key, d_ff, dense, [one.sparse for one in self.layers], cpu)
+        choose = [lambda one=one: one.choose(d_ff // 10) for one in self.layers]
+        self.selecting = share_of_dense(key, dense, choose, cpu)
+        self.once = time.perf_counter() - start
+
+    def pays(self, density):
+        return self.selecting + self.times.at(density) <= MARGIN
+
+    def automatic(self, density):
+        """Rows, or the dense FFN under the mask, for a selection that is there; decided before the clock runs."""
+        mask = self.masks[density]
+        return Layer.sparse if density <= self.times.limit else lambda layer, index: layer.dense(mask=mask)
 
     def bytes_of(self, density):
         return 3 * round(density * self.d_ff) * self.d_model * self.dtype.itemsize
 
-    def limit(self):
-        return break_even(
-            ("benchmark", self.d_model, self.dtype), self.d_ff, [self.dense], [self.sparse], torch.device("cpu")
-        )
-
     def variants(self):
-        found = {("dense", 1.0): self.dense}
+        found = {("dense", 1.0): Layer.dense}
         for density in DENSITIES:
-            found[("sparse", density)] = self.sparse
-            found[("selected", density)] = self.selected
+            found["sparse", density], found["selected", density] = Layer.sparse, Layer.selected
+            found["automatic", density] = self.automatic(density)
+            found["automatic selected", density] = Layer.selected if self.pays(density) else Layer.dense
             if density <= 0.5:
-                found[("gathers", density)] = self.by_gathers
+                found["gathers", density] = Layer.by_gathers
         return found
 
 
 class Machine:
-    """Clock, cache flush and plain reads of memory."""
+    """Clock, and plain reads of memory."""
 
-    def __init__(self, threads, flush_mib):
+    def __init__(self, threads):
         self.clock = time.thread_time if threads == 1 else time.perf_counter
-        self.flush = torch.ones(flush_mib * 2**18)
         self.block = torch.ones(READ // 4)
         rows = self.block.view(-1, 4096)
         self.rows, self.every = RowMatrix(rows), torch.arange(len(rows), dtype=torch.int32)
@@ -106,88 +139,163 @@ class Machine:
 
     def reads(self):
         return {
-            ("read by sum", 1.0): lambda index: self.block.sum(),
-            ("read by product", 1.0): lambda index: self.rows.dot(self.ones, self.every),
+            ("read by sum", 1.0): lambda layer, index: self.block.sum(),
+            ("read by product", 1.0): lambda layer, index: self.rows.dot(self.ones, self.every),
         }
 
-    def seconds(self, run, index):
-        self.flush.sum()
+    def seconds(self, run, layer, index):
         start = self.clock()
-        run(index)
+        run(layer, index)
         return self.clock() - start
 
 
+class Turns:
+    """Runs forms on one FFN after the other, each after another one ran dense."""
+
+    def __init__(self, shape, machine):
+        self.layers, self.d_ff, self.machine = shape.layers, shape.d_ff, machine
+        self.draw, self.turn = torch.Generator().manual_seed(1), itertools.count(1)
+
+    def seconds(self, run, density):
+        index = torch.randperm(self.d_ff, generator=self.draw)[: round(density * self.d_ff)].sort().values.int()
+        now = next(self.turn)
+        before, layer = (self.layers[i % len(self.layers)] for i in (now - 1, now))
+        before.dense()
+        return self.machine.seconds(run, layer, index)
+
+    def ratio(self, run, density, *, dense_first):
+        """Time over that of the dense FFN right before or after: a difference of 2 % would drown in drift otherwise."""
+        pair = [(Layer.dense, 1.0), (run, density)]
+        times = [self.seconds(*one) for one in (pair if dense_first else reversed(pair))]
+        return times[1] / times[0] if dense_first else times[0] / times[1]
+
+
 def measure(shape, machine, rounds):
+    """Key of a form and density -> seconds of every round; of automatic forms, ratios to dense."""
     variants = {**shape.variants(), **machine.reads()}
-    times = {key: [] for key in variants}
-    order, draw = list(variants), torch.Generator().manual_seed(1)
+    found = {key: [] for key in variants}
+    order, turns = list(variants), Turns(shape, machine)
     for round_ in range(rounds + 1):  # the first one compiles
         random.Random(round_).shuffle(order)
         for key in order:
-            index = torch.randperm(shape.d_ff, generator=draw)[: round(key[1] * shape.d_ff)].sort().values.int()
-            seconds = machine.seconds(variants[key], index)
+            if key[0].startswith("automatic"):
+                value = turns.ratio(variants[key], key[1], dense_first=bool(round_ % 2))
+            else:
+                value = turns.seconds(variants[key], key[1])
             if round_:
-                times[key].append(seconds)
-    return times
+                found[key].append(value)
+    return found
 
 
-def spread(dense, samples):
+def median(samples, digits=2, factor=1.0):
+    """The median with quartiles."""
+    low, _, high = statistics.quantiles(samples, n=4)
+    values = (factor * v for v in (statistics.median(samples), low, high))
+    return "{} ({}-{})".format(*(f"{v:.{digits}f}" for v in values))
+
+
+def speed_up(dense, samples):
     middle, (low, _, high) = statistics.median(dense), statistics.quantiles(samples, n=4)
     return f"{middle / statistics.median(samples):5.2f}x ({middle / high:.2f}-{middle / low:.2f})"
 
 
-def table(shape, times, limit):
-    dense = times["dense", 1.0]
-    read = min(statistics.median(times[f"read by {kind}", 1.0]) for kind in ("sum", "product"))
-    speed, now = READ / read, statistics.median(dense)
-    low, _, high = statistics.quantiles(dense, n=4)
-    yield (
-        f"{shape.d_model} x {shape.d_ff}, {str(shape.dtype).removeprefix('torch.')}: torch dense {now * 1e3:.2f} ms "
-        f"({low * 1e3:.2f}-{high * 1e3:.2f}), {now / (shape.bytes_of(1.0) / speed):.2f} of its bound; plain read "
-        f"{speed / 1e9:.1f} GB/s; break-even at density {limit:.2f}"
-    )
-    yield (
-        "  density |  kernel  | over dense (quartiles)  | time / bound | auto over dense | kernel + selection     | "
-        "torch gathers"
-    )
-    for density in DENSITIES:
-        samples = times["sparse", density]
-        median = statistics.median(samples)
-        auto = "dense" if density > limit else f"{now / median:.2f}x"
-        gathers = spread(dense, times["gathers", density]) if density <= 0.5 else "-"
+class Table:
+    """The figures of one shape and dtype."""
+
+    def __init__(self, shape, times):
+        self.shape, self.times = shape, times
+        self.dense = times["dense", 1.0]
+        self.now = statistics.median(self.dense)
+        self.speed = READ / min(statistics.median(times[f"read by {kind}", 1.0]) for kind in ("sum", "product"))
+
+    def bound(self, density, selecting):
+        return (self.shape.bytes_of(density) + selecting * self.shape.predictor_bytes) / self.speed
+
+    def of_bound(self, kind, density):
+        return statistics.median(self.times[kind, density]) / self.bound(density, kind == "selected")
+
+    def share(self, kind, density):
+        return statistics.median(self.times[kind, density]) / self.now
+
+    def lines(self):
+        shape = self.shape
         yield (
-            f"  {density:7.0%} | {median * 1e3:5.2f} ms | {spread(dense, samples):23} | "
-            f"{median / (shape.bytes_of(density) / speed):12.2f} | {auto:15} | "
-            f"{spread(dense, times['selected', density]):22} | {gathers}"
+            f"{shape.d_model} x {shape.d_ff}, {shape.name}: torch dense {median(self.dense, 2, 1e3)} ms, "
+            f"{self.now / self.bound(1.0, False):.2f} of its bound; plain read {self.speed / 1e9:.1f} GB/s; break-even "
+            f"at density {shape.times.limit:.2f}, selecting takes {shape.selecting:.2f} of dense (measured once in "
+            f"{shape.once:.1f} s)"
         )
+        for kind, title in (("sparse", "kernel alone"), ("selected", "kernel + predictor + selection")):
+            automatic = "automatic" if kind == "sparse" else "automatic selected"
+            gathers = " | torch gathers, over dense" if kind == "sparse" else ""
+            yield (
+                f"  {title}\n  density | ms (quartiles)         | over dense (quartiles)  | time / bound | automatic, "
+                f"of dense (quartiles){gathers}"
+            )
+            for density in DENSITIES:
+                samples = self.times[kind, density]
+                chosen = self.times[automatic, density]
+                rows = density <= shape.times.limit if kind == "sparse" else shape.pays(density)
+                told = f"{median(chosen, 3)} {'rows' if rows else 'dense'}"
+                other = ""
+                if kind == "sparse" and density <= 0.5:
+                    other = speed_up(self.dense, self.times["gathers", density])
+                cells = (f"{median(samples, 3, 1e3):22}", f"{speed_up(self.dense, samples):23}")
+                line = (f"  {density:7.0%}", *cells, f"{self.of_bound(kind, density):12.2f}", f"{told:31}", other)
+                yield " | ".join(line).rstrip(" |")
+
+    def verdicts(self):
+        """What was asked for, with what was found."""
+        shape = self.shape
+        where = f"{shape.d_model} x {shape.d_ff}, {shape.name}"
+        kinds = ("automatic", "automatic selected")
+        worst = {k: max((statistics.median(self.times[k, d]), d) for d in DENSITIES) for k in kinds}
+        told = ", ".join(
+            f"{name} {share:.3f} (at {density:.0%})"
+            for name, (share, density) in zip(("kernel", "with selection"), worst.values(), strict=True)
+        )
+        yield f"{where}: largest time of the automatic runtime over dense: {told}; asked for: at most 1.02"
+        if shape.d_model >= 2048:
+            found, bound = 1 / self.share("sparse", 0.1), self.of_bound("sparse", 0.1)
+            yield (
+                f"{where}: kernel at 10 % density {found:.2f}x dense, asked for: {FASTER[shape.name]:g}x; "
+                f"{bound:.2f} of the bound, asked for: below 2"
+            )
+
+
+def run(args, threads):
+    """Yield the lines of all shapes and dtypes."""
+    torch.set_num_threads(threads)
+    clock = "CPU time of the thread" if threads == 1 else "wall-clock"
+    yield (
+        f"{device_name()}, {threads} thread{'s' * (threads > 1)}, {clock}, torch {torch.__version__}, "
+        f"{'numba' if has_compiler() else 'no numba'}, {args.rounds} rounds, {args.cache_mib} MiB of FFNs in turn"
+    )
+    machine, verdicts = Machine(threads), []
+    for name, dtype in itertools.product(args.shapes, args.dtypes):
+        shape = Shape(*map(int, name.split("x")), getattr(torch, dtype), args.cache_mib * 2**20)
+        table = Table(shape, measure(shape, machine, args.rounds))
+        verdicts += table.verdicts()
+        yield from table.lines()
+        del shape, table
+    yield from verdicts
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", default=["576x1536", "2048x8192", "4096x14336"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--flush-mib", type=int, default=512, help="more than the last level of cache")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=sorted(FASTER))
+    parser.add_argument("--rounds", type=int, default=25, help="2 at least")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--cache-mib", type=int, default=512, help="FFNs that take turns have as many bytes, two at least"
+    )
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    clock = "CPU time of the thread" if args.threads == 1 else "wall-clock"
-    lines = [
-        f"{device_name()}, {args.threads} thread{'s' * (args.threads > 1)}, {clock}, torch {torch.__version__}, "
-        f"{'numba' if has_compiler() else 'no numba'}, {args.rounds} rounds, {args.flush_mib} MiB read before each call"
-    ]
-    print(lines[0], flush=True)
-    machine = Machine(args.threads, args.flush_mib)
+    args, lines = parser.parse_args(), []
     with torch.inference_mode():
-        for name in args.shapes:
-            for dtype in args.dtypes:
-                shape = Shape(*map(int, name.split("x")), getattr(torch, dtype))
-                times = measure(shape, machine, args.rounds)
-                for line in table(shape, times, shape.limit()):
-                    print(line, flush=True)
-                    lines.append(line)
-                del shape, times
+        for line in itertools.chain.from_iterable(run(args, threads) for threads in args.threads):
+            print(line, flush=True)
+            lines.append(line)
     if args.record:
         write_text(RECORD, "\n".join(lines) + "\n")
 

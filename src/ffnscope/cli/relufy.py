@@ -66,6 +66,7 @@ class ReluText:
         """
         local = Path(self.text).is_file()
         training = TextSource(self.text, split=self.split or (None if local else "train"))
+        check_text(training)
         name = self.held_out_text or self.text
         split = held_out_split(name)
         if split is None and self.held_out_text is None:
@@ -75,8 +76,7 @@ class ReluText:
         measured = TextSource(name, split=split)
         if (measured.name, measured.split) == (training.name, training.split):
             raise UsageError(f"{measured.describe()} cannot be trained on and measured on; give another text.")
-        for source in (training, measured):
-            check_text(source)
+        check_text(measured)
         return training, measured
 
     def windows(

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ffnscope.errors import NotAvailableError, UsageError
-from ffnscope.ffn.offload import check_values
-from ffnscope.ffn.projection import check_resident, modules_of, shape_of, uses_of, weights_of
+from ffnscope.errors import UsageError
+from ffnscope.ffn.projection import modules_of, uses_of, weights_of
 from ffnscope.ffn.survey import LeftOut, describe
 from ffnscope.sparse.card import SparsityCard
-from ffnscope.sparse.kernels.break_even import MARGIN, break_even, ratios
+from ffnscope.sparse.kernels.break_even import MARGIN, RowTimes
 from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
 from ffnscope.sparse.monitor import Monitor, MonitorOptions, Watched
+from ffnscope.sparse.refusals import check_selectors
+from ffnscope.sparse.timing import reading_times, selecting_time, shape_key
 from ffnscope.sparse.trial import differs, kinds_of, reached
 from ffnscope.sparse.uses import Counts, Level, ModuleUse, ProjectionUse, Selection, Selector, Step, projection_rows
 from ffnscope.types import FFNSite
 
 MOST_TOKENS = 16
 """Largest batch whose FFNs read rows; more tokens than that run dense under their masks."""
-MEASURED_SITES = 8
 ACTIVATION_NAMES = {
     **dict.fromkeys(("silu", "swish"), "silu"),
     "gelu": "gelu",
@@ -113,34 +113,18 @@ class Runtime:
             self.copied_bytes -= matrix.copied_bytes
         del self._selections[site]
 
-    def slower(self, densities: Mapping[FFNSite, float]) -> list[FFNSite]:
-        """FFNs for which selecting for one token and reading such a share of the channels takes longer than dense."""
-        pairs = {site: self._forms(site, densities[site]) for site in self.levels}
-        if not pairs:
-            return []
-        dense, sparse = zip(*pairs.values(), strict=True)
-        device = next(self._model.get_submodule(next(iter(pairs)).path).parameters()).device
+    def slower(self, watched: Mapping[FFNSite, Watched]) -> list[FFNSite]:
+        """FFNs for which selecting for a token, and reading the density of the card, takes longer than dense."""
+        return [site for site, one in watched.items() if not self._pays(site, one, watched)]
+
+    def _pays(self, site: FFNSite, selector: Watched, watched: Mapping[FFNSite, Watched]) -> bool:
+        density = selector.card.density
+        if density > self._limit_of(site)(1):  # dense under the mask
+            return False
+        timed = {s: (self._uses[s][0], watched[s]) for s in self._alike(site)}
         with torch.no_grad():
-            found = ratios(dense, sparse, device)
-        return [site for site, ratio in zip(pairs, found, strict=True) if ratio > MARGIN]
-
-    def _forms(self, site: FFNSite, density: float) -> tuple[Callable[[], object], Callable[[], object]]:
-        """One token dense, and selected as decoding would run it at a density."""
-        use, selector = self._uses[site][0], self._selections[site].selector
-        if isinstance(selector, Watched):
-            selector = selector.fresh()  # what is seen here is no text
-        weight, random = weights_of(self._model, site).up, torch.Generator().manual_seed(0)
-        x = torch.randn(1, 1, site.d_model, generator=random).to(weight)
-        index = torch.randperm(site.d_ff, generator=random)[: round(density * site.d_ff)].sort().values.int()
-        index, reads = index.to(weight.device), density <= self._limit_of(site)(1)
-
-        def dense() -> object:
-            return use.dense(x)
-
-        def sparse() -> object:
-            return selector(x[0]), use.sparse(x[:, 0], index) if reads else use.dense(x)
-
-        return dense, sparse
+            selecting = selecting_time(self._model, timed, selector)
+        return selecting + self._row_times(site, 1).at(density) <= MARGIN
 
     def drop_rows(self) -> None:
         """Forget matrices of levels that no FFN runs at."""
@@ -159,32 +143,29 @@ class Runtime:
         return ProjectionUse(model, use, selection, held)
 
     def _limit_of(self, site: FFNSite) -> Callable[[int], float]:
+        known: dict[tuple[int, int], float] = {}
+
         def limit(n_tokens: int) -> float:
             if self._given_limit is not None:
                 return self._given_limit
-            return self._break_even(site, n_tokens) if n_tokens <= MOST_TOKENS else 0.0
+            if n_tokens > MOST_TOKENS or self.levels.get(site, "masked") == "masked":
+                return 0.0
+            key = (n_tokens, torch.get_num_threads())
+            if key not in known:  # asked at every step
+                known[key] = self._row_times(site, n_tokens).limit
+            return known[key]
 
         return limit
 
-    def _break_even(self, site: FFNSite, n_tokens: int) -> float:
-        level = self.levels.get(site, "masked")
-        if level == "masked":
-            return 0.0
-        alike = [s for s, at in self.levels.items() if at == level and _shape(s) == _shape(site)][:MEASURED_SITES]
-        weight = next(self._model.get_submodule(site.path).parameters())
-        x = torch.randn(n_tokens, 1, site.d_model, generator=torch.Generator().manual_seed(0)).to(weight)
-        uses = [self._uses[s][0] for s in alike]
+    def _alike(self, site: FFNSite) -> list[FFNSite]:
+        """The FFNs that run as a site does, itself first."""
+        own = (self.levels[site], shape_key(site))
+        return [site, *(s for s, level in self.levels.items() if (level, shape_key(s)) == own and s != site)]
 
-        def dense_of(use: ModuleUse | ProjectionUse) -> Callable[[], object]:
-            return lambda: use.dense(x)
-
-        def sparse_of(use: ModuleUse | ProjectionUse) -> Callable[[Tensor], object]:
-            return lambda index: use.sparse(x[:, 0], index)
-
-        shape = (_shape(site), level, n_tokens, weight.dtype)
+    def _row_times(self, site: FFNSite, n_tokens: int) -> RowTimes:
+        uses = {s: self._uses[s][0] for s in self._alike(site)}
         with torch.no_grad():
-            dense, sparse = [dense_of(u) for u in uses], [sparse_of(u) for u in uses]
-            return break_even(shape, site.d_ff, dense, sparse, weight.device)
+            return reading_times(self._model, uses, self.levels[site], n_tokens)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -201,7 +182,7 @@ def wrap_(
     prefill: bool = False,
     break_even: float | None = None,
     monitor: MonitorOptions | None = None,
-    never_slower: bool = False,
+    never_slower: bool | None = None,
 ) -> Runtime:
     """Let FFNs compute only the channels that selectors ask for while the model decodes, in place.
 
@@ -222,34 +203,34 @@ def wrap_(
         break_even: largest density at which rows are read, in [0, 1]; None measures it once per shape, on first use.
         monitor: how decoding by a card is watched.
         never_slower: leave FFNs dense, without their predictors, for which selecting and reading at the density of the
-            card is measured to take longer than that. Dense loses nothing, but which FFNs are left, and so the text,
-            may then depend on the machine.
+            card is measured, once per shape, dtype and kind of predictor, to take longer. Nothing is missed there, but
+            the text may depend on the machine. None: with a card, unless ``break_even`` is given.
 
     Returns:
         The runtime, which tells how each FFN runs and what was measured.
 
     Warns:
-        which FFNs run dense under the mask, with torch instead of compiled kernels, or dense because of
-            ``never_slower``, and why.
+        which FFNs run dense under the mask, dense, or with torch instead of compiled kernels, and why.
 
     Raises:
         ArtifactError: the card is of another model.
-        UsageError: no selectors, sites of another model, a model that is wrapped already, a ``break_even`` outside
-            [0, 1], or ``never_slower`` without a card, whose densities it needs.
-        NotAvailableError: an expert in parameters that all experts of its layer share.
+        UsageError: no selectors or something else, sites of another model, a model that is wrapped already, a
+            ``break_even`` outside [0, 1], or ``never_slower`` or ``monitor`` without a card, which they need.
+        NonFiniteError: an FFN puts out NaN or infinity.
+        NotAvailableError: an expert in parameters that all experts of its layer share, or a predictor that looks ahead.
         ModelError: weights are offloaded.
     """
     watch = None
     if isinstance(selectors, SparsityCard):
         watch = Monitor(selectors, selectors.selectors(model), monitor)
         selectors = watch.selectors
-    elif never_slower:
-        raise UsageError("never_slower needs the densities of a card; without one, choose the FFNs by their speed.")
+    else:
+        _check_without_card(monitor, never_slower)
     _check(model, selectors, break_even)
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
     masked = _settle(model, runtime, list(selectors))
-    if watch is not None and never_slower:
-        _leave_slower(model, runtime, watch)
+    if watch is not None and (break_even is None if never_slower is None else never_slower):
+        masked = _leave_slower(model, runtime, watch, masked)
     runtime.monitor = watch
     vars(model)[_KEY] = runtime
     _warn(model, runtime, masked)
@@ -269,28 +250,19 @@ def unwrap_(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_without_card(monitor: MonitorOptions | None, never_slower: bool | None) -> None:
+    if never_slower:
+        raise UsageError("never_slower needs the densities of a card; without one, choose the FFNs by their speed.")
+    if monitor is not None:
+        raise UsageError("monitor needs the bands of a card; give a card instead of selectors, or no monitor.")
+
+
 def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float | None) -> None:
     if _KEY in vars(model):
         raise UsageError(f"{type(model).__name__} is wrapped already; call unwrap_(model) first.")
-    if not selectors:
-        raise UsageError(
-            "no selectors were given; expected one per FFN that is to be sparse, or a card with such an FFN."
-        )
     if limit is not None and not 0 <= limit <= 1:
         raise UsageError(f"break_even must be a density in [0, 1]; got {limit:g}.")
-    for site in selectors:
-        if site.stacked:
-            raise NotAvailableError(
-                f"{site.name} is an expert in a parameter that all experts of its layer share; selecting channels per "
-                "token is supported for FFNs and experts that are modules. Leave it out."
-            )
-        if shape_of(model, site) != (site.d_ff, site.d_model):
-            raise UsageError(
-                f"{site.name} has {site.d_ff} channels of width {site.d_model}; this model has "
-                f"{shape_of(model, site)} there. Use the model that the selectors were made for."
-            )
-        check_values(model, site)
-        check_resident(model, site)
+    check_selectors(model, selectors)
 
 
 def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> list[LeftOut]:
@@ -310,22 +282,27 @@ def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> lis
     return masked
 
 
-def _leave_slower(model: nn.Module, runtime: Runtime, watch: Monitor) -> None:
-    """Leave FFNs dense that would be slower, and warn which."""
+def _leave_slower(model: nn.Module, runtime: Runtime, watch: Monitor, masked: Sequence[LeftOut]) -> list[LeftOut]:
+    """Leave FFNs dense that would be slower, and warn which, and why; returns what runs under the mask still."""
     try:
-        slow = runtime.slower({site: one.card.density for site, one in watch.selectors.items()})
+        slow = runtime.slower(watch.selectors)
     except BaseException:
         runtime.close()
         raise
     for site in slow:
         runtime.leave(site)
         del watch.selectors[site]
+    reasons = {one.path: one.reason for one in masked}
     if slow:
-        named = ", ".join(site.name for site in slow[:3]) + (f" and {len(slow) - 3} more" if len(slow) > 3 else "")
+        why = "selecting channels and reading them takes longer"
+        left = [LeftOut(site.name, reasons.get(site.name, why)) for site in slow]
         warnings.warn(
-            f"left dense in {type(model).__name__}: {named}; selecting channels and reading them takes longer there.",
+            f"left dense in {type(model).__name__}, which is faster: {describe(left)}. To select there all the same, "
+            "set never_slower=False.",
             stacklevel=3,
         )
+    names = {site.name for site in slow}
+    return [one for one in masked if one.path not in names]
 
 
 def _level(model: nn.Module, runtime: Runtime, kind: Sequence[FFNSite]) -> tuple[Level, str | None]:
@@ -353,7 +330,6 @@ def _is_whole_module(model: nn.Module, site: FFNSite) -> bool:
 
 
 def _warn(model: nn.Module, runtime: Runtime, masked: Sequence[LeftOut]) -> None:
-    masked = [one for one in masked if one.path in {site.name for site in runtime.levels}]
     if masked:
         warnings.warn(f"dense under the mask in {type(model).__name__}: {describe(masked)}.", stacklevel=3)
     found = [LeftOut(s.name, w) for s, at in runtime.levels.items() if at != "masked" if (w := _slow(model, s))]
@@ -373,10 +349,6 @@ def _entrances(model: Any) -> list[nn.Module]:
 def _matrices(held: Any) -> list[RowMatrix]:
     found = list(held.values()) if isinstance(held, dict) else [] if held is None else [held.gate, held.up, held.down]
     return [m for m in found if m is not None]
-
-
-def _shape(site: FFNSite) -> tuple[Any, ...]:
-    return site.d_model, site.d_ff, site.gate is None, site.fused
 
 
 def _measured(site: FFNSite, counts: Counts) -> Measured:

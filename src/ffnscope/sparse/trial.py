@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ffnscope.errors import NonFiniteError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.projection import down_projection, uses_of
 from ffnscope.ffn.survey import probe_ids
@@ -64,10 +65,18 @@ def differs(model: nn.Module, puts: Puts, site: FFNSite, level: Level) -> bool:
     """Whether an FFN at a level gives something else than under the mask, or fails, for half of its channels.
 
     The model runs on one token, twice.
+
+    Raises:
+        NonFiniteError: under the mask it gives NaN or infinity.
     """
     half = torch.randperm(site.d_ff, generator=torch.Generator().manual_seed(0)) < (site.d_ff + 1) // 2
     with torch.no_grad(), frozen(model):
         expected = _output(model, puts, site, "masked", level, half)
+        if not all(bool(torch.isfinite(one).all()) for one in expected):
+            raise NonFiniteError(
+                f"{site.name} puts out NaN or infinity for one token. Look for NaN in the weights of the model; in "
+                "float16 this is usually an overflow: load it in bfloat16 or float32."
+            )
         try:
             found = _output(model, puts, site, level, level, half)
         except (RuntimeError, TypeError, ValueError, IndexError):  # the model's code, given k channels or one token

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,17 @@ from ffnscope.types import FFNSite
 
 Selector = Callable[[Tensor], Tensor]
 """x [T, d_model] of T tokens -> mask [T, d_ff] of bool, True = keep."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A selector that computes all that the activation reads, so that the runtime need not read it again."""
+
+    def select_and_read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, d_model] -> mask [T, d_ff], and gate x (up x where there is no gate) [T, d_ff] with its bias."""
+        ...
+
+
 Level = Literal["module", "projections", "masked"]
 """What runs an FFN: one kernel for the whole module, one per projection, or dense products and a mask."""
 
@@ -56,10 +67,17 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """Channels of one call: mask [T, d_ff]; int32 ``index`` of their union, or None to run dense under the mask."""
+    """Channels of one call.
+
+    Attributes:
+        mask: [T, d_ff].
+        index: int32, of their union; None to run dense under the mask.
+        read: what the activation reads on the index [T, k]; None where the selector has not computed it.
+    """
 
     mask: Tensor
     index: Tensor | None
+    read: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +109,7 @@ class Selection:
             UsageError: the selector gave something else than a mask.
         """
         flat = x.detach().reshape(-1, x.shape[-1])
-        mask = self.selector(flat)
+        mask, read = self._select(flat)
         if mask.dtype != torch.bool or mask.shape != (flat.shape[0], self.site.d_ff):
             raise UsageError(
                 f"the selector of {self.site.name} gave {mask.dtype} {tuple(mask.shape)}; expected torch.bool "
@@ -103,7 +121,12 @@ class Selection:
         density = index.numel() / self.site.d_ff
         sparse = density <= self.limit(flat.shape[0])
         self._count(mask, index, density, sparse)
-        return Choice(mask, index if sparse else None)
+        if not sparse:
+            return Choice(mask, None)
+        return Choice(mask, index, None if read is None else read[:, index].to(x.dtype))
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.selector.select_and_read(x) if isinstance(self.selector, Reader) else (self.selector(x), None)
 
     def _count(self, mask: Tensor, index: Tensor, density: float, sparse: bool) -> None:
         self.counts.tokens += mask.shape[0]
@@ -175,7 +198,8 @@ class ModuleUse(Use):
             return self.dense(x)
         flat = x.reshape(-1, x.shape[-1])
         token_mask = None if len(flat) == 1 else choice.mask[:, choice.index]
-        return sparse_ffn(flat, self._weights, choice.index, self._act, token_mask=token_mask).view(x.shape)
+        some = {"token_mask": token_mask, "read": choice.read}
+        return sparse_ffn(flat, self._weights, choice.index, self._act, **some).view(x.shape)
 
     def sparse(self, x: Tensor, index: Tensor) -> Tensor:
         """The FFN on some channels, for timing."""
@@ -189,6 +213,7 @@ class ProjectionUse(Use):
         super().__init__(model, site, selection)
         self._rows = rows
         self._seen: set[str] = set()
+        self._activated = None if site.fused is not None else site.up if site.gate is None else site.gate
         self._names = tuple(dict.fromkeys(n for n in (site.gate, site.up) if n is not None))
         self._modules = {name: projection(model, site, name) for name in self._names}
         self._down = down_projection(model, site)
@@ -204,6 +229,8 @@ class ProjectionUse(Use):
             choice = self._choice
             if choice is None or choice.index is None:
                 return self._forwards[name](x)
+            if choice.read is not None and name == self._activated:
+                return choice.read.view(*x.shape[:-1], -1)
             return self._some(name, x.reshape(-1, x.shape[-1]), choice.index).view(*x.shape[:-1], -1)
 
         return forward

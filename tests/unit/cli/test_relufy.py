@@ -55,7 +55,7 @@ def test_dry_run_changes_nothing(checkpoint, tmp_path, ok):
         (("--activation", "gelu"), "Unknown activation 'gelu'"),
         (("--split", "test"), "cannot be trained on and measured on"),
         (("--held-out-samples", 0), "--held-out-samples must be at least 1"),
-        (("--l1", -1.0), "the weight of a stage must be 0 or more"),
+        (("--l1", -1.0), "the last weight of the penalty must be 0 or more, and finite; got -1."),
     ],
 )
 def test_refusals(checkpoint, tmp_path, fails, more, message):
@@ -77,3 +77,14 @@ def test_a_model_whose_activation_cannot_be_replaced(bert, tmp_path, fails):
     written = fails(2, "relufy", bert, "--out", tmp_path / "out", *QUICK)
     assert "transform_act_fn" in written and "use another one" in written
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_not_there(checkpoint, tmp_path, fails):
+    written = fails(2, "relufy", checkpoint, "--out", tmp_path / "out", "--text", tmp_path / "missing.txt")
+    assert "missing.txt" in written and "held-out" not in written
+
+
+def test_a_call_that_did_nothing_does_not_stand_in_the_way(checkpoint, tmp_path, fails, ok):
+    call = ("relufy", checkpoint, "--out", tmp_path / "out", *QUICK, "--no-shift")
+    assert "do not fit" in fails(2, *call, "--max-length", 500)
+    ok(*call)

@@ -54,7 +54,7 @@ class TestSparsify:
         card = ffnscope.read_card(out / "card.json")
         assert card.figures["calibrate"]["recall"].mean >= 0.9 and "second" in card.loss
         dense = model.generate(tokens()[:1], max_new_tokens=4, do_sample=False)
-        ffnscope.wrap_(model, card)
+        ffnscope.wrap_(model, card, never_slower=False)
         assert model.generate(tokens()[:1], max_new_tokens=4, do_sample=False).shape == dense.shape
         assert "<svg" in (out / "report.html").read_text()
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.sparse import runtime as runtime_module
+from ffnscope.sparse import timing
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.fit import fit_card
-from ffnscope.sparse.kernels import break_even
+from ffnscope.sparse.kernels.break_even import DENSITIES, RowTimes
 from ffnscope.sparse.monitor import HORIZON, Monitor, MonitorOptions, RunningMean, band_of, signals
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import unwrap_, wrap_
@@ -24,6 +25,7 @@ from ffnscope.types import FFNSite
 from reference import text
 from tiny import tiny, tokens
 
+PATH = r"model\.layers\.\*\.mlp"
 Made = tuple[Any, SparsityCard, dict[FFNSite, Selector]]
 
 
@@ -169,21 +171,33 @@ class TestWrapped:
             MonitorOptions(audit_every=0)
 
 
+def takes(monkeypatch: pytest.MonkeyPatch, rows: float, *selecting: float) -> None:
+    """Let rows take so much of the dense time at density 1, and selecting in each FFN so much more."""
+    times = RowTimes(tuple(rows * density for density in DENSITIES))
+    monkeypatch.setattr(runtime_module, "reading_times", lambda *args: times)
+    shares = iter(selecting)
+    monkeypatch.setattr(runtime_module, "selecting_time", lambda *args: next(shares))
+
+
 class TestNeverSlower:
     def test_what_is_slower_is_left_dense(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At a density of 0.4 rows take 0.4 of the dense time; selecting takes 0.7 in one FFN, 0.5 in the other."""
         model, card, selectors = made
         first, second = selectors
         wrap_(model, {second: selectors[second]}, break_even=1.0)
         expected = decode(model)
         unwrap_(model)
-        monkeypatch.setattr(runtime_module, "ratios", lambda dense, sparse, device: [1.01, 0.9])
-        with pytest.warns(UserWarning, match=f"left dense in LlamaForCausalLM: {first.name}; .*takes longer"):
-            runtime = wrap_(model, card, break_even=1.0, never_slower=True)
+        takes(monkeypatch, 1.0, 0.7, 0.5)
+        with pytest.warns(
+            UserWarning, match=rf"left dense in LlamaForCausalLM, which is faster: {PATH}: selecting .* takes longer"
+        ):
+            runtime = wrap_(model, card)
         assert torch.equal(decode(model), expected)
         assert list(runtime.levels) == list(runtime.measured()) == [second]
         assert runtime.monitor is not None and [d.tokens for d in runtime.monitor.report()] == [6]
         alone = wrap_(unwrap_(model), {second: selectors[second]}, break_even=1.0)
         assert runtime.copied_bytes == alone.copied_bytes > 0
+        assert first.name not in {site.name for site in runtime.levels}
         unwrap_(model)
 
     def test_where_nothing_pays_the_model_is_dense(self, made: Made) -> None:
@@ -191,39 +205,65 @@ class TestNeverSlower:
         model, card, _ = made
         dense = decode(model)
         with pytest.warns(UserWarning, match="left dense"):
-            runtime = wrap_(model, card, never_slower=True)
+            runtime = wrap_(model, card)
         assert torch.equal(decode(model), dense) and not runtime.levels and not runtime.copied_bytes
         assert torch.equal(decode(unwrap_(model)), dense)
+
+    def test_not_where_the_caller_decides(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, card, selectors = made
+        wrap_(model, selectors, break_even=0.0)
+        expected = decode(model)
+        unwrap_(model)
+        for limit, never in ((None, False), (1.0, None), (0.0, None)):
+            runtime = wrap_(model, card, break_even=limit, never_slower=never)
+            torch.testing.assert_close(decode(model), expected, atol=1e-5, rtol=1e-5)
+            assert len(runtime.levels) == 2
+            unwrap_(model)
+        takes(monkeypatch, 0.0, 0.0, 0.0)
+        with pytest.warns(UserWarning, match="left dense"):  # dense under the mask, with its selection beside it
+            assert not wrap_(model, card, break_even=0.3, never_slower=True).levels
+        unwrap_(model)
 
     def test_what_is_timed_is_what_decodes(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         model, card, selectors = made
         seen: list[int] = []
 
-        def ratios(dense: Any, sparse: Any, device: torch.device) -> list[float]:
-            seen.extend((len(dense), len(sparse)))
-            for one in (*dense, *sparse):
+        def share(what: Any, dense: Any, runs: Any, device: torch.device) -> float:
+            seen.extend((len(dense), len(runs)))
+            for one in (*dense, *runs):
                 one()
-            return [0.5] * len(dense)
+            return 0.1
 
-        monkeypatch.setattr(runtime_module, "ratios", ratios)
+        def rows(shape: Any, d_ff: int, dense: Any, sparse: Any, device: torch.device) -> RowTimes:
+            for one, some in zip(dense, sparse, strict=True):
+                one()
+                some(torch.arange(5, dtype=torch.int32))
+            return RowTimes(tuple(DENSITIES))
+
+        monkeypatch.setattr(timing, "share_of_dense", share)
+        monkeypatch.setattr(timing, "row_times", rows)
         wrap_(model, selectors, break_even=1.0)
         expected = decode(model)
         unwrap_(model)
-        runtime = wrap_(model, card, break_even=1.0, never_slower=True)
-        assert torch.equal(decode(model), expected) and seen == [2, 2]
+        runtime = wrap_(model, card)
+        assert torch.equal(decode(model), expected) and seen == [2, 2, 2, 2]
         assert runtime.monitor is not None and [d.tokens for d in runtime.monitor.report()] == [6, 6]
+        assert {row.tokens for row in runtime.measured().values()} == {6}
+        unwrap_(model)
+
+    def test_masked_ffns_are_left_dense_with_their_reason(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, card, _ = made
+        monkeypatch.setattr(runtime_module, "differs", lambda *args: True)
+        dense = decode(model)
+        with pytest.warns(UserWarning, match="left dense in .*: its code names its width"):
+            wrap_(model, card)
+        assert torch.equal(decode(model), dense)
+        unwrap_(model)
+        with pytest.warns(UserWarning, match="dense under the mask in .*: its code names its width"):
+            wrap_(model, card, never_slower=False)
+        assert not torch.equal(decode(model), dense)
         unwrap_(model)
 
     def test_selectors_have_no_density(self, made: Made) -> None:
         with pytest.raises(UsageError, match="never_slower needs the densities of a card"):
             wrap_(made[0], made[2], never_slower=True)
-
-    def test_the_fastest_round_counts_and_the_first_does_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(break_even, "_seconds", lambda run, device: run())
-
-        def lasting(*seconds: float) -> Any:
-            rounds = iter((0.0, *seconds, *[99.0] * break_even.ROUNDS))
-            return lambda: next(rounds)
-
-        found = break_even.ratios([lasting(3, 2), lasting(4)], [lasting(4, 5), lasting(9, 1)], torch.device("cpu"))
-        assert found == [2.0, 0.25]

@@ -80,6 +80,21 @@ class TestSparseFFN:
         found = sparse_ffn(x * float("nan"), RowWeights.of(self.weights), torch.arange(12).int(), "relu")
         assert torch.isnan(found).all()
 
+    @pytest.mark.parametrize("n_tokens", [1, 3])
+    @pytest.mark.parametrize("gated", [True, False])
+    def test_what_was_read_is_not_read_again(self, gated, n_tokens) -> None:
+        gate, up, down = (self.weights.gate if gated else None), self.weights.up, self.weights.down
+        x, index = random(n_tokens, 5), torch.tensor([0, 3, 7], dtype=torch.int32)
+        mask = torch.tensor([[True, False, True]]).expand(n_tokens, -1)
+        biases = (random(12) if gated else None, random(12))
+        whole = FFNWeights(gate, up, down, *biases)
+        read = torch.nn.functional.linear(x, gate if gated else up, biases[0] if gated else biases[1])[:, index]
+        gone = torch.full_like(up, float("nan"))
+        rest = FFNWeights(gone, up, down, *biases) if gated else FFNWeights(None, gone, down, *biases)
+        for own in (None, mask):
+            found = sparse_ffn(x, RowWeights.of(rest), index, "silu", token_mask=own, read=read)
+            torch.testing.assert_close(found, sparse_ffn(x, RowWeights.of(whole), index, "silu", token_mask=own))
+
     def test_a_function_as_activation(self) -> None:
         rows, x, index = RowWeights.of(self.weights), random(1, 5), torch.tensor([0, 3, 7], dtype=torch.int32)
         named = sparse_ffn(x, rows, index, "silu")
@@ -97,14 +112,20 @@ class TestSparseFFN:
 class TestBreakEven:
     @pytest.fixture(autouse=True)
     def nothing_measured(self, monkeypatch) -> None:
-        monkeypatch.setattr(timing, "_measured", {})
+        monkeypatch.setattr(timing, "_rows", {})
+        monkeypatch.setattr(timing, "_shares", {})
 
     @pytest.mark.parametrize(
         ("slope", "expected"),
-        [(0.0, 1.0), (1.0, 1.0), (2.0, 0.5), (1.6, 0.625), (4.0, 0.25), (1.8, 1 / 1.8), (40.0, 0.0)],
+        [(0.0, 1.0), (0.97, 1.0), (1.94, 0.5), (1.552, 0.625), (3.88, 0.25), (1.746, 1 / 1.8), (40.0, 0.0)],
     )
     def test_where_a_line_crosses(self, slope, expected) -> None:
-        assert timing._crossing([slope * d for d in timing.DENSITIES], 1.0) == pytest.approx(expected)
+        assert timing.RowTimes(tuple(slope * d for d in timing.DENSITIES)).limit == pytest.approx(expected)
+
+    def test_the_ratio_at_a_density(self) -> None:
+        times = timing.RowTimes(tuple(2 * d for d in timing.DENSITIES))
+        for density, expected in ((0.0, 0.125), (0.05, 0.125), (1 / 16, 0.125), (0.3, 0.6), (1.0, 2.0)):
+            assert times.at(density) == pytest.approx(expected)
 
     def test_measured_once(self) -> None:
         calls = []
@@ -116,8 +137,33 @@ class TestBreakEven:
             sum(range(20_000))
 
         for _ in range(2):
-            limit = timing.break_even("shape", 64, [dense], [sparse], torch.device("cpu"))
-            assert limit == 1.0
-        assert calls[:9] == [4, 8, 16, 24, 32, 40, 48, 56, 64]
+            assert timing.row_times("shape", 64, [dense], [sparse], torch.device("cpu")).limit == 1.0
+        assert calls[:6] == [4, 8, 16, 32, 48, 64]
         assert len(calls) == len(timing.DENSITIES) * (timing.ROUNDS + 1)
-        assert timing.break_even("other", 64, [lambda: None], [lambda index: dense()], torch.device("cpu")) == 0.0
+        slower = timing.row_times("other", 64, [lambda: None], [lambda index: dense()], torch.device("cpu"))
+        assert slower.limit == 0.0 and slower.at(0.5) > 1
+
+    def test_the_median_of_rounds_that_get_slower(self, monkeypatch) -> None:
+        """The first round compiles; the machine gets slower all along; in three of seven rounds rows are disturbed."""
+        clock = {"calls": 0, "rounds": 0}
+
+        def seconds(run, device):
+            clock["calls"] += 1
+            place = (clock["calls"] - 1) % 8
+            clock["rounds"] += place == 0
+            speed = clock["rounds"] * (1 + 0.01 * place)
+            if place in (0, 7):
+                return speed
+            return 0.5 * speed * (100 if clock["rounds"] in (1, 3, 5, 6) else 1)
+
+        monkeypatch.setattr(timing, "seconds", seconds)
+        found = timing.row_times("shape", 64, [lambda: None], [lambda index: None], torch.device("cpu"))
+        assert found.ratios[3] == pytest.approx(0.5, rel=0.1) and clock["rounds"] == timing.ROUNDS + 1
+        assert found.limit == 1.0
+
+    def test_a_share_is_the_median_and_measured_once(self, monkeypatch) -> None:
+        lasting = iter([9.0, 9.0, *[v for share in (0.2, 9, 0.3, 0.1, 8, 0.25, 0.3) for v in (2.0, 2 * share)]])
+        monkeypatch.setattr(timing, "seconds", lambda run, device: next(lasting))
+        for _ in range(2):
+            found = timing.share_of_dense("kind", [lambda: None], [lambda: None], torch.device("cpu"))
+            assert found == pytest.approx(0.3)

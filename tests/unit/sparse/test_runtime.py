@@ -6,10 +6,17 @@ import pytest
 import torch
 
 from ffnscope.apply.replace import replaced
-from ffnscope.errors import ModelError, NotAvailableError, UsageError
+from ffnscope.errors import ModelError, NonFiniteError, NotAvailableError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse import runtime as module
+from ffnscope.sparse import timing
+from ffnscope.sparse.ffn import ffn_of
+from ffnscope.sparse.kernels.break_even import DENSITIES, RowTimes
+from ffnscope.sparse.monitor import MonitorOptions
+from ffnscope.sparse.policies import TopK
+from ffnscope.sparse.predictors import fixed
 from ffnscope.sparse.runtime import unwrap_, wrap_
+from ffnscope.sparse.selector import Selector
 from tiny import ARCHITECTURES, D_FF, logits, tiny, tokens
 from tiny_all import tiny_causal_lm
 from tiny_listed import tiny_listed
@@ -234,6 +241,26 @@ class TestDecoding:
         assert not torch.equal(results[0], dense)
         assert torch.equal(llama.generate(ids, **settings), dense)
 
+    @pytest.mark.parametrize("beams", [1, 3, 20])  # 20 beams of 3 prompts are more tokens than rows are read for
+    def test_prompts_of_different_lengths(self, llama, beams) -> None:
+        """Padded on the left: beams choose what they choose under the mask, and greedy rows what they are alone."""
+        rules, ids = selectors(llama), tokens(3, 7)
+        padded = torch.ones_like(ids)
+        padded[0, :4] = padded[1, :2] = 0
+        settings = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "eos_token_id": None}
+        results = []
+        for limit in (0.0, None if beams == 20 else 1.0):
+            wrap_(llama, rules, break_even=limit)
+            results.append(llama.generate(ids, attention_mask=padded, **settings))
+            alone = [
+                llama.generate(ids[i : i + 1, start:], attention_mask=padded[i : i + 1, start:], **settings)
+                for i, start in enumerate((4, 2, 0))
+            ]
+            unwrap_(llama)
+            for i, start in enumerate((4, 2, 0)):
+                assert torch.equal(results[-1][i, start:], alone[i][0])
+        assert torch.equal(*results)
+
     def test_some_sites(self, llama) -> None:
         first = dict(list(selectors(llama).items())[:1])
         found, runtime = wrapped(llama, first, break_even=1.0)
@@ -242,7 +269,7 @@ class TestDecoding:
 
     def test_more_tokens_than_rows_pay_for(self, llama, monkeypatch) -> None:
         monkeypatch.setattr(module, "MOST_TOKENS", 2)
-        monkeypatch.setattr(module, "break_even", lambda *args: 1.0)
+        monkeypatch.setattr(module, "reading_times", lambda *args: RowTimes((0.0,) * len(DENSITIES)))
         for n_rows, share in ((2, 1.0), (3, 0.0)):
             _, runtime = wrapped(llama, selectors(llama), n_rows=n_rows)
             assert {row.sparse_steps for row in runtime.measured().values()} == {share}
@@ -294,6 +321,31 @@ class TestRefusals:
         ):
             decode(llama)
 
+    def test_what_is_no_selector(self, llama) -> None:
+        rules = selectors(llama)
+        site = next(iter(rules))
+        for given, message in (
+            ("card.json", r"must be a card, as read_card reads it, or \{site: function\}; got str"),
+            (list(rules), r"got list"),
+            ({site.path: rules[site]}, r"sites as find_sites gives them; got the key 'model.layers.0.mlp'"),
+            ({site: torch.ones(D_FF) > 0}, r"is a Tensor; expected a function of x \[T, d_model\]"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                wrap_(llama, given)
+        ahead = Selector(fixed.random(ffn_of(llama, site)), TopK(), 3)
+        ahead.predictor.lookahead = 1
+        with pytest.raises(NotAvailableError, match="looks ahead from the FFN one layer before"):
+            wrap_(llama, {site: ahead})
+        with pytest.raises(UsageError, match="monitor needs the bands of a card"):
+            wrap_(llama, rules, monitor=MonitorOptions())
+
+    def test_nan(self, llama) -> None:
+        with torch.no_grad():
+            llama.model.layers[0].mlp.up_proj.weight[3, 2] = float("nan")
+        with pytest.raises(NonFiniteError, match=r"model.layers.0.mlp puts out NaN or infinity for one token"):
+            wrap_(llama, selectors(llama))
+        assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in llama.modules())
+
     def test_offloaded(self, llama) -> None:
         rules = selectors(llama)
         with pytest.raises(ModelError, match=r"offloaded|has no value|meta device"):
@@ -314,9 +366,12 @@ def test_break_even_is_measured_once_per_shape(llama, monkeypatch) -> None:
         for run, some in zip(dense, sparse, strict=True):
             run()
             some(torch.arange(3, dtype=torch.int32))
-        return 0.5
+        return RowTimes(tuple(1.94 * density for density in DENSITIES))
 
-    monkeypatch.setattr(module, "break_even", measure)
+    monkeypatch.setattr(timing, "row_times", measure)
     _, runtime = wrapped(llama, selectors(llama))
     assert {(shape[2], n) for shape, n in asked} == {(1, 2)}  # one token; two layers take turns
+    assert len(asked) == 2  # not at every step
     assert {row.sparse_steps for row in runtime.measured().values()} == {1.0}
+    _, runtime = wrapped(llama, selectors(llama, 0.6))  # above the 0.5 where that line crosses
+    assert {row.sparse_steps for row in runtime.measured().values()} == {0.0}

@@ -1,59 +1,114 @@
-"""The density above which reading all rows is faster than gathering some: measured on this machine, once per shape."""
+"""Times of an FFN that reads rows over those of the dense one: measured on this machine, once per shape."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-DENSITIES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)
-ROUNDS = 5
+DENSITIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
+ROUNDS = 7
 MARGIN = 0.97
 """Share of the dense time that the sparse form may take: so much is noise."""
 
-_measured: dict[Hashable, float] = {}
+
+@dataclass(frozen=True, slots=True)
+class RowTimes:
+    """Time of reading rows over that of dense products.
+
+    Attributes:
+        ratios: at each of `DENSITIES`.
+    """
+
+    ratios: tuple[float, ...]
+
+    @property
+    def limit(self) -> float:
+        """Largest density at which rows are faster, by the margin of noise; 0 where they never are."""
+        over = next((i for i, ratio in enumerate(self.ratios) if ratio > MARGIN), None)
+        if over is None:
+            return 1.0
+        if over == 0:
+            return 0.0
+        before, after = self.ratios[over - 1], self.ratios[over]
+        share = (MARGIN - before) / (after - before)
+        return DENSITIES[over - 1] + share * (DENSITIES[over] - DENSITIES[over - 1])
+
+    def at(self, density: float) -> float:
+        """The ratio at a density in [0, 1]; between two that were measured it is taken as linear, below all as flat."""
+        over = next((i for i, one in enumerate(DENSITIES) if one >= density), len(DENSITIES) - 1)
+        if over == 0:
+            return self.ratios[0]
+        share = (density - DENSITIES[over - 1]) / (DENSITIES[over] - DENSITIES[over - 1])
+        return self.ratios[over - 1] + share * (self.ratios[over] - self.ratios[over - 1])
 
 
-def break_even(
+_rows: dict[Hashable, RowTimes] = {}
+_shares: dict[Hashable, float] = {}
+
+
+def row_times(
     shape: Hashable,
     d_ff: int,
     dense: Sequence[Callable[[], object]],
     sparse: Sequence[Callable[[Tensor], object]],
     device: torch.device,
-) -> float:
-    """Largest density at which the sparse form of an FFN is faster than the dense one, 0 where it never is.
+) -> RowTimes:
+    """Time an FFN that reads rows against the dense one, at several densities.
 
-    All densities take turns with the dense form, on random channels; the fastest of five rounds counts, which is what
-    another job on the machine disturbs least. Between two densities the times are taken as linear.
+    In every round the dense form runs first and last and all densities, on random channels, between; the ratio of that
+    round is to the mean of the two, so a machine that gets slower in the meantime does not show. The median of seven
+    rounds counts, after one that compiles and allocates: what another job disturbs for less than half of them is not
+    in it. FFNs take turns, and before each call the one before it runs dense, so that weights and code come from where
+    they do in a decoding step.
 
     Args:
         shape: what the answer depends on; a second call with the same one measures nothing.
         d_ff: number of channels.
-        dense: the dense form of several FFNs of this shape, which take turns, so that weights come from memory as
-            they do in a model and not from the cache.
+        dense: the dense form of FFNs of this shape, as many as there are.
         sparse: the sparse form of the same ones, given int32 indices [k].
         device: where they run.
     """
     key = (shape, d_ff, str(device), torch.get_num_threads())
-    if key not in _measured:
-        _measured[key] = _measure(d_ff, dense, sparse, device)
-    return _measured[key]
+    if key not in _rows:
+        _rows[key] = RowTimes(_measure(d_ff, dense, sparse, device))
+    return _rows[key]
 
 
-def ratios(
-    dense: Sequence[Callable[[], object]], sparse: Sequence[Callable[[], object]], device: torch.device
-) -> list[float]:
-    """Time of every sparse form over that of its dense one: all of them in turn, the fastest of five rounds counts."""
-    best = [[float("inf")] * len(forms) for forms in (dense, sparse)]
-    for round_ in range(ROUNDS + 1):  # the first one compiles and allocates
-        for forms, times in zip((dense, sparse), best, strict=True):
-            for place, run in enumerate(forms):
-                seconds = _seconds(run, device)
-                if round_:
-                    times[place] = min(times[place], seconds)
-    return [b / a for a, b in zip(*best, strict=True)]
+def share_of_dense(
+    what: Hashable, dense: Sequence[Callable[[], object]], runs: Sequence[Callable[[], object]], device: torch.device
+) -> float:
+    """Time of what runs before an FFN over that of its dense form: the median of seven rounds, as in `row_times`.
+
+    Args:
+        what: what the answer depends on; a second call with the same one measures nothing.
+        dense: the dense form of FFNs.
+        runs: what is timed, of some of them.
+        device: where they run.
+    """
+    key = (what, str(device), torch.get_num_threads())
+    if key not in _shares:
+        rounds: list[float] = []
+        for turn in range(ROUNDS + 1):
+            dense[turn % len(dense)]()
+            whole = seconds(dense[(turn + 1) % len(dense)], device)
+            one = seconds(runs[turn % len(runs)], device)
+            rounds += [one / whole] if turn else []
+        _shares[key] = statistics.median(rounds)
+    return _shares[key]
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of a call, with what it started on its device."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _measure(
@@ -61,38 +116,21 @@ def _measure(
     dense: Sequence[Callable[[], object]],
     sparse: Sequence[Callable[[Tensor], object]],
     device: torch.device,
-) -> float:
+) -> tuple[float, ...]:
     random = torch.Generator().manual_seed(0)
-    best = dict.fromkeys((0.0, *DENSITIES), float("inf"))  # 0: the dense form
+    rounds: list[list[float]] = []
     turn = 0
-    for round_ in range(ROUNDS + 1):  # the first one compiles and allocates
-        for density in best:
+    for round_ in range(ROUNDS + 1):
+        times: list[float] = []
+        for density in (0.0, *DENSITIES, 0.0):  # 0: the dense form
             turn += 1
             index = torch.randperm(d_ff, generator=random)[: round(density * d_ff)].sort().values.int().to(device)
             run, ffn = dense[turn % len(dense)], sparse[turn % len(sparse)]
-            seconds = _seconds(run if density == 0 else lambda ffn=ffn, index=index: ffn(index), device)
-            if round_:
-                best[density] = min(best[density], seconds)
-    return _crossing([best[density] for density in DENSITIES], MARGIN * best[0.0])
-
-
-def _crossing(times: Sequence[float], dense: float) -> float:
-    """Where the times at DENSITIES first exceed that of the dense form."""
-    over = next((i for i, seconds in enumerate(times) if seconds > dense), None)
-    if over is None:
-        return 1.0
-    if over == 0:
-        return 0.0
-    share = (dense - times[over - 1]) / (times[over] - times[over - 1])
-    return DENSITIES[over - 1] + share * (DENSITIES[over] - DENSITIES[over - 1])
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - start
+            dense[(turn - 1) % len(dense)]()
+            times.append(seconds(run if density == 0 else lambda ffn=ffn, index=index: ffn(index), device))
+        whole = (times[0] + times[-1]) / 2
+        rounds += [[one / whole for one in times[1:-1]]] if round_ else []
+    return tuple(statistics.median(column) for column in zip(*rounds, strict=True))
 
 
 def _wait(device: torch.device) -> None:

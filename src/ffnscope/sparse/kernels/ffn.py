@@ -63,7 +63,15 @@ class RowWeights:
         return RowWeights(gate, up, down, weights.gate_bias, weights.up_bias, weights.down_bias)
 
 
-def sparse_ffn(x: Tensor, weights: RowWeights, index: Tensor, act: Act, *, token_mask: Tensor | None = None) -> Tensor:
+def sparse_ffn(
+    x: Tensor,
+    weights: RowWeights,
+    index: Tensor,
+    act: Act,
+    *,
+    token_mask: Tensor | None = None,
+    read: Tensor | None = None,
+) -> Tensor:
     """Output of an FFN whose channels outside ``index`` are zero, reading only the rows in it.
 
     Equal, but for rounding, to ``down (m * act(gate x) * (up x)) + bias`` with the mask m of ``index``. Compiled code
@@ -76,6 +84,8 @@ def sparse_ffn(x: Tensor, weights: RowWeights, index: Tensor, act: Act, *, token
         act: name of one of ACTIVATIONS, which compiled code computes in the same call; or any function that works
             element by element.
         token_mask: bool [T, k], which of the channels in ``index`` each token has; None = all of them.
+        read: gate x with its bias (up x without a gate) on the channels [T, k] in the dtype of x, where that is known
+            already: the matrix is not read then.
 
     Returns:
         As x, in its dtype.
@@ -89,12 +99,12 @@ def sparse_ffn(x: Tensor, weights: RowWeights, index: Tensor, act: Act, *, token
     if isinstance(act, str) and act not in IN_TORCH:
         raise unknown_name("activation", act, IN_TORCH)
     rows = x[None] if x.dim() == 1 else x
-    if weights.arrays is not None and isinstance(act, str) and token_mask is None:
+    if weights.arrays is not None and isinstance(act, str) and token_mask is None and read is None:
         kind = ACTIVATIONS.index(act)
         found = compiled_kernels().ffn(weights.arrays, kind, as_float32(rows), index.numpy(), n_parts(index))
         y = torch.from_numpy(found).to(x.dtype)
     else:
-        h = _channels(rows, weights, index, act)
+        h = _channels(rows, weights, index, act) if read is None else _rest(rows, weights, index, act, read)
         y = weights.down.sum(h if token_mask is None else h * token_mask, index)
     if weights.down_bias is not None:
         y = y + weights.down_bias
@@ -111,6 +121,11 @@ def _channels(x: Tensor, weights: RowWeights, index: Tensor, act: Act) -> Tensor
     function = IN_TORCH[act] if isinstance(act, str) else act
     u = _producer(x, up, weights.up_bias, index)
     return function(u) if gate is None else function(_producer(x, gate, weights.gate_bias, index)) * u
+
+
+def _rest(x: Tensor, weights: RowWeights, index: Tensor, act: Act, read: Tensor) -> Tensor:
+    h = IN_TORCH[act](read) if isinstance(act, str) else act(read)
+    return h if weights.gate is None else h * _producer(x, weights.up, weights.up_bias, index)
 
 
 def _producer(x: Tensor, weight: RowMatrix, bias: Tensor | None, index: Tensor) -> Tensor:

@@ -223,13 +223,13 @@ def _working(out: Path, overwrite: bool) -> Generator[Path]:
 
 
 def _begin(part: Path, asked: Mapping[str, Any], overwrite: bool) -> None:
-    """Go on with an unfinished call; one with other arguments is refused, or removed."""
+    """Go on with an unfinished call; one with other arguments is refused, or removed, also where it did nothing yet."""
     key, path = hash_json(asked), part / ASKED
     with disposable("the training begins again"):
         known = read_state(path).get("key") if path.exists() else None
     if known == key:
         return
-    if known is not None and not overwrite:
+    if known is not None and (part / MEASURED).exists() and not overwrite:
         raise ArtifactError(
             f"{part} is an unfinished call with another model, text or other options (or versions of torch and "
             "transformers). Give the same ones to go on, or --overwrite to begin again."

@@ -64,7 +64,9 @@ class ProgressiveL1:
 
     @staticmethod
     def up_to(weight: float) -> ProgressiveL1:
-        """The stages of ProSparse, scaled such that the last weight is this one."""
+        """The stages of ProSparse, scaled such that the last weight is this one; raises UsageError below 0."""
+        if not 0 <= weight < float("inf"):
+            raise UsageError(f"the last weight of the penalty must be 0 or more, and finite; got {weight:g}.")
         return ProgressiveL1([Stage(s.weight / PROSPARSE[-1].weight * weight, s.until) for s in PROSPARSE])
 
     def weight(self, done: float) -> float:

@@ -153,7 +153,8 @@ def activation_input(ffn: FFN, x: Tensor) -> Tensor:
 class NonZero:
     """A selector for `wrap_` that keeps exactly the channels that a ReLU, or a FATReLU, does not make zero.
 
-    It reads the whole gate (or up, without a gate) and no predictor, so at most two thirds of an FFN are saved. With it
+    It reads the whole gate (or up, without a gate) and no predictor; the runtime takes from it what it has read. So at
+    most two thirds of an FFN are saved, or half of one without a gate. What is NaN is kept, and seen. With it
     and ``prefill=True`` a model with plain ReLUs computes what one with FATReLU does. Kernels know plain ReLUs only:
     with thresholds in its modules (`set_thresholds_`) a model runs projection by projection, which is slower, and needs
     no ``prefill``.
@@ -170,8 +171,13 @@ class NonZero:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Inputs [T, d_model] -> mask [T, d_ff] of bool."""
+        return self.select_and_read(x)[0]
+
+    @torch.no_grad()
+    def select_and_read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [T, d_model] -> mask [T, d_ff] of bool, and what the activation reads [T, d_ff]."""
         read = activation_input(self.ffn, x)
-        return (read > 0) & (read >= self.threshold)
+        return ~((read <= 0) | (read < self.threshold)), read
 
 
 def write_thresholds(path: Path, thresholds: Mapping[FFNSite, float], facts: Mapping[str, Any]) -> None:

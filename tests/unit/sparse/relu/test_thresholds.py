@@ -10,6 +10,7 @@ from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse.ffn import ffn_of
+from ffnscope.sparse.kernels.rows import RowMatrix
 from ffnscope.sparse.relu.activation import FATReLU, replace_activation_, set_thresholds_
 from ffnscope.sparse.relu.measure import measure_zeros
 from ffnscope.sparse.relu.thresholds import (
@@ -106,6 +107,32 @@ def test_the_runtime_loses_nothing(arch, activation, threshold):
     unwrap_(model)
     density = sum(row.density for row in measured.values()) / len(sites)
     assert density < 0.7 and density == pytest.approx(1 - zeros, abs=0.15)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_the_runtime_does_not_read_the_gate_again(arch, rows, monkeypatch):
+    """Of a gated FFN rows of up are read, of a plain one none."""
+    model, sites, _ = relu_model(arch)
+    ids, seen, dot = tokens(rows, 1), [], RowMatrix.dot
+    expected = model(input_ids=ids).logits
+    runtime = wrap_(model, {s: NonZero(model, s) for s in sites}, break_even=1.0)
+    monkeypatch.setattr(RowMatrix, "dot", lambda self, *args: seen.append(self) or dot(self, *args))
+    monkeypatch.setattr("ffnscope.sparse.kernels.ffn.compiled_kernels", lambda: 1 / 0)  # reads gate and up together
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert all(row.sparse_steps == 1 for row in runtime.measured().values())
+    unwrap_(model)
+    assert len(seen) == (len(sites) if sites[0].gate is not None else 0)
+
+
+@torch.no_grad()
+def test_nan_is_kept_and_seen():
+    model, sites, _ = relu_model("llama")
+    model.model.layers[0].mlp.gate_proj.weight[3] = float("nan")
+    x = torch.randn(2, sites[0].d_model)
+    mask = NonZero(model, sites[0], 0.1)(x)
+    assert mask[:, 3].all() and 0 < int(mask.sum()) < mask.numel()
 
 
 def test_file(tmp_path):
