@@ -1,7 +1,7 @@
 """Faults at random points of runs, sweeps, `ffnscope score` and `ffnscope prune`, as a table.
 
-The checkpoint is tiny. The streamed run has its hidden states on disk, a sequential reconstruction, and checkpoints; the
-run of two processes is streamed, and one of them is killed at a random file operation of its own.
+The checkpoint is tiny. The streamed run has its hidden states on disk, a sequential reconstruction, and checkpoints.
+The run of two processes is streamed, and one of them is killed at a random file operation of its own.
 Every fault is followed by the same call again; the results are compared with those of an unbroken run byte for byte.
 A fault that would end in other results, or in an error that does not name the file and what to do, stops the script.
 A kill that comes when all is done, and a full disk that only the log would meet, are tried again, not counted.

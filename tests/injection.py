@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from checkpoints import make_checkpoint
 from ffnscope.cli import app
 from ffnscope.cli.score import UNFINISHED
-from ffnscope.errors import ArtifactError, SweepError
+from ffnscope.errors import ArtifactError, ConfigError, SweepError
 from ffnscope.run import load_config, load_sweep, run, run_sweep
 from ffnscope.run.progress import Reporter
 from runs import results, small_run
@@ -36,7 +36,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
-TOLD = (ArtifactError, SweepError)
+TOLD = (ArtifactError, ConfigError, SweepError)
 """How a fault is told; a sweep tells it of its cells."""
 PAGE = 4096
 

@@ -47,8 +47,9 @@ class SharedRun(Work):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        given = [(rank, port, str(self.root), killed[1] if killed and killed[0] == rank else None) for rank in range(SIZE)]
-        running = [SERVER.Process(target=_process, args=(*one, arguments)) for one in given]
+        ends = [killed[1] if killed and killed[0] == rank else None for rank in range(SIZE)]
+        given = [(rank, port, str(self.root), ends[rank], arguments) for rank in range(SIZE)]
+        running = [SERVER.Process(target=_process, args=one) for one in given]
         for one in running:
             one.start()
         if killed:

@@ -1,4 +1,4 @@
-"""More than 100 faults at random points: the results are those of an unbroken run, bit for bit, or the damage is told."""
+"""More than 100 faults at random points: results are those of an unbroken run, bit for bit, or the damage is told."""
 
 from __future__ import annotations
 

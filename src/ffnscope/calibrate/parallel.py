@@ -131,7 +131,7 @@ def shared(model: nn.Module, serve: Callable[..., None], *arguments: Any) -> Ran
     """Ask all processes to take part in a pass; return this one's place among them, or `ALONE`.
 
     Every other process calls ``serve(its model, place, *arguments)``, a function of a module, in which the calls of
-    `Ranks` must be those that the leader makes. Why a pass is not shared though there are others, a `UserWarning` tells.
+    `Ranks` must be those that the leader makes. Where there are others, a `UserWarning` tells why a pass is not shared.
     """
     if not _STATE["leads"]:
         return ALONE

@@ -45,6 +45,21 @@ class _Text:
         return None if self.kept is None else self.kept.of_share(self.start, ranks.rank, ranks.size)
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a process runs of some steps.
+
+    Attributes:
+        ranks: its place among the others.
+        files: those from which a streamed share goes on, and in which it is saved.
+        final: whether no steps follow.
+    """
+
+    ranks: Ranks
+    files: SweepFiles | None
+    final: bool
+
+
 def run_steps(
     model: nn.Module,
     sites: Sequence[FFNSite],
@@ -71,8 +86,8 @@ def run_steps(
             here = sum(s.batch.n_tokens for s in group)
             start += len(group)
             tell = partial(_tell, on_batch, done, here, total) if on_batch is not None and within else None
-            files = text.files(ranks)
-            _run_group(model, sites, group, accumulator, ranks, final=start == len(steps), tell=tell, files=files)
+            share = _Share(ranks, text.files(ranks), final=start == len(steps))
+            _run_group(model, sites, group, accumulator, share, tell)
             done += here
             if saver:
                 saver.after(start - 1, sum(len(s.batch) for s in group), accumulator)
@@ -94,7 +109,7 @@ def serve_steps(
     groups = _groups(text.steps, ranks, text.every, streamed=is_streamed(model))
     with frozen(model):
         for i, group in enumerate(groups, 1):
-            _run_group(model, sites, group, accumulator, ranks, final=i == len(groups), files=text.files(ranks))
+            _run_group(model, sites, group, accumulator, _Share(ranks, text.files(ranks), final=i == len(groups)))
 
 
 def _groups(steps: Sequence[Step], ranks: Ranks, every: int | None, *, streamed: bool) -> list[Sequence[Step]]:
@@ -122,25 +137,20 @@ def _run_group(
     sites: Sequence[FFNSite],
     group: Sequence[Step],
     accumulator: Accumulator,
-    ranks: Ranks,
-    *,
-    final: bool,
+    share: _Share,
     tell: OnBatch | None = None,
-    files: SweepFiles | None = None,
 ) -> None:
-    """Run this process's share of some steps, and bring the sums of all together in the leader.
-
-    ``files`` are those from which a streamed share goes on, and in which it is saved.
-    """
+    """Run this process's share of some steps, and bring the sums of all together in the leader."""
+    ranks = share.ranks
     mine = group[ranks.rank :: ranks.size]
 
     def run() -> None:
         if is_streamed(model):
             if mine:
-                sweep(model, sites, mine, accumulator, tell, files)
+                sweep(model, sites, mine, accumulator, tell, share.files)
             return
         for i, step in enumerate(mine, 1):
-            _run(model, sites, step, accumulator, last=final and i == len(mine))
+            _run(model, sites, step, accumulator, last=share.final and i == len(mine))
             if tell is not None:
                 tell(i, len(mine))
 

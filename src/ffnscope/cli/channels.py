@@ -102,8 +102,8 @@ def score_all(
 ) -> dict[str, Scores]:
     """Calibrate for all metrics (once, or twice when one needs the core) and score; with a folder, also write both.
 
-    ``windows`` are those of the choice, where they are cut already; ``model_hash``, where it is known. The passes leave their sums in the folder's
-    `UNFINISHED`, which the caller removes once all else is done.
+    ``windows`` are those of the choice, where they are cut already; ``model_hash``, where it is known. The passes leave
+    their sums in the folder's `UNFINISHED`, which the caller removes once all else is done.
     """
     windows = choice.calibration(loaded) if windows is None else windows
     part = folder / UNFINISHED / "calibrate.safetensors" if folder else None

@@ -130,7 +130,7 @@ class PruneJob:
             check_bias(self.loaded.model, sites)
 
     def check_text(self) -> None:
-        """Cut the calibration text, if it is read, and refuse one that does not fit; say where a refit has too little."""
+        """Cut the calibration text, if it is read, and refuse one that does not fit; say where a refit lacks text."""
         if not self.reads_text:
             return
         self.method.check_windows(len(self.windows))

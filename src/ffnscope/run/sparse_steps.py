@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from ffnscope.calibrate.windows import Windows
+from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.load import LoadedModel
+from ffnscope.ffn.offload import is_offloaded
 from ffnscope.io import hash_json, read_json, write_csv, write_json
 from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
@@ -90,8 +92,16 @@ class CardJob:
         Raises:
             UsageError: too few documents for a split or for the certificate, traces that are too large, or impossible
                 densities.
-            NotAvailableError: an FFN that cannot be traced.
+            NotAvailableError: an FFN that cannot be traced, or weights that are not in memory.
         """
+        source = self.loaded.source
+        offloaded = source.device_map is not None and any(map(is_offloaded, self.loaded.model.parameters()))
+        if source.stream is not None or offloaded:
+            raise NotAvailableError(
+                f"contextual sparsity fits and measures on weights in memory, and {source.model_id} has them elsewhere "
+                "(stream, or device_map). Load it without these, on a machine that holds it, or leave contextual "
+                "sparsity out."
+            )
         check_densities(self.rule, self.densities)
         for text in self._texts:
             check_traces(self.loaded.model, text, self.sites, self._trace_options)
