@@ -1,4 +1,4 @@
-"""Faults at random points of `ffnscope run`, of one model, streamed or of a sweep, `prune` and `score`, and what comes."""
+"""Faults at random points of `ffnscope run` (also streamed, also a sweep), `prune` and `score`."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ class Faults:
         self.again(kind)
 
     def small_disk(self) -> None:
-        """A file system of random size, smaller than the results, on which a write fails; then the same call on more."""
+        """A file system of random size, on which a write fails; then the same call, on a larger one."""
         most = 2 * sum(path.stat().st_size for path in self.work.root.joinpath("work").rglob("*") if path.is_file())
         while True:
             self.work.fresh()

@@ -127,9 +127,9 @@ def _check_memory(gguf: Path, size: int, folder: Path) -> None:
     ram = main_memory()
     if ram is not None and size > ram:
         raise ModelError(
-            f"{gguf.name} is converted into safetensors once, with all of its weights in memory: {size / 2**30:.1f} GiB "
-            f"as float32, and there are {ram / 2**30:.1f} GiB. Give the safetensors checkpoint that this GGUF was made "
-            "from, which can be streamed; or load the file once on a machine with more memory, and copy what that "
+            f"{gguf.name} is converted into safetensors once, with all of its weights in memory: {size / 2**30:.1f} "
+            f"GiB as float32, and there are {ram / 2**30:.1f} GiB. Give the safetensors checkpoint that this GGUF was "
+            "made from, which can be streamed; or load the file once on a machine with more memory, and copy what that "
             f"writes to {folder}."
         )
 

@@ -178,8 +178,8 @@ def source_of(model: nn.Module) -> ModelSource | None:
 def stored_bytes(source: ModelSource) -> int | None:
     """Size of a checkpoint's safetensors, before they are read; None where that is not known.
 
-    Of a GGUF it is that of the safetensors into which it is converted. Of a hub model the index is asked for, which is a small file; a model of one file has none, and is taken as unknown
-    unless it is in the cache.
+    Of a GGUF it is that of the safetensors into which it is converted. Of a hub model the index is asked for, which is
+    a small file; a model of one file has none, and is taken as unknown unless it is in the cache.
     """
     where = _resolve(source.model_id)
     if isinstance(where, Path):

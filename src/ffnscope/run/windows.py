@@ -29,8 +29,8 @@ def sized(config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite]) -> t
     """Cut the calibration text, and fill in how many windows there are where the configuration leaves that to the FFNs.
 
     Raises:
-        UsageError: too few windows for a distillation, or windows that are too long for the model or hold token ids that it
-            does not know.
+        UsageError: too few windows for a distillation, or windows that are too long for the model or hold token ids
+            that it does not know.
         TextError: the text is too short.
     """
     asked = config.calibration
