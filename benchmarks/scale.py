@@ -180,8 +180,8 @@ def table(asked: argparse.Namespace, told: dict[str, Any], found: dict[str, dict
         f"{told['batch']}; hidden states wait: {told['place']}. Device: {told['device']}, {platform.machine()}, "
         f"{os.cpu_count()} cores, load {load} at the end.",
         "",
-        f"Limit of peak memory (VmHWM, mapped pages of files included): {limit / MIB:,.0f} MiB, "
-        f"of which the weights are {weights / limit:.2f} times. Libraries alone (a streamed model of no size, with "
+        f"Limit of peak memory (VmHWM, mapped pages of files included): {limit / MIB:,.0f} MiB; "
+        f"the weights are {weights / limit:.2f} times that. Libraries alone (a streamed model of no size, with "
         f"gradients) take {idle['VmHWM'] / MIB:,.0f} MiB of it. «Anonymous» is what the process allocated; «mapped» "
         "are pages of files, which the system can drop; each is the most that was sampled.",
         "",
