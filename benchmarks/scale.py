@@ -1,16 +1,18 @@
-"""A model that is larger than the memory it may have, through every stage; and two processes against one.
+"""A model that is larger than the memory it may have, through every stage; two processes against one; and faults.
 
-    python benchmarks/scale.py --work FOLDER --gigabytes 6 --limit-gigabytes 1.5
+    python benchmarks/scale.py --work FOLDER --gigabytes 6 --limit-gigabytes 1.5 --windows 8 --length 128 --record
 
 Every stage is a process of its own (`benchmarks/scale_stages.py`), which is ended when its peak memory (VmHWM, mapped
 pages of files included) passes the limit. A stage whose result is in FOLDER is not run again: delete FOLDER, or
-FOLDER/STAGE.result.json, to measure it anew. Writes benchmarks/results/scale.md.
+FOLDER/STAGE.record.json, to measure it anew. With --record writes benchmarks/results/scale.md, which has the table of
+`benchmarks/faults.py` too, as that was last recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,6 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "scale.md"
+FAULTS = HERE / "results" / "faults.md"
 STAGES = ("make", "idle", "calibrate", "plan", "reconstruct", "evaluate")
 MIB, GB = 2**20, 10**9
 
@@ -45,15 +48,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stages", default=",".join((*STAGES, "ranks")), help="those to run now, by commas")
     parser.add_argument("--repeats", type=int, default=3, help="of the comparison of one process with two")
+    parser.add_argument("--record", action="store_true", help=f"write {OUT.relative_to(HERE.parent)}")
     parser.add_argument("--ranks-layers", type=int, default=4, help="layers of its model, of the same d_model / 2")
     return parser.parse_args()
 
 
 def settings(asked: argparse.Namespace) -> dict[str, Any]:
-    """What the stages are told: the number of layers follows from the size."""
+    """What the stages are told: as many layers as make the weights at least as large as asked."""
     each = 4 if asked.dtype == "float32" else 2
     outside, block = 2 * asked.vocabulary * asked.hidden, 16 * asked.hidden**2
-    layers = max(2, round((asked.gigabytes * GB / each - outside) / block))
+    layers = max(2, math.ceil((asked.gigabytes * GB / each - outside) / block))
     names = ("dtype", "hidden", "vocabulary", "windows", "length", "batch", "place", "device", "repeats")
     return {"work": str(asked.work.resolve()), "layers": layers, **{name: getattr(asked, name) for name in names}}
 
@@ -69,8 +73,7 @@ def memory_of(pid: int) -> dict[str, int]:
 
 def run_stage(stage: str, told: Path, work: Path, limit: float) -> dict[str, Any]:
     """Run one stage, end it when it passes the limit, and return its result with the peaks of its memory."""
-    result = work / f"{stage}.result.json"
-    record = work / f"{stage}.record.json"
+    result, record = (work / f"{stage}.{kind}.json" for kind in ("result", "record"))
     if result.exists() and record.exists():
         print(f"{stage}: is there", flush=True)
         return json.loads(record.read_text())
@@ -87,7 +90,11 @@ def run_stage(stage: str, told: Path, work: Path, limit: float) -> dict[str, Any
         time.sleep(0.005)
     if child.returncode:
         raise StageError(f"{stage}: failed ({child.returncode})")
-    found = {**json.loads(result.read_text()), **peak}
+    found = json.loads(result.read_text())
+    peak["VmHWM"] = found["VmHWM"]  # at its end, where no moment is missed
+    found = {**found, **peak}
+    if limited and peak["VmHWM"] > limit:
+        raise StageError(f"{stage}: took {peak['VmHWM'] / MIB:,.0f} MiB, above {limit / MIB:,.0f} MiB: {peak}")
     record.write_text(json.dumps(found))
     shown = ", ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in peak.items())
     print(f"{stage}: {found['seconds']:.1f} s, {shown}", flush=True)
@@ -98,7 +105,7 @@ def run_ranks(size: int, work: Path, told: Path) -> Path:
     """Calibrate with this many processes; the folder of the result."""
     out = work / f"ranks{size}"
     if (out / "times.json").exists():
-        print(f"{size} process(es): are there", flush=True)
+        print(f"{size} process(es): is there", flush=True)
         return out
     out.mkdir(exist_ok=True)
     script = [str(HERE / "scale_ranks.py"), str(work / "small"), str(out), str(told)]
@@ -115,7 +122,7 @@ def compare_ranks(asked: argparse.Namespace, told: dict[str, Any]) -> list[str]:
 
     import ffnscope as fs
 
-    small = {**told, "hidden": asked.hidden // 2, "layers": asked.ranks_layers, "dtype": "float32"}
+    small = {**told, "hidden": asked.hidden // 2, "layers": asked.ranks_layers, "dtype": "float32", "device": "cpu"}
     folder = asked.work / "small"
     if not (folder / "model.safetensors.index.json").exists():
         folder.mkdir(exist_ok=True)
@@ -125,12 +132,7 @@ def compare_ranks(asked: argparse.Namespace, told: dict[str, Any]) -> list[str]:
     one, two = (run_ranks(size, asked.work, path) for size in (1, 2))
     times = [json.loads((out / "times.json").read_text()) for out in (one, two)]
     stats = [fs.read_stats(out / "stats.safetensors")[0] for out in (one, two)]
-    worst = 0.0
-    for site, first in stats[0].items():
-        for name, value in first.values.items():
-            other = stats[1][site].values[name]
-            scale = float(value.double().abs().max()) or 1.0
-            worst = max(worst, float((value.double() - other.double()).abs().max()) / scale)
+    worst = _distance(*stats)
     plans = [fs.read_plan(out / "plan.json").kept for out in (one, two)]
     same = all(plans[0][site].equal(kept) for site, kept in plans[1].items())
     middle = [statistics.median(t) for t in times]
@@ -149,6 +151,22 @@ def compare_ranks(asked: argparse.Namespace, told: dict[str, Any]) -> list[str]:
     ]
 
 
+def _distance(one: dict[Any, Any], other: dict[Any, Any]) -> float:
+    """Largest difference of any statistic, as a share of its largest value."""
+    worst = 0.0
+    for site, first in one.items():
+        for name, value in first.values.items():
+            found = other[site].values[name]
+            scale = float(value.double().abs().max()) or 1.0
+            worst = max(worst, float((value.double() - found.double()).abs().max()) / scale)
+    return worst
+
+
+def faults() -> list[str]:
+    """The table of faults, under a heading of this page."""
+    return ["", f"#{FAULTS.read_text(encoding='utf-8').strip()}"]
+
+
 def table(asked: argparse.Namespace, told: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
     """The stages as Markdown."""
     weights, limit = found["make"]["weights"], asked.limit_gigabytes * GB
@@ -162,10 +180,12 @@ def table(asked: argparse.Namespace, told: dict[str, Any], found: dict[str, dict
         f"{told['batch']}; hidden states wait: {told['place']}. Device: {told['device']}, {platform.machine()}, "
         f"{os.cpu_count()} cores, load {load} at the end.",
         "",
-        f"Limit of peak memory (VmHWM, mapped pages of files included): {limit / MIB:,.0f} MiB, "
-        f"{weights / limit:.1f} times less than the weights. Libraries alone (a streamed model of no size, with "
+        f"Limit of peak memory (VmHWM, mapped pages of files included): {limit / MIB:,.0f} MiB; "
+        f"the weights are {weights / limit:.2f} times that. Libraries alone (a streamed model of no size, with "
         f"gradients) take {idle['VmHWM'] / MIB:,.0f} MiB of it. «Anonymous» is what the process allocated; «mapped» "
         "are pages of files, which the system can drop; each is the most that was sampled.",
+        "",
+        "The page cache of files that are read and not mapped belongs to no process, and is in none of these numbers.",
         "",
         "The bound is the larger of reading the weights that the stage needs (the quicker of two readings of the same "
         "files, so from the page cache where it holds them) and of its FLOP at the measured speed of a matrix product.",
@@ -208,9 +228,12 @@ def main() -> None:
             found[stage] = json.loads(record.read_text())
     lines = table(asked, told, found) if {"make", "idle"} <= found.keys() else []
     lines += compare_ranks(asked, told) if "ranks" in wanted else []
+    lines += faults()
     text = "\n".join([*lines, "", "Written by `benchmarks/scale.py`.", ""])
-    if lines:
+    if asked.record and {*STAGES[2:], "make", "idle"} <= found.keys() and "ranks" in wanted:
         OUT.write_text(text, encoding="utf-8")
+    elif asked.record:
+        raise SystemExit(f"{text}\nNot recorded: that takes all stages ({', '.join((*STAGES, 'ranks'))}).")
     print(text)
 
 

@@ -214,6 +214,8 @@ def main() -> None:
     start = time.perf_counter()
     found |= STAGES[stage](asked)
     found["seconds"] = time.perf_counter() - start
+    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    found["VmHWM"] = int(rows["VmHWM"].split()[0]) * 1024
     (root(asked) / f"{stage}.result.json").write_text(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""Faults at random points of `ffnscope run`, also on a streamed model, and `ffnscope prune`, and what comes of them."""
+"""Faults at random points of `ffnscope run` (also streamed, also a sweep), `prune` and `score`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +26,19 @@ from typer.testing import CliRunner
 
 from checkpoints import make_checkpoint
 from ffnscope.cli import app
-from ffnscope.errors import ArtifactError
-from ffnscope.run import load_config, run
+from ffnscope.cli.score import UNFINISHED
+from ffnscope.errors import ArtifactError, ConfigError, SweepError
+from ffnscope.run import load_config, load_sweep, run, run_sweep
 from ffnscope.run.progress import Reporter
 from runs import results, small_run
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+
+
+TOLD = (ArtifactError, ConfigError, SweepError)
+"""How a fault is told; a sweep tells it of its cells."""
+PAGE = 4096
 
 
 class Died(BaseException):
@@ -103,8 +110,8 @@ def watching(watch: Watch) -> Iterator[Watch]:
         _limit_files(None)
 
 
-_SERVER = multiprocessing.get_context("forkserver")  # imports once, and makes a process of its own for every kill
-_SERVER.set_forkserver_preload(["ffnscope.cli", "ffnscope.run", "transformers.models.llama.modeling_llama"])
+SERVER = multiprocessing.get_context("forkserver")  # imports once, and makes a process of its own for every kill
+SERVER.set_forkserver_preload(["ffnscope.cli", "ffnscope.run", "transformers.models.llama.modeling_llama"])
 
 
 def _command(root: str, at: int | None, arguments: list[str]) -> None:
@@ -121,7 +128,8 @@ class Work:
     """A command on a tiny checkpoint.
 
     Attributes:
-        name: "run", "streamed run" (hidden states on disk, a reconstruction, checkpoints), or "prune".
+        name: "run", "streamed run" (hidden states on disk, a reconstruction, checkpoints), "sweep" (two cells), "prune"
+            or "score" (of two calibrations, compared).
         root: everything that it reads and writes.
     """
 
@@ -134,25 +142,26 @@ class Work:
 
     @property
     def is_run(self) -> bool:
-        return self.name != "prune"
+        """Whether a finished one is looked through by the next call, and not refused."""
+        return self.name not in ("prune", "score")
+
+    @property
+    def unfinished(self) -> Path:
+        """The folder that a process at work holds."""
+        folders = {"prune": self.out.with_name(".out.prune.part"), "score": self.out / UNFINISHED}
+        return folders.get(self.name, self.out)
 
     @property
     def arguments(self) -> list[str]:
         if self.is_run:
             return ["run", str(self.root / "run.yaml")]
         text = ("--text", self.root / "texts" / "train.txt", "--num-samples", 8, "--max-length", 32, "--batch-size", 4)
-        given = (
-            "prune",
-            self.root / "model",
-            "--out",
-            self.out,
-            "--sparsity",
-            0.5,
-            "--no-evaluate",
-            "--method",
-            "best",
-        )
-        return [str(one) for one in (*given, *text, "--device", "cpu")]
+        of = {
+            "prune": ("--sparsity", 0.5, "--no-evaluate", "--method", "best"),
+            "score": ("-m", "wanda", "-m", "scar_loss_proxy", "--repeats", 2),
+        }
+        given = (self.name, self.root / "model", "--out", self.out, *of[self.name], *text, "--device", "cpu")
+        return [str(one) for one in given]
 
     def prepare(self, texts: Path) -> None:
         """Write the checkpoint, the texts and the configuration."""
@@ -162,6 +171,8 @@ class Work:
         if self.name == "streamed run":
             pruning = {"ratios": [0.5], "algorithms": ["scar_loss_proxy"], "reconstruct": "sequential"}
             changes |= {"model": {"stream": "disk"}, "pruning": pruning, "output": {"checkpoints": True}}
+        if self.name == "sweep":
+            changes |= {"pruning": {"ratios": [0.5]}, "sweep": {"pruning.algorithms": [["wanda"], ["scar_loss_proxy"]]}}
         config = small_run(self.root / "model", self.root / "texts", self.out, **changes)
         (self.root / "run.yaml").write_text(yaml.safe_dump(config))
 
@@ -169,8 +180,12 @@ class Work:
         """Do the work, or go on with it; returns what it told."""
         if self.is_run:
             told = io.StringIO()
-            config = load_config(self.root / "run.yaml")
-            run(config, overwrite=overwrite, reporter=Reporter(Console(file=told, width=1000)))
+            reporter = Reporter(Console(file=told, width=1000))
+            path = self.root / "run.yaml"
+            if self.name == "sweep":
+                run_sweep(load_sweep(path), overwrite=overwrite, reporter=reporter).check()
+            else:
+                run(load_config(path), overwrite=overwrite, reporter=reporter)
             return told.getvalue()
         arguments = [*self.arguments, *(["--overwrite"] if overwrite else [])]
         return CliRunner().invoke(app, arguments, catch_exceptions=False).output
@@ -185,7 +200,11 @@ class Work:
         left = [path.name for path in self.out.parent.iterdir() if path != self.out]
         left += [path.name for path in self.out.rglob(".*.tmp")]
         assert not left, f"left behind: {left}"
-        return results(self.out)
+        return self.results()
+
+    def results(self) -> dict[str, str]:
+        """Name -> hash of every result; the record of a sweep holds times of files."""
+        return {name: value for name, value in results(self.out).items() if name != "sweep.json"}
 
     def measured(self) -> dict[str, dict[str, Any]]:
         """Name -> rows of every file of sums per window, of pruned models by a hash of their plan and weights."""
@@ -224,7 +243,7 @@ class Faults:
                 self.work.start()
             except Died:
                 return ""
-            except ArtifactError as error:
+            except TOLD as error:
                 assert "cannot write" in str(error) and "work" in str(error), error
                 assert "Make room" in str(error) or kind == "full disk in a write", error
                 return str(error)
@@ -237,6 +256,20 @@ class Faults:
         while kind.startswith("full disk") and not told:  # no file but the log was written after that
             told = self.broken_off(kind)
         self.again(kind)
+
+    def small_disk(self) -> None:
+        """A file system of random size, on which a write fails; then the same call, on a larger one."""
+        most = 2 * sum(path.stat().st_size for path in self.work.root.joinpath("work").rglob("*") if path.is_file())
+        while True:
+            self.work.fresh()
+            with file_system(self.work.root / "work", self.rng.randint(1, max(1, most // PAGE)) * PAGE) as enlarge:
+                try:
+                    self.work.start()
+                except TOLD as error:
+                    assert "cannot write" in str(error) and "Make room" in str(error), error
+                    enlarge()
+                    self.again("full disk, of a small file system")
+                    return
 
     def killed(self, *, at_time: bool) -> None:
         """SIGKILL of a child at a random file operation, or at a random time between its first file and its end."""
@@ -254,7 +287,7 @@ class Faults:
 
     def _child(self, at: int | None) -> Any:
         """A process that does the work, and has written its first file, or has ended."""
-        child = _SERVER.Process(target=_command, args=(str(self.work.root / "work"), at, self.work.arguments))
+        child = SERVER.Process(target=_command, args=(str(self.work.root / "work"), at, self.work.arguments))
         child.start()
         while at is None and not self.work.files() and child.exitcode is None:
             time.sleep(0.005)
@@ -272,7 +305,7 @@ class Faults:
     def _finished(self) -> bool:
         """Whether everything was made, and nothing was left to do."""
         left = [path for path in self.work.out.parent.iterdir() if path != self.work.out]
-        return not left and self.work.out.is_dir() and results(self.work.out) == self.whole
+        return not left and self.work.out.is_dir() and self.work.results() == self.whole
 
     def damaged(self, kind: str, *, finished: bool = False) -> None:
         """A flipped bit in, or the end cut from, a random file of broken-off or finished work."""
@@ -301,7 +334,7 @@ class Faults:
         try:
             told = self.work.start()
             outcome = "told, made again" if damaged is not None and damaged.name in told else "went on"
-        except ArtifactError as error:
+        except TOLD as error:
             told = str(error)
             if "already exists" in told:  # it was complete; only the working folder was left
                 return self.complete(fault, told, damaged)
@@ -317,10 +350,10 @@ class Faults:
         return told
 
     def complete(self, fault: str, told: str, damaged: Path | None) -> str:
-        """A pruning that was broken off after its result had appeared: that is refused, or replaced if one asks so."""
-        assert self.work.name == "prune"
+        """Work that was broken off after its result had appeared: that is refused, or replaced if one asks so."""
+        assert not self.work.is_run
         if damaged is None or self.work.out not in damaged.parents:
-            assert results(self.work.out) == self.whole, fault
+            assert self.work.results() == self.whole, fault
         self.work.start(overwrite=True)
         assert self.work.made() == self.whole, fault
         self.note(fault, "was complete: refused to replace it")
@@ -335,7 +368,7 @@ class Faults:
         back = change()
         try:
             told = self.work.start()
-        except ArtifactError as error:
+        except TOLD as error:
             told = str(error)
             outcome = "refused, told what to do"
             assert "--overwrite" in told
@@ -358,7 +391,7 @@ class Faults:
         from ffnscope.apply.folder import held
 
         self.work.fresh()
-        folder = self.work.out if self.work.is_run else self.work.out.with_name(".out.prune.part")
+        folder = self.work.unfinished
         folder.mkdir(parents=True)
         with held(folder):
             try:
@@ -373,6 +406,33 @@ class Faults:
         """Count an outcome."""
         key = (self.work.name, fault, outcome)
         self.table[key] = self.table.get(key, 0) + 1
+
+
+@contextmanager
+def file_system(folder: Path, size: int) -> Iterator[Callable[[], None]]:
+    """Within the block, a folder is a file system of ``size`` bytes; yields what makes it large.
+
+    Raises:
+        PermissionError: this process may not mount one.
+    """
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
+    )
+    if made.returncode:
+        raise PermissionError(made.stderr.strip())
+    try:
+        yield lambda: [subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True), None][1]
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this process may mount a file system."""
+    try:
+        with file_system(folder, PAGE):
+            return True
+    except (PermissionError, FileNotFoundError):
+        return False
 
 
 def unequal(one: dict[str, str], other: dict[str, str]) -> list[str]:
@@ -408,8 +468,11 @@ def another_model(work: Work) -> Callable[[], Callable[[], None]]:
     return change
 
 
-def all_faults(work: Work, seed: int, *, kills: int = 5, times: int = 4) -> Faults:
-    """Every kind of fault ``times`` times or less, and ``kills``: 30 and these on a run, 26 on a pruning by default."""
+def all_faults(work: Work, seed: int, *, kills: int = 5, times: int = 4, disk: bool = False) -> Faults:
+    """Every kind of fault ``times`` times or less, and ``kills``: 30 and these on a run, 26 on a pruning by default.
+
+    With ``disk``, also ``times`` full file systems, which not every process may mount.
+    """
     made = Faults(work, seed)
     for kind in ("interrupt", "death", "full disk", "full disk in a write"):
         for _ in range(times - (kind == "full disk in a write")):
@@ -417,6 +480,9 @@ def all_faults(work: Work, seed: int, *, kills: int = 5, times: int = 4) -> Faul
     for kind in ("bit flipped", "truncated"):
         for _ in range(times):
             made.damaged(kind)
+    if disk:
+        for _ in range(times):
+            made.small_disk()
     if work.is_run:
         for _ in range(times - 1):
             made.damaged("bit flipped", finished=True)

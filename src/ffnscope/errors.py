@@ -27,15 +27,23 @@ class ConfigError(UsageError):
         noun = "problem" if len(problems) == 1 else "problems"
         super().__init__(f"{source}: {len(problems)} {noun}\n" + "\n".join(f"  - {p}" for p in problems))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, list[str]]]:
+        """How it reaches another process."""
+        return type(self), (self.source, self.problems)
+
 
 class SweepError(FFNScopeError, RuntimeError):
     """Cells of a sweep failed; ``failed`` maps the name of each to what stopped it. The others are finished."""
 
     def __init__(self, failed: dict[str, str], n_cells: int):
-        self.failed = failed
+        self.failed, self.n_cells = failed, n_cells
         lines = "\n".join(f"  - {name}: {why}" for name, why in failed.items())
         cure = "The others are finished. Called again, the sweep tries only these."
         super().__init__(f"{len(failed)} of {n_cells} cells failed. {cure}\n{lines}")
+
+    def __reduce__(self) -> tuple[type[SweepError], tuple[dict[str, str], int]]:
+        """How it reaches another process."""
+        return type(self), (self.failed, self.n_cells)
 
 
 class NotAvailableError(UsageError):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from ffnscope import errors
@@ -34,3 +36,10 @@ def test_all_problems_of_a_file_are_one_error() -> None:
     assert str(error) == "a.yaml: 2 problems\n  - first\n  - second"
     assert error.problems == ["first", "second"]
     assert str(errors.ConfigError("a.yaml", ["only"])).startswith("a.yaml: 1 problem\n")
+
+
+@pytest.mark.parametrize("error", [errors.ConfigError("a", ["b", "c"]), errors.SweepError({"cell": "why"}, 3)])
+def test_errors_reach_other_processes_as_they_are(error: errors.FFNScopeError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (str(again), vars(again)) == (str(error), vars(error))

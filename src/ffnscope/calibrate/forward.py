@@ -27,21 +27,24 @@ def forward_logits(model: nn.Module, batch: Windows) -> Tensor:
         UsageError: the windows are longer than the positions that the model was built for, or hold token ids that its
             embedding has no row for.
     """
-    check_length(model, batch.length)
-    check_ids(model, batch)
+    check_windows(model, batch)
     device = input_device(model)
     mask = {} if bool(batch.valid.all()) else {"attention_mask": batch.valid.to(device, torch.int64)}
     return model(input_ids=batch.input_ids.to(device), use_cache=False, **mask).logits
 
 
-def check_length(model: nn.Module, length: int) -> None:
-    """Raise UsageError when windows of ``length`` tokens do not fit into the model's positions."""
+def check_windows(model: nn.Module, windows: Windows, *, key: str = "max_length") -> None:
+    """Raise UsageError when windows are longer than the model's positions, or hold token ids that it has no row for.
+
+    ``key`` names what chooses their length.
+    """
     limit = max_positions(model)
-    if limit is not None and limit < length:
+    if limit is not None and limit < windows.length:
         raise UsageError(
-            f"windows of {length} tokens do not fit into {type(model).__name__}, which has {limit} positions. Lower "
-            f"max_length to at most {limit}."
+            f"windows of {windows.length} tokens do not fit into {type(model).__name__}, which has {limit} positions. "
+            f"Lower {key} to at most {limit}."
         )
+    check_ids(model, windows)
 
 
 def check_ids(model: nn.Module, windows: Windows) -> None:

@@ -44,11 +44,16 @@ class Identity:
 
     def agrees(self, other: Identity) -> bool:
         """Whether another model has the same values and modules, and the same logits up to rounding."""
+        return self.difference(other) is None
+
+    def difference(self, other: Identity) -> str | None:
+        """What another model has that this one has not, in words; None where they agree."""
         if self.exact != other.exact or self.logits.shape != other.logits.shape:
-            return False
+            return "another config, other modules or other values"
         largest = float(self.logits.nan_to_num(posinf=0, neginf=0).abs().max())
         allowed = min(ROUNDING * self.precision, MOST) * largest
-        return torch.allclose(self.logits, other.logits, rtol=0, atol=allowed, equal_nan=True)
+        same = torch.allclose(self.logits, other.logits, rtol=0, atol=allowed, equal_nan=True)
+        return None if same else "other logits for the same tokens and values"
 
 
 def identity_of(model: nn.Module) -> Identity:

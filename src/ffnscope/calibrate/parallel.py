@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -129,10 +131,13 @@ def shared(model: nn.Module, serve: Callable[..., None], *arguments: Any) -> Ran
     """Ask all processes to take part in a pass; return this one's place among them, or `ALONE`.
 
     Every other process calls ``serve(its model, place, *arguments)``, a function of a module, in which the calls of
-    `Ranks` must be those that the leader makes.
+    `Ranks` must be those that the leader makes. Where there are others, a `UserWarning` tells why a pass is not shared.
     """
+    if not _STATE["leads"]:
+        return ALONE
     source = source_of(model)
-    if not _STATE["leads"] or source is None:
+    if source is None:
+        _tell_alone("the others cannot load this model, which is not one from load_model")
         return ALONE
     place = Ranks(0, dist.get_world_size())
     dist.broadcast_object_list([(serve, source, own_modules(), arguments)])
@@ -171,15 +176,36 @@ def _alike(place: Ranks, look: Callable[[], Identity]) -> bool:
     Where another process cannot load it, the leader goes on alone; what it cannot look at itself, it raises.
     """
     error: FFNScopeError | None = None
-    found: Identity | None = None
+    found: Identity | str
     try:
         found = look()
     except FFNScopeError as raised:
-        error = raised
+        error, found = raised, str(raised)
     first, *others = place.gathered(found)
     if place.leads and error is not None:
         raise error
-    return first is not None and all(one is not None and first.agrees(one) for one in others)
+    if isinstance(first, str):
+        return False
+    whys = [why for why in starmap(partial(_unlike, first), enumerate(others, 2)) if why is not None]
+    if place.leads and whys:
+        _tell_alone(whys[0])
+    return not whys
+
+
+def _unlike(first: Identity, number: int, other: Identity | str) -> str | None:
+    """Why a process does not take part; None where it does."""
+    if isinstance(other, str):
+        return f"process {number} cannot load the model: {other}"
+    found = first.difference(other)
+    return found and (
+        f"the model of process {number} has {found}: the first process has changed its own since it was loaded "
+        "(a mask, pruning, a patch), or their files or machines differ"
+    )
+
+
+def _tell_alone(why: str) -> None:
+    message = f"one of {n_processes()} processes computes a pass alone, which is slower, and right: {why}."
+    warnings.warn(message, stacklevel=2)
 
 
 def _integer(variable: str, default: int | None) -> int:

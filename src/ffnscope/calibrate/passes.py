@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
@@ -14,12 +15,49 @@ from ffnscope.calibrate.parallel import Ranks, shared
 from ffnscope.calibrate.steps import Step, begin_step
 from ffnscope.calibrate.sums import Surroundings
 from ffnscope.calibrate.sweep import sweep
+from ffnscope.calibrate.sweep_files import SweepFiles
 from ffnscope.calibrate.taps import SignalTap
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.streamed import is_streamed
 from ffnscope.types import FFNSite
 
 OnBatch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What processes share.
+
+    Attributes:
+        steps: those that are not done.
+        start: number of the first of them.
+        every: windows between two savings of sums; None = never.
+        kept: files of a streamed pass, if it can go on after an interrupt.
+    """
+
+    steps: Sequence[Step]
+    start: int
+    every: int | None
+    kept: SweepFiles | None
+
+    def files(self, ranks: Ranks) -> SweepFiles | None:
+        """Those of this process."""
+        return None if self.kept is None else self.kept.of_share(self.start, ranks.rank, ranks.size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a process runs of some steps.
+
+    Attributes:
+        ranks: its place among the others.
+        files: those from which a streamed share goes on, and in which it is saved.
+        final: whether no steps follow.
+    """
+
+    ranks: Ranks
+    files: SweepFiles | None
+    final: bool
 
 
 def run_steps(
@@ -37,7 +75,9 @@ def run_steps(
     every = saver.every if saver else None
     names = [one.name for one in (*accumulator.forward, *accumulator.backward)]
     around = accumulator.sums.around
-    ranks = shared(model, serve_steps, list(sites), names, accumulator.core, around, (steps[start:], every))
+    kept = saver.blocks if saver and is_streamed(model) else None
+    text = _Text(steps[start:], start, every, kept)
+    ranks = shared(model, serve_steps, list(sites), names, accumulator.core, around, text)
     total = sum(s.batch.n_tokens for s in steps)
     done = sum(s.batch.n_tokens for s in steps[:start])
     within = on_batch is not None and (is_streamed(model) or ranks.size > 1)
@@ -46,11 +86,8 @@ def run_steps(
             here = sum(s.batch.n_tokens for s in group)
             start += len(group)
             tell = partial(_tell, on_batch, done, here, total) if on_batch is not None and within else None
-            final = start == len(steps)
-            if saver and is_streamed(model) and ranks.size == 1:
-                sweep(model, sites, group, accumulator, tell, saver.blocks)
-            else:
-                _run_group(model, sites, group, accumulator, ranks, final=final, tell=tell)
+            share = _Share(ranks, text.files(ranks), final=start == len(steps))
+            _run_group(model, sites, group, accumulator, share, tell)
             done += here
             if saver:
                 saver.after(start - 1, sum(len(s.batch) for s in group), accumulator)
@@ -65,22 +102,21 @@ def serve_steps(
     names: Sequence[str],
     core: Mapping[FFNSite, Tensor],
     around: Surroundings,
-    text: tuple[Sequence[Step], int | None],
+    text: _Text,
 ) -> None:
     """Take a share of the steps that a leading process runs."""
-    steps, every = text
     accumulator = Accumulator(sites, names, core, around)
-    groups = _groups(steps, ranks, every, streamed=is_streamed(model))
+    groups = _groups(text.steps, ranks, text.every, streamed=is_streamed(model))
     with frozen(model):
         for i, group in enumerate(groups, 1):
-            _run_group(model, sites, group, accumulator, ranks, final=i == len(groups))
+            _run_group(model, sites, group, accumulator, _Share(ranks, text.files(ranks), final=i == len(groups)))
 
 
 def _groups(steps: Sequence[Step], ranks: Ranks, every: int | None, *, streamed: bool) -> list[Sequence[Step]]:
     """Cut steps into those between two moments at which sums are whole in one process and can be saved.
 
     A single process can save after each step, several when each has run about ``every`` windows. The sums of a streamed
-    model are whole at the end only; a single process saves them and the hidden states at each block (`SweepFiles`).
+    model are whole at the end only; each process saves its own, and the hidden states, at each block (`SweepFiles`).
     """
     if streamed or (ranks.size > 1 and every is None):
         return [steps]
@@ -101,21 +137,20 @@ def _run_group(
     sites: Sequence[FFNSite],
     group: Sequence[Step],
     accumulator: Accumulator,
-    ranks: Ranks,
-    *,
-    final: bool,
+    share: _Share,
     tell: OnBatch | None = None,
 ) -> None:
     """Run this process's share of some steps, and bring the sums of all together in the leader."""
+    ranks = share.ranks
     mine = group[ranks.rank :: ranks.size]
 
     def run() -> None:
         if is_streamed(model):
             if mine:
-                sweep(model, sites, mine, accumulator, tell)
+                sweep(model, sites, mine, accumulator, tell, share.files)
             return
         for i, step in enumerate(mine, 1):
-            _run(model, sites, step, accumulator, last=final and i == len(mine))
+            _run(model, sites, step, accumulator, last=share.final and i == len(mine))
             if tell is not None:
                 tell(i, len(mine))
 

@@ -33,6 +33,8 @@ class SweepFiles:
     ``position.json`` names those that count: it is replaced when all that it names is there, and what it no longer
     names is deleted after that. So a kill at any moment leaves the end of one stage. Every file has a checksum.
 
+    Processes that share a pass keep their own parts (`of_share`), and each goes on behind its own last stage.
+
     Disk: sums of every block once, and the hidden states that the pass holds at the end of a stage, with those of the
     stage before while it is saved.
 
@@ -45,6 +47,14 @@ class SweepFiles:
         self.folder, self.key = folder, key
         self._states: set[str] = set()
         self._sums: list[str] = []
+
+    def of_share(self, start: int, rank: int, size: int) -> SweepFiles:
+        """Those of one process among ``size``, for a pass that begins at step ``start``; of several, in a folder apart.
+
+        `remove` of the whole removes them too.
+        """
+        folder = self.folder / f"process_{rank + 1}_of_{size}" if size > 1 else self.folder
+        return SweepFiles(folder, f"{self.key} from {start}, {rank} of {size}")
 
     def resume(self) -> tuple[int, list[ChannelStats], list[Key]]:
         """Stages that are done, their sums, and which hidden states wait; (0, [], []) without files of this pass.
@@ -109,6 +119,8 @@ class SweepFiles:
     def remove(self) -> None:
         """Remove the files, and the folder when nothing else is in it."""
         if self.folder.is_dir():
+            for share in list(self.folder.glob("process_*_of_*")):
+                SweepFiles(share, "").remove()
             (self.folder / _POSITION).unlink(missing_ok=True)
             self._delete_others(())
             with contextlib.suppress(OSError):  # something else is in it

@@ -98,15 +98,16 @@ def score_all(
     reporter: Reporter,
     folder: Path | None = None,
     windows: Windows | None = None,
+    model_hash: str | None = None,
 ) -> dict[str, Scores]:
     """Calibrate for all metrics (once, or twice when one needs the core) and score; with a folder, also write both.
 
-    ``windows`` are those of the choice, where they are cut already. The passes leave their sums in the folder's
-    `UNFINISHED`, which the caller removes once all else is done.
+    ``windows`` are those of the choice, where they are cut already; ``model_hash``, where it is known. The passes leave
+    their sums in the folder's `UNFINISHED`, which the caller removes once all else is done.
     """
     windows = choice.calibration(loaded) if windows is None else windows
     part = folder / UNFINISHED / "calibrate.safetensors" if folder else None
-    known = weights_hash(loaded.model)
+    known = model_hash or weights_hash(loaded.model)
     options = PassOptions(batch_size=choice.batch_size, checkpoint=part, keep_checkpoint=True, model_hash=known)
     facts = scoring_facts(loaded, known, asked, windows, choice.batch_size)
     given: Any = {"sites": asked.sites, "rule": asked.rule, "options": options}

@@ -14,7 +14,7 @@ from ffnscope.calibrate.text import check_text
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.curve_options import numbered_round, tell_curves, write_curve_files
-from ffnscope.cli.files import Out, Overwrite, check_folder_output, read_metric, unfinished
+from ffnscope.cli.files import Out, Overwrite, check_folder_output, read_metric, tell_changes, unfinished
 from ffnscope.cli.groups import grouped, option_names
 from ffnscope.cli.prune import of_this_model
 from ffnscope.cli.prune_estimate import print_curves_estimate
@@ -75,6 +75,7 @@ def curves_command(
         print_curves_estimate(job, asked, OUT)
         return
     with unfinished(out / UNFINISHED) as part:
+        tell_changes(part, {**job.hashes, "the calibration text": job.windows.hash}, reporter)
         one = job.score(part) if found is None else found
         stats = job.stats(part) if refit else None
         curves = numbered_round(job, one, stats, asked, part, 1, plan)

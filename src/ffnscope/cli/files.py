@@ -87,9 +87,13 @@ def tell_changes(part: Path, found: Mapping[str, str], reporter: Reporter) -> No
 
 @contextlib.contextmanager
 def unfinished(part: Path) -> Generator[Path]:
-    """A `working_folder` in an output, which marks it as not finished; a new output in which nothing is goes too."""
+    """A `working_folder` in an output, which marks it as not finished; a new output in which nothing is goes too.
+
+    Files of the output that a killed process had only half written are deleted.
+    """
     try:
         with working_folder(part):
+            sweep(part.parent)
             yield part
     except BaseException:
         with contextlib.suppress(OSError):  # not empty

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ffnscope.analyze.levels import CoreRule, needs_core
 from ffnscope.analyze.question import Question
+from ffnscope.calibrate.forward import check_windows
 from ffnscope.calibrate.text import TextSource, check_text, load_windows
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError, unknown_name
@@ -267,7 +268,9 @@ class TextChoice:
         return TextSource(self.text, split=self.split or held_out_split(self.text), mix=mix)
 
     def _windows(self, source: TextSource, loaded: LoadedModel) -> Windows:
-        return load_windows(source, loaded.tokenizer, n=self.num_samples, length=self.max_length, seed=self.seed)
+        found = load_windows(source, loaded.tokenizer, n=self.num_samples, length=self.max_length, seed=self.seed)
+        check_windows(loaded.model, found)
+        return found
 
 
 def _train_split(name: str) -> str | None:

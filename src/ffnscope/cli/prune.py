@@ -116,9 +116,9 @@ def prune_command(
     if plan is None:
         check_budget(job.asked.sites if scores is None else scores.sites, budget, method.allocator)
     job.check_text()
+    held_out = texts.held_out.windows(loaded) if texts.held_out else None  # what is wrong with them shows now
     if dry_run:
         rounds = measured.rounds_of(method, plan)
-        held_out = texts.held_out.windows(loaded) if texts.held_out else None
         print_prune_estimate(job, budget, held_out, libraries, OUT, rounds)
         return
     _start(_Asked(wanted, measured, known, budget, saving, texts), job, scores)

@@ -22,7 +22,6 @@ from ffnscope.apply.record import PruningRecord
 from ffnscope.apply.rounds import RoundSteps, plan_in_rounds, read_round
 from ffnscope.apply.sequential import SequentialOptions
 from ffnscope.calibrate.collect import PassOptions, weights_hash
-from ffnscope.calibrate.forward import check_ids
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT, scoring_facts
@@ -131,10 +130,9 @@ class PruneJob:
             check_bias(self.loaded.model, sites)
 
     def check_text(self) -> None:
-        """Cut the calibration text, if it is read; refuse one that is too short, and say where it is for a refit."""
+        """Cut the calibration text, if it is read, and refuse one that does not fit; say where a refit lacks text."""
         if not self.reads_text:
             return
-        check_ids(self.loaded.model, self.windows)
         self.method.check_windows(len(self.windows))
         tell_few_tokens(self.reporter, self.loaded.model, self.method, self.asked.sites, self.windows)
 

@@ -11,6 +11,7 @@ import typer
 
 from ffnscope.apply.method import Method
 from ffnscope.apply.record import PruningRecord, TextRecipe, text_source
+from ffnscope.calibrate.forward import check_windows
 from ffnscope.calibrate.pack import Cut
 from ffnscope.calibrate.text import HUB_NAMES, TextSource, check_text, load_cut
 from ffnscope.calibrate.windows import Windows
@@ -76,11 +77,18 @@ class Sample:
     grows: bool = False
 
     def windows(self, loaded: LoadedModel, enough: int | None = None) -> Windows:
-        """Cut the windows; ``enough`` of them, with ``n`` as the least, where the sample grows."""
+        """Cut the windows; ``enough`` of them, with ``n`` as the least, where the sample grows.
+
+        Raises:
+            UsageError: the model has too few positions for them, or no rows for their token ids.
+            TextError: the text is too short.
+        """
         cut = Cut(self.n, self.length, seed=self.seed, least=self.least)
         if self.grows and enough is not None:
             cut = replace(cut, n=max(self.n, enough), least=self.n)
-        return load_cut(self.source, loaded.tokenizer, cut)
+        found = load_cut(self.source, loaded.tokenizer, cut)
+        check_windows(loaded.model, found)
+        return found
 
     def recipe(self, windows: Windows) -> TextRecipe:
         """How these windows of the sample can be cut again."""

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from ffnscope.analyze.stability import stability_rows
-from ffnscope.calibrate.collect import PassOptions
+from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT, UNFINISHED, score_all
-from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
+from ffnscope.cli.files import Out, Overwrite, check_folder_output, tell_changes, unfinished
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.passes import compare_calibrations
 from ffnscope.cli.score_estimate import print_score_estimate
@@ -72,7 +72,11 @@ def score_command(
         return
     with unfinished(out / UNFINISHED) as part:
         wait_in(loaded.model, part)
-        found = score_all(loaded, asked, text, reporter, out, windows)
+        known = weights_hash(loaded.model)
+        hashes = {"the model": known, "the calibration text": windows.hash}
+        hashes |= {f"the text of {label}": one.hash for label, (_, one) in texts.items()}
+        tell_changes(part, hashes, reporter)
+        found = score_all(loaded, asked, text, reporter, out, windows, known)
         summary = {"metrics": score_summary(found), "rank_correlation": correlation_summary(found)}
         write_json(out / "scores.json", summary)
         rows = stability_rows(compare_calibrations(texts, options, reporter, part)) if texts else []

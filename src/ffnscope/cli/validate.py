@@ -30,11 +30,11 @@ from ffnscope.analyze.validate import (
     validation_plans,
     with_floor,
 )
-from ffnscope.calibrate.collect import PassOptions, plan_steps
+from ffnscope.calibrate.collect import PassOptions, plan_steps, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
-from ffnscope.cli.files import check_folder_output, unfinished
+from ffnscope.cli.files import check_folder_output, tell_changes, unfinished
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_state, write_csv, write_json, write_text
@@ -199,6 +199,9 @@ def prepare(
 def run_validation(one: Measurement, reporter: Reporter, out: Path | None, *, plots: bool) -> Validation:
     """Score, ablate and prune; with a folder, write validation.json, .csv, .md and plots there. It can be continued."""
     with contextlib.nullcontext() if out is None else unfinished(out / UNFINISHED) as part:
+        if part is not None:
+            texts = {"the calibration text": one.calibration.hash, "the held-out text": one.held_out.hash}
+            tell_changes(part, {"the model": weights_hash(one.asked.model), **texts}, reporter)
         found = _measure(one, reporter, part)
         if out is not None:
             write_json(out / "validation.json", validation_facts(found))

@@ -24,7 +24,7 @@ from ffnscope.ffn.checkpoint import (
     no_conversion,
 )
 from ffnscope.ffn.checksums import check_files
-from ffnscope.ffn.gguf import PACKAGE, cache_dir, converted, find_gguf
+from ffnscope.ffn.gguf import PACKAGE, cache_dir, converted, converted_bytes, find_gguf
 from ffnscope.ffn.guard import check_config, check_model
 from ffnscope.ffn.messages import explained, quiet_transformers
 from ffnscope.ffn.narrowed import causal_lm
@@ -176,13 +176,15 @@ def source_of(model: nn.Module) -> ModelSource | None:
 
 
 def stored_bytes(source: ModelSource) -> int | None:
-    """Size of a checkpoint's safetensors, before they are read; None where that is not known, or a GGUF.
+    """Size of a checkpoint's safetensors, before they are read; None where that is not known.
 
-    Of a hub model the index is asked for, which is a small file; a model of one file has none, and is taken as unknown
-    unless it is in the cache.
+    Of a GGUF it is that of the safetensors into which it is converted. Of a hub model the index is asked for, which is
+    a small file; a model of one file has none, and is taken as unknown unless it is in the cache.
     """
     where = _resolve(source.model_id)
     if isinstance(where, Path):
+        if where.suffix == ".gguf":
+            return converted_bytes(where)
         sizes = [path.stat().st_size for path in where.glob("*.safetensors")] if where.is_dir() else []
         return sum(sizes) or None
     return hub_bytes(where, {**_access(source), "revision": source.revision})

@@ -88,7 +88,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     sites = find_sites(loaded.model, config.model.tracked_layers)
     check_sites(config, sites)
     config, calibration = sized(config, loaded, sites)
-    held_out = evaluation_windows(config, loaded.tokenizer)
+    held_out = evaluation_windows(config, loaded)
     metrics = {name: metric_params(config, name) for name in config.metric_names}
     rule, options = core_rule(config), pass_options(config)
     extra = calibration_extra(config, sites, calibration)

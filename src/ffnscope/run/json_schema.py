@@ -31,7 +31,15 @@ def json_schema() -> dict[str, Any]:
             metrics["properties"][name] = _arguments(name)
     metrics["additionalProperties"] = {"type": ["object", "null"], "description": "Parameters of a metric."}
     schema["properties"]["sweep"] = _sweep()
+    _name_a_model(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ffnscope run"}
+
+
+def _name_a_model(schema: dict[str, Any]) -> None:
+    """Ask for the name of a model where there is no sweep, whose cells may each name their own."""
+    model = schema["$defs"][schema["properties"]["model"]["$ref"].rsplit("/", 1)[-1]]
+    named = {"model": {"required": model.pop("required")}}
+    schema["anyOf"] = [{"required": ["sweep"]}, {"required": schema.pop("required"), "properties": named}]
 
 
 def _properties(schema: dict[str, Any], block: str) -> dict[str, Any]:

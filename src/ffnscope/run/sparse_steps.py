@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import UsageError
+from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.ffn.load import LoadedModel
+from ffnscope.ffn.offload import is_offloaded
 from ffnscope.io import hash_json, read_json, write_csv, write_json
 from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
@@ -95,9 +96,18 @@ class CardJob:
         Raises:
             UsageError: too few documents for a split or for the certificate, traces that are too large, impossible
                 densities, a prompt as long as the windows, or a predictor's parameter of an FFN that is not there.
-            NotAvailableError: an FFN that cannot be traced, or that the predictor is not for.
+            NotAvailableError: an FFN that cannot be traced, or that the predictor is not for; weights that are
+                not in memory.
             ArtifactError: a file that a parameter names is not there.
         """
+        source = self.loaded.source
+        offloaded = source.device_map is not None and any(map(is_offloaded, self.loaded.model.parameters()))
+        if source.stream is not None or offloaded:
+            raise NotAvailableError(
+                f"contextual sparsity fits and measures on weights in memory, and {source.model_id} has them elsewhere "
+                "(stream, or device_map). Load it without these, on a machine that holds it, or leave contextual "
+                "sparsity out."
+            )
         check_densities(self.rule, self.densities)
         check_readable(self.rule, self.options, self.sites)
         check_predictor_params(self.rule, self.loaded.model, self.sites)

@@ -132,7 +132,7 @@ def open_job(
     sites = find_sites(loaded.model, config.model.tracked_layers)
     with reporter.task("read texts", "texts"):
         config, calibration = sized(config, loaded, sites)
-        held_out = evaluation_windows(config, loaded.tokenizer)
+        held_out = evaluation_windows(config, loaded)
     record_config(folder, config)
     if config.pruning.reconstructs:
         method = config.pruning.chosen(config.pruning.algorithms[0])

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from ffnscope.calibrate.forward import input_device
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, resolve_device, stored_bytes
+from ffnscope.ffn.main_memory import main_memory
 from ffnscope.run.bounds import Bytes, Setting, Shapes, Workload, setting_of, shapes_of, stage_bytes
-from ffnscope.run.machine import device_memory, main_memory
+from ffnscope.run.machine import device_memory
 from ffnscope.types import FFNSite
 
 GIB = 2**30

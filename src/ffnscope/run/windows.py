@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ffnscope.calibrate.forward import check_ids
+from ffnscope.calibrate.forward import check_windows
 from ffnscope.calibrate.pack import Cut
 from ffnscope.calibrate.text import TextSource, check_text, load_cut, load_documents, load_windows
 from ffnscope.calibrate.windows import Windows
@@ -29,7 +29,8 @@ def sized(config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite]) -> t
     """Cut the calibration text, and fill in how many windows there are where the configuration leaves that to the FFNs.
 
     Raises:
-        UsageError: too few windows for a distillation, or token ids that the model does not know.
+        UsageError: too few windows for a distillation, or windows that are too long for the model or hold token ids
+            that it does not know.
         TextError: the text is too short.
     """
     asked = config.calibration
@@ -38,7 +39,7 @@ def sized(config: RunConfig, loaded: LoadedModel, sites: Sequence[FFNSite]) -> t
         enough = enough_windows(loaded.model, sites, config.max_length)
         cut = replace(cut, n=max(config.num_samples, enough), least=config.num_samples)
     windows = load_cut(calibration_source(config), loaded.tokenizer, cut)
-    check_ids(loaded.model, windows)
+    check_windows(loaded.model, windows)
     if config.pruning.reconstructs:
         config.pruning.chosen(config.pruning.algorithms[0]).check_windows(len(windows))
     if not config.grows:
@@ -64,12 +65,19 @@ def calibration_windows(
     )
 
 
-def evaluation_windows(config: RunConfig, tokenizer: Any) -> list[Windows]:
+def evaluation_windows(config: RunConfig, loaded: LoadedModel) -> list[Windows]:
     """Cut every held-out text: contiguous blocks of a text, whole conversations of a text of chats.
 
     The seed is the experiment's, so that runs that differ in their calibration sample are measured on one text.
+
+    Raises:
+        UsageError: windows are too long for the model, or hold token ids that it does not know.
+        TextError: a text is too short.
     """
-    return [_held_out(config, source, tokenizer) for source in _held_out_sources(config)]
+    found = [_held_out(config, source, loaded.tokenizer) for source in _held_out_sources(config)]
+    for windows in found:
+        check_windows(loaded.model, windows, key="evaluation.max_length")
+    return found
 
 
 def second_windows(config: RunConfig, tokenizer: Any) -> Windows | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,42 @@ def test_several_processes_are_as_one(size: int, stream: str, checkpoint: Path, 
         assert one[name] == pytest.approx(value, rel=1e-9)
     assert json.loads((out / "sizes.json").read_text())["sizes"] == [size, size, 1, size]
     assert {p.name for p in out.iterdir()} == {p.name for p in single.iterdir()}
+
+
+KILLED = """
+import os, signal
+from ffnscope.calibrate.sweep_files import SweepFiles
+real, cut = SweepFiles.end_stage, int(sys.argv[4])
+def end_stage(self, done, *rest):
+    real(self, done, *rest)
+    print("stage", done, flush=True)
+    if done == cut + int(os.environ["RANK"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+SweepFiles.end_stage = end_stage
+"""
+
+
+def test_a_streamed_pass_of_two_processes_goes_on_where_each_was_killed(
+    checkpoint: Path, single: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    script = tmp_path / "script.py"
+    head, tail = SCRIPT.split("with ", 1)
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{head}{KILLED}with {tail}")
+    given = [str(script), str(checkpoint), str(out), "disk"]
+    cut = 2
+    ended = started(2, [*given, str(cut)], tmp_path)
+    assert [status for status, _ in ended] == [-signal.SIGKILL] * 2, ended
+    ended = started(2, [*given, "-1"], tmp_path)
+    assert [status for status, _ in ended] == [0, 0], ended
+    for rank, (_, told) in enumerate(ended):
+        assert f"stage {cut + rank + 1}\n" in told
+        assert f"stage {cut + rank}\n" not in told, "a finished stage was run again"
+    found, wanted = (read_stats(folder / "stats.safetensors")[0] for folder in (out, single))
+    assert distance(found, wanted) <= 1e-9
+    assert {p.name for p in out.iterdir()} == {p.name for p in single.iterdir()}
+    assert "the model of process 2 has other logits" in ended[0][1] or "another config" in ended[0][1]  # masked
 
 
 def test_a_single_process_leads_and_shares_nothing(llama: Any) -> None:

@@ -19,7 +19,7 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.ffn.streamed import Place
 from ffnscope.types import ChannelStats, FFNSite
 from reference import exact, padded
-from streams import streamed
+from streams import distance, streamed
 
 METRICS = ["wanda", "activation_outlier_index", "scar_loss_proxy"]
 LAYERS, BATCHES, BACKWARD = 4, 4, 2
@@ -126,6 +126,17 @@ def test_a_resident_pass_removes_them(tmp_path: Path) -> None:
     with pytest.raises(Cut):
         run(streamed(model), path, FORWARD_RUNS)
     run(model, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resident_pass_in_between_is_gone_on_from(tmp_path: Path) -> None:
+    model, path = exact("llama", num_hidden_layers=LAYERS), tmp_path / "stats.safetensors"
+    wanted = run(model, None)
+    with pytest.raises(Cut):
+        run(streamed(model), path, FORWARD_RUNS + 1)
+    with pytest.raises(Cut):
+        run(model, path, 2, checkpoint_every=1)
+    assert distance(run(streamed(model), path), wanted) <= 1e-12  # the files of the first one are of other steps
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 import ffnscope
 from ffnscope.errors import DeviceError, ModelError, UsageError
+from ffnscope.ffn import gguf
 from ffnscope.ffn.load import (
     ModelSource,
     cache_dir,
@@ -26,6 +27,7 @@ from ffnscope.ffn.load import (
     quiet_transformers,
     resolve_device,
     resolve_dtype,
+    stored_bytes,
 )
 from ffnscope.ffn.sites import find_sites
 from tiny import VOCAB, logits, tiny
@@ -374,6 +376,30 @@ class TestGguf:
         cache.touch()
         with pytest.raises(ModelError, match=r"tiny.gguf is converted once into .*, which cannot be written"):
             load_model(str(gguf_file))
+
+    @pytest.mark.parametrize("stream", [None, "disk"])
+    def test_one_that_does_not_fit_into_memory_is_refused_before_it_is_read(
+        self, gguf_file: Path, llama: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, stream: Any
+    ) -> None:
+        size = 4 * sum(value.numel() for value in llama.state_dict().values())
+        source = ModelSource(str(gguf_file), stream=stream)
+        assert stored_bytes(source) == size
+        monkeypatch.setattr(gguf, "main_memory", lambda: size - 1)
+        with pytest.raises(ModelError, match=r"all of its weights in memory.*which can be streamed; or load the file"):
+            load_model(source)
+        assert list((cache / "gguf").iterdir()) == []
+        monkeypatch.setattr(gguf, "main_memory", lambda: size)
+        assert torch.equal(logits(load_model(source).model), logits(llama))
+        monkeypatch.setattr(gguf, "main_memory", lambda: 1)  # it is converted now
+        load_model(source)
+        assert size < (stored_bytes(source) or 0) < 2 * size
+
+    def test_what_a_kill_within_a_conversion_left_is_deleted(self, gguf_file: Path, cache: Path) -> None:
+        left = cache / "gguf" / ".gguf.0.tmp"
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_bytes(b"half")
+        made = Path(load_model(str(gguf_file)).origin)
+        assert list((cache / "gguf").iterdir()) == [made]
 
 
 class TestPackage:

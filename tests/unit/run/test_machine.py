@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ffnscope.run.machine import device_memory, library_bytes, main_memory
+from ffnscope.ffn.main_memory import main_memory
+from ffnscope.run.machine import device_memory, library_bytes
 from ffnscope.run.progress import peak_memory
 
 

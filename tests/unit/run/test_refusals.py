@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import make_checkpoint
+from checkpoints import POSITIONS, make_checkpoint
 from faults import small_files
 from ffnscope.errors import ArtifactError, DeviceError, ModelError, NonFiniteError, TextError, UsageError
 from ffnscope.run import RunConfig, outputs
+from ffnscope.run.estimate import estimate
 from ffnscope.run.folder import open_folder
 from runs import quiet_run, results, strict_json
 
@@ -50,6 +51,18 @@ def test_a_foreign_folder_is_refused(small: Callable[..., RunConfig], tmp_path: 
 def test_an_empty_folder_is_taken(small: Callable[..., RunConfig], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert quiet_run(small()).rows
+
+
+def test_held_out_windows_that_the_model_cannot_take_are_refused_before_any_pass(
+    small: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = small(evaluation={"max_length": POSITIONS + 1})
+    match = rf"windows of {POSITIONS + 1} tokens do not fit .*Lower evaluation\.max_length to at most {POSITIONS}\."
+    with pytest.raises(UsageError, match=match):
+        quiet_run(config)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    with pytest.raises(UsageError, match=match):
+        estimate(config)
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b""])

@@ -226,3 +226,12 @@ def test_json_schema_takes_a_sweep():
     assert re.search(dotted, "experiment.seed")
     assert not re.search(dotted, "method")
     assert sweep["properties"]["resources"]["additionalProperties"]["$ref"].rsplit("/", 1)[-1] in schema["$defs"]
+
+
+def test_json_schema_wants_a_model_unless_cells_name_theirs():
+    schema = json_schema()
+    sweep, one = schema["anyOf"]
+    assert sweep == {"required": ["sweep"]}
+    assert one == {"required": ["model"], "properties": {"model": {"required": ["model_id"]}}}
+    assert "required" not in schema
+    assert "required" not in schema["$defs"]["Model"]

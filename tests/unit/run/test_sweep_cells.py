@@ -195,3 +195,9 @@ def test_each_loader_takes_its_own(written: Make, tmp_path: Path) -> None:
         load_sweep(plain)
     assert isinstance(load_any(plain), RunConfig)
     assert isinstance(load_any(file), SweepConfig)
+
+
+def test_models_may_be_named_by_the_cells_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("sweep: {model.model_id: [a, org/b]}\n")
+    assert [cell.config.model.model_id for cell in load_sweep(path).cells] == ["a", "org/b"]
