@@ -3,7 +3,7 @@
     python benchmarks/structured.py [--seeds 0 1 2] [--sparsities 0.2 0.3 0.5 0.7] [--rows LABEL ...] [--table]
 
 Calibration, the same for every row: 128 windows of 256 tokens (32,768), half of them State of the Union addresses, half
-source code of Python's standard library (train splits), drawn anew for each seed; the default and the elements of
+source code of Python's standard library (train splits), drawn anew for each seed; obs_loss and the elements of
 LLM-Pruner use 32 of them, evenly spread, for their backward pass, other gradient scores all of them. Evaluation: 32
 windows of 512 tokens of the validation splits of the same mixture (in domain), and of the training and validation
 splits of Python's help topics (another kind of text, technical prose), which no other row or seed reads. The defaults

@@ -3,7 +3,7 @@
     python benchmarks/structured_cost.py [--windows 128] [--repeats 3] [--shape 4096:14336] [--tokens 57344] [--record]
 
 SmolLM2: each repeat runs in a child process of its own, in turn: a bare forward of the calibration windows, and the
-whole default (calibration with 32 windows backward, order, sequential reconstruction) at 50 %. The layer: random
+whole default (calibration with all windows backward, order, sequential reconstruction) at 50 %. The layer: random
 weights and inputs; H = sum h h^T in float64 over the tokens, the complete removal order, and the least squares of half
 of the channels. Peaks are resident sets of the child, less what it held when the model or the weights were loaded.
 """

@@ -10,11 +10,13 @@ from pathlib import Path
 import ffnscope
 from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.measured import CurveRounds
-from ffnscope.apply.method import GRADIENT_WINDOWS, Method
+from ffnscope.apply.method import Method
 from ffnscope.apply.pruned import Pruned
 from ffnscope.types import Budget
 
 ELEMENTS = "llm_pruner_elements"
+OUTPUT_GRADIENT_WINDOWS = 32
+"""Windows whose gradients of the FFN outputs weigh the errors of obs_loss; 128 change little (docs/log.md)."""
 ONE_SHOT = " + one-shot"
 SCORES = {
     "random": "random",
@@ -50,7 +52,7 @@ class Calibration:
 
     @cached_property
     def scores(self) -> dict[str, ffnscope.Scores]:
-        """Published scores from all windows, forward and backward; the default's from its own pass."""
+        """Scores from all windows, forward and backward; greedy OBS from a pass of its own."""
         path = self.folder / "scores.safetensors"
         if not path.exists():
             self._calibrate(path)
@@ -82,7 +84,7 @@ class Calibration:
 
     def _calibrate(self, path: Path) -> None:
         sums = ["h_outer", "dy_outer", "act_sum", "act_window_sq"]
-        options = ffnscope.PassOptions(gradient_windows=GRADIENT_WINDOWS)
+        options = ffnscope.PassOptions(gradient_windows=OUTPUT_GRADIENT_WINDOWS)
         ours = ffnscope.collect(self.model, self.windows, sums, options=options)
         found = [ffnscope.score(self.model, ours, "obs_loss"), ffnscope.score(self.model, ours, "obs")]
         found.append(ffnscope.score(self.model, ours, "obs_general"))
@@ -165,11 +167,15 @@ def flap(c: Calibration, sparsity: float) -> Pruned:
     return ffnscope.compensate_bias(c.model, c.plan("flap", sparsity, "standardised"), c.stats)
 
 
-def measured(c: Calibration, sparsity: float) -> Pruned:
-    """The default with widths by measured loss curves."""
-    windows = CurveRounds().windows(c.windows)
-    plan, _ = ffnscope.plan_by_curves(c.model, c.scores["obs_loss"], c.stats, windows, sparsity)
-    return ffnscope.reconstruct_sequential(c.model, c.windows, plan)
+def measured(metric: str) -> Make:
+    """Sequential reconstruction, with widths by measured loss curves."""
+
+    def make(c: Calibration, sparsity: float) -> Pruned:
+        windows = CurveRounds().windows(c.windows)
+        plan, _ = ffnscope.plan_by_curves(c.model, c.scores[metric], c.stats, windows, sparsity)
+        return ffnscope.reconstruct_sequential(c.model, c.windows, plan)
+
+    return make
 
 
 def in_two_rounds(c: Calibration, sparsity: float) -> Pruned:
@@ -179,10 +185,11 @@ def in_two_rounds(c: Calibration, sparsity: float) -> Pruned:
 
 DEFAULT = "ffnscope default"
 OURS: dict[str, Make] = {
-    DEFAULT: sequential("obs_loss", "halfway"),
+    DEFAULT: sequential("scar_loss_proxy", "halfway"),
+    "obs_loss, halfway + sequential": sequential("obs_loss", "halfway"),
     "obs_loss, local + sequential": sequential("obs_loss"),
     "obs_general, halfway + sequential": sequential("obs_general", "halfway"),
-    "SCAR-LP, halfway + sequential": sequential("scar_loss_proxy", "halfway"),
+    "SCAR-LP, halfway + one-shot": one_shot("scar_loss_proxy", "halfway"),
     "obs_loss, halfway + one-shot": one_shot("obs_loss", "halfway"),
     "obs_loss, local + one-shot": one_shot("obs_loss"),
     "obs, local + one-shot": one_shot("obs"),
@@ -199,9 +206,10 @@ UNSTRUCTURED: dict[str, Callable[[Calibration, float | str], ffnscope.SparseWeig
 }
 """Not channel pruning: fraction of the weights of all FFNs, or pattern N:M, that is set to zero."""
 DEARER: dict[str, Make] = {
-    "default, measured widths": measured,
+    "default, measured widths": measured("scar_loss_proxy"),
+    "obs_loss, measured widths + sequential": measured("obs_loss"),
     "default, two rounds": in_two_rounds,
-    "default + distillation (trained)": sequential("obs_loss", "halfway", distillation=ffnscope.Distillation()),
+    "default + distillation (trained)": sequential("scar_loss_proxy", "halfway", distillation=ffnscope.Distillation()),
 }
 ONLY_AT = dict.fromkeys(DEARER, (0.5,))
 """Label -> sparsities, of rows that are not measured at all of them."""

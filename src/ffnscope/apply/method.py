@@ -22,8 +22,8 @@ from ffnscope.types import Budget, FFNSite, PruningPlan
 
 Refit = Literal["none", "one_shot", "sequential", "bias"]
 REFITS: tuple[Refit, ...] = get_args(Refit)
-GRADIENT_WINDOWS = 32
-"""Windows that also run backward beside a reconstruction: G needs far fewer tokens than the least squares."""
+GRADIENT_WINDOWS = 128
+"""Windows that also run backward beside a reconstruction; where wide FFNs need more windows, these are enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Method:
         UsageError: an unknown reconstruction, or a value that is impossible or would do nothing.
     """
 
-    metric: str = "obs_loss"
+    metric: str = "scar_loss_proxy"
     allocator: str = "halfway"
     reconstruct: Refit = "sequential"
     target: float | None = None
@@ -146,7 +146,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {"scores": Method("scar_loss_proxy", "local", "none"), "best": Method()}
-"""scores: ranking alone; best: the parts that did best in the first trials of docs/log.md."""
+"""scores: ranking alone; best: the parts that did best in docs/log.md and benchmarks/structured.py."""
 
 
 def named_method(name: str, **changes: Any) -> Method:

@@ -33,7 +33,7 @@ def curves_command(
     context: typer.Context,
     model: opt.Model,
     out: Out,
-    metric: Annotated[str, typer.Option("--metric", "-m", help="Metric: the order of removal.")] = "obs_loss",
+    metric: Annotated[str, typer.Option("--metric", "-m", help="Metric: the order of removal.")] = "scar_loss_proxy",
     scores: Annotated[Path | None, typer.Option(help="Use these scores instead of calibrating.")] = None,
     share: Annotated[
         list[float] | None, typer.Option(help="Kept share of the channels to measure; repeatable [0.75, 0.5, 0.25].")

@@ -50,7 +50,7 @@ class MethodChoice:
     """Which parts prune: those of a named method, or others in their place."""
 
     method: Annotated[
-        str, typer.Option(help="scores (ranking alone), or best: obs_loss, halfway, sequential reconstruction.")
+        str, typer.Option(help="scores (ranking alone), or best: scar_loss_proxy, halfway, sequential reconstruction.")
     ] = "scores"
     metric: Annotated[
         str | None, typer.Option("--metric", "-m", help="Metric that ranks the channels; default: that of --method.")

@@ -47,7 +47,7 @@ class Pruning(Block):
     ratios: Annotated[tuple[Sparsity, ...], NotEmpty, Distinct] = (0.1, 0.3, 0.5)
     """Sparsities: fractions of channels to remove, in [0, 1)."""
     method: MethodName = "scores"
-    """Other defaults of what follows; best: obs_loss, halfway (widths differ, stock loaders need local), sequential.
+    """Other defaults of what follows; best: halfway (widths differ, stock loaders need local), sequential.
     With a reconstruction the calibration text has other defaults too."""
     algorithms: Annotated[tuple[MetricName, ...], NotEmpty, Distinct] = ("scar_loss_proxy",)
     """Metrics that rank the channels; the lowest are removed."""

@@ -139,7 +139,7 @@ def test_by_python(ok: Ok, base: tuple[Any, ...], checkpoint: Path, tmp_path: Pa
         ffnscope.FFNScopeError, match=r"gives other windows \(hash .*\) than those that were calibrated"
     ):
         ffnscope.recut(loaded.model, record, 0.3, windows=windows[:4])
-    with pytest.raises(ffnscope.FFNScopeError, match="holds scores of 'obs_loss', not of 'wanda'"):
+    with pytest.raises(ffnscope.FFNScopeError, match="holds scores of 'scar_loss_proxy', not of 'wanda'"):
         ffnscope.recut(loaded.model, record, 0.3, method=ffnscope.Method("wanda"))
     loaded.model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
     with pytest.raises(ffnscope.FFNScopeError, match="was made from other weights than these"):
@@ -184,7 +184,7 @@ def test_the_dry_run(ok: Ok, base: tuple[Any, ...], tmp_path: Path, calm: list[A
     ok(*base, "--method", "best", "--sparsity", 0.5, "--out", tmp_path / "run")
     made = len(calm)
     told = ok(*again(tmp_path / "run", tmp_path / "out", "--sparsity", 0.3, "--dry-run")).stdout
-    for text in ("none: obs_loss of ", "0.3 of the channels by halfway", "block by block: 1,024 tokens forward"):
+    for text in ("none: scar_loss_proxy of ", "0.3 of the channels by halfway", "block by block: 1,024 tokens forward"):
         assert text in told, text
     assert "tokens backward" not in told and "1 pass" not in told
     assert len(calm) == made and not (tmp_path / "out").exists()

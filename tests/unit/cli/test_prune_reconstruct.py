@@ -55,7 +55,7 @@ def test_best(ok: Ok, base: tuple[Any, ...], checkpoint: Path, texts: Path, tmp_
     words = " ".join(result.stdout.split())
     assert "held out to choose the damping, with columns fitted to the others; the saved" in words
     plan = read_plan(tmp_path / "out" / "ffnscope_plan.json")
-    assert (plan.metric, plan.allocator, plan.sparsity) == ("obs_loss", "halfway", 0.5)
+    assert (plan.metric, plan.allocator, plan.sparsity) == ("scar_loss_proxy", "halfway", 0.5)
     told = plan.provenance["reconstruction"]
     assert (told["method"], told["target"], set(told["sites"])) == ("sequential", 0.35, {s.name for s in plan.kept})
     loaded = ffnscope.load_model(ffnscope.ModelSource(str(checkpoint), device="cpu"))
@@ -90,7 +90,7 @@ def test_local_gives_a_stock_checkpoint_and_the_widths_of_halfway_are_told(
 def test_the_perplexity_after_reload_is_that_before_saving(ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
     options = ("--sparsity", 0.5, "--out", tmp_path / "out", "--text", "pydoc_topics", *SMALL)
     result = ok("prune", checkpoint, "--method", "best", *options, "--max-length", 64)
-    assert "obs_loss + sequential refit" in result.stdout
+    assert "scar_loss_proxy + sequential refit" in result.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     before = re.search(r"\| pruned \| perplexity \| ([\d.]+) ±", card)
     assert before
@@ -177,7 +177,7 @@ def test_distilled_is_told_to_be_trained(ok: Ok, checkpoint: Path, texts: Path, 
     """What Python gives, labelled in the table, in the card and in the plan; the perplexity is that after reload."""
     options = ("--sparsity", 0.5, "--out", tmp_path / "out", "--text", "pydoc_topics", *SMALL, "--max-length", 64)
     result = ok("prune", checkpoint, "--method", "best", "--distill", 2, *options)
-    assert "obs_loss + sequential refit, distilled (trained)" in " ".join(result.stdout.split())
+    assert "scar_loss_proxy + sequential refit, distilled (trained)" in " ".join(result.stdout.split())
     assert "Layer error profile: sequential refit, distilled (trained)" in result.stdout
     assert "distill: gate, up and down of every FFN are trained for up to 2 epochs on 1,024 tokens" in result.stderr
     assert "blocks and epochs/s" in result.stderr
@@ -276,7 +276,7 @@ def test_the_dry_run_computes_nothing(
     told = ok(*base, "--method", "best", "--dry-run").stdout
     for text in (
         "1 pass: 512 tokens forward, 512 of them backward",
-        "obs_loss x 96 channels of 2 FFNs",
+        "scar_loss_proxy x 96 channels of 2 FFNs",
         "widths differ",
         "block by block: 1,024 tokens forward",
         "calibration needs",

@@ -54,7 +54,7 @@ def test_the_yaml_is_the_command(method: str) -> None:
     found = (asked.num_samples, asked.max_length, asked.seed, asked.grows)
     assert found == (command.n, command.length, command.seed, command.grows)
     assert found[:2] == ((128, 256) if method == "best" else (64, 512))
-    assert pass_options(asked).gradient_windows == (32 if method == "best" else 64)
+    assert pass_options(asked).gradient_windows == (128 if method == "best" else 64)
 
 
 def test_what_is_given_stays() -> None:

@@ -22,27 +22,27 @@ from ffnscope.run.stages import HELD_OUT
 from runs import quiet_run, results, small_run, strict_json
 from tiny import LAYERS
 
-LABEL = "obs_loss-0.5"
+LABEL = "scar_loss_proxy-0.5"
 
 
 def config(checkpoint: Path, texts: Path, out: Path, pruning: dict[str, Any] | None = None, **changes: Any) -> Any:
     asked = small_run(checkpoint, texts, out, calibration={"num_samples": 16}, **changes)
     asked["pruning"] = {"enabled": True, "ratios": [0.5], **(pruning or {"method": "best"})}
-    asked["metrics"] = {"scar": {"enabled": False}}
+    asked["metrics"] = {"scar": {"enabled": True}}
     return config_from_dict(asked)
 
 
 def test_best(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     output = {"checkpoints": True, "report": True}
     found = quiet_run(config(checkpoint, texts, tmp_path / "out", output=output))
-    assert [row.metric for row in found.rows] == [None, "obs_loss + sequential refit"]
-    assert "obs_loss + sequential refit" in (found.folder / "results.md").read_text()
+    assert [row.metric for row in found.rows] == [None, "scar_loss_proxy + sequential refit"]
+    assert "scar_loss_proxy + sequential refit" in (found.folder / "results.md").read_text()
     page = (found.folder / "report.html").read_text()
-    assert "obs_loss + sequential refit" in page and "Where the damage is" in page
+    assert "scar_loss_proxy + sequential refit" in page and "Where the damage is" in page
     plan, refit = found.plans[LABEL], found.reconstructions[LABEL]
-    assert (plan.metric, plan.allocator, refit.facts["target"]) == ("obs_loss", "halfway", 0.35)
+    assert (plan.metric, plan.allocator, refit.facts["target"]) == ("scar_loss_proxy", "halfway", 0.35)
     told = strict_json(found.folder / "summary.json")["plans"][LABEL]
-    assert told == {"sparsity": 0.5, "metric": "obs_loss", "reconstruction": "sequential refit"}
+    assert told == {"sparsity": 0.5, "metric": "scar_loss_proxy", "reconstruction": "sequential refit"}
     errors = strict_json(found.folder / "reconstructions" / f"{LABEL}.json")["rows"]
     assert [row["width"] for row in errors] == list(plan.widths.values())
     profile = strict_json(found.folder / "analysis" / "error_profile.json")["rows"]
@@ -60,7 +60,7 @@ def test_best(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
 def test_distilled(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     asked = {"method": "best", "distill": 3}
     found = quiet_run(config(checkpoint, texts, tmp_path / "out", asked, output={"report": True}))
-    label = "obs_loss + sequential refit, distilled (trained)"
+    label = "scar_loss_proxy + sequential refit, distilled (trained)"
     assert [row.metric for row in found.rows] == [None, label]
     for page in ("results.md", "report.html"):
         assert label in (found.folder / page).read_text()
