@@ -82,7 +82,7 @@ def prune_command(
     """Prune and save: score -> plan -> reconstruct -> slice -> OUT, a checkpoint, or a DeciLM or GGUF export.
 
     With a reconstruction the calibration has 128 windows of 256 tokens, or as many as give 4 tokens per channel, of a
-    mixture of all shipped texts, unless you say otherwise; up to 128 of them run backward where the metric needs it. With
+    mixture of all shipped texts, unless you say otherwise; up to 128 run backward where the metric needs it. With
     --from, nothing is calibrated: scores, text and what is not given are those of an earlier result. An interrupted
     call goes on.
     """

@@ -136,8 +136,8 @@ class Scar(Block):
     enabled: StrictBool = True
     """Score the scar_* metrics."""
     num_samples: Count | None = None
-    """How many of the calibration windows also run backward; null: 128 where pruned models are reconstructed and neither
-    supernode nor concentration is enabled, else all."""
+    """How many of the calibration windows also run backward; null: 128 where pruned models are reconstructed and
+    neither supernode nor concentration is enabled, else all."""
     max_length: Length | None = None
     """Tokens that these windows are cut to; null: calibration.max_length."""
 
