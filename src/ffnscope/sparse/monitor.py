@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -219,24 +219,33 @@ class Monitor:
         self.selectors |= {s: HandsOn(cards[s], own) for s, own in noted.items() if s not in selectors}
 
     @property
-    def _watched(self) -> dict[FFNSite, Watched]:
+    def watched(self) -> dict[FFNSite, Watched]:
+        """The selectors without those of dense FFNs that only hand on their input."""
         return {site: one for site, one in self.selectors.items() if isinstance(one, Watched)}
 
     def report(self) -> tuple[Drift, ...]:
         """What every FFN did, in the order of the model."""
-        return tuple(one.drift() for one in self._watched.values())
+        return tuple(one.drift() for one in self.watched.values())
+
+    def leave(self, sites: Collection[FFNSite]) -> None:
+        """Watch FFNs no more that run dense; those whose input others still read hand it on."""
+        rest = {site: one for site, one in self.watched.items() if site not in sites}
+        read = {one.selector.source for one in rest.values()}
+        others = {site: one for site, one in self.selectors.items() if site not in rest and site in read}
+        handing = {site: HandsOn(one.card, one.own) for site, one in others.items() if one.own is not None}
+        self.selectors = {**rest, **handing}
 
     @property
     def drifting(self) -> tuple[FFNSite, ...]:
         """FFNs that are outside of a band now."""
-        return tuple(site for site, one in self._watched.items() if one.outside)
+        return tuple(site for site, one in self.watched.items() if one.outside)
 
     def check(self) -> None:
         """Warn, once, when FFNs are outside of their bands."""
         found = self.drifting
         if found and not self._warned:
             self._warned = True
-            first = self._watched[found[0]]
+            first = self.watched[found[0]]
             values = ", ".join(f"{name} {mean.value:.3f}" for name, mean in first.means.items())
             bands = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in first.card.bands.items())
             then = "run dense" if first.options.fallback else "go on as they are"

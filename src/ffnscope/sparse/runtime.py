@@ -113,6 +113,13 @@ class Runtime:
             self.copied_bytes -= matrix.copied_bytes
         del self._selections[site]
 
+    def follow(self, selectors: Mapping[FFNSite, Selector]) -> None:
+        """Select by these from now on; FFNs without one run dense."""
+        for site in [s for s in self._selections if s not in selectors]:
+            self.leave(site)
+        for site, selector in selectors.items():
+            self._selections[site].selector = selector
+
     def slower(self, watched: Mapping[FFNSite, Watched]) -> list[FFNSite]:
         """FFNs for which selecting for a token, and reading the density of the card, takes longer than dense."""
         return [site for site, one in watched.items() if not self._pays(site, one, watched)]
@@ -121,7 +128,7 @@ class Runtime:
         density = selector.card.density
         if density > self._limit_of(site)(1):  # dense under the mask
             return False
-        timed = {s: (self._uses[s][0], watched[s]) for s in self._alike(site)}
+        timed = {s: (self._uses[s][0], watched[s]) for s in self._alike(site) if s in watched}
         with torch.no_grad():
             selecting = selecting_time(self._model, timed, selector)
         return selecting + self._row_times(site, 1).at(density) <= MARGIN
@@ -217,7 +224,8 @@ def wrap_(
         UsageError: no selectors or something else, sites of another model, a model that is wrapped already, a
             ``break_even`` outside [0, 1], or ``never_slower`` or ``monitor`` without a card, which they need.
         NonFiniteError: an FFN puts out NaN or infinity.
-        NotAvailableError: an expert in parameters that all experts of its layer share, or a predictor that looks ahead.
+        NotAvailableError: an expert in parameters that all experts of its layer share, or, without a card, a predictor
+            that looks ahead.
         ModelError: weights are offloaded.
     """
     watch = None
@@ -285,13 +293,12 @@ def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> lis
 def _leave_slower(model: nn.Module, runtime: Runtime, watch: Monitor, masked: Sequence[LeftOut]) -> list[LeftOut]:
     """Leave FFNs dense that would be slower, and warn which, and why; returns what runs under the mask still."""
     try:
-        slow = runtime.slower(watch.selectors)
+        slow = runtime.slower(watch.watched)
     except BaseException:
         runtime.close()
         raise
-    for site in slow:
-        runtime.leave(site)
-        del watch.selectors[site]
+    watch.leave(slow)
+    runtime.follow(watch.selectors)
     reasons = {one.path: one.reason for one in masked}
     if slow:
         why = "selecting channels and reading them takes longer"

@@ -32,7 +32,7 @@ from ffnscope.sparse.predictors.interface import FitTokens
 from ffnscope.sparse.predictors.low_rank import LowRank
 from ffnscope.sparse.prompts import begin_prompt
 from ffnscope.sparse.rule import SelectionRule
-from ffnscope.sparse.runtime import unwrap_, wrap_
+from ffnscope.sparse.runtime import Runtime, unwrap_, wrap_
 from ffnscope.sparse.site_params import ffn_norms
 from ffnscope.types import PruningPlan
 from tiny import tiny
@@ -123,6 +123,27 @@ class TestLookahead:
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         assert monitor is not None and isinstance(monitor.selectors[card.sites[0].site], HandsOn) == first_dense
         assert len(monitor.report()) == (1 if first_dense else 2)
+
+    @pytest.mark.parametrize("slow", [0, 1])
+    def test_left_dense_the_input_is_handed_on_still(
+        self, one: Set, card: SparsityCard, slow: int, monkeypatch
+    ) -> None:
+        site = card.sites[slow].site
+        monkeypatch.setattr(Runtime, "_pays", lambda self, s, *rest: s != site)
+        dense = replace(card.sites[slow], parameter=None, density=1.0, bands={})
+        ids = one.windows.input_ids[:1, :9]
+        sites = tuple(dense if s.site == site else s for s in card.sites)
+        expected = masked_logits(one, replace(card, sites=sites), ids, 8)
+        with pytest.warns(UserWarning, match="left dense in LlamaForCausalLM"):
+            runtime = wrap_(one.model, card, monitor=QUIET, never_slower=True)
+        try:
+            found = decoded_logits(one.model, ids)
+            monitor = runtime.monitor
+        finally:
+            unwrap_(one.model)
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        assert monitor is not None and len(monitor.report()) == 1
+        assert list(runtime.levels) == [s.site for s in (card.sites if slow == 0 else card.sites[:1])]
 
     def test_a_selector_alone_says_what_it_lacks(self, one: Set, card: SparsityCard) -> None:
         site = card.sites[1].site
