@@ -244,7 +244,7 @@ class TestAnswer:
 
     def test_perplexity_is_for_sparsify(self, fails: Fails, checkpoint: Path, tmp_path: Path) -> None:
         told = fails(2, "answer", checkpoint, "--out", tmp_path / "out", "--target", "perplexity=+1%", *SMALL)
-        assert "--target perplexity is for sparsify" in told
+        assert "--target perplexity=+1% is for sparsify" in told
 
     def test_dry_run(self, ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
         told = ok("answer", checkpoint, "--out", tmp_path / "out", "--dry-run", *SMALL).stderr
