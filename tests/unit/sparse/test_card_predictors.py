@@ -25,6 +25,7 @@ from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.labels import top_mass
 from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.monitor import HandsOn, MonitorOptions
+from ffnscope.sparse.placement.selections import card_selections
 from ffnscope.sparse.predictors import training
 from ffnscope.sparse.predictors.fc_files import write_fc_predictors
 from ffnscope.sparse.predictors.fixed import griffin_scores
@@ -145,6 +146,10 @@ class TestLookahead:
         assert monitor is not None and len(monitor.report()) == 1
         assert list(runtime.levels) == [s.site for s in (card.sites if slow == 0 else card.sites[:1])]
 
+    def test_no_placement(self, one: Set, card: SparsityCard) -> None:
+        with pytest.raises(NotAvailableError, match=r"predictors of this card \(low_rank\) look ahead"):
+            card_selections(one.model, card)
+
     def test_a_selector_alone_says_what_it_lacks(self, one: Set, card: SparsityCard) -> None:
         site = card.sites[1].site
         with pytest.raises(NotAvailableError, match=r"layers\.0\.mlp, one layer before, which nothing has handed on"):
@@ -196,6 +201,10 @@ class TestPrompts:
         finally:
             unwrap_(one.model)
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+    def test_no_placement(self, one: Set, card: SparsityCard) -> None:
+        with pytest.raises(NotAvailableError, match=r"predictors of this card \(griffin\) take their scores from a prompt"):
+            card_selections(one.model, card)
 
     def test_only_cards_of_prompts_take_one(self, one: Set) -> None:
         runtime = wrap_(one.model, one.fit(target=HALF), break_even=1.0)
