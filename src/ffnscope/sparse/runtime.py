@@ -44,12 +44,14 @@ class Measured:
     Attributes:
         tokens: that were decoded.
         density: mean share of the channels that were selected for a token.
-        read: mean share of the channels that a step read: those that any token of the batch selected, or all of them.
+        union: mean share of the channels that any token of a step selected; of one sequence, the density.
+        read: mean share of the channels that a step read: the union, or all of them where it ran dense under the mask.
         sparse_steps: share of the steps that read only selected channels; the others ran dense under the mask.
     """
 
     tokens: int
     density: float
+    union: float
     read: float
     sparse_steps: float
 
@@ -153,9 +155,11 @@ class Runtime:
         known: dict[tuple[int, int], float] = {}
 
         def limit(n_tokens: int) -> float:
+            if self.levels.get(site, "masked") == "masked":
+                return -1.0  # not even no channel at all is read by rows
             if self._given_limit is not None:
                 return self._given_limit
-            if n_tokens > MOST_TOKENS or self.levels.get(site, "masked") == "masked":
+            if n_tokens > MOST_TOKENS:
                 return 0.0
             key = (n_tokens, torch.get_num_threads())
             if key not in known:  # asked at every step
@@ -360,4 +364,5 @@ def _matrices(held: Any) -> list[RowMatrix]:
 
 def _measured(site: FFNSite, counts: Counts) -> Measured:
     n_selected = counts.selected / (counts.tokens * site.d_ff)
-    return Measured(counts.tokens, n_selected, counts.read / counts.steps, counts.sparse / counts.steps)
+    union, read, sparse = (total / counts.steps for total in (counts.union, counts.read, counts.sparse))
+    return Measured(counts.tokens, n_selected, union, read, sparse)

@@ -203,7 +203,7 @@ class TestPrompts:
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
     def test_no_placement(self, one: Set, card: SparsityCard) -> None:
-        with pytest.raises(NotAvailableError, match=r"predictors of this card \(griffin\) take their scores from a prompt"):
+        with pytest.raises(NotAvailableError, match=r"of this card \(griffin\) take their scores from a"):
             card_selections(one.model, card)
 
     def test_only_cards_of_prompts_take_one(self, one: Set) -> None:
@@ -355,7 +355,7 @@ class TestFiles:
         card = kept(one.fit(SelectionRule("fc_files", "top_k", params), HALF), tmp_path)
         x = one.traces.x(sites[1], "test")
         own, other = (c.selectors(one.model)[sites[1]] for c in (card, trained))
-        assert torch.allclose(own.scores(x), other.scores(x), atol=1e-5)
+        assert torch.allclose(own.score_and_read(x)[0], other.score_and_read(x)[0], atol=1e-5)
         found = card.figures["test"]["recall"].mean
         assert found == pytest.approx(trained.figures["test"]["recall"].mean, abs=1e-3)
         with pytest.raises(ArtifactError, match="nowhere does not exist"):
