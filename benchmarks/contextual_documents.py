@@ -72,7 +72,7 @@ def measure(args, loaded, add) -> None:
 
 
 def measure_losses(args, loaded, add) -> None:
-    """Cells of the rise of the loss of every document, nats per token: top-k by 4 bits, which needs no fit, in all FFNs."""
+    """Cells of the rise of the loss of every document, nats per token: top-k by 4 bits in all FFNs."""
     sites = find_sites(loaded.model)
     done = {c["domain"] for c in contextual_table.read("certificates") if c.get("measure") == "perplexity"}
     for name in args.domains:

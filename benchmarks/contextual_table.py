@@ -133,7 +133,7 @@ def certificates(cell: dict) -> list[str]:
             of, bound = (losses / (CAP * math.log1p(limit))).clamp(0, 1), 1 / CAP
         for what, certify in PROMISES.items():
             lines.append(promise(certify, of, cell["grid"], bound, what.format(words=words, limit=f"{limit:g}")))
-    note = "A rise counts up to {} times the limit and over that, so a mean of {:g} is the limit.".format(CAP, 1 / CAP)
+    note = f"A rise counts up to {CAP:g} times the limit and over that, so a mean of {1 / CAP:g} is the limit."
     return [*lines, "", *([note, ""] if cell.get("measure") == "perplexity" else [])]
 
 

@@ -79,7 +79,7 @@ def test_the_page(table, tmp_path, monkeypatch):
         },
         {
             **{"part": "certificates", "domain": "sotu", "layers": [0], "measure": "perplexity", "grid": [0.2, 0.8]},
-            "losses": [[0.5] * 60, [0.01] * 60],
+            "losses": [[0.5] * 100, [0.01] * 100],
         },
         {
             **{"part": "targets", "domain": "sotu", "layers": [0], "calibrating": 9},
@@ -101,7 +101,7 @@ def test_the_page(table, tmp_path, monkeypatch):
     assert "| sotu (9) | sotu | 3 | top_k | 0.9 | 0.9000 (0.8503 to 0.9497) | yes | 0.900 |" in page
     assert "## Certificates, sotu, missed mass: 60 documents, 20 splits in halves" in page
     assert "| share of documents above 0.25 (split conformal) | 0.1 | " in page
-    assert "## Certificates, sotu, rise of the perplexity: 60 documents" in page
+    assert "## Certificates, sotu, rise of the perplexity: 100 documents" in page
     above = "share of splits with a mean over all documents above 0.1 (learn then test)"
     assert f"| {above} | 0.1 | 0.0000 | 0.0000 | yes | 0.800 |" in page  # a rise of 0.01 is within, one of 0.5 is not
     assert (tmp_path / "sotu_bytes_share.png").exists()

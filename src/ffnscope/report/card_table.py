@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SOURCES = {"calibrate": "calibration documents", "test": "test documents", "second": "second text"}
 BYTES = f"Bytes are those of {UNIT}, whatever the model was loaded in, predictors included."
 DENSE = "what the target asks for would read no less there, predictor included, or nothing sparse meets it"
-MEASURES = ("recall", "precision", "density", "missed_mass", "relative_error")
+MEASURES = ("recall", "precision", "density", "missed_mass", "relative_error", "missed_mass_gap")
 
 
 def card_grids(card: SparsityCard) -> list[Grid]:
@@ -76,7 +76,7 @@ def _realised(card: SparsityCard) -> Grid:
     ]
     notes = [
         "Means over tokens of all FFNs ± standard error over documents; in brackets the 5th and 95th percentile of "
-        "documents."
+        "documents. Missed mass gap: what is missed more than by as many channels with the largest contributions."
     ]
     return Grid("Realised", ["on", *(name.replace("_", " ") for name in MEASURES)], lines, notes)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import NotAvailableError
-from ffnscope.sparse.measures import MEASURES, Label, TokenMeasures, of_mask, truth_of
+from ffnscope.sparse.gap import oracle_gaps
+from ffnscope.sparse.measures import Label, TokenMeasures, of_mask, truth_of
 from ffnscope.sparse.policies import Policy
 from ffnscope.sparse.predictors.interface import Predictor
 from ffnscope.sparse.products import Products
@@ -87,11 +88,14 @@ class Selector:
 def measure_selector(
     selector: Selector | None, predictor: Predictor, readings: Readings, label: Label, chunk: int = 1024
 ) -> TokenMeasures:
-    """Measure a selection (None: all channels) on tokens as its predictor is given them, against the dense FFN."""
+    """Measure a selection (None: all channels) on tokens as its predictor is given them, against FFN and oracle.
+
+    Beside `MEASURES` each of `ffnscope.sparse.gap.GAPS` is measured.
+    """
     rows: list[dict[str, Tensor]] = []
     norms = predictor.ffn.down_norms
     for x, seen in readings.chunks(predictor, chunk):
         truth = truth_of(predictor.ffn, x, label, norms)
         mask = torch.ones_like(truth.labels) if selector is None else selector.of_scores(predictor(seen))
-        rows.append(of_mask(mask, truth))
-    return TokenMeasures({name: torch.cat([row[name] for row in rows]) for name in MEASURES})
+        rows.append(of_mask(mask, truth) | oracle_gaps(mask, truth))
+    return TokenMeasures({name: torch.cat([row[name] for row in rows]) for name in rows[0]})

@@ -254,7 +254,7 @@ class TestPlans:
         assert rule.identity() != first
 
     def test_refused(self, one: Set, plan: Path, tmp_path: Path) -> None:
-        with pytest.raises(ArtifactError, match="does not exist; a parameter of the predictor names it"):
+        with pytest.raises(ArtifactError, match="does not exist; a parameter names it"):
             one.fit(SelectionRule("static", "threshold", {"plan": "nowhere.json"}), ParameterTarget(1.0))
         site = find_sites(one.model)[0]
         write_plan(plan, PruningPlan({site: torch.arange(3)}, "wanda", "local", Budget(0.4)))
