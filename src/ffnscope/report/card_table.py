@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ffnscope.report.tables import BLANK, Cell, Grid, number, print_grid
 from ffnscope.sparse.card import Figure, SiteCard, SparsityCard, target_words
@@ -43,9 +43,21 @@ def card_sentences(card: SparsityCard) -> list[str]:
         )
     if card.certificate is not None:
         found.append(f"Certified: {card.certificate.statement}.")
-    if reason := card.allocation.get("reason"):
-        found.append(f"Densities: {reason}.")
+    if "asked" in card.allocation:
+        found.append(_allocation(card.allocation))
     return found
+
+
+def _allocation(facts: Mapping[str, Any]) -> str:
+    """What an allocation was measured to do, and whether it is used."""
+    names = ("uniform_perplexity", "allocated_perplexity", "loss_difference")
+    uniform, allocated, difference = (facts[name] for name in names)
+    rise = _rise(difference, facts["stderr"])
+    used = "it is used" if facts["used"] == facts["asked"] else "it is not used, being not clearly lower"
+    return (
+        f"Densities by {facts['asked']}: perplexity {number(allocated)} on calibration documents, {number(uniform)} "
+        f"with one density for all at the same bytes ({rise} nats per token), so {used}."
+    )
 
 
 def curve_grid(rows: Sequence[FormRow]) -> Grid:

@@ -16,6 +16,7 @@ from ffnscope.errors import ArtifactError, UnknownNameError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.io import write_plan
 from ffnscope.report.card_plot import CELLS, draw_card_cells
+from ffnscope.report.card_table import card_sentences
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import WantedChannels, target_words
 from ffnscope.sparse.card_files import read_card, write_card
@@ -51,6 +52,10 @@ class TestBytes:
         card = one.fit(target=BytesTarget(0.7), densities=DENSITIES, allocation=kind, floor=0.1)
         assert card.allocation["budget_bytes"] == pytest.approx(uniform.bytes_read)
         assert card.bytes_read <= 0.7 * card.bytes_dense
+        told, used = card_sentences(card)[-1], card.allocation["used"] == kind
+        assert told.startswith(f"Densities by {kind}: perplexity ") and "at the same bytes (" in told
+        assert told.endswith("so it is used." if used else "so it is not used, being not clearly lower.")
+        assert not any("Densities" in sentence for sentence in card_sentences(uniform))
 
     def test_refused(self, one: Set) -> None:
         with pytest.raises(UsageError, match=r"the lowest density reads \d+\.\d% of the dense bytes, .* of 1\.0%"):
