@@ -288,10 +288,10 @@ def check_offered(target: CardTarget, options: CardOptions) -> None:
             "a given parameter of the policy is taken as it is, so nothing can be promised or allocated by it; give "
             "recall, missed_mass, density, relative_error or perplexity."
         )
-    if options.certify is not None and measure_and_value(target)[0] in ("density", "bytes"):
-        raise UsageError(
-            "a density, or bytes, are a cost and have no certificate; give recall, missed mass, error or perplexity."
-        )
+    measure, _ = measure_and_value(target)
+    if options.certify is not None and measure in ("density", "bytes"):
+        what = "a density is" if measure == "density" else "a number of bytes is"
+        raise UsageError(f"{what} a cost and has no certificate; give recall, missed mass, error or perplexity.")
     if options.allocation != "uniform" and isinstance(target, Target) and target.measure != "density":
         raise UsageError(
             f"a target {target.measure} fixes the density of every FFN, so there is nothing to allocate; give a "

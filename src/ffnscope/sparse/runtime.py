@@ -17,7 +17,7 @@ from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.kernels.break_even import MARGIN, RowTimes
 from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
-from ffnscope.sparse.monitor import Monitor, MonitorOptions, Watched
+from ffnscope.sparse.monitor import HandsOn, Monitor, MonitorOptions, Watched
 from ffnscope.sparse.refusals import check_selectors
 from ffnscope.sparse.timing import reading_times, selecting_time, shape_key
 from ffnscope.sparse.trial import differs, kinds_of, reached
@@ -110,9 +110,7 @@ class Runtime:
 
     def leave(self, site: FFNSite) -> None:
         """Let an FFN run dense, without selecting."""
-        self.remove(site)
-        for matrix in _matrices(self._rows.pop((site, self.levels.pop(site)), None)):
-            self.copied_bytes -= matrix.copied_bytes
+        self._drop(site)
         del self._selections[site]
 
     def follow(self, selectors: Mapping[FFNSite, Selector]) -> None:
@@ -121,6 +119,9 @@ class Runtime:
             self.leave(site)
         for site, selector in selectors.items():
             self._selections[site].selector = selector
+            if isinstance(selector, HandsOn) and self.levels[site] != "masked":  # needs no rows
+                self._drop(site)
+                self.keep(site, "masked")
 
     def slower(self, watched: Mapping[FFNSite, Watched]) -> list[FFNSite]:
         """FFNs for which selecting for a token, and reading the density of the card, takes longer than dense."""
@@ -138,6 +139,12 @@ class Runtime:
     def drop_rows(self) -> None:
         """Forget matrices of levels that no FFN runs at."""
         self._rows = {key: held for key, held in self._rows.items() if self.levels.get(key[0]) == key[1]}
+
+    def _drop(self, site: FFNSite) -> None:
+        """Put the FFN back, and forget its rows."""
+        self.remove(site)
+        for matrix in _matrices(self._rows.pop((site, self.levels.pop(site)), None)):
+            self.copied_bytes -= matrix.copied_bytes
 
     def _use(self, use: FFNSite, level: Level, selection: Selection) -> ModuleUse | ProjectionUse:
         site, model = selection.site, self._model
@@ -239,7 +246,7 @@ def wrap_(
         _check_without_card(monitor, never_slower)
     _check(model, selectors, break_even)
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
-    masked = _settle(model, runtime, list(selectors))
+    masked = _settle(model, runtime, selectors)
     if watch is not None and (break_even is None if never_slower is None else never_slower):
         masked = _leave_slower(model, runtime, watch, masked)
     runtime.monitor = watch
@@ -276,15 +283,16 @@ def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float
     check_selectors(model, selectors)
 
 
-def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> list[LeftOut]:
+def _settle(model: nn.Module, runtime: Runtime, selectors: Mapping[FFNSite, Selector]) -> list[LeftOut]:
     """Let every FFN run at its fastest level; returns those that run under the mask, and why."""
     masked: list[LeftOut] = []
     try:
-        for kind in kinds_of(sites):
+        for kind in kinds_of(list(selectors)):
             level, why = _level(model, runtime, kind)
             for site in kind:
-                runtime.keep(site, level)
-                if why is not None:
+                hands_on = isinstance(selectors[site], HandsOn)
+                runtime.keep(site, "masked" if hands_on else level)
+                if why is not None and not hands_on:
                     masked.append(LeftOut(site.name, why))
     except BaseException:
         runtime.close()

@@ -60,7 +60,7 @@ class TestBytes:
     def test_refused(self, one: Set) -> None:
         with pytest.raises(UsageError, match=r"the lowest density reads \d+\.\d% of the dense bytes, .* of 1\.0%"):
             one.fit(target=BytesTarget(0.01), densities=DENSITIES)
-        with pytest.raises(UsageError, match="or bytes, are a cost and have no certificate"):
+        with pytest.raises(UsageError, match="a number of bytes is a cost and has no certificate"):
             one.fit(target=BytesTarget(0.5), certify=Certify())
         with pytest.raises(UsageError, match=r"must be in \(0, 1\), a share of those of the dense FFNs; got 50"):
             parse_target("bytes=50")

@@ -36,7 +36,7 @@ from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import Runtime, unwrap_, wrap_
 from ffnscope.sparse.site_params import ffn_norms
 from ffnscope.types import PruningPlan
-from tiny import tiny
+from tiny import D_FF, HIDDEN, tiny
 
 HALF = Target("density", 0.5)
 TRAINED = {"rank": 4, "epochs": 2}
@@ -123,6 +123,9 @@ class TestLookahead:
             unwrap_(one.model)
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         assert monitor is not None and isinstance(monitor.selectors[card.sites[0].site], HandsOn) == first_dense
+        levels = [runtime.levels[row.site] for row in card.sites]
+        assert levels == ["masked" if first_dense else "module", "module"]
+        assert runtime.copied_bytes == (1 if first_dense else 2) * 4 * D_FF * HIDDEN
         assert len(monitor.report()) == (1 if first_dense else 2)
 
     @pytest.mark.parametrize("slow", [0, 1])
@@ -144,7 +147,9 @@ class TestLookahead:
             unwrap_(one.model)
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         assert monitor is not None and len(monitor.report()) == 1
-        assert list(runtime.levels) == [s.site for s in (card.sites if slow == 0 else card.sites[:1])]
+        first, second = (s.site for s in card.sites)
+        assert runtime.levels == ({first: "masked", second: "module"} if slow == 0 else {first: "module"})
+        assert runtime.copied_bytes == 4 * D_FF * HIDDEN  # down of the FFN that reads rows
 
     def test_no_placement(self, one: Set, card: SparsityCard) -> None:
         with pytest.raises(NotAvailableError, match=r"predictors of this card \(low_rank\) look ahead"):
