@@ -158,12 +158,13 @@ class SelectionRule:
         if self.policy != "hybrid":
             return self.policy, dict(self.policy_params)
         rest = self.policy_params.get("rest", "nucleus")
-        _check_type("core of policy 'hybrid'", "float | str", self.policy_params.get("core", 0.02))
-        if rest in ("hybrid", "channel_threshold") or not 0 <= self.core_share < 1:
+        core = self.policy_params.get("core", 0.02)
+        _check_type("core of policy 'hybrid'", "float | str", core)
+        possible = core.endswith(".json") if isinstance(core, str) else 0 <= core < 1
+        if rest in ("hybrid", "channel_threshold") or not possible:
             raise UsageError(
-                "hybrid needs as core a share in [0, 1) or the file of a pruning plan, and another simple policy as "
-                f"rest; got {self.core_share!r} and "
-                f"{rest!r}."
+                "hybrid needs as core a share in [0, 1), or the .json file of a pruning plan, and another simple policy "
+                f"as rest; got {core!r} and {rest!r}."
             )
         return rest, {k: v for k, v in self.policy_params.items() if k not in ("core", "rest")}
 
