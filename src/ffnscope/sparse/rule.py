@@ -163,7 +163,7 @@ class SelectionRule:
         possible = core.endswith(".json") if isinstance(core, str) else 0 <= core < 1
         if rest in ("hybrid", "channel_threshold") or not possible:
             raise UsageError(
-                "hybrid needs as core a share in [0, 1), or the .json file of a pruning plan, and another simple policy "
+                "hybrid needs as core a share in [0, 1) or the .json file of a pruning plan, and another simple policy "
                 f"as rest; got {core!r} and {rest!r}."
             )
         return rest, {k: v for k, v in self.policy_params.items() if k not in ("core", "rest")}
