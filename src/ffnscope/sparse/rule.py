@@ -150,8 +150,9 @@ class SelectionRule:
 
     def check_core(self, names: Iterable[str]) -> None:
         """Raise what `make_policy` would for the core of FFNs of these names, as far as a plan says it."""
-        for name in names if self._core_plan is not None else ():
-            kept_by(self._core_plan, name)
+        if (plan := self._core_plan) is not None:
+            for name in names:
+                kept_by(plan, name)
 
     def _plain_policy(self) -> tuple[str, dict[str, Any]]:
         """The policy that decides by scores, and its parameters."""
