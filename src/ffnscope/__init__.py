@@ -107,7 +107,14 @@ from ffnscope.scoring import score
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import Figure, LossChange, SiteCard, SparsityCard, WantedChannels
 from ffnscope.sparse.card_files import read_card, write_card
-from ffnscope.sparse.card_options import CardOptions, CardTexts, Certify, ParameterTarget, PerplexityTarget
+from ffnscope.sparse.card_options import (
+    BytesTarget,
+    CardOptions,
+    CardTexts,
+    Certify,
+    ParameterTarget,
+    PerplexityTarget,
+)
 from ffnscope.sparse.certificate import Certificate
 from ffnscope.sparse.evaluation import compare_forms
 from ffnscope.sparse.fit import fit_card
@@ -144,6 +151,7 @@ __all__ = [
     "WantedChannels",
     "read_card",
     "write_card",
+    "BytesTarget",
     "CardOptions",
     "CardTexts",
     "Certify",

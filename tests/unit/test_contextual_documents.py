@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse.tracing import trace
 from reference import exact, text
 
@@ -49,6 +50,24 @@ def test_targets_are_measured_on_documents_that_were_not_calibrated_on(documents
 
 def test_missed_mass_of_documents_falls_with_density(documents, traced):
     model, traces = traced
-    losses = torch.tensor(documents.certificates(model, traces["a"])["losses"])
-    assert losses.shape == (len(documents.GRID), 20)
-    assert bool((losses.diff(dim=0) <= 0).all()) and float(losses[0].min()) > 0.5 > float(losses[100].max())
+    for measure in ("missed_mass", "recall"):
+        losses = torch.tensor(documents.certificates(model, traces["a"], measure)["losses"])
+        assert losses.shape == (len(documents.GRID), 20)
+        assert bool((losses.diff(dim=0) <= 0).all()) and float(losses[0].min()) > 0.5 > float(losses[100].max())
+
+
+def test_errors_of_documents_are_between_nothing_and_all(documents, traced):
+    model, traces = traced
+    found = documents.certificates(model, traces["a"], "relative_error")
+    losses = torch.tensor(found["losses"])
+    assert losses.shape == (len(found["grid"]), 20) == (len(documents.COARSE), 20)
+    assert 0 <= float(losses.min()) < 0.1 < 0.5 < float(losses[0].min()) and float(losses.max()) <= 1
+
+
+def test_rises_of_the_loss_of_documents(documents, traced):
+    model, _ = traced
+    windows, sites = text(6, 16, 0), find_sites(model)
+    found = documents.losses(model, sites, windows)
+    losses = torch.tensor(found["losses"])
+    assert losses.shape == (len(documents.LOSS_GRID), 6)
+    assert float(losses[0].abs().mean()) > float(losses[-1].abs().mean()) > 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
+from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
@@ -17,10 +18,11 @@ from ffnscope.cli.groups import grouped
 from ffnscope.cli.sparse_options import MAX_TRACES, MaxTraces, params_of, trace_bytes
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.io import write_text
+from ffnscope.io import hash_json, read_json, write_json, write_text
 from ffnscope.report.answer_table import answer_markdown, print_answer, write_answer
 from ffnscope.run.progress import Reporter
 from ffnscope.run.sparse_steps import traced
+from ffnscope.run.steps import discard_damaged
 from ffnscope.run.texts import SHIPPED_TEXTS
 from ffnscope.sparse.answer import answer
 from ffnscope.sparse.answer_rows import Answer, AnswerOptions, Domain
@@ -89,7 +91,7 @@ def answer_command(
 
     Top-k, threshold and nucleus are calibrated in every FFN and text to the target, and measured on held-out documents:
     at their own densities, all at the density of top-k, and with the parameters of another text. An interrupted call
-    goes on with the traces that are complete.
+    goes on with the traces that are complete, and with the next model after those that are answered.
     """
     check_folder_output(out, overwrite, UNFINISHED)
     asked = parse_target(target)
@@ -149,16 +151,29 @@ def _page(
     options, tracing = asked
     loaded = loading.open(reporter, model)
     label = _label(model)
+    read = {name: (one.calibration(loaded), other.held_out(loaded)) for name, (one, other) in texts.items()}
+    done, key = part / f"{label}.json", _key(loaded, read, options)
+    discard_damaged(reporter, done, read_json)
+    if done.exists() and (told := read_json(done)).get("key") == key and (out / f"{label}.json").exists():
+        reporter.say(f"{model} was answered before the interrupt: {out / label}.json")
+        return told["page"]
     domains: dict[str, Domain] = {}
-    for place, (name, (calibration, held_out)) in enumerate(texts.items()):
-        windows: Windows = calibration.calibration(loaded)
+    for place, (name, (windows, held_out)) in enumerate(read.items()):
         found = traced(loaded, windows, part / f"{label}_{place}", name, reporter, tracing)
-        domains[name] = Domain(found, held_out.held_out(loaded))
+        domains[name] = Domain(found, held_out)
     found_answer = _answer(loaded, domains, options, reporter)
     OUT.print(Text(f"{model}: top-k or threshold, and which k?", style="bold"))
     print_answer(found_answer, OUT)
     write_answer(out / f"{label}.json", found_answer)
-    return answer_markdown(found_answer, f"{model}: top-k or threshold, and which k?")
+    page = answer_markdown(found_answer, f"{model}: top-k or threshold, and which k?")
+    write_json(done, {"key": key, "page": page})
+    return page
+
+
+def _key(loaded: LoadedModel, read: dict[str, tuple[Windows, Windows]], options: AnswerOptions) -> str:
+    """Hash of all that an answer depends on."""
+    texts = {name: [[one.hash, one.document.tolist()] for one in both] for name, both in read.items()}
+    return hash_json([weights_hash(loaded.model), texts, asdict(replace(options, batch_size=1))])
 
 
 def _answer(loaded: LoadedModel, domains: dict[str, Domain], options: AnswerOptions, reporter: Reporter) -> Answer:

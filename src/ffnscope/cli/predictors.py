@@ -47,7 +47,7 @@ def _print(registry: Registry[Any]) -> None:
 _DENSITY = "that of the target, or 0.3"
 _WORDS = {"low_rank": {"density": _DENSITY}, "deja_vu": {"density": _DENSITY, "loss": "published"}}
 """Defaults that are not those of the signature."""
-_HYBRID = " core=0.02 rest=nucleus, and parameters of rest"
+_HYBRID = " core=0.02 rest=nucleus, and parameters of rest; core may be the file of a plan"
 
 
 @predictors_app.command("export")

@@ -73,7 +73,8 @@ def sparsify_command(
     target: Annotated[
         str,
         typer.Option(
-            help="recall=, missed_mass=, density=, relative_error=, perplexity=+1%, or the policy's parameter="
+            help="recall=, missed_mass=, density=, relative_error=, "
+            "perplexity=+1%, bytes=50%, or the policy's parameter="
         ),
     ] = "recall=0.95",
     rule: RuleChoice,

@@ -46,8 +46,11 @@ class FFN:
 
     def activated(self, x: Tensor) -> Tensor:
         """[T, d_model] -> act of the projection that the activation reads (gate, or up without a gate), [T, d_ff]."""
-        gate, bias = self.activated_weight
-        return self.act(_product(x, gate, bias))
+        return self.act(self.activation_input(x))
+
+    def activation_input(self, x: Tensor) -> Tensor:
+        """[T, d_model] -> what the activation reads: gate x, or up x where there is no gate, [T, d_ff]."""
+        return _product(x, *self.activated_weight)
 
     def up(self, x: Tensor) -> Tensor:
         """[T, d_model] -> output of the up projection, [T, d_ff]."""

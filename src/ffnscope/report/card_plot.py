@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnscope.report.drawing import COLOURS, INK, PALE, legend, need, new_figure, save, tidy
-from ffnscope.report.sparse_plots import Cost, draw_quality
-from ffnscope.sparse.card import SparsityCard
+from ffnscope.report.sparse_plots import Cost, draw_cells, draw_quality
+from ffnscope.sparse.card import SiteCard, SparsityCard
 from ffnscope.sparse.card_curve import lines_of
 from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
@@ -25,6 +26,11 @@ LAYERS = (
     "Recall, density and missed mass of every FFN, means over tokens, on documents that had no part in the card and, "
     "where one was given, on a second text."
 )
+HEAT = (
+    "The same and more as a map, means over tokens: precision, relative error of the output, and what is missed more "
+    "than by as many channels with the largest contributions (gap)."
+)
+CELLS = ("recall", "precision", "density", "missed_mass", "missed_mass_gap", "relative_error")
 CURVES: dict[Cost, str] = {
     "density": "Perplexity on the test documents against density: the rule of the card, the best order there is, and "
     "one selection for all tokens. Bars are 95 % intervals over documents.",
@@ -38,6 +44,7 @@ def card_figures(
 ) -> Iterator[tuple[str, str, Figure]]:
     """Draw what a page shows of a card: (section, caption, figure), of the sections "layers" and "curve"."""
     yield "layers", LAYERS, draw_card(card, title)
+    yield "layers", HEAT, draw_card_cells(card, title)
     lines = lines_of(curve)
     for cost, caption in CURVES.items() if lines else ():
         yield "curve", caption, draw_quality(lines, cost, title)
@@ -76,6 +83,27 @@ def draw_card(card: SparsityCard, title: str = "") -> Figure:
         tidy(axes)
     legend(figure, shown)
     return figure
+
+
+def draw_card_cells(card: SparsityCard, title: str = "") -> Figure:
+    """Draw measures by layer as a heat map, a row per measure and text; FFNs of one layer (experts) are averaged.
+
+    Args and errors as of `draw_card`.
+    """
+    layers = sorted({one.site.layer for one in card.sites})
+    rows: dict[str, list[float]] = {}
+    for source, words in LINES.items():
+        for name in CELLS:
+            found = [_mean([one for one in card.sites if one.site.layer == layer], source, name) for layer in layers]
+            if not all(map(math.isnan, found)):
+                rows[f"{name.replace('_', ' ')}, {words}"] = found
+    need(rows, "figures of a card")
+    return draw_cells(rows, layers, "Selections by layer", title)
+
+
+def _mean(sites: Sequence[SiteCard], source: Any, name: str) -> float:
+    found = [one.figures[source][name].mean for one in sites if name in one.figures.get(source, {})]
+    return sum(found) / len(found) if found else math.nan
 
 
 def _line(axes: Axes, card: SparsityCard, source: Any, measure: str, colour: str) -> Any:

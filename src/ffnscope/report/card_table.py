@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ffnscope.report.tables import BLANK, Cell, Grid, number, print_grid
 from ffnscope.sparse.card import Figure, SiteCard, SparsityCard, target_words
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SOURCES = {"calibrate": "calibration documents", "test": "test documents", "second": "second text"}
 BYTES = f"Bytes are those of {UNIT}, whatever the model was loaded in, predictors included."
 DENSE = "what the target asks for would read no less there, predictor included, or nothing sparse meets it"
-MEASURES = ("recall", "precision", "density", "missed_mass", "relative_error")
+MEASURES = ("recall", "precision", "density", "missed_mass", "relative_error", "missed_mass_gap")
 
 
 def card_grids(card: SparsityCard) -> list[Grid]:
@@ -43,9 +43,21 @@ def card_sentences(card: SparsityCard) -> list[str]:
         )
     if card.certificate is not None:
         found.append(f"Certified: {card.certificate.statement}.")
-    if reason := card.allocation.get("reason"):
-        found.append(f"Densities: {reason}.")
+    if "asked" in card.allocation:
+        found.append(_allocation(card.allocation))
     return found
+
+
+def _allocation(facts: Mapping[str, Any]) -> str:
+    """What an allocation was measured to do, and whether it is used."""
+    names = ("uniform_perplexity", "allocated_perplexity", "loss_difference")
+    uniform, allocated, difference = (facts[name] for name in names)
+    rise = _rise(difference, facts["stderr"])
+    used = "it is used" if facts["used"] == facts["asked"] else "it is not used, being not clearly lower"
+    return (
+        f"Densities by {facts['asked']}: perplexity {number(allocated)} on calibration documents, {number(uniform)} "
+        f"with one density for all at the same bytes ({rise} nats per token), so {used}."
+    )
 
 
 def curve_grid(rows: Sequence[FormRow]) -> Grid:
@@ -76,7 +88,7 @@ def _realised(card: SparsityCard) -> Grid:
     ]
     notes = [
         "Means over tokens of all FFNs ± standard error over documents; in brackets the 5th and 95th percentile of "
-        "documents."
+        "documents. Missed mass gap: what is missed more than by as many channels with the largest contributions."
     ]
     return Grid("Realised", ["on", *(name.replace("_", " ") for name in MEASURES)], lines, notes)
 

@@ -92,15 +92,21 @@ def draw_sites(rows: Mapping[str, Sequence[SiteMeasures]], measure: str, title: 
     Raises:
         UsageError: nothing to draw, or an unknown measure.
     """
-    import numpy as np
-
     if measure not in SITE_MEASURES:
         raise UsageError(f"measure must be one of {', '.join(SITE_MEASURES)}; got {measure!r}.")
     need(any(rows.values()), "measures of FFNs")
     layers = sorted({one.site.layer for found in rows.values() for one in found})
-    cells = np.array([[_of_layer(found, layer, measure) for layer in layers] for found in rows.values()])
+    cells = {label: [_of_layer(found, layer, measure) for layer in layers] for label, found in rows.items()}
+    return draw_cells(cells, layers, f"{measure.replace('_', ' ').capitalize()} by layer", title)
+
+
+def draw_cells(rows: Mapping[str, Sequence[float]], layers: Sequence[int], heading: str, title: str = "") -> Figure:
+    """Draw a heat map: a row per label, layers across; NaN is grey."""
+    import numpy as np
+
+    cells = np.array(list(rows.values()))
     width = min(max(4.6 + 0.2 * len(layers), 6.4), 14.0)
-    figure = new_figure(width, 1.5 + 0.28 * len(rows), f"{measure.replace('_', ' ').capitalize()} by layer", title)
+    figure = new_figure(width, 1.5 + 0.28 * len(rows), heading, title)
     axes = figure.add_subplot()
     axes.set_facecolor(PALE)
     image = axes.imshow(cells, cmap="viridis", aspect="auto", interpolation="nearest")

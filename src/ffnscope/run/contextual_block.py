@@ -45,7 +45,8 @@ class Contextual(Block):
     enabled: StrictBool = False
     """Trace the calibration windows, fit a sparsity card, and write it to contextual/card.json."""
     target: Annotated[StrictStr, AfterValidator(_target)] = "recall=0.95"
-    """recall=, missed_mass=, density=, relative_error= (of every FFN), perplexity=+1%, or parameter= of the policy."""
+    """recall=, missed_mass=, density=, relative_error= (of every FFN), perplexity=+1%, bytes=50% of the
+    dense FFNs, or parameter= of the policy."""
     predictor: Annotated[StrictStr, _known(PREDICTORS)] = "low_bit"
     """What scores the channels of a token: low_bit, low_rank, whitened_svd, static, griffin, fc_files, oracle, ..."""
     predictor_params: Keywords = Field(default_factory=dict)

@@ -11,14 +11,15 @@ from torch import nn
 
 from ffnscope.errors import unknown_name
 from ffnscope.ffn.function import FFN
-from ffnscope.registry import POLICIES, PREDICTORS
+from ffnscope.registry import PREDICTORS
 from ffnscope.sparse.calibration import Target, calibrate_policy, scored_readings
 from ffnscope.sparse.costs import GROUP, low_bit_share, rank_for
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.labels import nonzero
 from ffnscope.sparse.policies import Policy, TopK
-from ffnscope.sparse.predictors.interface import Predictor
+from ffnscope.sparse.predictors.interface import FitTokens, Predictor
 from ffnscope.sparse.readings import readings_of
+from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.selector import Selector
 from ffnscope.sparse.traces import Traces
 from ffnscope.types import FFNSite
@@ -33,6 +34,15 @@ def _no_params(ffn: FFN) -> Mapping[str, Any]:
 
 def _given(**params: Any) -> Callable[[FFN], Mapping[str, Any]]:
     return lambda ffn: params
+
+
+def _plain(ffn: FFN, density: float) -> Mapping[str, Any]:
+    return {}
+
+
+def _caps(ffn: FFN, density: float) -> Mapping[str, Any]:
+    """From half as many channels to twice as many as the mean."""
+    return {"k_min": round(density / 2 * ffn.d_ff), "k_max": min(round(2 * density * ffn.d_ff), ffn.d_ff)}
 
 
 def _same_bytes(n_matrices: int, **params: Any) -> Callable[[FFN], Mapping[str, Any]]:
@@ -54,6 +64,7 @@ class Baseline:
         predictor: name in the registry.
         policy: name in the registry.
         params: parameters of the predictor for an FFN.
+        policy_params: parameters of the policy for an FFN and a density.
         gated: whether it is for gated FFNs only.
         needs_prompt: whether its selection is that of the prompt of a window, so that it needs one to be fair.
     """
@@ -62,8 +73,14 @@ class Baseline:
     predictor: str
     policy: str = "top_k"
     params: Callable[[FFN], Mapping[str, Any]] = field(default=_no_params)
+    policy_params: Callable[[FFN, float], Mapping[str, Any]] = field(default=_plain)
     gated: bool = False
     needs_prompt: bool = False
+
+    def make_policy(self, predictor: Predictor, fit: FitTokens, density: float) -> Policy:
+        """The policy for the scores of a predictor, at a density."""
+        params = self.policy_params(predictor.ffn, density)
+        return SelectionRule(policy=self.policy, policy_params=params).make_policy(predictor, fit)
 
 
 _ROWS = (
@@ -81,10 +98,16 @@ _ROWS = (
     Baseline("4-bit proxy top-k", "low_bit", params=_given(bits=4, group=GROUP)),
     Baseline("4-bit proxy threshold", "low_bit", "threshold", _given(bits=4, group=GROUP)),
     Baseline("4-bit proxy nucleus", "low_bit", "nucleus", _given(bits=4, group=GROUP)),
+    Baseline("4-bit proxy threshold per channel", "low_bit", "channel_threshold", _given(bits=4, group=GROUP)),
+    Baseline("4-bit proxy capped threshold", "low_bit", "capped_threshold", _given(bits=4, group=GROUP), _caps),
+    Baseline("4-bit proxy, core and nucleus", "low_bit", "hybrid", _given(bits=4, group=GROUP)),
     Baseline("3-bit proxy top-k", "low_bit", params=_given(bits=3, group=GROUP)),
     Baseline("3-bit proxy threshold", "low_bit", "threshold", _given(bits=3, group=GROUP)),
     Baseline("whitened SVD, bytes of the 4-bit proxy", "whitened_svd", params=_same_bytes(2)),
     Baseline("trained low rank, bytes of the 4-bit proxy", "low_rank", params=_same_bytes(1)),
+    Baseline("trained low rank without ReLU", "low_rank", params=_same_bytes(1, relu=False)),
+    Baseline("trained low rank, one layer ahead", "low_rank", params=_same_bytes(1, lookahead=1)),
+    Baseline("Deja Vu", "deja_vu", params=_same_bytes(1)),
     Baseline("sign bits", "sign_bit"),
     Baseline("static mean", "static"),
     Baseline("GRIFFIN", "griffin", needs_prompt=True),
@@ -119,32 +142,39 @@ def fit_predictors(
     factory, found = PREDICTORS.get(row.predictor), dict[FFNSite, Predictor]()
     for done, site in enumerate(chosen, 1):
         ffn = ffn_of(model, site, traces.activation(site))
-        found[site] = factory.make(ffn, traces.fit_tokens(site), **row.params(ffn))
+        params = dict(row.params(ffn))
+        if params.get("lookahead"):
+            params["lookahead"] = 0 if traces.before(site) is None else 1
+        tokens = traces.fit_tokens(site, lookahead=params.get("lookahead", 0))
+        found[site] = factory.make(ffn, tokens, **params)
         if on_site is not None:
             on_site(done, len(chosen))
     return found
 
 
 def at_density(
-    traces: Traces, predictors: Mapping[FFNSite, Predictor], policy: Policy, density: float, chunk: int = 1024
+    traces: Traces, predictors: Mapping[FFNSite, Predictor], row: Baseline, density: float
 ) -> dict[FFNSite, Selector]:
-    """Selectors whose mean density over the calibrating tokens is the same in every FFN, and never above ``density``.
+    """Selectors of a row; the mean density over calibrating tokens is alike in all FFNs, and never above ``density``.
 
     Raises:
         UsageError: a density that the policy cannot meet.
     """
-    return {site: site_at_density(traces, site, one, policy, density, chunk) for site, one in predictors.items()}
+    found: dict[FFNSite, Selector] = {}
+    for site, one in predictors.items():
+        policy = row.make_policy(one, traces.fit_tokens(site, lookahead=one.lookahead), density)
+        found[site] = site_at_density(traces, site, one, policy, density)
+    return found
 
 
-def site_at_density(
-    traces: Traces, site: FFNSite, predictor: Predictor, policy: Policy, density: float, chunk: int = 1024
-) -> Selector:
+def site_at_density(traces: Traces, site: FFNSite, predictor: Predictor, policy: Policy, density: float) -> Selector:
     """The selector of one FFN, as `at_density`."""
+    source = traces.before(site) if predictor.lookahead else None
     if isinstance(policy, TopK):  # needs no text
-        return Selector(predictor, policy, math.floor(density * site.d_ff + 1e-9))
+        return Selector(predictor, policy, math.floor(density * site.d_ff + 1e-9), source)
     tokens = traces.fit_tokens(site, "calibrate", lookahead=predictor.lookahead)
-    chunks = scored_readings(predictor, readings_of(predictor, tokens), nonzero, chunk)
-    return Selector(predictor, policy, calibrate_policy(policy, chunks, Target("density", density)).parameter)
+    chunks = scored_readings(predictor, readings_of(predictor, tokens), nonzero)
+    return Selector(predictor, policy, calibrate_policy(policy, chunks, Target("density", density)).parameter, source)
 
 
 def selectors_of(
@@ -152,4 +182,4 @@ def selectors_of(
 ) -> dict[FFNSite, Selector]:
     """Fit and calibrate a row at one density; for several, fit once and call `at_density`."""
     predictors = fit_predictors(model, traces, row, on_site=on_site)
-    return at_density(traces, predictors, POLICIES.get(row.policy).make(), density)
+    return at_density(traces, predictors, row, density)

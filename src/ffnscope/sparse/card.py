@@ -67,7 +67,9 @@ class LossChange:
 
 def target_words(measure: str, value: float) -> str:
     """A target (`SparsityCard.target`) in words."""
-    return f"perplexity +{value:.2%}" if measure == "perplexity" else f"{measure.replace('_', ' ')} {value:g}"
+    if measure in ("perplexity", "bytes"):
+        return f"perplexity +{value:.2%}" if measure == "perplexity" else f"bytes {value:.1%} of the dense FFNs"
+    return f"{measure.replace('_', ' ')} {value:g}"
 
 
 @dataclass(frozen=True, slots=True)

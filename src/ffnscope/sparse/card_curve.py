@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ REFERENCES = ("oracle top-k", "static mean")
 
 OnStep = Callable[[str, int, int], None]
 """Called with "fit" after each calibrated selection of all FFNs, or "measure" after each batch: done, and in all."""
-Rules = Mapping[FFNSite, tuple[Predictor, Policy, FFNSite | None]]
+Rules = Mapping[FFNSite, tuple[Predictor, Policy]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def _forms(
     for label, make in lines.items():
         rules = make()
         for density in sorted(densities):
-            own = {site: _at_density(traces, site, rule, density) for site, rule in rules.items()}
+            own = {site: site_at_density(traces, site, *rule, density) for site, rule in rules.items()}
             found[f"{label} {density:g}"] = MaskedForm(label, own)
             say("fit", len(found) - 1, total)
     if selectors:
@@ -164,10 +164,10 @@ def _forms(
 
 def _own(model: nn.Module, traces: Traces, card: SparsityCard, selectors: Mapping[FFNSite, Selector]) -> Rules:
     """Predictor and policy of every FFN of the card: its own, and new ones where it stays dense."""
-    found: dict[FFNSite, tuple[Predictor, Policy, FFNSite | None]] = {}
+    found: dict[FFNSite, tuple[Predictor, Policy]] = {}
     for one in card.sites:
         if one.site in selectors:
-            found[one.site] = selectors[one.site].predictor, selectors[one.site].policy, one.source
+            found[one.site] = selectors[one.site].predictor, selectors[one.site].policy
             continue
         known = card.restored(model, one)
         if known is None:
@@ -175,7 +175,7 @@ def _own(model: nn.Module, traces: Traces, card: SparsityCard, selectors: Mappin
             rule = card.rule.own(ahead=one.source is not None)
             predictor = rule.make_predictor(ffn_of(model, one.site, one.activation), fit)
             known = predictor, rule.make_policy(predictor, fit)
-        found[one.site] = *known, one.source
+        found[one.site] = known
     return found
 
 
@@ -183,14 +183,7 @@ def _reference(model: nn.Module, traces: Traces, card: SparsityCard, name: str) 
     row = baseline(name)
     policy: Policy = POLICIES.get(row.policy).make()
     made = fit_predictors(model, traces, row, sites=[one.site for one in card.sites])
-    return {site: (predictor, policy, None) for site, predictor in made.items()}
-
-
-def _at_density(
-    traces: Traces, site: FFNSite, rule: tuple[Predictor, Policy, FFNSite | None], density: float
-) -> Selector:
-    predictor, policy, source = rule
-    return replace(site_at_density(traces, site, predictor, policy, density), source=source)
+    return {site: (predictor, policy) for site, predictor in made.items()}
 
 
 def _card_key(card: SparsityCard) -> list[Any]:

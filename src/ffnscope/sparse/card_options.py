@@ -68,19 +68,41 @@ class ParameterTarget:
             raise UsageError(f"the parameter of the policy must be finite; got {self.value}.")
 
 
-CardTarget = Target | PerplexityTarget | ParameterTarget
+@dataclass(frozen=True, slots=True)
+class BytesTarget:
+    """A budget of bytes: the highest of `CardOptions.densities` at which all FFNs and predictors read no more.
+
+    Per token, of `ffnscope.sparse.costs.UNIT`. Of kept channels it is one of FLOPs as well, two for each weight.
+
+    Attributes:
+        share: of the bytes of the dense FFNs.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UsageError(
+                f"a budget of bytes must be in (0, 1), a share of those of the dense FFNs; got {self.share:g}. Write "
+                "bytes=0.5, or bytes=50%."
+            )
+
+
+CardTarget = Target | PerplexityTarget | ParameterTarget | BytesTarget
 
 
 def measure_and_value(target: CardTarget) -> tuple[str, float]:
     """A target as a card holds it."""
     if isinstance(target, ParameterTarget):
         return "parameter", target.value
+    if isinstance(target, BytesTarget):
+        return "bytes", target.share
     return ("perplexity", target.increase) if isinstance(target, PerplexityTarget) else (target.measure, target.value)
 
 
 def parse_target(text: str) -> CardTarget:
-    """Parse ``MEASURE=VALUE``: recall=0.95, missed_mass=0.1, density=0.3, relative_error=0.2, perplexity=+1%, or
-    parameter=0.5, that of the policy itself.
+    """Parse ``MEASURE=VALUE``: recall=0.95, missed_mass=0.1, density=0.3, relative_error=0.2, perplexity=+1%,
+    bytes=50%, of the dense FFNs, or parameter=0.5, that of the policy itself.
 
     Raises:
         UsageError: another form, an unknown measure, or an impossible value.
@@ -95,12 +117,15 @@ def parse_target(text: str) -> CardTarget:
     if not equals:
         raise UsageError(
             f"the target {text!r} is not MEASURE=VALUE, for example recall=0.95, missed_mass=0.1, density=0.3, "
-            "relative_error=0.2, perplexity=+1%, or parameter=0.5, that of the policy itself."
+            "relative_error=0.2, perplexity=+1%, bytes=50%, of the dense FFNs, or parameter=0.5, that of the policy "
+            "itself."
         )
     if measure == "perplexity":
         return PerplexityTarget(number)
     if measure == "parameter":
         return ParameterTarget(number)
+    if measure == "bytes":
+        return BytesTarget(number)
     if number == 0 and measure in ("recall", "density"):
         raise UsageError(
             f"the target {text!r} would keep no channel at all; give a share above 0, such as {measure}=0.3."
@@ -231,12 +256,11 @@ def ladder_of(target: CardTarget, options: CardOptions) -> Ladder:
     if isinstance(target, ParameterTarget):
         check_offered(target, options)
         return Ladder("parameter", (target.value,), "calibrate")
-    searched = options.certify is not None or options.allocation != "uniform" or isinstance(target, PerplexityTarget)
-    if not searched and isinstance(target, Target):
+    if options.certify is None and options.allocation == "uniform" and isinstance(target, Target):
         return Ladder(target.measure, (target.value,), "calibrate")
     check_offered(target, options)
     part: Part = "calibrate" if options.certify is None else "fit"
-    if isinstance(target, PerplexityTarget) or target.measure == "relative_error":
+    if isinstance(target, BytesTarget | PerplexityTarget) or target.measure == "relative_error":
         return Ladder("density", options.densities, part)
     if target.measure == "density":
         values = {*options.densities, target.value}
@@ -264,10 +288,12 @@ def check_offered(target: CardTarget, options: CardOptions) -> None:
             "a given parameter of the policy is taken as it is, so nothing can be promised or allocated by it; give "
             "recall, missed_mass, density, relative_error or perplexity."
         )
-    if options.certify is not None and isinstance(target, Target) and target.measure == "density":
-        raise UsageError("a density is a cost and has no certificate; give recall, missed mass, error or perplexity.")
+    measure, _ = measure_and_value(target)
+    if options.certify is not None and measure in ("density", "bytes"):
+        what = "a density is" if measure == "density" else "a number of bytes is"
+        raise UsageError(f"{what} a cost and has no certificate; give recall, missed mass, error or perplexity.")
     if options.allocation != "uniform" and isinstance(target, Target) and target.measure != "density":
         raise UsageError(
             f"a target {target.measure} fixes the density of every FFN, so there is nothing to allocate; give a "
-            "density or a perplexity, or allocation 'uniform'."
+            "density, bytes or a perplexity, or allocation 'uniform'."
         )

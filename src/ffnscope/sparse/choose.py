@@ -17,6 +17,7 @@ from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import LossChange
 from ffnscope.sparse.card_options import (
     CAP,
+    BytesTarget,
     CardOptions,
     CardTarget,
     Certify,
@@ -134,6 +135,8 @@ def choose(
     uniform = 1
     if isinstance(target, PerplexityTarget):
         uniform = _bisect(fitted, len(ladder.values), target, _needed(losses))
+    elif isinstance(target, BytesTarget):
+        uniform = _within_bytes(fitted, target.share)
     elif options.allocation != "uniform":
         uniform = 1 + ladder.values.index(measure_and_value(target)[1])
     if options.allocation == "uniform" or uniform == 0:
@@ -155,7 +158,7 @@ def most_batches(n_sites: int, ladder: Ladder, target: CardTarget, options: Card
 
 def check_certificate(certify: Certify, target: CardTarget, n_documents: int) -> None:
     """Raise UsageError before any work where the calibration has too few documents for what is to be promised."""
-    assert not isinstance(target, ParameterTarget), "check_offered refuses it"
+    assert not isinstance(target, ParameterTarget | BytesTarget), "check_offered refuses it"
     limit = loss_limit(target)
     if not 0 < limit < 1:
         raise UsageError(f"a target with the loss {limit:g} cannot be promised; allow a loss in (0, 1).")
@@ -165,7 +168,7 @@ def check_certificate(certify: Certify, target: CardTarget, n_documents: int) ->
 def _certified(
     fitted: Fitted, ladder: Ladder, target: CardTarget, certify: Certify, losses: ModelLosses | None
 ) -> Certificate:
-    assert not isinstance(target, ParameterTarget), "check_offered refuses it"
+    assert not isinstance(target, ParameterTarget | BytesTarget), "check_offered refuses it"
     limit = loss_limit(target)
     if isinstance(target, Target):
         return _certificate(_document_losses(fitted), limit, certify)
@@ -209,6 +212,20 @@ def _bisect(fitted: Fitted, n_settings: int, target: PerplexityTarget, losses: M
         within = losses.rise(_same(fitted, middle)) <= target.nats
         low, high = (middle, high) if within else (low, middle)
     return low
+
+
+def _within_bytes(fitted: Fitted, share: float) -> int:
+    """The safest setting, the same in all FFNs, that reads no more than a share of the dense bytes."""
+    dense = sum(one.bytes_dense for one in fitted.values())
+    n_settings = len(next(iter(fitted.values())).parameters)
+    read = [sum(min(one.bytes_read(i), one.bytes_dense) for one in fitted.values()) for i in range(n_settings)]
+    found = next((i for i, one in enumerate(read) if one <= share * dense * (1 + 1e-12)), None)
+    if found is None:
+        raise UsageError(
+            f"the lowest density reads {min(read) / dense:.1%} of the dense bytes, predictors included, above the "
+            f"budget of {share:.1%}. Raise the budget, or choose a predictor that reads less."
+        )
+    return found
 
 
 def _allocated(fitted: Fitted, uniform: int, options: CardOptions, losses: ModelLosses) -> Choice:

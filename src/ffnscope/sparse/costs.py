@@ -34,7 +34,11 @@ def predictor_bytes(predictor: Predictor) -> float:
 
 
 def sparse_bytes(predictor: Predictor, density: float) -> float:
-    """Bytes read per token by a predictor and by the channels kept at a mean density; no matrix is counted twice."""
+    """Bytes read per token by a predictor and by the channels kept at a mean density.
+
+    A matrix that the predictor reads in full is counted once: the runtime takes the products from it
+    (`Predictor.score_and_read`), unless gate and up are one fused matrix that runs by projections.
+    """
     rest = tuple(name for name in ("gate", "up", "down") if name not in predictor.reads)
     return predictor_bytes(predictor) + density * matrix_bytes(predictor.ffn, rest)
 

@@ -19,6 +19,7 @@ from ffnscope.sparse.card import LossChange, SiteCard, Source, SparsityCard
 from ffnscope.sparse.card_figures import CardFigures
 from ffnscope.sparse.card_options import (
     CAP,
+    BytesTarget,
     CardOptions,
     CardTarget,
     CardTexts,
@@ -69,9 +70,10 @@ def fit_card(
 
     Predictors are made from the fit documents. A target is met on the calibration documents, in every FFN by itself; or
     for perplexity, by one density for all of them, the lowest of ``options.densities`` that was measured to be within
-    it. With a certificate, settings are fixed on the fit documents and the calibration documents choose among them. The
-    test documents, and a second text, only measure. An FFN that would read more bytes than it does dense stays dense,
-    and so does one (an expert) without tokens to fit and calibrate with, which is left out of the card.
+    it; for bytes, by the highest one that reads no more. With a certificate, settings are fixed on the fit documents
+    and the calibration documents choose among them. The test documents, and a second text, only measure. An FFN that
+    would read more bytes than it does dense stays dense, and so does one (an expert) without tokens to fit and
+    calibrate with, which is left out of the card.
 
     Args:
         model: the traced model; left as it was.
@@ -106,11 +108,13 @@ def check_readable(rule: SelectionRule, options: CardOptions, sites: Sequence[FF
     """Raise for what a rule cannot be fitted with: allocations, FFNs, and files that it names.
 
     Raises:
-        UsageError: "fisher", whose gradients come with each FFN's own input alone, and a predictor of another input.
+        UsageError: "fisher", whose gradients come with each FFN's own input alone, and a predictor of another input;
+            the plan of a core without one of the FFNs.
         NotAvailableError: a prompt, and an FFN that is an expert.
         ArtifactError: a file that is not there.
     """
     rule.identity()
+    rule.check_core(site.name for site in sites)
     check_names(rule, sites)
     if options.allocation == "fisher" and (rule.lookahead or rule.prompt):
         what = "looks ahead" if rule.lookahead else "takes its scores from a prompt"
@@ -331,7 +335,7 @@ class _Fitting:
         }
         if second is not None:
             facts["second"] = {"source": second.facts["source"], "windows_hash": second.facts["windows_hash"]}
-        if certify is not None and not isinstance(self.target, ParameterTarget):  # which `check_offered` refuses
+        if certify is not None and not isinstance(self.target, ParameterTarget | BytesTarget):  # refused before
             facts["certified_loss"] = _LOSS_WORDS[measure_and_value(self.target)[0]]
             facts["limit"] = loss_limit(self.target)
             facts["certify"] = asdict(certify)

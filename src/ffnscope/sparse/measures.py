@@ -98,7 +98,7 @@ def truth_of(ffn: FFN, x: Tensor, label: Label, norms: Tensor | None = None) -> 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenMeasures:
-    """Each of `MEASURES` for every token, name -> [T] float64."""
+    """Each of `MEASURES`, and perhaps of `ffnscope.sparse.gap.GAPS`, for every token: name -> [T] float64."""
 
     values: dict[str, Tensor]
 

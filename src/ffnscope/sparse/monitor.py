@@ -14,6 +14,7 @@ from ffnscope.sparse.card import Band, SiteCard, SparsityCard
 from ffnscope.sparse.measures import Label, of_mask, truths
 from ffnscope.sparse.predictors.fixed import Constant
 from ffnscope.sparse.predictors.interface import Prompted
+from ffnscope.sparse.products import Products
 from ffnscope.sparse.selector import Noted, Selector
 from ffnscope.types import FFNSite
 
@@ -134,9 +135,18 @@ class Watched:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Inputs [T, d_model] -> mask [T, d_ff]; all channels while outside of a band and ``fallback`` is on."""
+        return self.select_and_read(x)[0]
+
+    @torch.no_grad()
+    def select_and_read(self, x: Tensor) -> tuple[Tensor, Products]:
+        """The mask, and products that the predictor has made, which need not be made again."""
         if self.own is not None:
             self.own.x = x
-        scores = self.selector.scores(x)
+        scores, known = self.selector.score_and_read(x)
+        return self._watched(x, scores), known
+
+    def _watched(self, x: Tensor, scores: Tensor) -> Tensor:
+        """The mask [T, d_ff] of scores [T, d_ff], noted."""
         mask = self.selector.of_scores(scores)
         seen = signals(scores, mask)
         for name, values in seen.items():

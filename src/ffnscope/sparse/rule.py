@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ffnscope.ffn.function import FFN
 from ffnscope.io import hash_file
 from ffnscope.registry import POLICIES, PREDICTORS
 from ffnscope.sparse.policies import ChannelThreshold, Hybrid, Policy, TopK, channel_gain
+from ffnscope.sparse.predictors.fixed import kept_by
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor, needed, token_mean
 from ffnscope.sparse.predictors.restore import restore_predictor
 from ffnscope.sparse.readings import readings_of
@@ -32,9 +33,10 @@ GAIN_TOKENS = 4096
 class SelectionRule:
     """A predictor and a policy, with their parameters as a file can hold them.
 
-    Two policies are given something of each FFN: ``channel_threshold`` its gains, and ``hybrid`` its core, the share
-    ``core`` (default 0.02) of channels with the largest mean contributions; all else in the parameters of ``hybrid`` is
-    ``rest``, the name of the other policy, and its parameters.
+    Two policies are given something of each FFN: ``channel_threshold`` its gains, and ``hybrid`` its core. That is the
+    share ``core`` (default 0.02) of channels with the largest mean contributions, or what a pruning plan keeps, whose
+    file ``core`` names: the supernodes, where the plan keeps the top 1 % by scar_loss_proxy. All else in the parameters
+    of ``hybrid`` is ``rest``, the name of the other policy, and its parameters.
 
     Attributes:
         predictor: name.
@@ -101,8 +103,8 @@ class SelectionRule:
 
     def identity(self) -> list[Any]:
         """All that results depend on, to be hashed: names, parameters, and the content of files that these name."""
-        named = self.predictor_params.get(FILES.get(self.predictor, ""))
-        files = [] if named is None else [_content(Path(str(named)))]
+        named = [self.predictor_params.get(FILES.get(self.predictor, "")), self._core_plan]
+        files = [_content(Path(str(one))) for one in named if one is not None]
         params = dict(self.predictor_params), dict(self.policy_params)
         return [self.predictor, self.policy, *params, *files]
 
@@ -119,6 +121,8 @@ class SelectionRule:
         made: Policy = POLICIES.get(name).make(**params)
         if self.policy != "hybrid":
             return made
+        if self._core_plan is not None:
+            return Hybrid(kept_by(self._core_plan, predictor.ffn.name), made)
         mean = token_mean(needed(fit, "hybrid").x, predictor.ffn.contributions).float()
         k = round(self.core_share * len(mean))
         return Hybrid(TopK().select(mean[None], k)[0].nonzero().flatten(), made)
@@ -135,19 +139,33 @@ class SelectionRule:
 
     @property
     def core_share(self) -> float:
-        """Share of channels in the core of ``hybrid``."""
-        return self.policy_params.get("core", 0.02)
+        """Share of channels in the core of ``hybrid``; 0 where a plan says which these are."""
+        return self.policy_params.get("core", 0.02) if self._core_plan is None else 0.0
+
+    @property
+    def _core_plan(self) -> Path | None:
+        """The file of the plan whose kept channels are the core of ``hybrid``."""
+        core = self.policy_params.get("core") if self.policy == "hybrid" else None
+        return Path(core) if isinstance(core, str) else None
+
+    def check_core(self, names: Iterable[str]) -> None:
+        """Raise what `make_policy` would for the core of FFNs of these names, as far as a plan says it."""
+        if (plan := self._core_plan) is not None:
+            for name in names:
+                kept_by(plan, name)
 
     def _plain_policy(self) -> tuple[str, dict[str, Any]]:
         """The policy that decides by scores, and its parameters."""
         if self.policy != "hybrid":
             return self.policy, dict(self.policy_params)
         rest = self.policy_params.get("rest", "nucleus")
-        _check_type("core of policy 'hybrid'", "float", self.core_share)
-        if rest in ("hybrid", "channel_threshold") or not 0 <= self.core_share < 1:
+        core = self.policy_params.get("core", 0.02)
+        _check_type("core of policy 'hybrid'", "float | str", core)
+        possible = core.endswith(".json") if isinstance(core, str) else 0 <= core < 1
+        if rest in ("hybrid", "channel_threshold") or not possible:
             raise UsageError(
-                f"hybrid needs a share core in [0, 1) and another simple policy as rest; got {self.core_share!r} and "
-                f"{rest!r}."
+                "hybrid needs as core a share in [0, 1) or the .json file of a pruning plan, and another simple policy "
+                f"as rest; got {core!r} and {rest!r}."
             )
         return rest, {k: v for k, v in self.policy_params.items() if k not in ("core", "rest")}
 
@@ -170,7 +188,7 @@ def _content(path: Path) -> str | dict[str, str]:
     if path.is_dir():
         return {one.name: hash_file(one) for one in sorted(path.glob("model_*.pt"))}
     if not path.exists():
-        raise ArtifactError(f"{path} does not exist; a parameter of the predictor names it.")
+        raise ArtifactError(f"{path} does not exist; a parameter names it.")
     return hash_file(path)
 
 

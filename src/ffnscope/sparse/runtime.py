@@ -17,7 +17,7 @@ from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.kernels.break_even import MARGIN, RowTimes
 from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
-from ffnscope.sparse.monitor import Monitor, MonitorOptions, Watched
+from ffnscope.sparse.monitor import HandsOn, Monitor, MonitorOptions, Watched
 from ffnscope.sparse.refusals import check_selectors
 from ffnscope.sparse.timing import reading_times, selecting_time, shape_key
 from ffnscope.sparse.trial import differs, kinds_of, reached
@@ -44,12 +44,14 @@ class Measured:
     Attributes:
         tokens: that were decoded.
         density: mean share of the channels that were selected for a token.
-        read: mean share of the channels that a step read: those that any token of the batch selected, or all of them.
+        union: mean share of the channels that any token of a step selected; of one sequence, the density.
+        read: mean share of the channels that a step read: the union, or all of them where it ran dense under the mask.
         sparse_steps: share of the steps that read only selected channels; the others ran dense under the mask.
     """
 
     tokens: int
     density: float
+    union: float
     read: float
     sparse_steps: float
 
@@ -108,9 +110,7 @@ class Runtime:
 
     def leave(self, site: FFNSite) -> None:
         """Let an FFN run dense, without selecting."""
-        self.remove(site)
-        for matrix in _matrices(self._rows.pop((site, self.levels.pop(site)), None)):
-            self.copied_bytes -= matrix.copied_bytes
+        self._drop(site)
         del self._selections[site]
 
     def follow(self, selectors: Mapping[FFNSite, Selector]) -> None:
@@ -119,6 +119,9 @@ class Runtime:
             self.leave(site)
         for site, selector in selectors.items():
             self._selections[site].selector = selector
+            if isinstance(selector, HandsOn) and self.levels[site] != "masked":  # needs no rows
+                self._drop(site)
+                self.keep(site, "masked")
 
     def slower(self, watched: Mapping[FFNSite, Watched]) -> list[FFNSite]:
         """FFNs for which selecting for a token, and reading the density of the card, takes longer than dense."""
@@ -137,6 +140,12 @@ class Runtime:
         """Forget matrices of levels that no FFN runs at."""
         self._rows = {key: held for key, held in self._rows.items() if self.levels.get(key[0]) == key[1]}
 
+    def _drop(self, site: FFNSite) -> None:
+        """Put the FFN back, and forget its rows."""
+        self.remove(site)
+        for matrix in _matrices(self._rows.pop((site, self.levels.pop(site)), None)):
+            self.copied_bytes -= matrix.copied_bytes
+
     def _use(self, use: FFNSite, level: Level, selection: Selection) -> ModuleUse | ProjectionUse:
         site, model = selection.site, self._model
         if level == "masked":
@@ -153,9 +162,11 @@ class Runtime:
         known: dict[tuple[int, int], float] = {}
 
         def limit(n_tokens: int) -> float:
+            if self.levels.get(site, "masked") == "masked":
+                return -1.0  # not even no channel at all is read by rows
             if self._given_limit is not None:
                 return self._given_limit
-            if n_tokens > MOST_TOKENS or self.levels.get(site, "masked") == "masked":
+            if n_tokens > MOST_TOKENS:
                 return 0.0
             key = (n_tokens, torch.get_num_threads())
             if key not in known:  # asked at every step
@@ -224,8 +235,7 @@ def wrap_(
         UsageError: no selectors or something else, sites of another model, a model that is wrapped already, a
             ``break_even`` outside [0, 1], or ``never_slower`` or ``monitor`` without a card, which they need.
         NonFiniteError: an FFN puts out NaN or infinity.
-        NotAvailableError: an expert in parameters that all experts of its layer share, or, without a card, a predictor
-            that looks ahead.
+        NotAvailableError: an expert in shared parameters, or, without a card, a predictor that looks ahead.
         ModelError: weights are offloaded.
     """
     watch = None
@@ -236,7 +246,7 @@ def wrap_(
         _check_without_card(monitor, never_slower)
     _check(model, selectors, break_even)
     runtime = Runtime(model, selectors, break_even, Step(prefill=prefill))
-    masked = _settle(model, runtime, list(selectors))
+    masked = _settle(model, runtime, selectors)
     if watch is not None and (break_even is None if never_slower is None else never_slower):
         masked = _leave_slower(model, runtime, watch, masked)
     runtime.monitor = watch
@@ -273,15 +283,16 @@ def _check(model: nn.Module, selectors: Mapping[FFNSite, Selector], limit: float
     check_selectors(model, selectors)
 
 
-def _settle(model: nn.Module, runtime: Runtime, sites: Sequence[FFNSite]) -> list[LeftOut]:
+def _settle(model: nn.Module, runtime: Runtime, selectors: Mapping[FFNSite, Selector]) -> list[LeftOut]:
     """Let every FFN run at its fastest level; returns those that run under the mask, and why."""
     masked: list[LeftOut] = []
     try:
-        for kind in kinds_of(sites):
+        for kind in kinds_of(list(selectors)):
             level, why = _level(model, runtime, kind)
             for site in kind:
-                runtime.keep(site, level)
-                if why is not None:
+                hands_on = isinstance(selectors[site], HandsOn)
+                runtime.keep(site, "masked" if hands_on else level)
+                if why is not None and not hands_on:
                     masked.append(LeftOut(site.name, why))
     except BaseException:
         runtime.close()
@@ -360,4 +371,5 @@ def _matrices(held: Any) -> list[RowMatrix]:
 
 def _measured(site: FFNSite, counts: Counts) -> Measured:
     n_selected = counts.selected / (counts.tokens * site.d_ff)
-    return Measured(counts.tokens, n_selected, counts.read / counts.steps, counts.sparse / counts.steps)
+    union, read, sparse = (total / counts.steps for total in (counts.union, counts.read, counts.sparse))
+    return Measured(counts.tokens, n_selected, union, read, sparse)

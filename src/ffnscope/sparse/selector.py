@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import NotAvailableError
-from ffnscope.sparse.measures import MEASURES, Label, TokenMeasures, of_mask, truth_of
+from ffnscope.sparse.gap import oracle_gaps
+from ffnscope.sparse.measures import Label, TokenMeasures, of_mask, truth_of
 from ffnscope.sparse.policies import Policy
 from ffnscope.sparse.predictors.interface import Predictor
+from ffnscope.sparse.products import Products
 from ffnscope.sparse.readings import Readings
 from ffnscope.types import FFNSite
 
@@ -46,16 +48,24 @@ class Selector:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """Inputs of the FFN [T, d_model] -> mask [T, d_ff]; see `scores`."""
-        return self.of_scores(self.scores(x))
+        """Inputs of the FFN [T, d_model] -> mask [T, d_ff]; see `score_and_read`."""
+        return self.select_and_read(x)[0]
 
-    def scores(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def select_and_read(self, x: Tensor) -> tuple[Tensor, Products]:
+        """The mask, and products that the predictor has made, which need not be made again."""
+        scores, known = self.score_and_read(x)
+        return self.of_scores(scores), known
+
+    def score_and_read(self, x: Tensor) -> tuple[Tensor, Products]:
         """Inputs of the FFN [T, d_model] -> scores [T, d_ff], from the noted input where the predictor looks ahead.
 
         Raises:
             NotAvailableError: nothing has been noted for these tokens.
         """
-        return self.predictor(x if self.source is None else self._taken(len(x)))
+        if self.source is None:
+            return self.predictor.score_and_read(x)
+        return self.predictor(self._taken(len(x))), Products()
 
     def of_scores(self, scores: Tensor) -> Tensor:
         """Scores [T, d_ff] -> mask [T, d_ff]."""
@@ -78,11 +88,14 @@ class Selector:
 def measure_selector(
     selector: Selector | None, predictor: Predictor, readings: Readings, label: Label, chunk: int = 1024
 ) -> TokenMeasures:
-    """Measure a selection (None: all channels) on tokens as its predictor is given them, against the dense FFN."""
+    """Measure a selection (None: all channels) on tokens as its predictor is given them, against FFN and oracle.
+
+    Beside `MEASURES` each of `ffnscope.sparse.gap.GAPS` is measured.
+    """
     rows: list[dict[str, Tensor]] = []
     norms = predictor.ffn.down_norms
     for x, seen in readings.chunks(predictor, chunk):
         truth = truth_of(predictor.ffn, x, label, norms)
         mask = torch.ones_like(truth.labels) if selector is None else selector.of_scores(predictor(seen))
-        rows.append(of_mask(mask, truth))
-    return TokenMeasures({name: torch.cat([row[name] for row in rows]) for name in MEASURES})
+        rows.append(of_mask(mask, truth) | oracle_gaps(mask, truth))
+    return TokenMeasures({name: torch.cat([row[name] for row in rows]) for name in rows[0]})

@@ -19,6 +19,7 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.projection import channel_readers, down_projection, out_axis, producer_rows, projection
 from ffnscope.sparse.kernels.ffn import RowWeights, sparse_ffn
 from ffnscope.sparse.kernels.rows import RowMatrix
+from ffnscope.sparse.products import Products
 from ffnscope.types import FFNSite
 
 Selector = Callable[[Tensor], Tensor]
@@ -27,10 +28,10 @@ Selector = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class Reader(Protocol):
-    """A selector that computes all that the activation reads, so that the runtime need not read it again."""
+    """A selector that tells which products it has made for all channels, so that the runtime need not make them."""
 
-    def select_and_read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, d_model] -> mask [T, d_ff], and gate x (up x where there is no gate) [T, d_ff] with its bias."""
+    def select_and_read(self, x: Tensor) -> tuple[Tensor, Products]:
+        """x [T, d_model] -> mask [T, d_ff], and products [T, d_ff] with gate or up; none where it has made none."""
         ...
 
 
@@ -54,13 +55,15 @@ class Counts:
         tokens: that were decoded.
         selected: channels selected, over tokens.
         steps: calls of the FFN.
-        read: share of channels that any token of a step selected, over steps.
+        union: share of channels that any token of a step selected, over steps.
+        read: share of channels that were read, over steps: these, or all.
         sparse: steps that read only these; the others ran dense under the mask.
     """
 
     tokens: int = 0
     selected: int = 0
     steps: int = 0
+    union: float = 0.0
     read: float = 0.0
     sparse: int = 0
 
@@ -72,12 +75,12 @@ class Choice:
     Attributes:
         mask: [T, d_ff].
         index: int32, of their union; None to run dense under the mask.
-        read: what the activation reads on the index [T, k]; None where the selector has not computed it.
+        known: products on the index [T, k] that the selector has made.
     """
 
     mask: Tensor
     index: Tensor | None
-    read: Tensor | None = None
+    known: Products = field(default_factory=Products)
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +112,7 @@ class Selection:
             UsageError: the selector gave something else than a mask.
         """
         flat = x.detach().reshape(-1, x.shape[-1])
-        mask, read = self._select(flat)
+        mask, known = self._select(flat)
         if mask.dtype != torch.bool or mask.shape != (flat.shape[0], self.site.d_ff):
             raise UsageError(
                 f"the selector of {self.site.name} gave {mask.dtype} {tuple(mask.shape)}; expected torch.bool "
@@ -123,15 +126,16 @@ class Selection:
         self._count(mask, index, density, sparse)
         if not sparse:
             return Choice(mask, None)
-        return Choice(mask, index, None if read is None else read[:, index].to(x.dtype))
+        return Choice(mask, index, known.at(index, x.dtype))
 
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.selector.select_and_read(x) if isinstance(self.selector, Reader) else (self.selector(x), None)
+    def _select(self, x: Tensor) -> tuple[Tensor, Products]:
+        return self.selector.select_and_read(x) if isinstance(self.selector, Reader) else (self.selector(x), Products())
 
     def _count(self, mask: Tensor, index: Tensor, density: float, sparse: bool) -> None:
         self.counts.tokens += mask.shape[0]
         self.counts.selected += index.numel() if mask.shape[0] == 1 else int(mask.sum())
         self.counts.steps += 1
+        self.counts.union += density
         self.counts.read += density if sparse else 1.0
         self.counts.sparse += sparse
 
@@ -198,8 +202,8 @@ class ModuleUse(Use):
             return self.dense(x)
         flat = x.reshape(-1, x.shape[-1])
         token_mask = None if len(flat) == 1 else choice.mask[:, choice.index]
-        some = {"token_mask": token_mask, "read": choice.read}
-        return sparse_ffn(flat, self._weights, choice.index, self._act, **some).view(x.shape)
+        some = sparse_ffn(flat, self._weights, choice.index, self._act, token_mask=token_mask, known=choice.known)
+        return some.view(x.shape)
 
     def sparse(self, x: Tensor, index: Tensor) -> Tensor:
         """The FFN on some channels, for timing."""
@@ -213,7 +217,6 @@ class ProjectionUse(Use):
         super().__init__(model, site, selection)
         self._rows = rows
         self._seen: set[str] = set()
-        self._activated = None if site.fused is not None else site.up if site.gate is None else site.gate
         self._names = tuple(dict.fromkeys(n for n in (site.gate, site.up) if n is not None))
         self._modules = {name: projection(model, site, name) for name in self._names}
         self._down = down_projection(model, site)
@@ -229,11 +232,18 @@ class ProjectionUse(Use):
             choice = self._choice
             if choice is None or choice.index is None:
                 return self._forwards[name](x)
-            if choice.read is not None and name == self._activated:
-                return choice.read.view(*x.shape[:-1], -1)
+            known = self._known(name, choice.known)
+            if known is not None:
+                return known.view(*x.shape[:-1], -1)
             return self._some(name, x.reshape(-1, x.shape[-1]), choice.index).view(*x.shape[:-1], -1)
 
         return forward
+
+    def _known(self, name: str, known: Products) -> Tensor | None:
+        """What the selector has made of a projection; a fused one is read whole."""
+        if self.site.fused is not None:
+            return None
+        return known.up if name == self.site.up else known.gate
 
     def _choose(self, x: Tensor) -> Choice | None:
         if not self.selection.applies(x):

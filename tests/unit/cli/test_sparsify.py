@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import ffnscope
 from checkpoints import write_documents
 from faults import stop_at
+from ffnscope.cli import answer as answer_module
 from ffnscope.cli import app
 from ffnscope.run import sparse_steps
 from ffnscope.sparse import fit
@@ -201,11 +202,18 @@ class TestPredictors:
 
 
 class TestAnswer:
-    def test_a_page(self, ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
+    def test_a_page(self, ok: Ok, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Cut off after a model was answered, it is not answered again."""
         out = tmp_path / "out"
         texts = ("--text", "sotu", "--text", "pydoc_topics", "--held-out-samples", 2)
-        result = ok("answer", checkpoint, "--out", out, *texts, *SMALL, "--predictor-param", "group=8")
-        assert "Recommended: " in result.stdout
+        asked = ("answer", checkpoint, "--out", out, *texts, *SMALL, "--predictor-param", "group=8")
+        with monkeypatch.context() as patch:
+            stop_at(patch, answer_module, "write_text", 1)
+            first = CliRunner().invoke(app, [str(argument) for argument in asked])
+        assert first.exit_code == 130 and "Recommended: " in first.stdout
+        with monkeypatch.context() as patch:
+            patch.setattr(answer_module, "answer", lambda *args, **kwargs: 1 / 0)
+            assert "was answered before the interrupt: " in ok(*asked).stderr
         assert "top-k or threshold, and which k?" in (out / "answer.md").read_text()
         (found,) = out.glob("*.json")
         assert json.loads(found.read_text())["domains"] == ["sotu", "pydoc_topics"]

@@ -182,7 +182,10 @@ def test_all_errors_come_at_once(asked: dict[str, Any]) -> None:
         ({"certify": "risk_control"}, "contextual.certify: a density is a cost and has no certificate"),
         ({"target": "recall=0.9", "allocation": "fisher"}, "contextual.allocation: a target recall fixes"),
         ({"policy": "hybrid", "policy_params": {"core": 0.6}}, "contextual.curves: hybrid always keeps 0.6"),
-        ({"policy": "hybrid", "policy_params": {"core": "x"}}, "core of policy 'hybrid' must be float; got 'x'"),
+        (
+            {"policy": "hybrid", "policy_params": {"core": "x"}},
+            "and another simple policy as rest; got 'x'",
+        ),
     ],
 )
 def test_refused(asked: dict[str, Any], changes: dict[str, Any], message: str) -> None:

@@ -25,6 +25,7 @@ from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.labels import top_mass
 from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.monitor import HandsOn, MonitorOptions
+from ffnscope.sparse.placement.selections import card_selections
 from ffnscope.sparse.predictors import training
 from ffnscope.sparse.predictors.fc_files import write_fc_predictors
 from ffnscope.sparse.predictors.fixed import griffin_scores
@@ -35,7 +36,7 @@ from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import Runtime, unwrap_, wrap_
 from ffnscope.sparse.site_params import ffn_norms
 from ffnscope.types import PruningPlan
-from tiny import tiny
+from tiny import D_FF, HIDDEN, tiny
 
 HALF = Target("density", 0.5)
 TRAINED = {"rank": 4, "epochs": 2}
@@ -122,6 +123,9 @@ class TestLookahead:
             unwrap_(one.model)
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         assert monitor is not None and isinstance(monitor.selectors[card.sites[0].site], HandsOn) == first_dense
+        levels = [runtime.levels[row.site] for row in card.sites]
+        assert levels == ["masked" if first_dense else "module", "module"]
+        assert runtime.copied_bytes == (1 if first_dense else 2) * 4 * D_FF * HIDDEN
         assert len(monitor.report()) == (1 if first_dense else 2)
 
     @pytest.mark.parametrize("slow", [0, 1])
@@ -143,7 +147,13 @@ class TestLookahead:
             unwrap_(one.model)
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         assert monitor is not None and len(monitor.report()) == 1
-        assert list(runtime.levels) == [s.site for s in (card.sites if slow == 0 else card.sites[:1])]
+        first, second = (s.site for s in card.sites)
+        assert runtime.levels == ({first: "masked", second: "module"} if slow == 0 else {first: "module"})
+        assert runtime.copied_bytes == 4 * D_FF * HIDDEN  # down of the FFN that reads rows
+
+    def test_no_placement(self, one: Set, card: SparsityCard) -> None:
+        with pytest.raises(NotAvailableError, match=r"predictors of this card \(low_rank\) look ahead"):
+            card_selections(one.model, card)
 
     def test_a_selector_alone_says_what_it_lacks(self, one: Set, card: SparsityCard) -> None:
         site = card.sites[1].site
@@ -197,6 +207,10 @@ class TestPrompts:
             unwrap_(one.model)
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
+    def test_no_placement(self, one: Set, card: SparsityCard) -> None:
+        with pytest.raises(NotAvailableError, match=r"of this card \(griffin\) take their scores from a"):
+            card_selections(one.model, card)
+
     def test_only_cards_of_prompts_take_one(self, one: Set) -> None:
         runtime = wrap_(one.model, one.fit(target=HALF), break_even=1.0)
         try:
@@ -245,7 +259,7 @@ class TestPlans:
         assert rule.identity() != first
 
     def test_refused(self, one: Set, plan: Path, tmp_path: Path) -> None:
-        with pytest.raises(ArtifactError, match="does not exist; a parameter of the predictor names it"):
+        with pytest.raises(ArtifactError, match="does not exist; a parameter names it"):
             one.fit(SelectionRule("static", "threshold", {"plan": "nowhere.json"}), ParameterTarget(1.0))
         site = find_sites(one.model)[0]
         write_plan(plan, PruningPlan({site: torch.arange(3)}, "wanda", "local", Budget(0.4)))
@@ -346,7 +360,7 @@ class TestFiles:
         card = kept(one.fit(SelectionRule("fc_files", "top_k", params), HALF), tmp_path)
         x = one.traces.x(sites[1], "test")
         own, other = (c.selectors(one.model)[sites[1]] for c in (card, trained))
-        assert torch.allclose(own.scores(x), other.scores(x), atol=1e-5)
+        assert torch.allclose(own.score_and_read(x)[0], other.score_and_read(x)[0], atol=1e-5)
         found = card.figures["test"]["recall"].mean
         assert found == pytest.approx(trained.figures["test"]["recall"].mean, abs=1e-3)
         with pytest.raises(ArtifactError, match="nowhere does not exist"):

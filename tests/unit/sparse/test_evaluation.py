@@ -11,7 +11,7 @@ from ffnscope.errors import UnknownNameError, UsageError
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.ffn.function import FFN
 from ffnscope.ffn.sites import find_sites
-from ffnscope.registry import POLICIES
+from ffnscope.registry import POLICIES, PREDICTORS
 from ffnscope.sparse.baselines import BASELINES, at_density, baseline, fit_predictors, selectors_of
 from ffnscope.sparse.costs import low_bit_share, predictor_bytes
 from ffnscope.sparse.evaluation import compare_forms, form_losses
@@ -124,19 +124,36 @@ class TestBaselines:
         row = baseline(name)
         selectors = selectors_of(model, traces, row, 0.4)
         for site, selector in selectors.items():
-            mask = selector(traces.x(site, "calibrate"))
+            ahead = selector.predictor.lookahead
+            assert (selector.source is not None) == bool(ahead) == (name.endswith("ahead") and site.layer > 0)
+            tokens = traces.fit_tokens(site, "calibrate", lookahead=ahead)
+            mask = selector.of_scores(selector.predictor(tokens.x if tokens.earlier is None else tokens.earlier))
             assert mask.shape[1] == site.d_ff
             slack = 1 / site.d_ff if row.policy in ("top_k", "bank_top_k") else 1e-2
             assert 0.4 - slack <= float(mask.double().mean()) <= 0.4 + 1e-9
+
+    def test_every_predictor_and_policy_has_a_row(self) -> None:
+        """But for predictors from files, which are those of "trained low rank"."""
+        rows = BASELINES.values()
+        assert {row.predictor for row in rows} == set(PREDICTORS.names()) - {"fc_files"}
+        assert {row.policy for row in rows} == set(POLICIES.names())
+
+    def test_caps_and_core_are_those_of_the_density(self, traced) -> None:
+        model, traces = traced
+        capped = selectors_of(model, traces, baseline("4-bit proxy capped threshold"), 0.4)
+        hybrid = selectors_of(model, traces, baseline("4-bit proxy, core and nucleus"), 0.4)
+        for site in traces.sites:
+            policy = capped[site].policy
+            assert (policy.k_min, policy.k_max) == (round(0.2 * site.d_ff), round(0.8 * site.d_ff))
+            assert len(hybrid[site].policy.core) == round(0.02 * site.d_ff)
 
     def test_fitted_once_for_several_densities(self, traced) -> None:
         model, traces = traced
         row = baseline("CHESS")
         predictors = fit_predictors(model, traces, row)
-        policy = POLICIES.get(row.policy).make()
         for density in (0.2, 0.6):
             direct = selectors_of(model, traces, row, density)
-            for site, one in at_density(traces, predictors, policy, density).items():
+            for site, one in at_density(traces, predictors, row, density).items():
                 assert one.parameter == direct[site].parameter
 
     def test_ranks_at_equal_bytes(self, traced) -> None:

@@ -259,9 +259,14 @@ class TestNeverSlower:
             wrap_(model, card)
         assert torch.equal(decode(model), dense)
         unwrap_(model)
+        with pytest.warns(UserWarning, match="left dense in .*: its code names its width"):
+            assert not wrap_(model, card, break_even=1.0, never_slower=True).levels
+        unwrap_(model)
         with pytest.warns(UserWarning, match="dense under the mask in .*: its code names its width"):
-            wrap_(model, card, never_slower=False)
+            runtime = wrap_(model, card, break_even=1.0)
         assert not torch.equal(decode(model), dense)
+        rows = runtime.measured().values()
+        assert {(row.read, row.sparse_steps) for row in rows} == {(1.0, 0.0)} and all(row.union < 1 for row in rows)
         unwrap_(model)
 
     def test_selectors_have_no_density(self, made: Made) -> None:

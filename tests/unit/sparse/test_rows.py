@@ -9,6 +9,7 @@ from ffnscope.errors import UnknownNameError, UsageError
 from ffnscope.sparse.kernels import break_even as timing
 from ffnscope.sparse.kernels.ffn import RowWeights, sparse_ffn
 from ffnscope.sparse.kernels.rows import COMPILED_DTYPES, RowMatrix, why_not_compiled
+from ffnscope.sparse.products import Products
 from ffnscope.types import FFNWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -89,10 +90,11 @@ class TestSparseFFN:
         biases = (random(12) if gated else None, random(12))
         whole = FFNWeights(gate, up, down, *biases)
         read = torch.nn.functional.linear(x, gate if gated else up, biases[0] if gated else biases[1])[:, index]
+        known = Products(gate=read) if gated else Products(up=read)
         gone = torch.full_like(up, float("nan"))
         rest = FFNWeights(gone, up, down, *biases) if gated else FFNWeights(None, gone, down, *biases)
         for own in (None, mask):
-            found = sparse_ffn(x, RowWeights.of(rest), index, "silu", token_mask=own, read=read)
+            found = sparse_ffn(x, RowWeights.of(rest), index, "silu", token_mask=own, known=known)
             torch.testing.assert_close(found, sparse_ffn(x, RowWeights.of(whole), index, "silu", token_mask=own))
 
     def test_a_function_as_activation(self) -> None:

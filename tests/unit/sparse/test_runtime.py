@@ -111,6 +111,7 @@ class TestEveryLayout:
             share = round(0.2 * site.d_ff) / site.d_ff
             assert row.tokens == 12 and row.density == pytest.approx(share)
             assert share < row.read <= 3 * share + 1e-9
+            assert row.union == row.read == masked.measured()[site].union
         assert {row.read for row in masked.measured().values()} == {1.0}
 
     def test_put_back(self, arch) -> None:

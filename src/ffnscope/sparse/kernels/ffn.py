@@ -19,6 +19,7 @@ from ffnscope.sparse.kernels.rows import (
     gpu_kernels,
     n_parts,
 )
+from ffnscope.sparse.products import Products
 from ffnscope.types import FFNWeights
 
 Act = str | Callable[[Tensor], Tensor]
@@ -70,7 +71,7 @@ def sparse_ffn(
     act: Act,
     *,
     token_mask: Tensor | None = None,
-    read: Tensor | None = None,
+    known: Products | None = None,
 ) -> Tensor:
     """Output of an FFN whose channels outside ``index`` are zero, reading only the rows in it.
 
@@ -84,8 +85,8 @@ def sparse_ffn(
         act: name of one of ACTIVATIONS, which compiled code computes in the same call; or any function that works
             element by element.
         token_mask: bool [T, k], which of the channels in ``index`` each token has; None = all of them.
-        read: gate x with its bias (up x without a gate) on the channels [T, k] in the dtype of x, where that is known
-            already: the matrix is not read then.
+        known: products on the channels [T, k] in the dtype of x that have been made already: their matrices are not
+            read.
 
     Returns:
         As x, in its dtype.
@@ -99,33 +100,30 @@ def sparse_ffn(
     if isinstance(act, str) and act not in IN_TORCH:
         raise unknown_name("activation", act, IN_TORCH)
     rows = x[None] if x.dim() == 1 else x
-    if weights.arrays is not None and isinstance(act, str) and token_mask is None and read is None:
+    if weights.arrays is not None and isinstance(act, str) and token_mask is None and not known:
         kind = ACTIVATIONS.index(act)
         found = compiled_kernels().ffn(weights.arrays, kind, as_float32(rows), index.numpy(), n_parts(index))
         y = torch.from_numpy(found).to(x.dtype)
     else:
-        h = _channels(rows, weights, index, act) if read is None else _rest(rows, weights, index, act, read)
+        h = _channels(rows, weights, index, act, known or Products())
         y = weights.down.sum(h if token_mask is None else h * token_mask, index)
     if weights.down_bias is not None:
         y = y + weights.down_bias
     return y[0] if x.dim() == 1 else y
 
 
-def _channels(x: Tensor, weights: RowWeights, index: Tensor, act: Act) -> Tensor:
+def _channels(x: Tensor, weights: RowWeights, index: Tensor, act: Act, known: Products) -> Tensor:
     gate, up = weights.gate, weights.up
     biases = None if weights.gate_bias is None else (weights.gate_bias, weights.up_bias)
     alike = (biases is None) == (weights.up_bias is None)
-    if gate is not None and gate.on_gpu and up.on_gpu and isinstance(act, str) and alike:
+    if gate is not None and gate.on_gpu and up.on_gpu and isinstance(act, str) and alike and not known:
         kind = ACTIVATIONS.index(act)
         return gpu_kernels().rows_gated(gate.weight, up.weight, biases, kind, x, index).to(x.dtype)
     function = IN_TORCH[act] if isinstance(act, str) else act
-    u = _producer(x, up, weights.up_bias, index)
-    return function(u) if gate is None else function(_producer(x, gate, weights.gate_bias, index)) * u
-
-
-def _rest(x: Tensor, weights: RowWeights, index: Tensor, act: Act, read: Tensor) -> Tensor:
-    h = IN_TORCH[act](read) if isinstance(act, str) else act(read)
-    return h if weights.gate is None else h * _producer(x, weights.up, weights.up_bias, index)
+    u = _producer(x, up, weights.up_bias, index) if known.up is None else known.up
+    if gate is None:
+        return function(u)
+    return function(_producer(x, gate, weights.gate_bias, index) if known.gate is None else known.gate) * u
 
 
 def _producer(x: Tensor, weight: RowMatrix, bias: Tensor | None, index: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ffnscope.errors import UsageError
+from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.evaluate.costs import step_bytes
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse.card import SparsityCard
@@ -37,7 +37,15 @@ def card_selections(model: nn.Module, card: SparsityCard) -> dict[FFNSite, Selec
 
     Raises:
         ArtifactError: the card is of another model.
+        NotAvailableError: its predictors read something else than the token in the FFN, by which channels are counted.
     """
+    rule = card.rule
+    if rule.lookahead or rule.prompt:
+        why = "look ahead from the FFN one layer before" if rule.lookahead else "take their scores from a prompt"
+        raise NotAvailableError(
+            "a placement counts channels token by token from the input of each FFN, and the predictors of this card "
+            f"({rule.predictor}) {why}. Give a card whose predictor reads the token, such as low_bit."
+        )
     chosen = card.selectors(model)
     return {site: chosen.get(site) or AllChannels(site.d_ff) for site in find_sites(model)}
 

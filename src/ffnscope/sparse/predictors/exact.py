@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from ffnscope.ffn.function import FFN, wide
 from ffnscope.registry import predictor
 from ffnscope.sparse.ffn import check_input
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor, check_gated, needed, token_mean
+from ffnscope.sparse.products import Products
 
 
 class ExactScore(Predictor):
@@ -17,15 +18,27 @@ class ExactScore(Predictor):
 
     weight: Tensor
 
-    def __init__(self, ffn: FFN, reads: Collection[str], score: Callable[[Tensor], Tensor], weight: Tensor):
+    def __init__(self, ffn: FFN, reads: Collection[str], weight: Tensor):
         super().__init__(ffn, reads)
-        self.score = score
         self.register_buffer("weight", wide(weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, d_model] -> scores [T, d_ff]."""
+        return self.score_and_read(x)[0]
+
+    def score_and_read(self, x: Tensor) -> tuple[Tensor, Products]:
+        """See `Predictor.score_and_read`."""
         check_input(self.ffn, x)
-        return self.score(x).abs() * self.weight
+        ffn = self.ffn
+        gate = ffn.activation_input(x) if "gate" in self.reads else None
+        up = ffn.up(x) if "up" in self.reads else None
+        return self._score(gate, up).abs() * self.weight, Products(gate, up)
+
+    def _score(self, gate: Tensor | None, up: Tensor | None) -> Tensor:
+        if gate is None:
+            assert up is not None, "it reads one of the two"
+            return up if self.ffn.gated else self.ffn.act(up)
+        return self.ffn.act(gate) if up is None else self.ffn.act(gate) * up
 
 
 @predictor("oracle")
@@ -38,7 +51,7 @@ def oracle(ffn: FFN, fit: FitTokens | None = None, *, norm: bool = True) -> Pred
         norm: multiply |h_i| by ||W_down[:, i]||.
     """
     weight = ffn.down_norms if norm else ffn.down_norms.new_ones(ffn.d_ff)
-    return ExactScore(ffn, ("gate", "up") if ffn.gated else ("up",), ffn.h, weight)
+    return ExactScore(ffn, ("gate", "up") if ffn.gated else ("up",), weight)
 
 
 @predictor("exact_gate", source="CATS (arXiv:2404.08763), CHESS (arXiv:2409.01366)")
@@ -62,7 +75,7 @@ def exact_gate(ffn: FFN, fit: FitTokens | None, *, up_size: bool = True, norm: b
     if up_size:
         second = token_mean(needed(fit, "exact_gate").x, lambda x: ffn.up(x).square())
         weight = weight * second.sqrt().to(weight)
-    return ExactScore(ffn, ("gate",), ffn.activated, weight)
+    return ExactScore(ffn, ("gate",), weight)
 
 
 @predictor("exact_up", source="COUNTDOWN (arXiv:2505.17701)")
@@ -85,4 +98,4 @@ def exact_up(ffn: FFN, fit: FitTokens | None, *, gate_size: bool = True, norm: b
     if gate_size:
         mean = token_mean(needed(fit, "exact_up").x, lambda x: ffn.activated(x).abs())
         weight = weight * mean.to(weight)
-    return ExactScore(ffn, ("up",), ffn.up, weight)
+    return ExactScore(ffn, ("up",), weight)

@@ -117,7 +117,7 @@ def static(ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None, plan:
     if plan is not None:
         if kept is not None:
             raise UsageError("static takes kept channels or the file of a plan; give one of the two.")
-        kept = _kept_by(Path(plan), ffn)
+        kept = kept_by(Path(plan), ffn.name)
     if kept is None:
         return Constant(ffn, token_mean(needed(fit, "static").x, ffn.contributions))
     if not kept.numel() or not 0 <= int(kept.min()) <= int(kept.max()) < ffn.d_ff:
@@ -125,11 +125,17 @@ def static(ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None, plan:
     return Constant(ffn, torch.zeros(ffn.d_ff).index_fill_(0, kept.cpu(), 1).to(ffn.weights.up.device))
 
 
-def _kept_by(path: Path, ffn: FFN) -> Tensor:
+def kept_by(path: Path, name: str) -> Tensor:
+    """Channels [k] int64 that the plan in a file keeps of the FFN of a name.
+
+    Raises:
+        UnknownNameError: the plan has no such FFN.
+        ArtifactError: a plan that cannot be read.
+    """
     kept = {site.name: index for site, index in read_plan(path).kept.items()}
-    if ffn.name not in kept:
-        raise unknown_name(f"FFN of the plan {path}", ffn.name, kept)
-    return kept[ffn.name]
+    if name not in kept:
+        raise unknown_name(f"FFN of the plan {path}", name, kept)
+    return kept[name]
 
 
 @predictor("griffin", source="GRIFFIN (arXiv:2404.01365)")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
 from ffnscope.ffn.function import FFN
+from ffnscope.sparse.products import Products
 
 CHUNK = 1024
 """Tokens at a time where sums over fitting tokens are made."""
@@ -59,8 +60,8 @@ class Predictor(nn.Module):
 
     Attributes:
         ffn: the FFN that it is about.
-        reads: which matrices of the FFN, of "gate" and "up", it has read in full; they need no second read for the
-            channels that are kept.
+        reads: which matrices of the FFN, of "gate" and "up", it has read in full; with `score_and_read` they need no
+            second read for the channels that are kept.
         lookahead: 0 where ``forward`` is given the input of the FFN, 1 where it is that of the FFN one layer before.
     """
 
@@ -70,6 +71,10 @@ class Predictor(nn.Module):
         super().__init__()
         self.ffn = ffn
         self.reads = frozenset(reads)
+
+    def score_and_read(self, x: Tensor) -> tuple[Tensor, Products]:
+        """[T, d_model] -> scores [T, d_ff], and the products with the matrices of ``reads``, which it has made."""
+        return self(x), Products()
 
     @property
     def bytes_read(self) -> int:

@@ -16,6 +16,7 @@ from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.ffn.function import FFN, wide
 from ffnscope.io import SCHEMA, complete, expect_kind, read_json, write_json
 from ffnscope.sparse.ffn import ffn_of
+from ffnscope.sparse.products import Products
 from ffnscope.sparse.relu.activation import check_threshold, set_thresholds_
 from ffnscope.sparse.streaming import trace_rounds
 from ffnscope.types import FFNSite
@@ -132,7 +133,7 @@ def error_curves(
 
 def _curve(ffn: FFN, x: Tensor) -> ErrorCurve:
     x = x.to(ffn.weights.up.device)
-    read, h, down = activation_input(ffn, x), ffn.h(x), wide(ffn.weights.down)
+    read, h, down = ffn.activation_input(x), ffn.h(x), wide(ffn.weights.down)
     positive = read[read > 0]
     if not positive.numel():
         return ErrorCurve(torch.zeros(1), torch.zeros(1))
@@ -142,12 +143,6 @@ def _curve(ffn: FFN, x: Tensor) -> ErrorCurve:
     lost = [((h * (read < t)) @ down.T).square().sum() / whole for t in thresholds]
     errors = torch.stack([whole.new_zeros(()), *lost]).sqrt().cummax(0).values
     return ErrorCurve(torch.cat([thresholds.new_zeros(1), thresholds]).cpu(), errors.cpu())
-
-
-def activation_input(ffn: FFN, x: Tensor) -> Tensor:
-    """[T, d_model] -> what the activation function reads, [T, d_ff]: gate x, or up x where there is no gate."""
-    weight, bias = ffn.activated_weight
-    return wide(nn.functional.linear(x.to(weight.dtype), weight, bias))
 
 
 class NonZero:
@@ -174,10 +169,11 @@ class NonZero:
         return self.select_and_read(x)[0]
 
     @torch.no_grad()
-    def select_and_read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs [T, d_model] -> mask [T, d_ff] of bool, and what the activation reads [T, d_ff]."""
-        read = activation_input(self.ffn, x)
-        return ~((read <= 0) | (read < self.threshold)), read
+    def select_and_read(self, x: Tensor) -> tuple[Tensor, Products]:
+        """Inputs [T, d_model] -> mask [T, d_ff] of bool, and what the activation reads."""
+        read = self.ffn.activation_input(x)
+        known = Products(gate=read) if self.ffn.gated else Products(up=read)
+        return ~((read <= 0) | (read < self.threshold)), known
 
 
 def write_thresholds(path: Path, thresholds: Mapping[FFNSite, float], facts: Mapping[str, Any]) -> None:
