@@ -224,8 +224,7 @@ def wrap_(
         UsageError: no selectors or something else, sites of another model, a model that is wrapped already, a
             ``break_even`` outside [0, 1], or ``never_slower`` or ``monitor`` without a card, which they need.
         NonFiniteError: an FFN puts out NaN or infinity.
-        NotAvailableError: an expert in parameters that all experts of its layer share, or, without a card, a predictor
-            that looks ahead.
+        NotAvailableError: an expert in shared parameters, or, without a card, a predictor that looks ahead.
         ModelError: weights are offloaded.
     """
     watch = None
