@@ -133,7 +133,7 @@ def test_a_cut_off_call_goes_on(folders, texts, tmp_path):
     assert not out.exists() and unfinished_folder(out).exists()
     broken = unfinished_folder(out) / "checkpoints" / "checkpoint-12"  # as if it was cut off while writing
     broken.mkdir()
-    with pytest.raises(ArtifactError, match="unfinished call with another model, text or other options"):
+    with pytest.raises(ArtifactError, match="unfinished call with others of these: the options. Give"):
         made(folders, texts, out, replace(QUICK, seed=1))
     steps.clear()
     result = made(folders, texts, out, watch=Watch(lambda step, total: steps.append(step)))
