@@ -84,7 +84,7 @@ def print_prune_estimate(
     for number in range(2, method.rounds + 1):
         again = [calibrate_line(f"round {number}", steps, speed) for steps in each]
         more = sums + operation * order_operations(asked.sites, method.metric)
-        lines += [with_more(replace(line, what=f"{line.what}, of what is left"), more) for line in again]
+        lines += [with_more(replace(line, what=f"{line.what}, of what is left", shared=False), more) for line in again]
     lines += _reconstruction(job, budget, speed, operation)
     if held_out is not None:
         lines.append(evaluate_line(held_out, 2, speed))
