@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import multiprocessing
@@ -25,8 +26,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from checkpoints import make_checkpoint
-from ffnscope.cli import app
-from ffnscope.cli.score import UNFINISHED
+from ffnscope.cli import answer, app, score, sparsify
 from ffnscope.errors import ArtifactError, ConfigError, SweepError
 from ffnscope.run import load_config, load_sweep, run, run_sweep
 from ffnscope.run.progress import Reporter
@@ -39,6 +39,19 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 TOLD = (ArtifactError, ConfigError, SweepError)
 """How a fault is told; a sweep tells it of its cells."""
 PAGE = 4096
+WINDOWS = ("--num-samples", 8, "--max-length", 32, "--batch-size", 4)
+TRAINING = ("--steps", 2, "--measure-every", 1, "--max-length", 32, "--num-samples", 16, "--held-out-samples", 2)
+DOCUMENTS = ("sparsify", "answer", "place")
+"""Commands that split a text by document."""
+UNFINISHED: dict[str, Callable[[Path], Path]] = {
+    "prune": lambda out: out.with_name(f".{out.name}.prune.part"),
+    "score": lambda out: out / score.UNFINISHED,
+    "sparsify": lambda out: out / sparsify.UNFINISHED,
+    "answer": lambda out: out / answer.UNFINISHED,
+    "place": lambda out: out.with_name(f".{out.name}.place.part"),
+    "relufy": lambda out: out.with_name(f".{out.name}.relufy.part"),
+}
+"""Commands but runs, whose finished output is refused: the folder that a process at work holds."""
 
 
 class Died(BaseException):
@@ -138,34 +151,40 @@ class Work:
 
     @property
     def out(self) -> Path:
-        return self.root / "work" / "out"
+        return self.root / "work" / ("out.json" if self.name == "place" else "out")
 
     @property
     def is_run(self) -> bool:
         """Whether a finished one is looked through by the next call, and not refused."""
-        return self.name not in ("prune", "score")
+        return self.name not in UNFINISHED
 
     @property
     def unfinished(self) -> Path:
         """The folder that a process at work holds."""
-        folders = {"prune": self.out.with_name(".out.prune.part"), "score": self.out / UNFINISHED}
-        return folders.get(self.name, self.out)
+        return UNFINISHED[self.name](self.out) if self.name in UNFINISHED else self.out
 
     @property
     def arguments(self) -> list[str]:
         if self.is_run:
             return ["run", str(self.root / "run.yaml")]
-        text = ("--text", self.root / "texts" / "train.txt", "--num-samples", 8, "--max-length", 32, "--batch-size", 4)
+        text = self.root / "texts" / "train.txt"
+        if self.name in DOCUMENTS:
+            text = text.with_suffix(".jsonl")
+        second = text.with_name("second.jsonl")
         of = {
-            "prune": ("--sparsity", 0.5, "--no-evaluate", "--method", "best"),
-            "score": ("-m", "wanda", "-m", "scar_loss_proxy", "--repeats", 2),
+            "prune": ("--sparsity", 0.5, "--no-evaluate", "--method", "best", *WINDOWS),
+            "score": ("-m", "wanda", "-m", "scar_loss_proxy", "--repeats", 2, *WINDOWS),
+            "sparsify": ("--target", "density=0.5", "--policy", "top_k", "--curve", 0.5, *WINDOWS),
+            "answer": ("--predictor", "exact_up", "--text", second, "--held-out-samples", 2, *WINDOWS),
+            "place": ("--budget", 2000, "--fast-bandwidth", 100, "--slow-bandwidth", 10, "--sync", 0, *WINDOWS),
+            "relufy": (*TRAINING, "--held-out-text", text.with_name("test.txt")),
         }
-        given = (self.name, self.root / "model", "--out", self.out, *of[self.name], *text, "--device", "cpu")
+        given = (self.name, self.root / "model", "--out", self.out, *of[self.name], "--text", text, "--device", "cpu")
         return [str(one) for one in given]
 
     def prepare(self, texts: Path) -> None:
         """Write the checkpoint, the texts and the configuration."""
-        make_checkpoint(self.root / "model")
+        make_checkpoint(self.root / "model", "llama_relu" if self.name == "place" else "llama")
         shutil.copytree(texts, self.root / "texts")
         changes: dict[str, Any] = {"evaluation": {"num_samples": 3}}
         if self.name == "streamed run":
@@ -204,6 +223,8 @@ class Work:
 
     def results(self) -> dict[str, str]:
         """Name -> hash of every result; the record of a sweep holds times of files."""
+        if self.out.is_file():
+            return {self.out.name: hashlib.sha256(self.out.read_bytes()).hexdigest()}
         return {name: value for name, value in results(self.out).items() if name != "sweep.json"}
 
     def measured(self) -> dict[str, dict[str, Any]]:
@@ -305,7 +326,7 @@ class Faults:
     def _finished(self) -> bool:
         """Whether everything was made, and nothing was left to do."""
         left = [path for path in self.work.out.parent.iterdir() if path != self.work.out]
-        return not left and self.work.out.is_dir() and self.work.results() == self.whole
+        return not left and self.work.out.exists() and self.work.results() == self.whole
 
     def damaged(self, kind: str, *, finished: bool = False) -> None:
         """A flipped bit in, or the end cut from, a random file of broken-off or finished work."""
@@ -442,7 +463,7 @@ def unequal(one: dict[str, str], other: dict[str, str]) -> list[str]:
 
 def another_text(work: Work) -> Callable[[], Callable[[], None]]:
     """Change the calibration text."""
-    path = work.root / "texts" / "train.txt"
+    path = work.root / "texts" / f"train.{'jsonl' if work.name in DOCUMENTS else 'txt'}"
 
     def change() -> Callable[[], None]:
         old = path.read_text()

@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from ffnscope.calibrate.windows import Windows
+from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
-from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
+from ffnscope.cli.files import Out, Overwrite, check_folder_output, tell_changes, unfinished
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.sparse_options import MAX_TRACES, MaxTraces, params_of, trace_bytes
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.io import write_text
+from ffnscope.io import hash_json, write_text
 from ffnscope.report.answer_table import answer_markdown, print_answer, write_answer
 from ffnscope.run.progress import Reporter
 from ffnscope.run.sparse_steps import traced
@@ -148,12 +148,15 @@ def _page(
 ) -> str:
     options, tracing = asked
     loaded = loading.open(reporter, model)
-    label = _label(model)
+    label, known = _label(model), weights_hash(loaded.model)
+    windows = {name: calibration.calibration(loaded) for name, (calibration, _) in texts.items()}
+    hashes = {f"the text {name} of {label}": one.hash for name, one in windows.items()}
+    tell_changes(part, {f"the model {label}": known, **hashes}, reporter)
     domains: dict[str, Domain] = {}
-    for place, (name, (calibration, held_out)) in enumerate(texts.items()):
-        windows: Windows = calibration.calibration(loaded)
-        found = traced(loaded, windows, part / f"{label}_{place}", name, reporter, tracing)
-        domains[name] = Domain(found, held_out.held_out(loaded))
+    for name, one in windows.items():
+        folder = part / f"traces_{hash_json([known, one.hash, one.document.tolist()])[:16]}"
+        found = traced(loaded, one, folder, name, reporter, tracing)
+        domains[name] = Domain(found, texts[name][1].held_out(loaded))
     found_answer = _answer(loaded, domains, options, reporter)
     OUT.print(Text(f"{model}: top-k or threshold, and which k?", style="bold"))
     print_answer(found_answer, OUT)
