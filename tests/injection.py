@@ -182,24 +182,29 @@ class Faults:
                 break
         back = change()
         try:
+            outcome = self._after(what)
+        finally:
+            back()
+        self.note(f"{what} changed", outcome)
+
+    def _after(self, change: str) -> str:
+        """The same call once more must tell a change, and use nothing of the old one; returns what it did."""
+        outcome = "told, made again"
+        try:
             told = self.work.start()
         except TOLD as error:
-            told = str(error)
-            outcome = "refused, told what to do"
+            told, outcome = str(error), "refused, told what to do"
             assert "--overwrite" in told
             self.work.start(overwrite=True)
-        else:
-            outcome = "told, made again"
-        assert what in told, told
+        assert change in told, told
         found, measured = self.work.made(), self.work.measured()
         self.work.fresh()
         self.work.start()
         # files of sums keep the rows of plans that were replaced
         other = [name for name in unequal(found, self.work.made()) if name not in measured]
         other += [name for name, rows in self.work.measured().items() if not rows.items() <= measured[name].items()]
-        assert not other, f"{what}: something of the old one was used in {other} after: {told}"
-        back()
-        self.note(f"{what} changed", outcome)
+        assert not other, f"{change}: something of the old one was used in {other} after: {told}"
+        return outcome
 
     def both(self) -> None:
         """A second process in the same folder."""

@@ -150,7 +150,7 @@ def _page(
     loaded = loading.open(reporter, model)
     label, known = _label(model), weights_hash(loaded.model)
     windows = {name: calibration.calibration(loaded) for name, (calibration, _) in texts.items()}
-    hashes = {f"the text {name} of {label}": one.hash for name, one in windows.items()}
+    hashes = {f"the calibration text {name} of {label}": one.hash for name, one in windows.items()}
     tell_changes(part, {f"the model {label}": known, **hashes}, reporter)
     domains: dict[str, Domain] = {}
     for name, one in windows.items():

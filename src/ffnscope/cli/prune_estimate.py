@@ -46,7 +46,7 @@ def print_curves_estimate(job: PruneJob, rounds: CurveRounds, console: Console) 
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
     lines = [calibrate_line("calibrate", plan_steps(job.windows, names, job.options()), speed) for names in passes]
     lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=job.method.refits))
-    print_lines(lines, "curves", console)
+    print_lines(with_reading(lines, job.loaded, asked.sites), "curves", console)
     if passes:
         console.print(Text(f"{job.memory().told}, until it is finished"))
 
