@@ -1,4 +1,4 @@
-"""Faults at random points of runs, sweeps, `ffnscope score` and `ffnscope prune`, as a table.
+"""Faults at random points of runs, sweeps and the commands that go on after an interrupt, as a table.
 
 The checkpoint is tiny. The streamed run has its hidden states on disk, a sequential reconstruction, and checkpoints.
 The run of two processes is streamed, and one of them is killed at a random file operation of its own.
@@ -6,7 +6,7 @@ Every fault is followed by the same call again; the results are compared with th
 A fault that would end in other results, or in an error that does not name the file and what to do, stops the script.
 A kill that comes when all is done, and a full disk that only the log would meet, are tried again, not counted.
 Small file systems need the right to mount one; without it they are left out, and the table says so.
-Not among them: other commands, several machines, and damage to the checkpoint that is read.
+Not among them: `curves`, `rank --validate`, several machines, and damage to the checkpoint that is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "faults.md"
 
 
-COMMANDS = {"run": 4, "prune": 4, "streamed run": 2, "score": 3, "sweep": 2, "run of 2 processes": 3}
+COMMANDS = {
+    **{"run": 4, "prune": 4, "streamed run": 2, "score": 3, "sweep": 2, "run of 2 processes": 3},
+    **{"sparsify": 1, "answer": 1, "place": 2, "relufy": 1},
+}
 """Work -> how often each kind of fault is made."""
 Table = dict[tuple[str, str, str], int]
 
@@ -30,14 +33,16 @@ Table = dict[tuple[str, str, str], int]
 def table(command: str, seed: int, kills: int, disk: bool) -> Table:
     """(command, fault, outcome) -> how often."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from checkpoints import write_texts
-    from injection import Work, all_faults
+    from checkpoints import write_documents, write_texts
+    from injection import all_faults
     from injection_ranks import SharedRun, all_shared_faults
+    from injection_work import Work
 
     shared, times = command == "run of 2 processes", COMMANDS[command]
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder) / "texts"
         texts.mkdir()
+        write_documents(texts)
         work = (SharedRun if shared else Work)(command, Path(folder) / "root")
         work.prepare(write_texts(texts))
         if shared:
@@ -48,7 +53,7 @@ def table(command: str, seed: int, kills: int, disk: bool) -> Table:
 def mounts() -> bool:
     """Whether small file systems can be made."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from injection import can_mount
+    from injection_files import can_mount
 
     with tempfile.TemporaryDirectory() as folder:
         return can_mount(Path(folder))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,15 @@ def small_files(limit: int = 512) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def flip_digit(path: Path, after: str) -> None:
+    """Change a bit of the first whole number behind ``after`` in a text file, in its last digit."""
+    text = path.read_text()
+    found = re.compile(r"\d+").search(text, text.index(after) + len(after))
+    assert found is not None
+    place = found.end() - 1
+    path.write_text(text[:place] + str(int(text[place]) ^ 1) + text[place + 1 :])
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> list[int]:

@@ -1,115 +1,24 @@
-"""Faults at random points of `ffnscope run` (also streamed, also a sweep), `prune` and `score`."""
+"""Faults at random points of `ffnscope run` (also streamed, also a sweep), and of commands that go on."""
 
 from __future__ import annotations
 
-import errno
-import io
-import json
 import multiprocessing
 import os
 import random
-import resource
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from rich.console import Console
-from typer.testing import CliRunner
-
-from checkpoints import make_checkpoint
 from ffnscope.cli import app
-from ffnscope.cli.score import UNFINISHED
 from ffnscope.errors import ArtifactError, ConfigError, SweepError
-from ffnscope.run import load_config, load_sweep, run, run_sweep
-from ffnscope.run.progress import Reporter
-from runs import results, small_run
-
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-
+from injection_files import PAGE, Died, Watch, file_system, watching
+from injection_work import Work, another_model, another_text
 
 TOLD = (ArtifactError, ConfigError, SweepError)
 """How a fault is told; a sweep tells it of its cells."""
-PAGE = 4096
-
-
-class Died(BaseException):
-    """The process ends here."""
-
-
-@dataclass
-class Watch:
-    """Counts the file operations that change something below a folder, and makes one of them fail.
-
-    Attributes:
-        root: the folder.
-        at: number of the operation, from 1; None only counts.
-        kind: "interrupt" (it raises), "death" (so does every later one, clean-up too), "full disk" (from then on
-            nothing can be opened to write), "full disk in a write" (from then on no file grows beyond ``size`` bytes,
-            so that a write fails in the middle: EFBIG in the place of ENOSPC), "kill" (SIGKILL).
-        size: in bytes.
-    """
-
-    root: str
-    at: int | None = None
-    kind: str = "interrupt"
-    size: int = 0
-    count: int = 0
-
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        opens = event == "open" and bool(arguments[2] & WRITES)
-        if not (opens or event in CHANGES) or not str(arguments[0]).startswith(self.root):
-            return
-        self.count += 1
-        if self.at is None or self.count < self.at or (self.kind == "interrupt" and self.count > self.at):
-            return
-        if self.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if not self.kind.startswith("full disk"):
-            raise Died
-        if self.kind == "full disk in a write":
-            _limit_files(self.size)
-        elif opens:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
-
-
-def _limit_files(size: int | None) -> None:
-    """No file of this process may be longer; None = as long as before."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
-
-
-_watching: list[Watch] = []
-_hooked: list[bool] = []
-
-
-def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watching:
-        _watching[-1](event, arguments)
-
-
-@contextmanager
-def watching(watch: Watch) -> Iterator[Watch]:
-    """Let a watch see all file operations of this process within the block."""
-    if not _hooked:
-        sys.addaudithook(_hook)  # cannot be taken away again
-        _hooked.append(True)
-    _watching.append(watch)
-    try:
-        yield watch
-    finally:
-        _watching.pop()
-        _limit_files(None)
-
-
 SERVER = multiprocessing.get_context("forkserver")  # imports once, and makes a process of its own for every kill
 SERVER.set_forkserver_preload(["ffnscope.cli", "ffnscope.run", "transformers.models.llama.modeling_llama"])
 
@@ -121,100 +30,6 @@ def _command(root: str, at: int | None, arguments: list[str]) -> None:
     os.dup2(silence, 2)
     with watching(Watch(root, at, "kill")):
         app(arguments)
-
-
-@dataclass
-class Work:
-    """A command on a tiny checkpoint.
-
-    Attributes:
-        name: "run", "streamed run" (hidden states on disk, a reconstruction, checkpoints), "sweep" (two cells), "prune"
-            or "score" (of two calibrations, compared).
-        root: everything that it reads and writes.
-    """
-
-    name: str
-    root: Path
-
-    @property
-    def out(self) -> Path:
-        return self.root / "work" / "out"
-
-    @property
-    def is_run(self) -> bool:
-        """Whether a finished one is looked through by the next call, and not refused."""
-        return self.name not in ("prune", "score")
-
-    @property
-    def unfinished(self) -> Path:
-        """The folder that a process at work holds."""
-        folders = {"prune": self.out.with_name(".out.prune.part"), "score": self.out / UNFINISHED}
-        return folders.get(self.name, self.out)
-
-    @property
-    def arguments(self) -> list[str]:
-        if self.is_run:
-            return ["run", str(self.root / "run.yaml")]
-        text = ("--text", self.root / "texts" / "train.txt", "--num-samples", 8, "--max-length", 32, "--batch-size", 4)
-        of = {
-            "prune": ("--sparsity", 0.5, "--no-evaluate", "--method", "best"),
-            "score": ("-m", "wanda", "-m", "scar_loss_proxy", "--repeats", 2),
-        }
-        given = (self.name, self.root / "model", "--out", self.out, *of[self.name], *text, "--device", "cpu")
-        return [str(one) for one in given]
-
-    def prepare(self, texts: Path) -> None:
-        """Write the checkpoint, the texts and the configuration."""
-        make_checkpoint(self.root / "model")
-        shutil.copytree(texts, self.root / "texts")
-        changes: dict[str, Any] = {"evaluation": {"num_samples": 3}}
-        if self.name == "streamed run":
-            pruning = {"ratios": [0.5], "algorithms": ["scar_loss_proxy"], "reconstruct": "sequential"}
-            changes |= {"model": {"stream": "disk"}, "pruning": pruning, "output": {"checkpoints": True}}
-        if self.name == "sweep":
-            changes |= {"pruning": {"ratios": [0.5]}, "sweep": {"pruning.algorithms": [["wanda"], ["scar_loss_proxy"]]}}
-        config = small_run(self.root / "model", self.root / "texts", self.out, **changes)
-        (self.root / "run.yaml").write_text(yaml.safe_dump(config))
-
-    def start(self, *, overwrite: bool = False) -> str:
-        """Do the work, or go on with it; returns what it told."""
-        if self.is_run:
-            told = io.StringIO()
-            reporter = Reporter(Console(file=told, width=1000))
-            path = self.root / "run.yaml"
-            if self.name == "sweep":
-                run_sweep(load_sweep(path), overwrite=overwrite, reporter=reporter).check()
-            else:
-                run(load_config(path), overwrite=overwrite, reporter=reporter)
-            return told.getvalue()
-        arguments = [*self.arguments, *(["--overwrite"] if overwrite else [])]
-        return CliRunner().invoke(app, arguments, catch_exceptions=False).output
-
-    def fresh(self) -> None:
-        """Forget everything that was made."""
-        shutil.rmtree(self.root / "work", ignore_errors=True)
-        (self.root / "work").mkdir()
-
-    def made(self) -> dict[str, str]:
-        """Name -> hash of every result; nothing else may be left beside it."""
-        left = [path.name for path in self.out.parent.iterdir() if path != self.out]
-        left += [path.name for path in self.out.rglob(".*.tmp")]
-        assert not left, f"left behind: {left}"
-        return self.results()
-
-    def results(self) -> dict[str, str]:
-        """Name -> hash of every result; the record of a sweep holds times of files."""
-        return {name: value for name, value in results(self.out).items() if name != "sweep.json"}
-
-    def measured(self) -> dict[str, dict[str, Any]]:
-        """Name -> rows of every file of sums per window, of pruned models by a hash of their plan and weights."""
-        found = self.out.rglob("windows_*.json")
-        return {path.relative_to(self.out).as_posix(): json.loads(path.read_text())["rows"] for path in found}
-
-    def files(self) -> list[Path]:
-        """What is on disk, finished or not, but the log, from which nothing is read."""
-        found = (path for path in sorted((self.root / "work").rglob("*")) if path.is_file() and path.name != "run.log")
-        return [path for path in found if path.stat().st_size]
 
 
 @dataclass
@@ -305,7 +120,7 @@ class Faults:
     def _finished(self) -> bool:
         """Whether everything was made, and nothing was left to do."""
         left = [path for path in self.work.out.parent.iterdir() if path != self.work.out]
-        return not left and self.work.out.is_dir() and self.work.results() == self.whole
+        return not left and self.work.out.exists() and self.work.results() == self.whole
 
     def damaged(self, kind: str, *, finished: bool = False) -> None:
         """A flipped bit in, or the end cut from, a random file of broken-off or finished work."""
@@ -363,28 +178,34 @@ class Faults:
         """Another model or text between two calls; ``change`` makes it and returns how to take it back."""
         while True:
             self.broken_off("death")
-            if any(path.suffix == ".safetensors" for path in self.work.files()):
+            begun = any(path.suffix == ".safetensors" for path in self.work.files())
+            if begun and self.work.results() != self.whole:
                 break
         back = change()
         try:
+            outcome = self._after(what)
+        finally:
+            back()
+        self.note(f"{what} changed", outcome)
+
+    def _after(self, change: str) -> str:
+        """The same call once more must tell a change, and use nothing of the old one; returns what it did."""
+        outcome = "told, made again"
+        try:
             told = self.work.start()
         except TOLD as error:
-            told = str(error)
-            outcome = "refused, told what to do"
+            told, outcome = str(error), "refused, told what to do"
             assert "--overwrite" in told
             self.work.start(overwrite=True)
-        else:
-            outcome = "told, made again"
-        assert what in told, told
+        assert change in told, told
         found, measured = self.work.made(), self.work.measured()
         self.work.fresh()
         self.work.start()
         # files of sums keep the rows of plans that were replaced
         other = [name for name in unequal(found, self.work.made()) if name not in measured]
         other += [name for name, rows in self.work.measured().items() if not rows.items() <= measured[name].items()]
-        assert not other, f"{what}: something of the old one was used in {other} after: {told}"
-        back()
-        self.note(f"{what} changed", outcome)
+        assert not other, f"{change}: something of the old one was used in {other} after: {told}"
+        return outcome
 
     def both(self) -> None:
         """A second process in the same folder."""
@@ -408,64 +229,9 @@ class Faults:
         self.table[key] = self.table.get(key, 0) + 1
 
 
-@contextmanager
-def file_system(folder: Path, size: int) -> Iterator[Callable[[], None]]:
-    """Within the block, a folder is a file system of ``size`` bytes; yields what makes it large.
-
-    Raises:
-        PermissionError: this process may not mount one.
-    """
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
-    )
-    if made.returncode:
-        raise PermissionError(made.stderr.strip())
-    try:
-        yield lambda: [subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True), None][1]
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def can_mount(folder: Path) -> bool:
-    """Whether this process may mount a file system."""
-    try:
-        with file_system(folder, PAGE):
-            return True
-    except (PermissionError, FileNotFoundError):
-        return False
-
-
 def unequal(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """Names of files that differ, or that are in one only."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-
-def another_text(work: Work) -> Callable[[], Callable[[], None]]:
-    """Change the calibration text."""
-    path = work.root / "texts" / "train.txt"
-
-    def change() -> Callable[[], None]:
-        old = path.read_text()
-        path.write_text(old.upper())
-        return lambda: [path.write_text(old), None][1]
-
-    return change
-
-
-def another_model(work: Work) -> Callable[[], Callable[[], None]]:
-    """Change one weight of the checkpoint."""
-    from safetensors.torch import load_file, save_file
-
-    path = work.root / "model" / "model.safetensors"
-
-    def change() -> Callable[[], None]:
-        old = path.read_bytes()
-        tensors = load_file(path)
-        next(value for name, value in sorted(tensors.items()) if "down_proj" in name)[1, 1] += 0.125
-        save_file(tensors, path, metadata={"format": "pt"})
-        return lambda: [path.write_bytes(old), None][1]
-
-    return change
 
 
 def all_faults(work: Work, seed: int, *, kills: int = 5, times: int = 4, disk: bool = False) -> Faults:

@@ -15,7 +15,9 @@ import yaml
 
 from ffnscope.cli import main
 from ffnscope.errors import ArtifactError
-from injection import SERVER, Faults, Watch, Work, another_model, another_text, watching
+from injection import SERVER, Faults
+from injection_files import Watch, watching
+from injection_work import Work, another_model, another_text
 from runs import small_run
 
 SIZE = 2

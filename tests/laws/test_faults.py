@@ -6,11 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import write_texts
-from injection import Faults, Work, all_faults, can_mount
+from checkpoints import write_documents, write_texts
+from injection import Faults, all_faults
+from injection_files import can_mount
 from injection_ranks import SharedRun, all_shared_faults
+from injection_work import Work
 
-COMMANDS = [("run", 4, 5), ("prune", 4, 5), ("streamed run", 2, 2), ("score", 2, 3), ("sweep", 2, 2)]
+COMMANDS = [
+    ("run", 4, 5),
+    ("prune", 4, 5),
+    ("streamed run", 2, 2),
+    ("score", 2, 3),
+    ("sweep", 2, 2),
+    ("sparsify", 1, 1),
+    ("answer", 1, 1),
+    ("place", 2, 2),
+    ("relufy", 1, 1),
+]
 
 
 @pytest.fixture
@@ -18,6 +30,7 @@ def prepared(tmp_path: Path) -> Path:
     """A folder of texts."""
     texts = tmp_path / "texts"
     texts.mkdir()
+    write_documents(texts)
     return write_texts(texts)
 
 

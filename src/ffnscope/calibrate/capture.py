@@ -19,7 +19,7 @@ from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.projection import owner_of, reuse
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import SCHEMA, write_json, write_tensors
+from ffnscope.io import SCHEMA, write_state, write_tensors
 from ffnscope.types import FFNSite
 
 Channels = Mapping[FFNSite, Tensor | Sequence[int]]
@@ -109,7 +109,7 @@ def capture(
         sizes = {"n_tokens": windows.n_tokens, "bytes": size, "gradients": gradients}
         text = {"windows_hash": windows.hash, "source": windows.source}
         facts = {"kind": KIND, "schema": SCHEMA, **sizes, **text, "parts": names, "sites": _rows(model, chosen)}
-        write_json(part / INDEX, facts)
+        write_state(part / INDEX, facts)
     return read_capture(out)
 
 

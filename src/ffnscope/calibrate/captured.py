@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import ArtifactError, UsageError, unknown_name
-from ffnscope.io import SCHEMA, expect_kind, read_json
+from ffnscope.io import SCHEMA, expect_kind, read_json, read_state, read_tensors
 from ffnscope.types import FFNSite
 
 INDEX = "index.json"
@@ -98,7 +99,7 @@ def read_capture(path: Path) -> Capture:
     Raises:
         ArtifactError: there is no finished capture at ``path``, or it is of a newer schema.
     """
-    facts = read_json(path / INDEX)
+    facts = read_state(path / INDEX)
     expect_kind(path / INDEX, facts, KIND)
     if facts["schema"] > SCHEMA:
         raise ArtifactError(f"{path} has schema {facts['schema']}; this version reads up to {SCHEMA}: update ffnscope.")
@@ -156,6 +157,19 @@ def _read_one(path: Path, key: str) -> Tensor:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
+            value = file.get_tensor(key)
+        found = path.stat()
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); capture again.") from error
+    _check(path, found.st_size, found.st_mtime_ns)
+    return value
+
+
+@functools.cache
+def _check(path: Path, size: int, time: int) -> None:
+    """Compare the checksum of a part, which reads it as a whole: once, as long as its size and time stay.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    read_tensors(path)

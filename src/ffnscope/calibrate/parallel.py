@@ -118,6 +118,11 @@ def n_processes() -> int:
     return dist.get_world_size() if _STATE["leads"] else 1
 
 
+def n_processes_here() -> int:
+    """How many of `n_processes` are on this machine, as the launcher says (LOCAL_WORLD_SIZE)."""
+    return min(n_processes(), _integer("LOCAL_WORLD_SIZE", n_processes()))
+
+
 def _dismiss() -> None:
     """Tell the others to end, in a thread: after an interrupt they may be within a pass, and not listen."""
     told = threading.Thread(target=dist.broadcast_object_list, args=([None],), daemon=True)

@@ -13,12 +13,12 @@ from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
-from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
+from ffnscope.cli.files import Out, Overwrite, check_folder_output, tell_changes, unfinished
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.sparse_options import MAX_TRACES, MaxTraces, params_of, trace_bytes
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.io import hash_json, read_json, write_json, write_text
+from ffnscope.io import hash_json, read_state, write_state, write_text
 from ffnscope.report.answer_table import answer_markdown, print_answer, write_answer
 from ffnscope.run.progress import Reporter
 from ffnscope.run.sparse_steps import traced
@@ -150,30 +150,32 @@ def _page(
 ) -> str:
     options, tracing = asked
     loaded = loading.open(reporter, model)
-    label = _label(model)
+    label, known = _label(model), weights_hash(loaded.model)
     read = {name: (one.calibration(loaded), other.held_out(loaded)) for name, (one, other) in texts.items()}
-    done, key = part / f"{label}.json", _key(loaded, read, options)
-    discard_damaged(reporter, done, read_json)
-    if done.exists() and (told := read_json(done)).get("key") == key and (out / f"{label}.json").exists():
+    hashes = {f"the calibration text {name} of {label}": one.hash for name, (one, _) in read.items()}
+    tell_changes(part, {f"the model {label}": known, **hashes}, reporter)
+    done, key = part / f"{label}.json", _key(known, read, options)
+    discard_damaged(reporter, done, read_state)
+    if done.exists() and (told := read_state(done)).get("key") == key and (out / f"{label}.json").exists():
         reporter.say(f"{model} was answered before the interrupt: {out / label}.json")
         return told["page"]
     domains: dict[str, Domain] = {}
-    for place, (name, (windows, held_out)) in enumerate(read.items()):
-        found = traced(loaded, windows, part / f"{label}_{place}", name, reporter, tracing)
-        domains[name] = Domain(found, held_out)
+    for name, (one, held_out) in read.items():
+        folder = part / f"traces_{hash_json([known, one.hash, one.document.tolist()])[:16]}"
+        domains[name] = Domain(traced(loaded, one, folder, name, reporter, tracing), held_out)
     found_answer = _answer(loaded, domains, options, reporter)
     OUT.print(Text(f"{model}: top-k or threshold, and which k?", style="bold"))
     print_answer(found_answer, OUT)
     write_answer(out / f"{label}.json", found_answer)
     page = answer_markdown(found_answer, f"{model}: top-k or threshold, and which k?")
-    write_json(done, {"key": key, "page": page})
+    write_state(done, {"key": key, "page": page})
     return page
 
 
-def _key(loaded: LoadedModel, read: dict[str, tuple[Windows, Windows]], options: AnswerOptions) -> str:
-    """Hash of all that an answer depends on."""
+def _key(known: str, read: dict[str, tuple[Windows, Windows]], options: AnswerOptions) -> str:
+    """Hash of all that an answer depends on, from that of the weights."""
     texts = {name: [[one.hash, one.document.tolist()] for one in both] for name, both in read.items()}
-    return hash_json([weights_hash(loaded.model), texts, asdict(replace(options, batch_size=1))])
+    return hash_json([known, texts, asdict(replace(options, batch_size=1))])
 
 
 def _answer(loaded: LoadedModel, domains: dict[str, Domain], options: AnswerOptions, reporter: Reporter) -> Answer:

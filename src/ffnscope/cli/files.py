@@ -75,14 +75,14 @@ def working_folder(part: Path) -> Generator[Path]:
 
 
 def tell_changes(part: Path, found: Mapping[str, str], reporter: Reporter) -> None:
-    """Say which inputs (name -> hash) differ from those of the interrupted call that left a folder; remember these."""
+    """Say which inputs (name -> hash) differ from those of the interrupted call that left a folder; remember them."""
     path = part / INPUTS
     discard_damaged(reporter, path, read_state)
     known = read_state(path) if path.exists() else {}
     changed = [name for name, value in found.items() if known.get(name, value) != value]
     if changed:
         reporter.say(f"changed since the interrupted call: {', '.join(changed)}; what depends on that is made again")
-    write_state(path, found)
+    write_state(path, {**known, **found})
 
 
 @contextlib.contextmanager

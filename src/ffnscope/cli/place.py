@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from ffnscope.apply.folder import sweep
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
-from ffnscope.cli.files import Out, Overwrite, check_output, working_folder
+from ffnscope.cli.files import Out, Overwrite, check_output, tell_changes, working_folder
 from ffnscope.cli.groups import grouped
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import MEMORY, LoadedModel
@@ -99,6 +100,8 @@ def place_command(
         reporter.say("dry run: nothing was computed")
         return
     with working_folder(out.with_name(f".{out.name}.place.part")) as part:
+        sweep(out.parent, out.name)
+        tell_changes(part, {"the model": facts["model"], "the calibration text": windows.hash}, reporter)
         found = job.plan(part, reporter)
         write_placement(out, found.placement)
     _print(found, as_json)

@@ -46,7 +46,7 @@ def print_curves_estimate(job: PruneJob, rounds: CurveRounds, console: Console) 
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
     lines = [calibrate_line("calibrate", plan_steps(job.windows, names, job.options()), speed) for names in passes]
     lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=job.method.refits))
-    print_lines(lines, "curves", console)
+    print_lines(with_reading(lines, job.loaded, asked.sites), "curves", console)
     if passes:
         console.print(Text(f"{job.memory().told}, until it is finished"))
 
@@ -84,7 +84,7 @@ def print_prune_estimate(
     for number in range(2, method.rounds + 1):
         again = [calibrate_line(f"round {number}", steps, speed) for steps in each]
         more = sums + operation * order_operations(asked.sites, method.metric)
-        lines += [with_more(replace(line, what=f"{line.what}, of what is left"), more) for line in again]
+        lines += [with_more(replace(line, what=f"{line.what}, of what is left", shared=False), more) for line in again]
     lines += _reconstruction(job, budget, speed, operation)
     if held_out is not None:
         lines.append(evaluate_line(held_out, 2, speed))

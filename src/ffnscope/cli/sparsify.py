@@ -11,7 +11,7 @@ import typer
 from ffnscope.calibrate.collect import weights_hash
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
-from ffnscope.cli.files import Out, Overwrite, check_folder_output, unfinished
+from ffnscope.cli.files import Out, Overwrite, check_folder_output, tell_changes, unfinished
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.sparse_options import MAX_TRACES, MaxTraces, RuleChoice, trace_bytes
 from ffnscope.errors import UsageError
@@ -118,6 +118,7 @@ def sparsify_command(
         return
     job = replace(job, model_hash=weights_hash(loaded.model))
     with unfinished(out / UNFINISHED) as part:
+        tell_changes(part, job.hashes, reporter)
         _carry_out(job, out, part, reporter)
 
 

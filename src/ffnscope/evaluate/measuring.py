@@ -112,11 +112,12 @@ def _streamed_rounds(
     """One way of this process's batches through the blocks per row."""
     mine = todo[ranks.rank :: ranks.size]
     with contextlib.ExitStack() as stack:
-        size = (len(todo[0].batch), todo[0].batch.length)
-        stack.enter_context(memory_errors(*size))
 
         def begin() -> StreamedText | None:
-            return stack.enter_context(streamed_text(model, [one.batch for one in mine])) if mine else None
+            if not mine:
+                return None
+            with _memory_errors(mine):
+                return stack.enter_context(streamed_text(model, [one.batch for one in mine]))
 
         text: StreamedText | None = ranks.agreed(begin)
         for key in (DENSE, *plans):
@@ -135,13 +136,18 @@ def _row(
     if text is None:
         return {}
     dense = key == DENSE
-    with naming(DENSE if dense else plans[key][0]):
+    with naming(DENSE if dense else plans[key][0]), _memory_errors(mine):
         with contextlib.nullcontext() if dense else as_pruned(model, plans[key][1]):
             sums = text.nll(shares) if dense else text.fidelity(shares)
         for one, found in zip(mine, sums, strict=True):
             for value in found.values():
                 check_finite(value, model, one.batch, one.first)
     return {(one.first, key): found for one, found in zip(mine, sums, strict=True)}
+
+
+def _memory_errors(mine: Sequence[Missing]) -> contextlib.AbstractContextManager[None]:
+    """Within what processes agree on: an error that only one of them knows would leave the others waiting."""
+    return memory_errors(len(mine[0].batch), mine[0].batch.length)
 
 
 def _tell(on_batch: OnBatch, before: int, total: int, done: int, of: int) -> None:

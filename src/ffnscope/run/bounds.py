@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ffnscope.apply.ffn_tokens import token_bytes
@@ -17,6 +17,7 @@ from ffnscope.ffn.streamed import Place
 from ffnscope.types import FFNSite
 
 _LOGITS = 12  # bytes: in the model's dtype, in float32, and their gradient
+_SHARED = ("calibrate", "evaluate")
 _SLICE = (2**22, 512)  # logits and tokens that the head of a streamed model is run on; 16 times the logits on a GPU
 
 
@@ -69,6 +70,8 @@ class Workload:
         sums: bytes of the statistics.
         refit_states: values of hidden states that a sequential reconstruction keeps; 0 = there is none.
         refit: bytes that it takes beside them.
+        contextual: bytes that contextual sparsity takes beside the weights, which must all be in memory; 0 = it is not
+            asked for.
         more: bytes that stay beside the model all the time, for example a reference model.
         reloads: whether it is loaded once more into main memory to be cut and saved; one that is streamed is not.
     """
@@ -79,6 +82,7 @@ class Workload:
     sums: int = 0
     refit_states: int = 0
     refit: int = 0
+    contextual: int = 0
     more: int = 0
     reloads: bool = False
 
@@ -91,11 +95,31 @@ class Setting:
         item: bytes per weight.
         stream: place of waiting hidden states of a streamed model; None = its weights are in memory.
         batch: windows at a time at most; None = as asked.
+        elsewhere: weights that a device_map leaves outside of the device that computes.
+        beside: those of them that are in main memory; the others are on disk.
     """
 
     item: int
     stream: Place | None = None
     batch: int | None = None
+    elsewhere: int = 0
+    beside: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """How many processes share the windows: in all, on this machine, and on the device of the first one."""
+
+    everywhere: int = 1
+    here: int = 1
+    on_device: int = 1
+
+    def share(self, load: Load) -> Load:
+        """What one of them runs of a text."""
+        return replace(load, tokens=-(-load.tokens // self.everywhere))
+
+
+ALONE = Processes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +153,19 @@ def shapes_of(model: Any, sites: Sequence[FFNSite]) -> Shapes:
 
 def setting_of(loaded: LoadedModel) -> Setting:
     """How a model is asked for; its dtype is that of its first weight."""
-    return Setting(next(iter(loaded.model.parameters())).element_size(), loaded.source.stream)
+    model: Any = loaded.model
+    item, places = next(iter(model.parameters())).element_size(), getattr(model, "hf_device_map", None) or {}
+    if loaded.source.stream is not None or "meta" not in {p.device.type for p in model.parameters()}:
+        return Setting(item, loaded.source.stream)
+    away = {name: p.numel() for name, p in model.named_parameters() if p.device.type == "meta"}
+    on_disk = sum(size for name, size in away.items() if _placed(name, places) == "disk")
+    return Setting(item, elsewhere=sum(away.values()), beside=sum(away.values()) - on_disk)
+
+
+def _placed(name: str, places: Mapping[str, Any]) -> Any:
+    """Where a device_map puts a parameter: by the longest of its names that the parameter begins with."""
+    found = max((key for key in places if not key or f"{name}.".startswith(f"{key}.")), key=len, default=None)
+    return None if found is None else places[found]
 
 
 def load_of_steps(steps: Sequence[Step], *, backward: bool) -> Load:
@@ -149,18 +185,22 @@ def load_of_text(windows: Sequence[Windows], batch: int) -> Load:
 
 
 def stage_bytes(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Bytes]:
-    """Peak of every kind of stage, without the libraries: "calibrate", "score", "reconstruct", "evaluate", "save".
+    """Peak of every kind of stage, without the libraries.
+
+    They are "calibrate", "score", "reconstruct", "evaluate", "contextual" and "save".
 
     Stages of which the work has nothing are left out, but scoring and saving.
     """
     found = _streamed(shapes, work, setting) if setting.stream else _resident(shapes, work, setting)
     given = {"calibrate": work.forward.tokens, "reconstruct": work.refit_states, "evaluate": work.held_out.tokens}
+    given["contextual"] = work.contextual
     return {stage: size for stage, size in found.items() if given.get(stage, 1)}
 
 
 def _resident(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Bytes]:
     item, logits = setting.item, _LOGITS * shapes.vocabulary
-    base = shapes.weights * item + work.more
+    away = max(0, setting.elsewhere - shapes.block) * item  # one block at a time is brought
+    base, beside = shapes.weights * item - away + work.more, setting.beside * item
     calibrate = max(
         work.forward.at_once(setting.batch) * logits,
         work.backward.at_once(setting.batch) * (shapes.saved * item + logits),
@@ -168,11 +208,12 @@ def _resident(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Byt
     copy = shapes.weights * item * work.reloads
     pairs = work.held_out.at_once(setting.batch) * 2 * item * shapes.vocabulary  # dense and pruned logits
     return {
-        "calibrate": Bytes(base + calibrate + work.sums),
-        "score": Bytes(base + work.sums),
-        "reconstruct": Bytes(base + work.refit_states * item + work.refit),
-        "evaluate": Bytes(base + pairs),
-        "save": Bytes(base, host=copy) if shapes.accelerator else Bytes(base + copy),
+        "calibrate": Bytes(base + calibrate + work.sums, beside),
+        "score": Bytes(base + work.sums, beside),
+        "reconstruct": Bytes(base + work.refit_states * item + work.refit, beside),
+        "evaluate": Bytes(base + pairs, beside),
+        "contextual": Bytes(base + work.contextual + work.forward.at_once(setting.batch) * logits),
+        "save": Bytes(base, beside + copy) if shapes.accelerator else Bytes(base + copy),
     }
 
 
@@ -200,6 +241,22 @@ def _streamed(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Byt
         "evaluate": placed(max(block + per_batch[2], head), 3 * work.held_out.tokens * width),
         "save": placed(2 * max(block, outside), 0),
     }
+
+
+def all_stage_bytes(shapes: Shapes, work: Workload, setting: Setting, processes: Processes) -> dict[str, Bytes]:
+    """`stage_bytes` of all processes on this machine: they share the windows, and the first one does the rest."""
+    part = {name: processes.share(getattr(work, name)) for name in ("forward", "backward", "held_out")}
+    found = stage_bytes(shapes, replace(work, **part), setting)
+    weights = 0 if setting.stream else (shapes.weights - setting.elsewhere) * setting.item
+    idle = Bytes(weights, 0 if setting.stream else setting.beside * setting.item)
+    on_device = processes.on_device if shapes.accelerator else processes.here
+
+    def together(one: Bytes, other: Bytes) -> Bytes:
+        others = processes.here - 1
+        device = one.device + (on_device - 1) * other.device
+        return Bytes(device, one.host + others * other.host, one.disk + others * other.disk)
+
+    return {stage: together(one, one if stage in _SHARED else idle) for stage, one in found.items()}
 
 
 def refit_of(model: Any, sites: Sequence[FFNSite], windows: Windows, *, distils: bool = False) -> tuple[int, int]:

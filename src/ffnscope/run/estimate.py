@@ -18,6 +18,7 @@ from ffnscope.analyze.nulls import enough_draws
 from ffnscope.apply.few_tokens import few_tokens
 from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.calibrate.collect import plan_steps
+from ffnscope.calibrate.parallel import n_processes
 from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.tasks import load_tasks
@@ -98,7 +99,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     given: Any = {"sites": sites, "rule": rule, "options": options, "extra": extra}
     found = calibration_bytes(loaded.model, calibration, metrics, **given)
     speed, operation = seconds_per_token(loaded.model, sites), seconds_per_operation(loaded.model)
-    holds_out = config.pruning.holds_out
+    holds_out, card = config.pruning.holds_out, open_card(config, loaded, sites, calibration)
     lines = [
         *_calibrate_lines(each, passes, sites, speed, operation),
         *_curves_lines(config, sites, calibration, speed),
@@ -109,7 +110,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, loaded.tokenizer, speed),
-        *_contextual_lines(open_card(config, loaded, sites, calibration), speed),
+        *_contextual_lines(card, speed),
         *_checkpoint_lines(config, loaded.model),
     ]
     refit = (0, 0)
@@ -121,6 +122,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         load_of_text(held_out, config.dataset.batch_size),
         max(found.beside_batches, found.disk + (held_out_bytes(sites, calibration) if holds_out else 0)),
         *refit,
+        contextual=0 if card is None else card.held_bytes(),
         more=reference_bytes(config),
         reloads=config.output.checkpoints and config.model.device_map is None,
     )
@@ -149,9 +151,10 @@ def print_estimate(config: RunConfig, console: Console, *, overwrite: bool = Fal
 
 
 def with_reading(lines: Sequence[Line], loaded: LoadedModel, sites: Sequence[FFNSite]) -> list[Line]:
-    """Lines with the time that a streamed model takes longer, from one reading of its first block."""
+    """Lines for the processes there are, with what a streamed model takes longer, from a reading of its first block."""
+    lines = [line.among(n_processes()) for line in lines]
     if loaded.source.stream is None:
-        return list(lines)
+        return lines
     block = list_of_blocks(loaded.model, [site for site in sites if site.role == "ffn"])[1][0]
     start = time.perf_counter()
     with resident(loaded.model, block):
@@ -181,13 +184,13 @@ def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     if not forward:
         return Line(stage, "no pass: every metric reads weights only")
     what = f"1 pass: {forward:,} tokens forward" + (f", {backward:,} of them backward" if backward else "")
-    return Line(stage, what, (forward + backward) * speed, _CHECK + 1 + bool(backward), backward * speed)
+    return Line(stage, what, (forward + backward) * speed, _CHECK + 1 + bool(backward), backward * speed, shared=True)
 
 
 def held_out_lines(sites: Sequence[FFNSite], calibration: Windows, speed: float) -> list[Line]:
     """Tell the pass over the windows that choose the damping of one-shot reconstructions, where there are any."""
     what, tokens = held_out_told(sites, calibration)
-    return [Line("held-out windows", what, tokens * speed, _CHECK + 1)] if tokens else []
+    return [Line("held-out windows", what, tokens * speed, _CHECK + 1, shared=True)] if tokens else []
 
 
 def curves_line(
@@ -327,7 +330,7 @@ def _checkpoint_lines(config: RunConfig, model: Any) -> list[Line]:
 def evaluate_line(windows: Windows, n_models: int, speed: float) -> Line:
     """Tell the perplexity of some models on a text; ``speed`` in seconds per token of a forward."""
     what = f"{n_models} models x {windows.n_tokens:,} tokens of {windows.source}"
-    return Line("evaluate", what, n_models * windows.n_tokens * speed, _CHECK + n_models)
+    return Line("evaluate", what, n_models * windows.n_tokens * speed, _CHECK + n_models, shared=True)
 
 
 def _ablation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float) -> list[Line]:

@@ -21,6 +21,7 @@ class Line:
         seconds: of the whole model in memory.
         reads: how often a streamed model reads all weights.
         again: seconds that a streamed model computes more, since it runs blocks again to go backward.
+        shared: whether several processes share its windows; each of them reads all weights.
     """
 
     stage: str
@@ -28,6 +29,13 @@ class Line:
     seconds: float | None = None
     reads: int = 0
     again: float = 0.0
+    shared: bool = False
+
+    def among(self, n_processes: int) -> Line:
+        """The line where so many processes compute, as long as each has a device or cores of its own."""
+        if not self.shared or self.seconds is None:
+            return self
+        return replace(self, seconds=self.seconds / n_processes, again=self.again / n_processes)
 
 
 def with_more(line: Line, seconds: float) -> Line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,10 +12,10 @@ from pathlib import Path
 import torch
 
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import NotAvailableError, UsageError
+from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.offload import is_offloaded
-from ffnscope.io import hash_json, read_json, write_csv, write_json
+from ffnscope.io import hash_json, read_state, read_tensors, write_csv, write_json, writing
 from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
 from ffnscope.run.progress import LOG, QUIET_SECONDS, Reporter, Update
@@ -27,10 +28,12 @@ from ffnscope.sparse.choose import check_certificate
 from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.fit import OnStep, check_readable, fit_card
+from ffnscope.sparse.predictors.interface import CHUNK
 from ffnscope.sparse.rule import SelectionRule
+from ffnscope.sparse.site_fit import HELD_BYTES, HELD_VALUES
 from ffnscope.sparse.site_params import check_predictor_params
 from ffnscope.sparse.split import split_documents
-from ffnscope.sparse.traces import Traces
+from ffnscope.sparse.traces import Traces, read_traces
 from ffnscope.sparse.tracing import TraceOptions, check_traces, trace, traces_size
 from ffnscope.types import FFNSite
 
@@ -44,12 +47,25 @@ def traced(
     options: TraceOptions,
     sites: Sequence[FFNSite] | None = None,
 ) -> Traces:
-    """Trace a text, with its size told before; traces that are there are read."""
+    """Trace a text, with its size told before; traces that are there are read, or made again where they are damaged."""
+    if folder.exists():
+        _discard_damaged(reporter, folder)
     if not folder.exists():
         size = traces_size(loaded.model, windows, sites)
         reporter.say(f"traces of {label}: {size / 2**30:.2f} GiB in {folder}, removed at the end")
     with reporter.task(f"trace {label}", "FFNs") as update:
         return trace(loaded.model, windows, folder, sites=sites, options=options, on_round=update)
+
+
+def _discard_damaged(reporter: Reporter, folder: Path) -> None:
+    """Delete traces of which a file cannot be read, and say so."""
+    try:
+        for file in read_traces(folder).files.values():
+            read_tensors(file)
+    except (ArtifactError, ValueError) as error:
+        reporter.say(f"{error} These traces are deleted, and made again.")
+        with writing(folder):
+            shutil.rmtree(folder)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +105,12 @@ class CardJob:
         second = None if self.second is None else self._text_key(self.second)
         target = [type(self.target).__name__, asdict(self.target)]
         return hash_json([UNIT, self._text_key(self.windows), second, self.rule.identity(), target, options])
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What it is made from, by name."""
+        second = {} if self.second is None else {"the second text": self.second.hash}
+        return {"the model": self.model_hash, "the calibration text": self.windows.hash, **second}
 
     def check(self) -> None:
         """Refuse what cannot work before any work.
@@ -139,6 +161,15 @@ class CardJob:
             found.append(("curve", what, models * held))
         return found
 
+    def held_bytes(self) -> int:
+        """Memory beside the model: hidden states and inputs of one block, or inputs and scores of one FFN."""
+        item = next(iter(self.loaded.model.parameters())).element_size()
+        tokens = max(text.n_tokens for text in self._texts)
+        width, channels = max(s.d_model for s in self.sites), max(s.d_ff for s in self.sites)
+        tracing = tokens * width * (item + 4)
+        fitting = tokens * width * 4 + (min(tokens * channels, HELD_VALUES) + 4 * CHUNK * channels) * HELD_BYTES
+        return max(tracing, fitting)
+
     def fit(self, folder: Path, reporter: Reporter) -> SparsityCard:
         """Trace, fit and measure; a card that an earlier call left in ``folder`` is read."""
         path = folder / f"card_{self.key[:16]}.json"
@@ -161,7 +192,7 @@ class CardJob:
         if not self.densities:
             return []
         traces, state = self._traces(folder, reporter), folder / "curve.json"
-        discard_damaged(reporter, state, read_json)
+        discard_damaged(reporter, state, read_state)
         options = CurveOptions(self.options.batch_size, state)
         with reporter.task("curve", "steps") as update:
             first = (n_forms(self.densities) - 2) * len(self.windows)  # a selection takes about as long as a form

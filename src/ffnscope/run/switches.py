@@ -6,13 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
 from ffnscope.calibrate.forward import input_device
+from ffnscope.calibrate.parallel import n_processes, n_processes_here
 from ffnscope.ffn.load import LoadedModel, ModelSource, load_model, resolve_device, stored_bytes
 from ffnscope.ffn.main_memory import main_memory
-from ffnscope.run.bounds import Bytes, Setting, Shapes, Workload, setting_of, shapes_of, stage_bytes
+from ffnscope.run.bounds import (
+    ALONE,
+    Bytes,
+    Processes,
+    Setting,
+    Shapes,
+    Workload,
+    all_stage_bytes,
+    setting_of,
+    shapes_of,
+)
 from ffnscope.run.machine import device_memory
 from ffnscope.types import FFNSite
 
@@ -41,12 +53,19 @@ class Machine:
     Attributes:
         ram: main memory that this process may use.
         device: memory of the accelerator that computes; None where the CPU does.
-        libraries: main memory that the process takes without a model.
+        libraries: main memory that a process takes without a model.
+        processes: that share the windows.
     """
 
     ram: int | None
     device: int | None = None
     libraries: int = 0
+    processes: Processes = ALONE
+
+    @property
+    def held(self) -> int:
+        """Main memory that all processes here take without a model."""
+        return self.libraries * self.processes.here
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +102,26 @@ class Need:
 
 def machine_of(model: Any, libraries: int) -> Machine:
     """The memory of this machine, of the device on which a model computes."""
-    return Machine(main_memory(), device_memory(input_device(model)), libraries)
+    device, here = input_device(model), n_processes_here()
+    on_device = -(-here // torch.cuda.device_count()) if device.type == "cuda" else here
+    processes = Processes(n_processes(), here, on_device)
+    return Machine(main_memory(), device_memory(device), libraries, processes)
 
 
 def need(
     shapes: Shapes, work: Workload, setting: Setting, machine: Machine, switch: str = "", *, spread: bool = False
 ) -> Need:
     """What the largest stage takes; with ``spread`` weights that the device does not hold are in main memory."""
-    stages = stage_bytes(shapes, work, setting)
+    stages = all_stage_bytes(shapes, work, setting, machine.processes)
     stage, peak = max(stages.items(), key=lambda item: item[1].device)
     host, disk = (max(getattr(size, name) for size in stages.values()) for name in ("host", "disk"))
     device = peak.device
     if not shapes.accelerator:
-        return Need(switch, stage, device + machine.libraries, 0, disk)
+        return Need(switch, stage, device + machine.held, 0, disk)
     if spread:
         over = min(shapes.weights * setting.item, max(0, device - (machine.device or device)))
-        device, host = device - over, host + over
-    return Need(switch, stage, device, host + machine.libraries, disk)
+        device, host = device - over, host + over * machine.processes.here
+    return Need(switch, stage, device, host + machine.held, disk)
 
 
 def alternatives(
@@ -116,12 +138,15 @@ def alternatives(
     def offer(setting: Setting, *switches: str, spread: bool = False) -> None:
         found.append(need(shapes, work, setting, machine, " ".join(switches), spread=spread))
 
+    if machine.processes.here > 1:
+        found.append(need(shapes, work, setting, replace(machine, processes=ALONE), "a single process"))
     if batches:
         offer(small, names["batch"])
-    if shapes.accelerator and setting.stream is None:
+    needs_weights = work.contextual > 0
+    if shapes.accelerator and setting.stream is None and not (setting.elsewhere or needs_weights):
         offer(setting, names["device_map"], spread=True)
     places = [place for place in ("device", "cpu", "disk") if place != "device" or shapes.accelerator]
-    for place in places if shapes.block else []:
+    for place in places if shapes.block and not needs_weights else []:
         if (setting.stream, place) in ((None, place), ("device", "cpu"), ("device", "disk"), ("cpu", "disk")):
             switch = names["stream"].format(place)
             offer(replace(setting, stream=place), switch)
@@ -129,7 +154,7 @@ def alternatives(
                 offer(replace(small, stream=place), switch, names["batch"])
     if setting.item > 2:
         offer(replace(setting, item=2), names["dtype"])
-        if shapes.block and setting.stream != "disk":
+        if shapes.block and setting.stream != "disk" and not needs_weights:
             offer(Setting(2, "disk", 1), names["stream"].format("disk"), names["batch"], names["dtype"])
     return found
 
@@ -146,8 +171,8 @@ class Bounds:
     @property
     def stages(self) -> dict[str, Bytes]:
         """Peak of every kind of stage; on the CPU with the libraries."""
-        held = 0 if self.shapes.accelerator else self.machine.libraries
-        found = stage_bytes(self.shapes, self.work, self.setting)
+        held = 0 if self.shapes.accelerator else self.machine.held
+        found = all_stage_bytes(self.shapes, self.work, self.setting, self.machine.processes)
         return {stage: replace(size, device=size.device + held) for stage, size in found.items()}
 
     @property
@@ -163,7 +188,9 @@ class Bounds:
     def told(self, names: Mapping[str, str]) -> list[str]:
         """Lines: the peak of every stage, whether it fits, and what would make it fit."""
         peaks = ", ".join(f"{stage} {size.device / GIB:.2f} GiB" for stage, size in self.stages.items())
-        return [f"memory by stage: {peaks}", *self.advice(names)]
+        here = self.machine.processes.here
+        of = "" if here == 1 else f" of {here} processes on this machine together"
+        return [f"memory by stage{of}: {peaks}", *self.advice(names)]
 
     def advice(self, names: Mapping[str, str]) -> list[str]:
         """Lines: whether it fits, and if not, what each option would take, those that fit first."""

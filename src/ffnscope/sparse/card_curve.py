@@ -14,7 +14,7 @@ from torch import nn
 
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
-from ffnscope.io import disposable, hash_json, read_json, write_json
+from ffnscope.io import disposable, hash_json, read_state, write_state
 from ffnscope.registry import POLICIES
 from ffnscope.sparse.baselines import baseline, fit_predictors, site_at_density
 from ffnscope.sparse.card import SparsityCard
@@ -118,7 +118,7 @@ def card_curve(
             run = partial(form_losses, model, form, held, prompt=prompt, batch_size=options.batch_size, on_batch=step)
             known[name] = _plain(run())
             if options.state is not None:
-                write_json(options.state, {"key": key, "losses": known})
+                write_state(options.state, {"key": key, "losses": known})
         found[name] = _losses(known[name], [] if form is None else form.sites)
         step(each, each)
     return [form_row(model, form, found[name], found[DENSE], held, prompt) for name, form in forms.items()]
@@ -196,7 +196,7 @@ def _card_key(card: SparsityCard) -> list[Any]:
 def _read(state: Path | None, key: str) -> dict[str, Any]:
     if state is not None and state.exists():
         with disposable("the curve is measured again"):
-            found = read_json(state)
+            found = read_state(state)
             if found.get("key") == key:
                 return found["losses"]
     return {}

@@ -29,7 +29,9 @@ from ffnscope.types import FFNSite
 
 KIND = "fitted FFN"
 HELD_VALUES = 2**26
-"""Scores of a part of the documents that are held in memory (13 bytes each); more are made again for each setting."""
+"""Scores of a part of the documents that are held in memory; more are made again for each setting."""
+HELD_BYTES = 13
+"""Bytes of each."""
 SiteLoss = Literal["recall", "missed_mass", "relative_error"]
 
 

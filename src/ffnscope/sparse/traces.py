@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, UsageError, unknown_name
-from ffnscope.io import complete, expect_kind, read_json, read_tensors
+from ffnscope.io import complete, expect_kind, read_state, read_tensors
 from ffnscope.sparse.predictors.interface import FitTokens
 from ffnscope.sparse.split import PARTS, Part
 from ffnscope.types import FFNSite
@@ -122,7 +122,7 @@ def read_traces(path: Path) -> Traces:
     Raises:
         ArtifactError: there are no finished traces at ``path``, or they are of a newer schema.
     """
-    facts = read_json(path / INDEX)
+    facts = read_state(path / INDEX)
     expect_kind(path / INDEX, facts, KIND)
     tensors, _ = read_tensors(path / TOKENS)
     with complete(path / INDEX, KIND):

@@ -17,7 +17,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.projection import owner_of
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import SCHEMA, disposable, hash_json, read_tensors, write_json, write_tensors, writing
+from ffnscope.io import SCHEMA, disposable, hash_json, read_tensors, write_state, write_tensors, writing
 from ffnscope.sparse.ffn import check_site
 from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.streaming import OnRound, trace_rounds
@@ -125,7 +125,7 @@ def trace(
     facts = {"key": key, **hashes, "source": windows.source, "bytes": size, "n_tokens": windows.n_tokens}
     facts |= {"seed": options.seed, "parts": {name: part.tolist() for name, part in parts.items()}}
     facts |= {"sites": [{"site": asdict(site), "file": file.name} for site, file in files.items()]}
-    write_json(partial / INDEX, {"kind": KIND, "schema": SCHEMA, **facts})
+    write_state(partial / INDEX, {"kind": KIND, "schema": SCHEMA, **facts})
     with writing(out):
         partial.rename(out)
     return read_traces(out)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from faults import flip_digit
 from ffnscope.calibrate.capture import CaptureOptions, capture, capture_size
 from ffnscope.calibrate.captured import read_capture
 from ffnscope.calibrate.collect import calibrate
@@ -14,6 +15,7 @@ from ffnscope.calibrate.observe import observe_batch
 from ffnscope.errors import ArtifactError, NonFiniteError, UnknownNameError, UsageError
 from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.sites import find_sites
+from ffnscope.io import CHECKSUM
 from reference import exact, padded, text
 from tiny import tiny
 from tiny_moe import TOP_K, tiny_moe
@@ -210,13 +212,24 @@ def test_incomplete_captures_are_refused(tmp_path):
         read_capture(tmp_path / "nothing")
     out = tmp_path / "c"
     found = capture(tiny("llama"), text(2), out, options=CaptureOptions(batch_size=1))
+    content = bytearray(found.parts[0].read_bytes())
+    content[-1] ^= 1
+    found.parts[0].write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"part-00000.safetensors is damaged"):
+        _ = found.token_ids
+    content[-1] ^= 1
+    found.parts[0].write_bytes(content)
     found.parts[1].write_bytes(b"damaged")
     with pytest.raises(ArtifactError, match=r"part-00001.safetensors cannot be read.*capture again"):
         _ = found.token_ids
     found.parts[1].unlink()
     with pytest.raises(ArtifactError, match=r"is incomplete: part-00001.safetensors is missing"):
         read_capture(out)
-    index = json.loads((out / "index.json").read_text())
+    whole = (out / "index.json").read_text()
+    flip_digit(out / "index.json", '"n_tokens"')
+    with pytest.raises(ArtifactError, match=r"index.json is damaged: the checksum"):
+        read_capture(out)
+    index = {name: value for name, value in json.loads(whole).items() if name != CHECKSUM}
     (out / "index.json").write_text(json.dumps({**index, "schema": 99}))
     with pytest.raises(ArtifactError, match="schema 99; this version reads up to 1"):
         read_capture(out)

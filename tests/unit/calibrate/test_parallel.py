@@ -14,7 +14,7 @@ import torch
 
 import ffnscope
 from checkpoints import make_checkpoint
-from ffnscope.calibrate import passes
+from ffnscope.calibrate import parallel, passes
 from ffnscope.calibrate.collect import PassOptions
 from ffnscope.calibrate.parallel import ALONE, shared, shared_windows
 from ffnscope.errors import NonFiniteError, UsageError
@@ -151,6 +151,15 @@ def test_a_single_process_leads_and_shares_nothing(llama: Any) -> None:
         assert shared(llama, print) is ALONE
 
 
+def test_processes_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parallel.n_processes_here() == 1
+    monkeypatch.setattr(parallel, "n_processes", lambda: 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert parallel.n_processes_here() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert parallel.n_processes_here() == 4
+
+
 def test_an_incomplete_launch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
@@ -188,6 +197,34 @@ def test_an_error_in_one_process_ends_the_pass_in_all(tmp_path: Path) -> None:
     assert [status for status, _ in ended] == [0, 0], ended
     assert "told: window" in ended[0][1]
     assert NonFiniteError.__name__ not in ended[1][1]
+
+
+FULL = """
+import os, sys, torch
+import ffnscope
+from ffnscope.errors import DeviceError
+from ffnscope.evaluate.streamed import StreamedText
+from test_parallel import WINDOWS
+def nll(self, on_share=None):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+if os.environ["RANK"] == "1":
+    StreamedText.nll = nll
+with ffnscope.shared_windows() as leads:
+    if leads:
+        model = ffnscope.load_model(ffnscope.ModelSource(sys.argv[1], device="cpu", stream="cpu")).model
+        try:
+            ffnscope.compare_plans(model, {}, WINDOWS, batch_size=2)
+        except DeviceError as error:
+            print("told:", error)
+"""
+
+
+def test_a_process_without_memory_does_not_leave_the_others_waiting(checkpoint: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{FULL}")
+    ended = started(2, [str(script), str(checkpoint)], tmp_path)
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert "told: dense: out of memory while evaluating" in ended[0][1] or "told: out of memory" in ended[0][1]
 
 
 def test_a_batch_is_sent_without_the_rest_of_the_text() -> None:

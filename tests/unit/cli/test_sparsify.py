@@ -84,6 +84,26 @@ class TestSparsify:
         ok(*base)
         assert not (tmp_path / "out" / "sparsify.part").exists()
 
+    def test_damaged_traces_and_another_text_are_told(
+        self, ok: Ok, base: tuple[Any, ...], documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = documents / "train.jsonl"
+        asked = (*base, "--text", path)
+        with monkeypatch.context() as patch:
+            stop_at(patch, fit, "fit_site", 2)
+            assert CliRunner().invoke(app, [str(a) for a in asked]).exit_code == 130
+            (traces,) = (tmp_path / "out" / "sparsify.part").glob("traces_*")
+            file = traces / "site_0001.safetensors"
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+            stop_at(patch, fit, "fit_site", 1)
+            told = CliRunner().invoke(app, [str(a) for a in asked]).stderr
+            assert "site_0001.safetensors is damaged" in told and "are deleted, and made again" in told
+            assert "changed since" not in told
+        path.write_text(path.read_text().upper())
+        assert "changed since the interrupted call: the calibration text; what depends on that" in ok(*asked).stderr
+
     def test_dry_run(self, ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
         told = ok(*base, "--dry-run").stderr
         assert "trace 576 tokens" in told and "GiB of disk" in told and "nothing was computed" in told

@@ -13,9 +13,11 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.run.bounds import (
     Bytes,
     Load,
+    Processes,
     Setting,
     Shapes,
     Workload,
+    all_stage_bytes,
     load_of_text,
     setting_of,
     shapes_of,
@@ -108,3 +110,35 @@ def test_shapes_do_not_depend_on_streaming(checkpoint: Path) -> None:
     shapes = [shapes_of(one.model, find_sites(one.model)) for one in found]
     assert shapes[0] == shapes[1]
     assert [setting_of(one) for one in found] == [Setting(4), Setting(4, "disk")]
+
+
+def test_processes_on_one_machine_share_the_text_and_each_hold_the_model() -> None:
+    three = Processes(3, 3)
+    found, one = (all_stage_bytes(SHAPES, WORK, Setting(4), processes) for processes in (three, Processes()))
+    assert one == stage_bytes(SHAPES, WORK, Setting(4))
+    assert found["calibrate"] == Bytes(3 * (6000 + 27 * (30 * 4 + 12 * 50) + 1000))  # 80 tokens in three parts
+    assert found["reconstruct"] == Bytes(one["reconstruct"].device + 2 * 6000)
+    states = (54 + 27 * 11) * 4 * 4
+    streamed = all_stage_bytes(SHAPES, WORK, Setting(4, "disk"), three)
+    assert streamed["calibrate"] == Bytes(3 * (500 * 4 + 512 * 50 * 12 + 1000), disk=3 * states)
+    assert streamed["save"] == Bytes(4000)  # the others wait, and hold no weights
+
+
+def test_processes_with_a_device_each_share_main_memory() -> None:
+    shapes, setting = replace(SHAPES, accelerator=True), Setting(4, "cpu")
+    one, two = (all_stage_bytes(shapes, WORK, setting, p)["calibrate"] for p in (Processes(2, 1), Processes(2, 2, 1)))
+    assert (two.device, two.host) == (one.device, 2 * one.host)
+
+
+def test_weights_that_a_device_map_leaves_elsewhere() -> None:
+    setting = Setting(4, elsewhere=900, beside=600)
+    found = stage_bytes(replace(SHAPES, accelerator=True), WORK, setting)
+    assert found["score"] == Bytes(6000 - 800 * 4 + 1000, host=2400)  # a block of 100 is brought
+    assert stage_bytes(SHAPES, WORK, Setting(4, elsewhere=900))["score"] == Bytes(6000 - 800 * 4 + 1000)
+
+
+def test_places_are_read_from_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    places = {"device_map": "auto", "max_memory": {"cpu": "40KB"}, "offload_folder": str(tmp_path)}
+    loaded = load_model(ModelSource(str(checkpoint), **places))
+    away = sum(p.numel() for p in loaded.model.parameters() if p.device.type == "meta")
+    assert away and setting_of(loaded) == Setting(4, elsewhere=away, beside=0)

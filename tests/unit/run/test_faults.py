@@ -9,7 +9,8 @@ import pytest
 
 from ffnscope.errors import ArtifactError
 from ffnscope.run import RunConfig
-from injection import Faults, Work
+from injection import Faults
+from injection_work import Work
 from runs import quiet_run
 
 

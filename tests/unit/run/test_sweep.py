@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -337,6 +338,7 @@ def test_dry_run_lists_the_cells(written: Write, checkpoint: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
     quiet_sweep(file)
     assert "0 of 2 cells to run" in printed(file)
+    assert "cells at the same time" not in shown
     other = written({"model.model_id": [str(tmp_path / "none"), str(checkpoint)]}, output={"dir": str(tmp_path / "b")})
     with pytest.raises(ConfigError, match="none does not exist"):
         printed(other)
@@ -345,10 +347,11 @@ def test_dry_run_lists_the_cells(written: Write, checkpoint: Path, tmp_path: Pat
 def test_dry_run_tells_what_would_make_cells_fit(
     written: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(executors, "find_spec", lambda name: object())
     large = make_checkpoint(tmp_path / "large", hidden_size=256, intermediate_size=1024, num_hidden_layers=24)
     small = make_checkpoint(tmp_path / "small")
     models = {"small": {"model.model_id": str(small)}, "large": {"model.model_id": str(large)}}
-    cells = load_sweep(written({"model": models, **SEEDS}))
+    cells = load_sweep(written({"model": models, **SEEDS, "executor": "ray", "workers": 2}))
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     libraries = dry_run.library_bytes()
     monkeypatch.setattr(dry_run, "library_bytes", lambda: libraries)
@@ -360,3 +363,4 @@ def test_dry_run_tells_what_would_make_cells_fit(
     assert shown.count("it does NOT fit") == 1
     assert "--set model.stream=disk would take" in shown
     assert "model=small,seed=0:" not in shown
+    assert re.search(r"up to 2 cells at the same time, \d\.\d\d GiB together", shown)

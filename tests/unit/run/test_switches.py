@@ -12,7 +12,7 @@ import pytest
 from ffnscope.ffn.load import ModelSource, stored_bytes
 from ffnscope.ffn.streamed import is_streamed
 from ffnscope.run import switches
-from ffnscope.run.bounds import Load, Setting, Shapes, Workload
+from ffnscope.run.bounds import Load, Processes, Setting, Shapes, Workload
 from ffnscope.run.switches import COMMAND, FILE, GIB, Bounds, Machine, Need, alternatives, load_to_estimate, need
 
 MEBI = 2**20
@@ -147,3 +147,20 @@ class TestLoading:
     def test_a_folder_without_safetensors_is_unknown(self, checkpoint: Path, tmp_path: Path) -> None:
         shutil.copytree(checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
         assert stored_bytes(ModelSource(str(tmp_path / "copy"))) is None
+
+
+def test_several_processes_on_a_machine_that_holds_one() -> None:
+    machine = Machine(GIB, None, 10 * MEBI, Processes(4, 4))
+    bounds = Bounds(SHAPES, WORK, Setting(4), machine)
+    assert bounds.need.device == 4 * (bounds.machine.libraries + (1 + 260 + 64) * MEBI + 1024 * 64 * 12)
+    lines = bounds.told(COMMAND)
+    assert lines[0].startswith("memory by stage of 4 processes on this machine together: calibrate 1.31 GiB")
+    assert any(line.strip().startswith("a single process would take 0.33 GiB: fits") for line in lines)
+
+
+def test_contextual_sparsity_needs_all_weights_in_memory() -> None:
+    machine, work = Machine(GIB, None, 10 * MEBI), replace(WORK, contextual=100 * MEBI)
+    asked = need(SHAPES, work, Setting(4), machine)
+    assert (asked.stage, asked.device) == ("contextual", (10 + 260 + 100) * MEBI + 1024 * 64 * 12)
+    found = names(alternatives(SHAPES, work, Setting(4), machine, COMMAND))
+    assert found == ["--batch-size 1", "--dtype bfloat16"]

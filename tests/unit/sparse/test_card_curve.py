@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from faults import stop_at
+from faults import flip_digit, stop_at
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.sparse import card_curve as module
@@ -82,6 +82,9 @@ def test_it_goes_on(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     other = replace(card, sites=tuple(replace(one, parameter=None) for one in card.sites))
     card_curve(model, traces, other, windows, [0.25], options=options)
     assert len(calls) == 10  # another card: nothing of the state
+    flip_digit(tmp_path / "curve.json", '"nll"')
+    with pytest.raises(ArtifactError, match=r"curve.json is damaged.*Delete it, and the curve is measured again"):
+        card_curve(model, traces, other, windows, [0.25], options=options)
 
 
 @pytest.mark.parametrize(

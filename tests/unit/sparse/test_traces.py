@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from faults import flip_digit
 from ffnscope.errors import ArtifactError, NotAvailableError, UnknownNameError, UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse import streaming
 from ffnscope.sparse.ffn import ffn_of, find_activation
 from ffnscope.sparse.split import split_documents
-from ffnscope.sparse.traces import read_traces
+from ffnscope.sparse.traces import INDEX, read_traces
 from ffnscope.sparse.tracing import TraceOptions, trace, traces_size
 from offload import in_memory
 from reference import exact, padded, slow_signals_of_all, text
@@ -194,6 +195,10 @@ class TestFiles:
             trace(llama, text(6), tmp_path / "mine")
 
     def test_damaged_folders(self, llama: Any, tmp_path: Path) -> None:
+        found = trace(llama, text(6), tmp_path / "other")
+        flip_digit(tmp_path / "other" / INDEX, '"parts"')
+        with pytest.raises(ArtifactError, match="is damaged: the checksum"):
+            read_traces(tmp_path / "other")
         found = trace(llama, text(6), tmp_path / "traces")
         found.files[found.sites[0]].unlink()
         with pytest.raises(ArtifactError, match="Trace again"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import UsageError
 from ffnscope.ffn.projection import weights_of
-from ffnscope.io import SCHEMA, complete, expect_kind, read_json, write_json
+from ffnscope.io import SCHEMA, complete, expect_kind, read_state, write_state
 from ffnscope.sparse.placement.machine import Machine
 from ffnscope.types import FFNSite
 
@@ -169,7 +169,7 @@ def write_placement(path: Path, placement: Placement) -> None:
     ]
     told = {name: asdict(getattr(placement, name)) for name in ("machine", "predicted", "all_slow")}
     facts = {"budget": placement.budget, "bytes": placement.bytes, "facts": placement.facts}
-    write_json(path, {"kind": KIND, "schema": SCHEMA, **told, **facts, "sites": rows})
+    write_state(path, {"kind": KIND, "schema": SCHEMA, **told, **facts, "sites": rows})
 
 
 def read_placement(path: Path) -> Placement:
@@ -179,7 +179,7 @@ def read_placement(path: Path) -> Placement:
         ArtifactError: missing, damaged, or of another kind.
         UsageError: what it holds is impossible.
     """
-    value = read_json(path)
+    value = read_state(path)
     expect_kind(path, value, KIND)
     with complete(path, KIND):
         sites = [FFNSite(**row["site"]) for row in value["sites"]]

@@ -44,6 +44,16 @@ ASKED, MEASURED = "asked.json", "progress.json"
 CALIBRATION = 16  # windows that are kept from the training for the thresholds, at most
 
 
+_NAMES = {
+    "weights_hash": "the model",
+    "text": "the calibration text",
+    "held_out": "the held-out text",
+    "options": "the options",
+    "versions": "the versions of torch and transformers",
+}
+"""What a call is made with, in words."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReluModel:
     """What `relufy_` made.
@@ -226,13 +236,14 @@ def _begin(part: Path, asked: Mapping[str, Any], overwrite: bool) -> None:
     """Go on with an unfinished call; one with other arguments is refused, or removed, also where it did nothing yet."""
     key, path = hash_json(asked), part / ASKED
     with disposable("the training begins again"):
-        known = read_state(path).get("key") if path.exists() else None
-    if known == key:
+        known = read_state(path) if path.exists() else {}
+    if known.get("key") == key:
         return
-    if known is not None and (part / MEASURED).exists() and not overwrite:
+    if known and (part / MEASURED).exists() and not overwrite:
+        changed = [what for name, what in _NAMES.items() if hash_json([known.get(name)]) != hash_json([asked[name]])]
         raise ArtifactError(
-            f"{part} is an unfinished call with another model, text or other options (or versions of torch and "
-            "transformers). Give the same ones to go on, or --overwrite to begin again."
+            f"{part} is an unfinished call with others of these: {', '.join(changed) or 'the name of the model'}. Give "
+            "the same ones to go on, or --overwrite to begin again."
         )
     with writing(part):
         for left in part.iterdir():  # the folder itself is held

@@ -14,7 +14,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.perplexity import perplexity
 from ffnscope.ffn.function import FFN, wide
-from ffnscope.io import SCHEMA, complete, expect_kind, read_json, write_json
+from ffnscope.io import SCHEMA, complete, expect_kind, read_state, write_state
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.products import Products
 from ffnscope.sparse.relu.activation import check_threshold, set_thresholds_
@@ -179,7 +179,7 @@ class NonZero:
 def write_thresholds(path: Path, thresholds: Mapping[FFNSite, float], facts: Mapping[str, Any]) -> None:
     """Write thresholds as JSON, with facts beside them."""
     rows = [{"site": asdict(site), "name": site.name, "threshold": value} for site, value in thresholds.items()]
-    write_json(path, {"kind": KIND, "schema": SCHEMA, **facts, "thresholds": rows})
+    write_state(path, {"kind": KIND, "schema": SCHEMA, **facts, "thresholds": rows})
 
 
 def read_thresholds(path: Path) -> dict[FFNSite, float]:
@@ -188,7 +188,7 @@ def read_thresholds(path: Path) -> dict[FFNSite, float]:
     Raises:
         ArtifactError: missing, damaged, or of another kind.
     """
-    value = read_json(path)
+    value = read_state(path)
     expect_kind(path, value, KIND)
     with complete(path, KIND):
         return {FFNSite(**row["site"]): float(row["threshold"]) for row in value["thresholds"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.forward import memory_errors
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import NonFiniteError, UsageError, unknown_name
+from ffnscope.errors import ArtifactError, NonFiniteError, UsageError, unknown_name
 from ffnscope.ffn.messages import quiet_transformers
-from ffnscope.io import SCHEMA, complete, disposable, expect_kind, read_state, write_state
+from ffnscope.io import SCHEMA, complete, disposable, expect_kind, hash_file, read_state, write_state, writing
 from ffnscope.sparse.relu.activation import ACTIVATIONS, check_threshold
 from ffnscope.sparse.relu.measure import measure_zeros
 from ffnscope.sparse.relu.penalty import Penalty, ProgressiveL1
 from ffnscope.types import FFNSite
 
 STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+SUMS = "ffnscope_files.json"  # hashes of all files of a checkpoint
 OnStep = Callable[[int, int], None]
 
 
@@ -207,14 +209,42 @@ def examples(windows: Windows) -> list[dict[str, Tensor]]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a folder; those that were cut off while they were written are removed."""
+    """The last whole checkpoint in a folder; those that were cut off while they were written are removed.
+
+    Warns:
+        UserWarning: a file of one is not what was written; it is removed too.
+    """
     found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
-        if (path / STATE).exists():
+        damaged = _damaged(path)
+        if damaged is not None:
+            message = f"{damaged} is damaged, so its checkpoint is removed, and what was trained up to it is lost."
+            warnings.warn(message, stacklevel=2)
+        if damaged is None and (path / STATE).exists():
             found[int(path.name.rpartition("-")[2])] = path
         else:
-            shutil.rmtree(path)
+            with writing(path):
+                shutil.rmtree(path)
     return found[max(found)] if found else None
+
+
+def note_files(checkpoint: Path) -> None:
+    """Keep the hashes of all files of a checkpoint beside them."""
+    files = {path.name: hash_file(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    write_state(checkpoint / SUMS, {"files": files})
+
+
+def _damaged(checkpoint: Path) -> Path | None:
+    """A file of a checkpoint that is not what was written; None also where a kill left no hashes."""
+    sums = checkpoint / SUMS
+    if not sums.exists():
+        return None
+    try:
+        files: dict[str, str] = read_state(sums)["files"]
+    except ArtifactError:
+        return sums
+    paths = {checkpoint / name: digest for name, digest in files.items()}
+    return next((path for path, digest in paths.items() if not path.exists() or hash_file(path) != digest), None)
 
 
 def _arguments(options: ReluOptions, folder: Path, device: torch.device) -> Any:
@@ -283,10 +313,14 @@ def _callback_class(job: Training) -> Any:
     from transformers import TrainerCallback
 
     class Measuring(TrainerCallback):
-        """Measures before the Trainer writes a checkpoint."""
+        """Measures before the Trainer writes a checkpoint, whose files it hashes afterwards."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             """After each optimizer step."""
             job.after_step(state.global_step, float(others["lr_scheduler"].get_last_lr()[0]))
+
+        def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            """After each checkpoint."""
+            note_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Measuring

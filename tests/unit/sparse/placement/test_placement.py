@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from faults import flip_digit
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.sites import find_sites
+from ffnscope.io import CHECKSUM
 from ffnscope.sparse.placement.machine import Machine, probe_bandwidth
 from ffnscope.sparse.placement.plan import (
     Placement,
@@ -118,7 +120,11 @@ def test_file(tmp_path):
         found.all_slow,
     )
     assert again.facts == {"text": "sotu"} and again.channel_bytes == found.channel_bytes
-    value = json.loads(path.read_text())
+    whole = path.read_text()
+    flip_digit(path, '"hot"')
+    with pytest.raises(ArtifactError, match="is damaged: the checksum"):
+        read_placement(path)
+    value = {name: one for name, one in json.loads(whole).items() if name != CHECKSUM}
     value["budget"] = 1
     path.write_text(json.dumps(value))
     with pytest.raises(UsageError, match="the budget is 1"):

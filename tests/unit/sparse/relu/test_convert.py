@@ -133,7 +133,7 @@ def test_a_cut_off_call_goes_on(folders, texts, tmp_path):
     assert not out.exists() and unfinished_folder(out).exists()
     broken = unfinished_folder(out) / "checkpoints" / "checkpoint-12"  # as if it was cut off while writing
     broken.mkdir()
-    with pytest.raises(ArtifactError, match="unfinished call with another model, text or other options"):
+    with pytest.raises(ArtifactError, match=r"unfinished call with others of these: the options\. Give"):
         made(folders, texts, out, replace(QUICK, seed=1))
     steps.clear()
     result = made(folders, texts, out, watch=Watch(lambda step, total: steps.append(step)))
@@ -141,6 +141,24 @@ def test_a_cut_off_call_goes_on(folders, texts, tmp_path):
     assert result.rows == whole.rows
     first, second = (load_model(str(one.path)).model.state_dict() for one in (whole, result))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_damaged_checkpoint_is_told_and_not_used(folders, texts, tmp_path):
+    def stop(step, total):
+        if step == 13:
+            raise Stopped
+
+    out, steps = tmp_path / "out", []
+    with pytest.raises(Stopped):
+        made(folders, texts, out, watch=Watch(stop))
+    (checkpoint,) = (unfinished_folder(out) / "checkpoints").glob("checkpoint-*")
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"model\.safetensors is damaged, so its checkpoint is removed"):
+        made(folders, texts, out, watch=Watch(lambda step, total: steps.append(step)))
+    assert steps == list(range(1, 25))
 
 
 def test_a_call_that_is_cut_off_after_the_training_trains_no_more(folders, texts, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from faults import flip_digit
 from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.perplexity import perplexity
@@ -141,6 +142,9 @@ def test_file(tmp_path):
     write_thresholds(path, {s: 0.1 * (s.layer + 1) for s in sites}, {"model_id": "a"})
     found = read_thresholds(path)
     assert list(found) == find_sites(model) and list(found.values()) == [0.1, 0.2]
+    flip_digit(path, '"threshold"')
+    with pytest.raises(ArtifactError, match="is damaged: the checksum"):
+        read_thresholds(path)
     path.write_text('{"kind": "activation thresholds", "thresholds": [{}]}')
     with pytest.raises(ArtifactError, match="'site' is missing"):
         read_thresholds(path)
