@@ -18,6 +18,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, NonFiniteError, UsageError, unknown_name
 from ffnscope.ffn.messages import quiet_transformers
 from ffnscope.io import SCHEMA, complete, disposable, expect_kind, hash_file, read_state, write_state, writing
+from ffnscope.saving import torch_saving
 from ffnscope.sparse.relu.activation import ACTIVATIONS, check_threshold
 from ffnscope.sparse.relu.measure import measure_zeros
 from ffnscope.sparse.relu.penalty import Penalty, ProgressiveL1
@@ -139,6 +140,7 @@ class Training:
         Raises:
             NonFiniteError: the loss is NaN or infinite.
             DeviceError: the accelerator is out of memory.
+            ArtifactError: a checkpoint cannot be written.
         """
         last = last_checkpoint(folder)
         done = 0 if last is None else int(last.name.rpartition("-")[2])
@@ -151,7 +153,7 @@ class Training:
         )
         _silence(trainer)
         cure = "lower the batch size, accumulate more, or shorten windows"
-        with quiet_transformers(), memory_errors(f"out of memory while training; {cure}."):
+        with quiet_transformers(), memory_errors(f"out of memory while training; {cure}."), torch_saving(folder):
             if done == self.options.steps:  # the Trainer would take one more step
                 trainer.restore(str(last))
             else:
