@@ -13,7 +13,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import NotAvailableError, UsageError
 from ffnscope.sparse.predictors.fixed import PromptConstant
 from ffnscope.sparse.runtime import Runtime
-from ffnscope.sparse.selector import Noted, Selector
+from ffnscope.sparse.selector import HandsOn, Noted, Selector
 from ffnscope.sparse.uses import Selector as Select
 from ffnscope.sparse.uses import Step
 from ffnscope.types import FFNSite
@@ -87,7 +87,7 @@ def masked_by(model: nn.Module, selectors: Mapping[FFNSite, Select], prompt: int
     sources = {one.source for one in selectors.values() if isinstance(one, Selector) and one.source is not None}
     selected.noted = {source: Noted() for source in sources}
     rules = {site: _rule(site, select, selected) for site, select in selectors.items()}
-    rules |= {source: _dense_source(source, selected) for source in sources if source not in selectors}
+    rules |= {source: HandsOn(source.d_ff, one) for source, one in selected.noted.items() if source not in selectors}
     runtime = Runtime(model, rules, 0.0, Step(prefill=True))
     try:
         for site in rules:
@@ -107,16 +107,6 @@ def _check(site: FFNSite, prompt: int) -> None:
         raise NotAvailableError(
             f"{site.name} is an expert, which does not know where in a window its tokens are; use no prompt."
         )
-
-
-def _dense_source(site: FFNSite, selected: Selected) -> Select:
-    """Of an FFN that stays dense, and whose input another one's predictor reads."""
-
-    def rule(x: Tensor) -> Tensor:
-        selected.noted[site].x = x
-        return torch.ones(len(x), site.d_ff, dtype=torch.bool, device=x.device)
-
-    return rule
 
 
 def _rule(site: FFNSite, select: Select, selected: Selected) -> Select:

@@ -15,7 +15,7 @@ from ffnscope.sparse.measures import Label, of_mask, truths
 from ffnscope.sparse.predictors.fixed import Constant
 from ffnscope.sparse.predictors.interface import Prompted
 from ffnscope.sparse.products import Products
-from ffnscope.sparse.selector import Noted, Selector
+from ffnscope.sparse.selector import HandsOn, Noted, Selector
 from ffnscope.types import FFNSite
 
 HORIZON = 64
@@ -190,19 +190,6 @@ class Watched:
         return False
 
 
-@dataclass(slots=True, eq=False)
-class HandsOn:
-    """Of an FFN that stays dense: selects all channels, and hands on its input."""
-
-    card: SiteCard
-    own: Noted
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Inputs [T, d_model] -> mask [T, d_ff] of ones."""
-        self.own.x = x
-        return torch.ones(len(x), self.card.site.d_ff, dtype=torch.bool, device=x.device)
-
-
 class Monitor:
     """Watches the FFNs of a card while its model decodes.
 
@@ -226,7 +213,7 @@ class Monitor:
             watched = Watched(cards[site], rule, card.wanted.label, options, (every or 0) * i, period)
             watched.own = noted.get(site)
             self.selectors[site] = watched
-        self.selectors |= {s: HandsOn(cards[s], own) for s, own in noted.items() if s not in selectors}
+        self.selectors |= {s: HandsOn(s.d_ff, own) for s, own in noted.items() if s not in selectors}
 
     @property
     def watched(self) -> dict[FFNSite, Watched]:
@@ -242,13 +229,13 @@ class Monitor:
         rest = {site: one for site, one in self.watched.items() if site not in sites}
         read = {one.selector.source for one in rest.values()}
         others = {site: one for site, one in self.selectors.items() if site not in rest and site in read}
-        handing = {site: HandsOn(one.card, one.own) for site, one in others.items() if one.own is not None}
+        handing = {site: HandsOn(site.d_ff, one.own) for site, one in others.items() if one.own is not None}
         self.selectors = {**rest, **handing}
 
     @property
     def drifting(self) -> tuple[FFNSite, ...]:
         """FFNs that are outside of a band now."""
-        return tuple(site for site, one in self.watched.items() if one.outside)
+        return tuple(site for site, one in self.selectors.items() if isinstance(one, Watched) and one.outside)
 
     def check(self) -> None:
         """Warn, once, when FFNs are outside of their bands."""

@@ -17,8 +17,9 @@ from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.kernels.break_even import MARGIN, RowTimes
 from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
-from ffnscope.sparse.monitor import HandsOn, Monitor, MonitorOptions, Watched
+from ffnscope.sparse.monitor import Monitor, MonitorOptions, Watched
 from ffnscope.sparse.refusals import check_selectors
+from ffnscope.sparse.selector import HandsOn
 from ffnscope.sparse.timing import reading_times, selecting_time, shape_key
 from ffnscope.sparse.trial import differs, kinds_of, reached
 from ffnscope.sparse.uses import Counts, Level, ModuleUse, ProjectionUse, Selection, Selector, Step, projection_rows

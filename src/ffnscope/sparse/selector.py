@@ -28,6 +28,30 @@ class Noted:
     x: Tensor | None = None
 
 
+class AllChannels:
+    """The selection of an FFN that stays dense: x [T, d_model] -> mask [T, d_ff] of ones."""
+
+    def __init__(self, d_ff: int):
+        self.d_ff = d_ff
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Inputs [T, d_model] -> mask [T, d_ff]."""
+        return torch.ones(len(x), self.d_ff, dtype=torch.bool, device=x.device)
+
+
+class HandsOn(AllChannels):
+    """The same, which hands on its input to the predictor of the FFN one layer after."""
+
+    def __init__(self, d_ff: int, own: Noted):
+        super().__init__(d_ff)
+        self.own = own
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Inputs [T, d_model] -> mask [T, d_ff]."""
+        self.own.x = x
+        return super().__call__(x)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Selector:
     """Which channels of an FFN a token needs: ``selector(x [T, d_model]) -> mask [T, d_ff]``, True = keep.

@@ -21,8 +21,9 @@ from ffnscope.run import placement_steps
 from ffnscope.sparse.placement.frequency import channel_frequencies
 from ffnscope.sparse.placement.parts import split_
 from ffnscope.sparse.placement.plan import read_placement
-from ffnscope.sparse.placement.selections import AllChannels, card_selections, relu_selections, selection_bytes
+from ffnscope.sparse.placement.selections import card_selections, relu_selections, selection_bytes
 from ffnscope.sparse.relu.thresholds import THRESHOLDS, NonZero, write_thresholds
+from ffnscope.sparse.selector import AllChannels
 from ffnscope.sparse.tracing import trace
 from tiny import D_FF, HIDDEN, LAYERS, tokens
 

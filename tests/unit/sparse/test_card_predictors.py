@@ -24,7 +24,7 @@ from ffnscope.sparse.card_options import ParameterTarget
 from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.labels import top_mass
 from ffnscope.sparse.masking import masked_by
-from ffnscope.sparse.monitor import HandsOn, MonitorOptions
+from ffnscope.sparse.monitor import MonitorOptions
 from ffnscope.sparse.placement.selections import card_selections
 from ffnscope.sparse.predictors import training
 from ffnscope.sparse.predictors.fc_files import write_fc_predictors
@@ -34,6 +34,7 @@ from ffnscope.sparse.predictors.low_rank import LowRank
 from ffnscope.sparse.prompts import begin_prompt
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import Runtime, unwrap_, wrap_
+from ffnscope.sparse.selector import HandsOn
 from ffnscope.sparse.site_params import ffn_norms
 from ffnscope.types import PruningPlan
 from tiny import D_FF, HIDDEN, tiny

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ffnscope.errors import NotAvailableError, UsageError
@@ -14,22 +13,11 @@ from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.placement.machine import Machine
 from ffnscope.sparse.placement.plan import channel_bytes
 from ffnscope.sparse.relu.thresholds import NonZero
-from ffnscope.sparse.selector import Selector
+from ffnscope.sparse.selector import AllChannels, Selector
 from ffnscope.types import FFNSite
 
 Select = Callable[[Tensor], Tensor]
 Selections = Mapping[FFNSite, Select]
-
-
-class AllChannels:
-    """The selection of an FFN that stays dense: x [T, d_model] -> mask [T, d_ff] of ones."""
-
-    def __init__(self, d_ff: int):
-        self.d_ff = d_ff
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Inputs [T, d_model] -> mask [T, d_ff]."""
-        return torch.ones(len(x), self.d_ff, dtype=torch.bool, device=x.device)
 
 
 def card_selections(model: nn.Module, card: SparsityCard) -> dict[FFNSite, Select]:
