@@ -18,18 +18,23 @@ from ffnscope.cli.groups import grouped
 from ffnscope.cli.sparse_options import MAX_TRACES, MaxTraces, params_of, trace_bytes
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
+from ffnscope.ffn.sites import find_sites
 from ffnscope.io import hash_json, read_state, write_state, write_text
 from ffnscope.report.answer_table import answer_markdown, print_answer, write_answer
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
+from ffnscope.run.seconds import seconds_per_token
+from ffnscope.run.sparse_estimate import answer_lines, answer_work, print_sparse_estimate
 from ffnscope.run.sparse_steps import traced
 from ffnscope.run.steps import discard_damaged
+from ffnscope.run.switches import bounds_of
 from ffnscope.run.texts import SHIPPED_TEXTS
 from ffnscope.sparse.answer import answer
 from ffnscope.sparse.answer_rows import Answer, AnswerOptions, Domain
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card_options import parse_target
 from ffnscope.sparse.rule import DEFAULTS
-from ffnscope.sparse.tracing import TraceOptions, traces_size
+from ffnscope.sparse.tracing import TraceOptions, check_traces
 
 UNFINISHED = "answer.part"
 Models = Annotated[
@@ -84,7 +89,7 @@ def answer_command(
     ] = None,
     choice: DomainChoice,
     loading: opt.Loading,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; nothing is computed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long it would take.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Top-k or threshold, and which k? A page for each MODEL and all texts: OUT/answer.md and a JSON file per model.
@@ -104,9 +109,9 @@ def answer_command(
     _check_labels(models)
     reporter = Reporter()
     if dry_run:
+        libraries = library_bytes()  # before a model is loaded
         for model in models:
-            _print_plan(loading.open(reporter, model), texts, reporter)
-        reporter.say("dry run: nothing was computed")
+            _estimate(model, loading.open(reporter, model, only_estimate=True), texts, (options, limit), libraries)
         return
     with unfinished(out / UNFINISHED) as part:
         tracing = TraceOptions(batch_size=options.batch_size, max_bytes=limit)
@@ -127,16 +132,21 @@ def _check_labels(models: list[str]) -> None:
             raise UsageError(f"{model} is given twice, or another MODEL has the same file name {label}.json.")
 
 
-def _print_plan(
-    loaded: LoadedModel, texts: dict[str, tuple[opt.TextChoice, opt.TextChoice]], reporter: Reporter
+def _estimate(
+    model: str,
+    loaded: LoadedModel,
+    texts: dict[str, tuple[opt.TextChoice, opt.TextChoice]],
+    asked: tuple[AnswerOptions, int],
+    libraries: int,
 ) -> None:
-    for calibration, _ in texts.values():
-        windows = calibration.calibration(loaded)
-        size = traces_size(loaded.model, windows) / 2**30
-        documents = len(windows.document.unique())
-        reporter.say(
-            f"{windows.source}: {windows.n_tokens:,} tokens of {documents} documents, traces of {size:.2f} GiB"
-        )
+    """Print what an answer for one model would take."""
+    (options, limit), sites = asked, find_sites(loaded.model)
+    read = {name: (one.calibration(loaded), other.held_out(loaded)) for name, (one, other) in texts.items()}
+    for one, _ in read.values():
+        check_traces(loaded.model, one, sites, TraceOptions(batch_size=options.batch_size, max_bytes=limit))
+    lines = answer_lines(loaded, sites, read, options, seconds_per_token(loaded.model, sites))
+    work = answer_work(loaded, sites, [one for one, _ in read.values()], options.batch_size)
+    print_sparse_estimate(f"answer {model}", lines, bounds_of(loaded, sites, work, libraries), OUT)
 
 
 def _page(

@@ -21,6 +21,7 @@ from ffnscope.cli.prune_estimate import print_curves_estimate
 from ffnscope.cli.prune_job import PruneJob
 from ffnscope.cli.prune_texts import calibration_of
 from ffnscope.io import read_plan
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
 
 UNFINISHED = "curves.part"
@@ -67,12 +68,13 @@ def curves_command(
     known = read_metric(scores, metric) if scores else None
     plan = None if around is None else read_plan(around)
     reporter = Reporter()
-    loaded = loading.open(reporter, model)
+    libraries = library_bytes() if dry_run else 0  # before the model is loaded
+    loaded = loading.open(reporter, model, only_estimate=dry_run)
     job = PruneJob(loaded, method, sample, inputs, reporter)
     found = None if known is None else of_this_model(*known, scores, job)
     job.check_sites(None, found)
     if dry_run:
-        print_curves_estimate(job, asked, OUT)
+        print_curves_estimate(job, asked, libraries, OUT)
         return
     with unfinished(out / UNFINISHED) as part:
         tell_changes(part, {**job.hashes, "the calibration text": job.windows.hash}, reporter)

@@ -21,8 +21,12 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.load import MEMORY, LoadedModel
 from ffnscope.report.placement_table import placement_grid, placement_rows, placement_sentences
 from ffnscope.report.tables import print_grid
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.placement_steps import Bandwidths, PlacementJob, PlannedPlacement
 from ffnscope.run.progress import Reporter
+from ffnscope.run.seconds import seconds_per_token
+from ffnscope.run.sparse_estimate import placement_lines, placement_work, print_sparse_estimate
+from ffnscope.run.switches import bounds_of
 from ffnscope.sparse.card_files import read_card
 from ffnscope.sparse.placement.plan import write_placement
 from ffnscope.sparse.placement.selections import Selections, card_selections, relu_selections
@@ -69,7 +73,7 @@ def place_command(
     text: opt.TextChoice,
     loading: opt.Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; nothing is computed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long it would take.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Plan which FFN channels lie on the GPU when it cannot hold all: OUT, a JSON file for `split_`.
@@ -85,6 +89,7 @@ def place_command(
     held = None if card is None else read_card(card)
     text.check_calibration()
     reporter = Reporter()
+    libraries = library_bytes() if dry_run else 0  # before the model is loaded
     loaded = _on_cpu(loading).open(reporter, model)
     if held is not None:
         selections: Selections = card_selections(loaded.model, held)
@@ -93,11 +98,11 @@ def place_command(
     windows = text.calibration(loaded)
     facts = _facts(loaded, card, windows.source)
     job = PlacementJob(loaded, selections, windows, size, bandwidths, text.batch_size, machine.new_tokens, facts)
-    traces = job.check()
+    job.check()
     if dry_run:
-        reporter.say(f"trace {windows.n_tokens:,} tokens of {windows.source}; {traces / 2**30:.2f} GiB of disk")
-        reporter.say(f"plan {size:,} bytes for {sum(s.d_ff for s in selections):,} channels of {len(selections)} FFNs")
-        reporter.say("dry run: nothing was computed")
+        sites = list(selections)
+        lines = placement_lines(job, seconds_per_token(loaded.model, sites))
+        print_sparse_estimate("place", lines, bounds_of(loaded, sites, placement_work(job), libraries), OUT)
         return
     with working_folder(out.with_name(f".{out.name}.place.part")) as part:
         sweep(out.parent, out.name)

@@ -13,10 +13,11 @@ from ffnscope.analyze.levels import calibration_passes
 from ffnscope.analyze.measured import CurveRounds
 from ffnscope.analyze.memory import CalibrationBytes
 from ffnscope.calibrate.collect import plan_steps
+from ffnscope.calibrate.memory import statistics_bytes
 from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli.prune_job import PruneJob
-from ffnscope.run.bounds import Workload, load_of_steps, load_of_text, refit_of
+from ffnscope.run.bounds import Load, Workload, curve_bytes, load_of_steps, load_of_text, refit_of
 from ffnscope.run.estimate import (
     calibrate_line,
     curves_line,
@@ -29,6 +30,7 @@ from ffnscope.run.lines import Line, print_lines, with_more
 from ffnscope.run.saving import UNEVEN
 from ffnscope.run.seconds import distillation_seconds, seconds_per_token
 from ffnscope.run.solve_costs import (
+    MOMENTS,
     moment_operations,
     order_operations,
     refit_operations,
@@ -39,16 +41,21 @@ from ffnscope.run.switches import COMMAND, bounds_of, print_advice
 from ffnscope.types import Budget
 
 
-def print_curves_estimate(job: PruneJob, rounds: CurveRounds, console: Console) -> None:
-    """Print what `ffnscope curves` would do."""
+def print_curves_estimate(job: PruneJob, rounds: CurveRounds, libraries: int, console: Console) -> None:
+    """Print what `ffnscope curves` would do; ``libraries``: see `bounds_of`."""
     model, asked = job.loaded.model, job.asked
     speed = seconds_per_token(model, asked.sites)
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
-    lines = [calibrate_line("calibrate", plan_steps(job.windows, names, job.options()), speed) for names in passes]
+    each = [plan_steps(job.windows, names, job.options()) for names in passes]
+    lines = [calibrate_line("calibrate", steps, speed) for steps in each]
     lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=job.method.refits))
+    memory = job.memory() if any(each) else None
+    work = replace(_workload(job, each, memory, None, rounds), only=("calibrate", "score", "curves"))
+    bounds = bounds_of(job.loaded, asked.sites, work, libraries)
     print_lines(with_reading(lines, job.loaded, asked.sites), "curves", console)
-    if passes:
-        console.print(Text(f"{job.memory().told}, until it is finished"))
+    if memory is not None:
+        console.print(Text(f"{memory.told}, until it is finished"))
+    print_advice(bounds, COMMAND, console)
 
 
 def print_prune_estimate(
@@ -89,7 +96,7 @@ def print_prune_estimate(
     if held_out is not None:
         lines.append(evaluate_line(held_out, 2, speed))
     memory = job.memory() if each else None
-    bounds = bounds_of(job.loaded, asked.sites, _workload(job, each, memory, held_out), libraries)
+    bounds = bounds_of(job.loaded, asked.sites, _workload(job, each, memory, held_out, rounds), libraries)
     print_lines(with_reading(lines, job.loaded, asked.sites), "prune", console)
     if memory is not None:
         console.print(Text(f"{memory.told}, until it is finished"))
@@ -113,7 +120,11 @@ def _reconstruction(job: PruneJob, budget: Budget, speed: float, operation: floa
 
 
 def _workload(
-    job: PruneJob, passes: Sequence[Sequence[Step]], memory: CalibrationBytes | None, held_out: Windows | None
+    job: PruneJob,
+    passes: Sequence[Sequence[Step]],
+    memory: CalibrationBytes | None,
+    held_out: Windows | None,
+    rounds: CurveRounds | None,
 ) -> Workload:
     most = max(passes, key=len, default=[])
     sums = 0 if memory is None else memory.beside_batches
@@ -122,12 +133,18 @@ def _workload(
     refit = (0, 0)
     if job.method.reconstruct == "sequential":
         refit = refit_of(job.loaded.model, job.asked.sites, job.windows, distils=job.method.distill is not None)
+    curves, columns = Load(), 0
+    if rounds is not None:
+        moments = statistics_bytes(job.asked.sites, [MOMENTS]) if job.method.refits else 0
+        curves, columns = curve_bytes(job.loaded.model, job.asked.sites, rounds, job.windows, moments)
     return Workload(
         load_of_steps(most, backward=False),
         load_of_steps(most, backward=True),
         load_of_text([] if held_out is None else [held_out], job.text.batch_size),
         sums,
         *refit,
+        curves=curves,
+        columns=columns,
     )
 
 

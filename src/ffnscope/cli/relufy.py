@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,14 +165,19 @@ def relufy_command(
         return
     with reporter.task("train", "steps") as on_step:
         trials = _Trials(reporter)
-        watch = Watch(on_step, trials.update)
+        title = f"{loaded.source.model_id}, {held_out.source}"
+        draw = partial(_draw, title) if importlib.util.find_spec("matplotlib") is not None else None
+        watch = Watch(on_step, trials.update, draw)
         found = relufy_(loaded, windows, held_out, out, options=options, overwrite=overwrite, watch=watch)
-    if importlib.util.find_spec("matplotlib") is not None:
-        plot_relufy(found.rows, out / PLOT, f"{loaded.source.model_id}, {held_out.source}")
-    else:
+    if draw is None:
         reporter.say("note: no plot of the training; that needs matplotlib (pip install 'ffnscope[plots]')")
     _print(found, OUT)
     reporter.say(f"saved in {out}")
+
+
+def _draw(title: str, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add the plot to an output that has not got its name yet, so that none is ever without it."""
+    plot_relufy(rows, folder / PLOT, title)
 
 
 @dataclass(slots=True)

@@ -18,8 +18,12 @@ from ffnscope.errors import UsageError
 from ffnscope.ffn.sites import find_sites
 from ffnscope.report.card_page import write_card_page
 from ffnscope.report.card_table import print_card
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
+from ffnscope.run.seconds import seconds_per_token
+from ffnscope.run.sparse_estimate import card_lines, card_work, print_sparse_estimate
 from ffnscope.run.sparse_steps import CardJob, draw_card_plots, write_curve
+from ffnscope.run.switches import bounds_of
 from ffnscope.sparse.card_curve import check_densities
 from ffnscope.sparse.card_files import write_card
 from ffnscope.sparse.card_options import CardOptions, CardTarget, Certify, check_offered, parse_target, wanted_channels
@@ -86,7 +90,7 @@ def sparsify_command(
     second: Annotated[str | None, typer.Option(help="Another text, to see what the card does there.")] = None,
     text: opt.TextChoice,
     loading: opt.Loading,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; nothing is computed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and how long it would take.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Calibrate which channels each token needs: OUT/card.json with its tensors, OUT/card.png and OUT/report.html.
@@ -106,15 +110,15 @@ def sparsify_command(
     if other is not None:
         other.check_held_out()
     limit, reporter = trace_bytes(choice.max_traces), Reporter()
-    loaded = loading.open(reporter, model)
+    libraries = library_bytes() if dry_run else 0  # before the model is loaded
+    loaded = loading.open(reporter, model, only_estimate=dry_run)
     held = None if other is None else other.held_out(loaded)
     sites, windows = find_sites(loaded.model), text.calibration(loaded)
     job = CardJob(loaded, sites, selection, asked, options, windows, held, densities, max_bytes=limit)
     job.check()
     if dry_run:
-        for step, what, _ in job.steps():
-            reporter.say(f"{step} {what}")
-        reporter.say("dry run: nothing was computed")
+        lines = card_lines(job, seconds_per_token(loaded.model, sites))
+        print_sparse_estimate("sparsify", lines, bounds_of(loaded, sites, card_work(job), libraries), OUT)
         return
     job = replace(job, model_hash=weights_hash(loaded.model))
     with unfinished(out / UNFINISHED) as part:

@@ -87,6 +87,13 @@ class TaskSet:
             found[name] = sum(size if limit is None else min(limit, size) for size in sizes)
         return found
 
+    @contextlib.contextmanager
+    def prepared(self, task: Any) -> Generator[None]:
+        """Within the block, a task's requests can be made: its examples are chosen by the seed, without advice."""
+        with _quiet(), _own_seeds(self.options.seed):
+            task.set_fewshot_seed(seed=self.options.seed)
+            yield
+
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ffnscope.analyze.measured import CurveRounds
 from ffnscope.apply.ffn_tokens import token_bytes
 from ffnscope.calibrate.blocks import list_of_blocks
 from ffnscope.calibrate.forward import input_device
@@ -74,6 +76,9 @@ class Workload:
             asked for.
         more: bytes that stay beside the model all the time, for example a reference model.
         reloads: whether it is loaded once more into main memory to be cut and saved; one that is streamed is not.
+        curves: text on which curves are measured.
+        columns: bytes of the statistics, fitted columns and hidden states that this takes beside it.
+        only: stages that there are; empty = all that have something to do.
     """
 
     forward: Load = Load()
@@ -85,6 +90,9 @@ class Workload:
     contextual: int = 0
     more: int = 0
     reloads: bool = False
+    curves: Load = Load()
+    columns: int = 0
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +195,15 @@ def load_of_text(windows: Sequence[Windows], batch: int) -> Load:
 def stage_bytes(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Bytes]:
     """Peak of every kind of stage, without the libraries.
 
-    They are "calibrate", "score", "reconstruct", "evaluate", "contextual" and "save".
+    They are "calibrate", "score", "curves", "reconstruct", "evaluate", "contextual" and "save".
 
     Stages of which the work has nothing are left out, but scoring and saving.
     """
     found = _streamed(shapes, work, setting) if setting.stream else _resident(shapes, work, setting)
     given = {"calibrate": work.forward.tokens, "reconstruct": work.refit_states, "evaluate": work.held_out.tokens}
-    given["contextual"] = work.contextual
-    return {stage: size for stage, size in found.items() if given.get(stage, 1)}
+    given |= {"contextual": work.contextual, "curves": work.curves.tokens}
+    wanted = set(work.only or found)
+    return {stage: size for stage, size in found.items() if given.get(stage, 1) and stage in wanted}
 
 
 def _resident(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Bytes]:
@@ -206,12 +215,13 @@ def _resident(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Byt
         work.backward.at_once(setting.batch) * (shapes.saved * item + logits),
     )
     copy = shapes.weights * item * work.reloads
-    pairs = work.held_out.at_once(setting.batch) * 2 * item * shapes.vocabulary  # dense and pruned logits
+    pair = 2 * item * shapes.vocabulary  # dense and pruned logits
     return {
         "calibrate": Bytes(base + calibrate + work.sums, beside),
         "score": Bytes(base + work.sums, beside),
         "reconstruct": Bytes(base + work.refit_states * item + work.refit, beside),
-        "evaluate": Bytes(base + pairs, beside),
+        "curves": Bytes(base + work.curves.at_once(setting.batch) * pair + work.columns, beside),
+        "evaluate": Bytes(base + work.held_out.at_once(setting.batch) * pair, beside),
         "contextual": Bytes(base + work.contextual + work.forward.at_once(setting.batch) * logits),
         "save": Bytes(base, beside + copy) if shapes.accelerator else Bytes(base + copy),
     }
@@ -234,9 +244,11 @@ def _streamed(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Byt
         beside = setting.stream == "cpu" and shapes.accelerator
         return Bytes(taken, host=states) if beside else Bytes(taken + states)
 
+    curves = work.curves.at_once(setting.batch) * (graph + 2 * item * shapes.vocabulary) + work.columns
     return {
         "calibrate": placed(calibrate, waiting),
         "score": placed(max(block, outside) + work.sums, 0),
+        "curves": placed(max(block, outside) + curves, 0),
         "reconstruct": placed(2 * max(block, outside) + work.refit, work.refit_states * item),
         "evaluate": placed(max(block + per_batch[2], head), 3 * work.held_out.tokens * width),
         "save": placed(2 * max(block, outside), 0),
@@ -269,3 +281,19 @@ def refit_of(model: Any, sites: Sequence[FFNSite], windows: Windows, *, distils:
         trained = 6 * 4 * max(3 * s.d_ff * s.d_model for s in sites)
         return states, token_bytes(model, sites, windows.n_tokens) + max(2 * sums, trained)
     return states, min(channels, 2**30) + 2 * sums  # the least squares hold as much again
+
+
+def curve_bytes(
+    model: Any, sites: Sequence[FFNSite], rounds: CurveRounds, windows: Windows, statistics: int
+) -> tuple[Load, int]:
+    """The text on which curves are measured, and bytes beside its logits: see `measure_curves`.
+
+    ``statistics``: bytes of those with which every cut is refitted; 0 = none is.
+    """
+    size, batch = next(iter(model.parameters())).element_size(), rounds.options.batch_size
+    text = load_of_text([rounds.windows(windows)], batch)
+    shares = (*rounds.options.shares, 1.0) if rounds.rounds > 1 else rounds.options.shares
+    columns = size * sum(s.d_model * s.d_ff for s in sites) * math.ceil(sum(shares)) if statistics else 0
+    solved = 4 * 8 * max(s.d_ff**2 + s.d_model * s.d_ff for s in sites) if statistics else 0
+    hidden = text.at_once(None) * size * max(s.d_model for s in sites) * len({s.layer for s in sites})
+    return text, statistics + columns + solved + hidden

@@ -21,11 +21,10 @@ from ffnscope.calibrate.collect import plan_steps
 from ffnscope.calibrate.parallel import n_processes
 from ffnscope.calibrate.steps import Step
 from ffnscope.calibrate.windows import Windows
-from ffnscope.evaluate.tasks import load_tasks
 from ffnscope.ffn.load import LoadedModel, quiet_transformers
 from ffnscope.ffn.offload import resident
 from ffnscope.ffn.sites import find_sites
-from ffnscope.run.bounds import Workload, load_of_steps, load_of_text, refit_of
+from ffnscope.run.bounds import Load, Workload, load_of_steps, load_of_text, refit_of
 from ffnscope.run.checkpoints import check_format
 from ffnscope.run.choices import (
     calibration_extra,
@@ -45,8 +44,10 @@ from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.seconds import REFIT_SECONDS, SAVE_SECONDS, distillation_seconds, seconds_per_token
 from ffnscope.run.solve_costs import moment_operations, refit_operations, score_line, seconds_per_operation
+from ffnscope.run.sparse_estimate import card_lines, card_work
 from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.switches import FILE, Bounds, bounds_of, load_to_estimate, print_advice
+from ffnscope.run.task_estimate import TOKENS_OF_ONE_STEP, load_of_tasks, tasks_lines, tasks_of
 from ffnscope.run.windows import evaluation_windows, sized
 from ffnscope.types import FFNSite
 
@@ -70,7 +71,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Time of all stages whose time is told: those that take seconds, and downstream tasks, are not."""
+        """Time of all stages whose time is told: those that take seconds are not."""
         return sum(line.seconds for line in self.lines if line.seconds and not math.isnan(line.seconds))
 
 
@@ -90,6 +91,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     check_sites(config, sites)
     config, calibration = sized(config, loaded, sites)
     held_out = evaluation_windows(config, loaded)
+    tasks = tasks_of(config, loaded.tokenizer)
     metrics = {name: metric_params(config, name) for name in config.metric_names}
     rule, options = core_rule(config), pass_options(config)
     extra = calibration_extra(config, sites, calibration)
@@ -110,6 +112,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         *_distillation_lines(config, loaded.model, sites, calibration, speed),
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, loaded.tokenizer, speed),
+        *tasks_lines(tasks, 1 + _n_plans(config), speed),
         *_contextual_lines(card, speed),
         *_checkpoint_lines(config, loaded.model),
     ]
@@ -119,16 +122,21 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     work = Workload(
         load_of_steps(max(each, key=_tokens, default=[]), backward=False),
         load_of_steps(max(each, key=_tokens, default=[]), backward=True),
-        load_of_text(held_out, config.dataset.batch_size),
+        _larger(load_of_text(held_out, config.dataset.batch_size), load_of_tasks(tasks)),
         max(found.beside_batches, found.disk + (held_out_bytes(sites, calibration) if holds_out else 0)),
         *refit,
-        contextual=0 if card is None else card.held_bytes(),
+        contextual=0 if card is None else card_work(card).contextual,
         more=reference_bytes(config),
         reloads=config.output.checkpoints and config.model.device_map is None,
     )
     bounds = bounds_of(loaded, sites, work, libraries)
     few = few_tokens(loaded.model, sites, calibration.n_tokens) if config.pruning.refitted else None
     return Estimate(with_reading(lines, loaded, sites), bounds, passes, found, few)
+
+
+def _larger(one: Load, other: Load) -> Load:
+    """The load of which more runs at once."""
+    return one if one.at_once(None) >= other.at_once(None) else other
 
 
 def _tokens(steps: Sequence[Step]) -> int:
@@ -307,15 +315,11 @@ def _evaluation_lines(config: RunConfig, held_out: Sequence[Windows], tokenizer:
     models = 1 + _n_plans(config)
     lines = [evaluate_line(w, models, speed) for w in held_out]
     lines += _ablation_lines(config, held_out, speed)
-    if config.task_options:
-        questions = load_tasks(config.task_options).n_questions
-        what = " and ".join(f"{n:,} questions of {name}" for name, n in questions.items())
-        lines.append(Line("tasks", f"{models} models x {what}", math.nan))
     if config.generates_samples:
         asked = config.evaluation.samples
         steps = models * asked.max_new_tokens * (1 if tokenizer.pad_token_id is not None else len(asked.prompts))
         what = f"{models * len(asked.prompts)} texts of up to {asked.max_new_tokens} tokens"
-        lines.append(Line("samples", what, steps * speed * _TOKENS_OF_ONE_STEP, steps))
+        lines.append(Line("samples", what, steps * speed * TOKENS_OF_ONE_STEP, steps))
     return lines
 
 
@@ -352,15 +356,8 @@ def _ablation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float
 
 
 def _contextual_lines(asked: CardJob | None, speed: float) -> list[Line]:
-    """Tracing and measuring; how long a fit takes depends on the predictor."""
-    steps = [] if asked is None else asked.steps()
-    return [
-        Line(f"contextual {step}", what, math.nan if tokens is None else tokens * speed) for step, what, tokens in steps
-    ]
-
-
-_TOKENS_OF_ONE_STEP = 32
-"""A step of generation reads every weight for a few tokens: it takes about as long as a pass over this many tokens."""
+    lines = [] if asked is None else card_lines(asked, speed)
+    return [replace(line, stage=f"contextual {line.stage}") for line in lines]
 
 
 def _n_plans(config: RunConfig) -> int:

@@ -109,15 +109,15 @@ class PlacementJob:
     new_tokens: int
     facts: Mapping[str, Any]
 
-    def check(self) -> int:
-        """Refuse what cannot work before any work; returns the bytes of the traces.
+    def check(self) -> None:
+        """Refuse what cannot work before any work.
 
         Raises:
             UsageError: too few documents, traces that are too large, or a fast device that is not known.
             NotAvailableError: an FFN that cannot be traced.
         """
         self.bandwidths.check()
-        return check_traces(self.loaded.model, self.windows, list(self.selections), self._options)
+        check_traces(self.loaded.model, self.windows, list(self.selections), self._options)
 
     def plan(self, folder: Path, reporter: Reporter) -> PlannedPlacement:
         """Trace the text into ``folder``, count, plan, simulate and measure."""

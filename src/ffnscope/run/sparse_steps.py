@@ -9,8 +9,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
 from ffnscope.ffn.load import LoadedModel
@@ -20,17 +18,15 @@ from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
 from ffnscope.run.progress import LOG, QUIET_SECONDS, Reporter, Update
 from ffnscope.run.steps import discard_damaged
-from ffnscope.sparse.card import SparsityCard, target_words
+from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
 from ffnscope.sparse.card_files import read_card, write_card
-from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, ParameterTarget, measure_and_value
+from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, ParameterTarget
 from ffnscope.sparse.choose import check_certificate
 from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.fit import OnStep, check_readable, fit_card
-from ffnscope.sparse.predictors.interface import CHUNK
 from ffnscope.sparse.rule import SelectionRule
-from ffnscope.sparse.site_fit import HELD_BYTES, HELD_VALUES
 from ffnscope.sparse.site_params import check_predictor_params
 from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.traces import Traces, read_traces
@@ -107,6 +103,11 @@ class CardJob:
         return hash_json([UNIT, self._text_key(self.windows), second, self.rule.identity(), target, options])
 
     @property
+    def texts(self) -> list[Windows]:
+        """Those that are traced."""
+        return [self.windows, *([] if self.second is None else [self.second])]
+
+    @property
     def hashes(self) -> dict[str, str]:
         """What it is made from, by name."""
         second = {} if self.second is None else {"the second text": self.second.hash}
@@ -135,40 +136,12 @@ class CardJob:
         check_predictor_params(self.rule, self.loaded.model, self.sites)
         if isinstance(self.target, ParameterTarget):
             self.rule.check_parameter(self.target.value)
-        for text in self._texts:
+        for text in self.texts:
             _check_prompt(text, self.rule.prompt)
             check_traces(self.loaded.model, text, self.sites, self._trace_options)
         if self.options.certify is not None:
             n_documents = len(split_documents(self.windows.document, self.seed)["calibrate"])
             check_certificate(self.options.certify, self.target, n_documents)
-
-    def steps(self) -> list[tuple[str, str, int | None]]:
-        """What would be done: step, in words, and tokens that are run forward (None where that says little)."""
-        found: list[tuple[str, str, int | None]] = []
-        for label, text in zip(("", " of a second text"), self._texts, strict=False):
-            size = traces_size(self.loaded.model, text, self.sites) / 2**30
-            documents = len(text.document.unique())
-            what = f"{text.n_tokens:,} tokens{label}, {documents} documents: {text.source}; {size:.2f} GiB of disk, "
-            found.append(("trace", f"{what}removed at the end", text.n_tokens))
-        wanted = target_words(*measure_and_value(self.target))
-        what = f"{self.rule.predictor} and calibrate {self.rule.policy} to {wanted} in {len(self.sites)} FFNs"
-        found.append(("fit", what, None))
-        if self.densities:
-            test = split_documents(self.windows.document, self.seed)["test"]
-            held = int(self.windows.valid[torch.isin(self.windows.document, test)].sum())
-            models = n_forms(self.densities)
-            what = f"{models} models x {held:,} tokens: {len(self.densities)} densities"
-            found.append(("curve", what, models * held))
-        return found
-
-    def held_bytes(self) -> int:
-        """Memory beside the model: hidden states and inputs of one block, or inputs and scores of one FFN."""
-        item = next(iter(self.loaded.model.parameters())).element_size()
-        tokens = max(text.n_tokens for text in self._texts)
-        width, channels = max(s.d_model for s in self.sites), max(s.d_ff for s in self.sites)
-        tracing = tokens * width * (item + 4)
-        fitting = tokens * width * 4 + (min(tokens * channels, HELD_VALUES) + 4 * CHUNK * channels) * HELD_BYTES
-        return max(tracing, fitting)
 
     def fit(self, folder: Path, reporter: Reporter) -> SparsityCard:
         """Trace, fit and measure; a card that an earlier call left in ``folder`` is read."""
@@ -204,10 +177,6 @@ class CardJob:
             return card_curve(
                 self.loaded.model, traces, card, self.windows, self.densities, options=options, on_step=on_step
             )
-
-    @property
-    def _texts(self) -> list[Windows]:
-        return [self.windows, *([] if self.second is None else [self.second])]
 
     @property
     def _trace_options(self) -> TraceOptions:

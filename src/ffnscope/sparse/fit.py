@@ -130,6 +130,14 @@ def check_readable(rule: SelectionRule, options: CardOptions, sites: Sequence[FF
         )
 
 
+def site_job(rule: SelectionRule, target: CardTarget, options: CardOptions) -> SiteJob:
+    """What a card wants of every FFN."""
+    certified = options.certify is not None and isinstance(target, Target)
+    loss: Any = target.measure if certified and isinstance(target, Target) else None
+    damage = options.allocation if options.allocation in ("relative_error", "fisher") else None
+    return SiteJob(rule, ladder_of(target, options), options.wanted, loss, damage)
+
+
 def _unless_dearer(one: FittedSite, setting: int) -> int:
     """Dense where a setting reads as many bytes as that."""
     return setting if one.bytes_read(setting) < one.bytes_dense else 0
@@ -185,11 +193,7 @@ class _Fitting:
 
     @property
     def job(self) -> SiteJob:
-        certified = self.options.certify is not None and isinstance(self.target, Target)
-        loss: Any = self.target.measure if certified and isinstance(self.target, Target) else None
-        allocation = self.options.allocation
-        damage = allocation if allocation in ("relative_error", "fisher") else None
-        return SiteJob(self.rule, self.ladder, self.options.wanted, loss, damage)
+        return site_job(self.rule, self.target, self.options)
 
     def check(self) -> None:
         """Refuse what cannot work before any work."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import NotAvailableError, UsageError, unknown_name
 from ffnscope.ffn.function import FFN
+from ffnscope.ffn.offload import materialised
 from ffnscope.ffn.projection import weights_of
 from ffnscope.ffn.stream_probe import Call, last_norm, observe_stream
 from ffnscope.sparse.predictors.interface import by_name
@@ -47,15 +48,16 @@ def check_predictor_params(rule: SelectionRule, model: nn.Module, sites: Sequenc
         ArtifactError: a file that is missing, damaged, or of another model.
         NotAvailableError: see `site_params`.
     """
-    params = site_params(rule, model, sites)
-    ffns = {site: FFN(weights_of(model, site), torch.relu, site.name) for site in sites}
-    if rule.predictor == "fc_files" or rule.predictor_params.get("plan") is not None:
-        for site, ffn in ffns.items():
+    params, given = site_params(rule, model, sites), rule.predictor_params
+    from_files = rule.predictor == "fc_files" or given.get("plan") is not None
+    for site in sites if from_files else sites[: rule.predictor == "low_bit"]:
+        with materialised(model, site):
+            ffn = FFN(weights_of(model, site), torch.relu, site.name)
             rule.own(ahead=False, params=params[site]).make_predictor(ffn, None)
-    if rule.predictor == "low_bit":
-        rule.make_predictor(next(iter(ffns.values())), None)
-    for site, ffn in ffns.items() if "rank" in rule.predictor_params else ():
-        rank, most = by_name(rule.predictor_params["rank"], ffn, "rank"), min(site.d_model, site.d_ff)
+    for site in sites if "rank" in given else ():
+        with materialised(model, site):
+            rank = by_name(given["rank"], FFN(weights_of(model, site), torch.relu, site.name), "rank")
+        most = min(site.d_model, site.d_ff)
         if not 1 <= rank <= most:
             raise UsageError(f"rank must be in [1, {most}] for {site.name}; got {rank}.")
 

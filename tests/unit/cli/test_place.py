@@ -142,8 +142,8 @@ def test_it_goes_on(base: tuple[Any, ...], ok: Ok, tmp_path: Path, monkeypatch: 
 
 
 def test_dry_run(ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
-    told = ok(*base, "--dry-run").stderr
-    assert "trace 576 tokens" in told and f"for {LAYERS * D_FF} channels of {LAYERS} FFNs" in told
+    told = ok(*base, "--dry-run").stdout
+    assert "576 tokens" in told and f"for {LAYERS * D_FF} channels of {LAYERS} FFNs" in told and "it fits" in told
     assert not list(tmp_path.iterdir())
 
 

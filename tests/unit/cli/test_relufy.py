@@ -6,8 +6,11 @@ import json
 
 import pytest
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from checkpoints import make_checkpoint
+from faults import stop_at
+from ffnscope.cli import app, relufy
 
 QUICK = ("--max-length", 32, "--steps", 4, "--held-out-samples", 4, "--learning-rate", 1e-3)
 
@@ -37,6 +40,17 @@ def test_the_plot(checkpoint, tmp_path, ok):
     pytest.importorskip("matplotlib")
     ok("relufy", checkpoint, "--out", tmp_path / "out", *QUICK)
     assert (tmp_path / "out" / "relufy.png").stat().st_size > 10_000
+
+
+def test_an_interrupt_in_the_plot_leaves_no_output_without_it(checkpoint, tmp_path, ok, monkeypatch):
+    pytest.importorskip("matplotlib")
+    asked = ("relufy", checkpoint, "--out", tmp_path / "out", *QUICK)
+    with monkeypatch.context() as patch:
+        stop_at(patch, relufy, "plot_relufy", 1)
+        assert CliRunner().invoke(app, [str(a) for a in asked]).exit_code == 130
+    assert not (tmp_path / "out").exists()
+    ok(*asked)
+    assert (tmp_path / "out" / "relufy.png").exists()
 
 
 def test_dry_run_changes_nothing(checkpoint, tmp_path, ok):

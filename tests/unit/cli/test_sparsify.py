@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class TestSparsify:
     def test_a_curve(self, ok: Ok, fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
         out = tmp_path / "out"
         asked = (*base, "--curve", 0.25, "--curve", 0.5)
-        assert "curve 8 models" in ok(*asked, "--dry-run").stderr
+        assert "8 models x" in ok(*asked, "--dry-run").stdout
         result = ok(*asked)
         assert "Perplexity at several densities" in result.stdout
         names = {"card.json", "card.png", "card.safetensors", "report.html"}
@@ -105,8 +106,10 @@ class TestSparsify:
         assert "changed since the interrupted call: the calibration text; what depends on that" in ok(*asked).stderr
 
     def test_dry_run(self, ok: Ok, base: tuple[Any, ...], tmp_path: Path) -> None:
-        told = ok(*base, "--dry-run").stderr
-        assert "trace 576 tokens" in told and "GiB of disk" in told and "nothing was computed" in told
+        told = ok(*base, "--dry-run").stdout
+        assert "576 tokens" in told and "GiB of disk" in told and "nothing was computed" in told
+        assert "unknown" not in told and re.search(r"memory by stage: contextual [\d.]+ GiB", told)
+        assert "it fits" in told
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
@@ -275,6 +278,7 @@ class TestAnswer:
         assert "--target perplexity=+1% is for sparsify" in told
 
     def test_dry_run(self, ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
-        told = ok("answer", checkpoint, "--out", tmp_path / "out", "--dry-run", *SMALL).stderr
-        assert told.count("traces of") == 3 and "nothing was computed" in told
+        told = ok("answer", checkpoint, "--out", tmp_path / "out", "--dry-run", *SMALL).stdout
+        assert told.count("removed at the end") == 3 and "nothing was computed" in told
+        assert "unknown" not in told and "it fits" in told
         assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import torch
 from checkpoints import small_tokenizer
 from ffnscope.apply.mask import masked
 from ffnscope.errors import ArtifactError, NonFiniteError, NotAvailableError, TextError, UsageError
+from ffnscope.evaluate.task_tokens import TaskTokens, task_tokens
 from ffnscope.evaluate.tasks import TaskOptions, compare_tasks, load_tasks
 from ffnscope.ffn.sites import find_sites
 from ffnscope.types import Budget, PruningPlan
@@ -69,6 +70,25 @@ def slow_acc(model: Any, tokenizer: Any) -> tuple[float, float]:
         plain.append(max(range(len(scores)), key=scores.__getitem__) == row["answer"])
         normed.append(max(range(len(scores)), key=per_character.__getitem__) == row["answer"])
     return sum(plain) / len(plain), sum(normed) / len(normed)
+
+
+def test_tokens_of_tasks(tokenizer, questions):
+    def size(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    each = [size(row["query"]) + size(f" {choice}") for row in QUESTIONS for choice in row["choices"]]
+    found = task_tokens(load_tasks(TaskOptions((str(questions),))), tokenizer)
+    assert found == TaskTokens(sum(each), 0, max(each))
+    assert task_tokens(load_tasks(TaskOptions((str(questions),), limit=1)), tokenizer).read == sum(each[:3])
+
+
+def test_tokens_beyond_the_questions_that_are_counted(tokenizer, questions, monkeypatch):
+    questions.write_text("\n".join([json.dumps(QUESTIONS[0])] * 10))
+    monkeypatch.setattr("ffnscope.evaluate.task_tokens.QUESTIONS", 2)
+    few = load_tasks(TaskOptions((str(questions),), limit=2))
+    assert (
+        task_tokens(load_tasks(TaskOptions((str(questions),))), tokenizer).read == 5 * task_tokens(few, tokenizer).read
+    )
 
 
 def test_dense_and_pruned_side_by_side(model, tokenizer, questions):

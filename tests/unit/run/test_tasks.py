@@ -67,7 +67,8 @@ def test_a_missing_task_is_found_before_the_calibration(small: Callable[..., Run
 def test_a_dry_run_counts_the_questions(small: Callable[..., RunConfig], questions: Path) -> None:
     console = Console(record=True, width=200)
     dry_run(small(evaluation={"tasks": {"names": [str(questions)], "limit": 2}}), console)
-    assert f"5 models x 2 questions of {questions}" in console.export_text()
+    told = " ".join(console.export_text().split())
+    assert f"5 models x 2 questions of {questions}, about" in told and "unknown" not in told
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,17 @@ class ReluModel:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Callbacks of a long call: optimizer steps, and forward passes of the calibration of thresholds."""
+    """Callbacks of a long call.
+
+    Attributes:
+        on_step: optimizer steps.
+        on_trial: forward passes of the calibration of thresholds.
+        on_folder: called with the whole output, before it gets its name, and the measurements: to add to it.
+    """
 
     on_step: OnStep | None = None
     on_trial: OnTrial | None = None
+    on_folder: Callable[[Path, Sequence[Mapping[str, Any]]], None] | None = None
 
 
 def relufy_(
@@ -134,7 +141,7 @@ def relufy_(
         job = Training(model, (), text[: len(text) - n_kept], held_out, options, progress, watch.on_step)
         _train(job, part)
         thresholds = _shift(job, text[len(text) - n_kept :], watch.on_trial)
-        _save(loaded, out, overwrite, asked, progress, thresholds)
+        _save(loaded, out, overwrite, asked, progress, thresholds, watch)
         with writing(part):
             shutil.rmtree(part)
     return ReluModel(out, job.sites, progress.rows, thresholds)
@@ -258,6 +265,7 @@ def _save(
     asked: Mapping[str, Any],
     progress: Progress,
     thresholds: Mapping[FFNSite, float],
+    watch: Watch,
 ) -> None:
     with replacing_folder(out, overwrite) as folder:
         save_model(loaded.model, loaded.tokenizer, folder, overwrite=True)
@@ -266,3 +274,5 @@ def _save(
         write_text(folder / PROGRESS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in progress.rows))
         if thresholds:
             write_thresholds(folder / THRESHOLDS, thresholds, {"model_id": out.name})
+        if watch.on_folder is not None:
+            watch.on_folder(folder, progress.rows)
