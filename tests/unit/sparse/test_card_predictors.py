@@ -24,7 +24,7 @@ from ffnscope.sparse.card_options import ParameterTarget
 from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.labels import top_mass
 from ffnscope.sparse.masking import masked_by
-from ffnscope.sparse.monitor import MonitorOptions
+from ffnscope.sparse.monitor import Monitor, MonitorOptions
 from ffnscope.sparse.placement.selections import card_selections
 from ffnscope.sparse.predictors import training
 from ffnscope.sparse.predictors.fc_files import write_fc_predictors
@@ -69,6 +69,18 @@ def decoded_logits(model: Any, ids: Tensor) -> Tensor:
     """Logits of the last token, decoded after the others as the prompt."""
     cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
     return model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[0, -1]
+
+
+def decoded_as_expected(runtime: Runtime, model: Any, ids: Tensor, expected: Tensor) -> Monitor:
+    """Decode with a wrapped model, unwrap it, compare the logits; what has monitored it."""
+    try:
+        found = decoded_logits(model, ids)
+        monitor = runtime.monitor
+    finally:
+        unwrap_(model)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert monitor is not None
+    return monitor
 
 
 class TestLookahead:
@@ -117,13 +129,8 @@ class TestLookahead:
         ids = one.windows.input_ids[:1, :9]
         expected = masked_logits(one, card, ids, 8)
         runtime = wrap_(one.model, card, break_even=1.0, monitor=QUIET)
-        try:
-            found = decoded_logits(one.model, ids)
-            monitor = runtime.monitor
-        finally:
-            unwrap_(one.model)
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        assert monitor is not None and isinstance(monitor.selectors[card.sites[0].site], HandsOn) == first_dense
+        monitor = decoded_as_expected(runtime, one.model, ids, expected)
+        assert isinstance(monitor.selectors[card.sites[0].site], HandsOn) == first_dense
         levels = [runtime.levels[row.site] for row in card.sites]
         assert levels == ["masked" if first_dense else "module", "module"]
         assert runtime.copied_bytes == (1 if first_dense else 2) * 4 * D_FF * HIDDEN
@@ -141,13 +148,8 @@ class TestLookahead:
         expected = masked_logits(one, replace(card, sites=sites), ids, 8)
         with pytest.warns(UserWarning, match="left dense in LlamaForCausalLM"):
             runtime = wrap_(one.model, card, monitor=QUIET, never_slower=True)
-        try:
-            found = decoded_logits(one.model, ids)
-            monitor = runtime.monitor
-        finally:
-            unwrap_(one.model)
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        assert monitor is not None and len(monitor.report()) == 1
+        monitor = decoded_as_expected(runtime, one.model, ids, expected)
+        assert len(monitor.report()) == 1
         first, second = (s.site for s in card.sites)
         assert runtime.levels == ({first: "masked", second: "module"} if slow == 0 else {first: "module"})
         assert runtime.copied_bytes == 4 * D_FF * HIDDEN  # down of the FFN that reads rows
