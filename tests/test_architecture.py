@@ -22,7 +22,7 @@ RANK = {
     **dict.fromkeys(("display", "budget"), -2),
     "types": -1,
     "rules": 0,
-    **dict.fromkeys(("registry", "io", "saving", "graph"), 1),
+    **dict.fromkeys(("registry", "io", "saving", "unchanged", "graph"), 1),
     **dict.fromkeys(("ffn", "metrics"), 2),
     **dict.fromkeys(("calibrate", "scoring", "plan"), 3),
     "apply": 4,

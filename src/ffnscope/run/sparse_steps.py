@@ -36,6 +36,7 @@ from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.traces import Traces, read_traces
 from ffnscope.sparse.tracing import TraceOptions, check_traces, trace, traces_size
 from ffnscope.types import FFNSite
+from ffnscope.unchanged import while_unchanged
 
 
 def traced(
@@ -61,11 +62,17 @@ def _discard_damaged(reporter: Reporter, folder: Path) -> None:
     """Delete traces of which a file cannot be read, and say so."""
     try:
         for file in read_traces(folder).files.values():
-            read_tensors(file)
+            _check(file)
     except (ArtifactError, ValueError) as error:
         reporter.say(f"{error} These traces are deleted, and made again.")
         with writing(folder):
             shutil.rmtree(folder)
+
+
+@while_unchanged
+def _check(file: Path) -> None:
+    """Raise ArtifactError for a damaged file of traces, which is read as a whole."""
+    read_tensors(file)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
