@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ffnscope.errors import ModelError
-from ffnscope.io import replacing
+from ffnscope.saving import replacing
 from ffnscope.unchanged import while_unchanged
 
 KEY = "ffnscope_crc32"

@@ -15,11 +15,12 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.offload import is_offloaded
-from ffnscope.io import hash_json, read_state, read_tensors, write_csv, write_json, writing
+from ffnscope.io import hash_json, read_state, read_tensors, write_csv, write_json
 from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
 from ffnscope.run.progress import LOG, QUIET_SECONDS, Reporter, Update
 from ffnscope.run.steps import discard_damaged
+from ffnscope.saving import writing
 from ffnscope.sparse.card import SparsityCard, target_words
 from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
 from ffnscope.sparse.card_files import read_card, write_card
