@@ -1,15 +1,12 @@
-"""Files: strict JSON and safetensors, written to a temporary name and renamed, read with checks."""
+"""Files: strict JSON and safetensors, written whole or not at all, read with checks."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import hashlib
 import io
 import json
-import tempfile
-import uuid
 import warnings
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -21,51 +18,12 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import ArtifactError, NonFiniteError, UsageError
+from ffnscope.saving import replacing
 from ffnscope.types import Budget, ChannelStats, FFNSite, ObservedSite, PruningPlan, Scores
 
 SCHEMA = 1
 CHECKSUM = "checksum"
 _TENSORS = "tensors_crc32"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside ``path``; rename it when the block succeeds, remove it when it fails.
-
-    Raises:
-        ArtifactError: the folder or the file cannot be written (no permission, full disk).
-    """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Generator[None]:
-    """Turn every failure of writing ``path`` into an ArtifactError that names it."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except ArtifactError:
-        raise
-    except (OSError, SafetensorError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in what
-        todo = " Make room, and call again." if full else ""
-        raise ArtifactError(f"cannot write {path}: {what}.{todo}") from error
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ArtifactError unless a file can be made in a folder, or in the one above that is there; none stays."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with writing(folder), tempfile.TemporaryFile(dir=nearest):
-        pass
 
 
 @contextlib.contextmanager

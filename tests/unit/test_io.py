@@ -14,6 +14,7 @@ from torch import Tensor
 from faults import small_files
 from ffnscope import io
 from ffnscope.errors import ArtifactError, NonFiniteError, UsageError
+from ffnscope.saving import check_writable, replacing
 from ffnscope.types import Budget, ChannelStats, FFNSite, PruningPlan, Scores
 
 
@@ -50,7 +51,7 @@ class TestAtomic:
     @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
     def test_an_interrupt_leaves_nothing_behind(self, tmp_path: Path, failure: type[BaseException]) -> None:
         path = tmp_path / "file"
-        with pytest.raises(failure), io.replacing(path) as part:
+        with pytest.raises(failure), replacing(path) as part:
             part.write_text("half")
             raise failure
         assert list(tmp_path.iterdir()) == []
@@ -70,17 +71,17 @@ class TestAtomic:
 
     def test_whether_a_folder_can_be_written_is_tried_without_a_trace(self, tmp_path: Path) -> None:
         for folder in (tmp_path, tmp_path / "new" / "deep"):
-            io.check_writable(folder)
+            check_writable(folder)
         assert list(tmp_path.iterdir()) == []
         (tmp_path / "file").touch()
         with pytest.raises(ArtifactError, match=r"cannot write .*file/new: Not a directory"):
-            io.check_writable(tmp_path / "file" / "new")
+            check_writable(tmp_path / "file" / "new")
 
     def test_a_folder_of_a_file_system_that_takes_no_files(self) -> None:
         if not Path("/proc/self").exists():
             pytest.skip("this system has no /proc")
         with pytest.raises(ArtifactError, match=r"cannot write /proc/new: "):
-            io.check_writable(Path("/proc/new"))
+            check_writable(Path("/proc/new"))
 
     def test_two_writers_do_not_meet(self, tmp_path: Path) -> None:
         path = tmp_path / "file"

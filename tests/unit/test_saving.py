@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from ffnscope.errors import ArtifactError
-from ffnscope.saving import torch_saving
+from ffnscope.saving import writing
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_told() -> None:
     told = r"cannot write /dev/full: torch.save failed .* Make room, and call again"
-    with pytest.raises(ArtifactError, match=told), torch_saving(Path("/dev/full")):
+    with pytest.raises(ArtifactError, match=told), writing(Path("/dev/full")):
         torch.save(torch.zeros(1 << 20), "/dev/full")
 
 
 def test_other_errors_stay() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), torch_saving(Path("here")):
+    with pytest.raises(RuntimeError, match="shapes"), writing(Path("here")):
         raise RuntimeError("shapes differ")

@@ -12,10 +12,10 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ffnscope.errors import ArtifactError
-from ffnscope.io import writing
+from ffnscope.saving import writing
 
 _ID = "[0-9a-f]" * 32
-"""Of the names that `staged` and `ffnscope.io.replacing` give."""
+"""Of the names that `staged` and `ffnscope.saving.replacing` give."""
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from ffnscope.apply.gguf_tokenizer import Vocabulary, read_vocabulary
 from ffnscope.errors import NotAvailableError
 from ffnscope.ffn.offload import names_once, value_of
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import replacing
+from ffnscope.saving import replacing
 
 FFN_BIASES = tuple(f".mlp.{name}_proj.bias" for name in ("gate", "up", "down"))
 ALTERNATIVE = "Save in the format 'transformers' and convert that with a converter of llama.cpp."

@@ -23,8 +23,9 @@ from ffnscope.calibrate.text import TextSource, load_windows
 from ffnscope.calibrate.tokens import Tokenizer
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, TextError, UsageError
-from ffnscope.io import complete, read_facts, read_scores, read_stats, replacing, write_scores
+from ffnscope.io import complete, read_facts, read_scores, read_stats, write_scores
 from ffnscope.plan.build import build_plan
+from ffnscope.saving import replacing
 from ffnscope.types import Budget, FFNSite, Scores
 
 FOLDER = "ffnscope"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor
 from ffnscope.errors import ArtifactError, UsageError, unknown_name
 from ffnscope.io import SCHEMA, expect_kind, read_json, read_state, read_tensors
 from ffnscope.types import FFNSite
+from ffnscope.unchanged import while_unchanged
 
 INDEX = "index.json"
 KIND = "capture"
@@ -158,16 +158,15 @@ def _read_one(path: Path, key: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
             value = file.get_tensor(key)
-        found = path.stat()
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); capture again.") from error
-    _check(path, found.st_size, found.st_mtime_ns)
+    _check(path)
     return value
 
 
-@functools.cache
-def _check(path: Path, size: int, time: int) -> None:
-    """Compare the checksum of a part, which reads it as a whole: once, as long as its size and time stay.
+@while_unchanged
+def _check(path: Path) -> None:
+    """Compare the checksum of a part, which reads it as a whole.
 
     Raises:
         ArtifactError: it is damaged.

@@ -13,18 +13,10 @@ import typer
 from ffnscope.apply.folder import held, sweep
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.progress import DENSE
-from ffnscope.io import (
-    check_writable,
-    read_plan,
-    read_scores,
-    read_state,
-    write_csv,
-    write_json,
-    write_state,
-    writing,
-)
+from ffnscope.io import read_plan, read_scores, read_state, write_csv, write_json, write_state
 from ffnscope.run.progress import Reporter
 from ffnscope.run.steps import discard_damaged
+from ffnscope.saving import check_writable, writing
 from ffnscope.types import PruningPlan, Scores
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]

@@ -15,6 +15,7 @@ from ffnscope.apply.method import Method
 from ffnscope.apply.reconstruction import Reconstruction
 from ffnscope.apply.record import PruningRecord, write_record
 from ffnscope.calibrate.text import check_text
+from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.curve_options import CurveChoice, KnownCurves, beside, keep_beside, tell_curves
@@ -121,12 +122,12 @@ def prune_command(
         rounds = measured.rounds_of(method, plan)
         print_prune_estimate(job, budget, held_out, libraries, OUT, rounds)
         return
-    _start(_Asked(wanted, measured, known, budget, saving, texts), job, scores)
+    _start(_Asked(wanted, measured, known, budget, saving, texts, held_out), job, scores)
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What the options say, once they are checked."""
+    """What the options say, once they are checked; ``held_out`` are the windows of the held-out text, if any."""
 
     wanted: PlanChoice
     measured: CurveChoice
@@ -134,6 +135,7 @@ class _Asked:
     budget: Budget
     saving: Saving
     texts: PruneTexts
+    held_out: Windows | None
 
 
 def _start(asked: _Asked, job: PruneJob, scores: Scores | None) -> None:
@@ -172,10 +174,10 @@ def _carry_out(asked: _Asked, job: PruneJob, scores: Scores | None, part: Path) 
 
 def _finish(asked: _Asked, job: PruneJob, plan: PruningPlan, part: Path, add: Callable[[Path], None]) -> None:
     """Reconstruct, measure and save, with what ``add`` writes beside the weights."""
-    saving, held_out = asked.saving, asked.texts.held_out
+    saving, sample = asked.saving, asked.texts.held_out
     saving.check_plan(job.loaded, plan, job.reporter)
     pruned = job.reconstruct(plan, part)
-    rows = job.compare(pruned, held_out, part) if held_out else []
+    rows = job.compare(pruned, asked.held_out, sample.batch_size, part) if sample and asked.held_out else []
     if isinstance(pruned, Reconstruction):
         print_profile(pruned, OUT)
     saving = replace(saving, unfinished=part / "written", model_hash=job.model_hash)

@@ -178,13 +178,12 @@ class PruneJob:
         make = partial(reconstruct_plan, self.loaded.model, plan, method, windows=self.windows, stats=stats)
         return keep_reconstruction(self.reporter, name, path, options, make, method.steps)
 
-    def compare(self, pruned: Pruned, held_out: Sample, part: Path) -> list[EvalRow]:
-        """Measure the dense and the pruned model on held-out text, and print it."""
+    def compare(self, pruned: Pruned, windows: Windows, batch_size: int, part: Path) -> list[EvalRow]:
+        """Measure the dense and the pruned model on held-out windows, and print it."""
         state = part / "evaluation.json"
         discard_damaged(self.reporter, state, read_state)
-        windows = held_out.windows(self.loaded)
-        model, size = self.loaded.model, held_out.batch_size
-        rows = compare_with_dense(self.reporter, model, {"pruned": pruned}, windows, size, state)
+        model = self.loaded.model
+        rows = compare_with_dense(self.reporter, model, {"pruned": pruned}, windows, batch_size, state)
         print_results(rows, OUT)
         return rows
 

@@ -17,11 +17,12 @@ from ffnscope.cli.groups import grouped
 from ffnscope.cli.passes import compare_calibrations
 from ffnscope.cli.score_estimate import print_score_estimate
 from ffnscope.ffn.streamed import wait_in
-from ffnscope.io import write_csv, write_json, writing
+from ffnscope.io import write_csv, write_json
 from ffnscope.report.stability_table import print_stability
 from ffnscope.report.summary import correlation_summary, score_summary
 from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
+from ffnscope.saving import writing
 
 Metrics = Annotated[list[str], typer.Option("--metric", "-m", help="Metric; repeatable. See `ffnscope metrics`.")]
 Repeats = Annotated[int, typer.Option(help="Calibrate with this many seeds, --seed and the next ones, and compare.")]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from ffnscope.errors import ModelError
-from ffnscope.io import replacing
+from ffnscope.saving import replacing
+from ffnscope.unchanged import while_unchanged
 
 KEY = "ffnscope_crc32"
 _CHUNK = 2**24
-_CHECKED: set[tuple[Path, int, int]] = set()
 
 
 def add_checksum(path: Path) -> None:
@@ -53,15 +53,17 @@ def check_files(folder: Path) -> None:
         ModelError: a file is not what was written.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        found = path.stat()
-        key = (path.absolute(), found.st_size, found.st_mtime_ns)
-        if key not in _CHECKED and not _is_intact(path):
-            raise ModelError(
-                f"{path} is damaged: its checksum is not the one that was written. Take an intact copy of the "
-                f"checkpoint, or make it again. If a program changed the weights on purpose and kept {KEY!r} in the "
-                "metadata of the file, save them without it, as save_pretrained does."
-            )
-        _CHECKED.add(key)
+        _check(path)
+
+
+@while_unchanged
+def _check(path: Path) -> None:
+    if not _is_intact(path):
+        raise ModelError(
+            f"{path} is damaged: its checksum is not the one that was written. Take an intact copy of the "
+            f"checkpoint, or make it again. If a program changed the weights on purpose and kept {KEY!r} in the "
+            "metadata of the file, save them without it, as save_pretrained does."
+        )
 
 
 def _is_intact(path: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnscope.errors import UsageError
-from ffnscope.io import replacing
+from ffnscope.saving import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

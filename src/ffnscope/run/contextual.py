@@ -10,12 +10,13 @@ from typing import Any
 
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.io import read_json, writing
+from ffnscope.io import read_json
 from ffnscope.report.card_table import card_sentences
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.sparse_steps import CardJob, card_plots, draw_card_plots, write_curve
 from ffnscope.run.stages import Job
 from ffnscope.run.windows import second_windows
+from ffnscope.saving import writing
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.costs import UNIT

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from ffnscope.analyze.measured import measure_round, solve_in_rounds
-from ffnscope.io import plan_to_dict, read_json, read_state, write_csv, writing
+from ffnscope.io import plan_to_dict, read_json, read_state, write_csv
 from ffnscope.plan.curves import Curves, read_curves, write_curves
 from ffnscope.run.analyses import calibrated_keys, tables, write_tables
 from ffnscope.run.stages import CURVES, Job, make_plan, plan_labels
 from ffnscope.run.steps import discard_damaged
+from ffnscope.saving import writing
 from ffnscope.types import ChannelStats, FFNSite, PruningPlan, Scores
 
 FOLDER = "curves"

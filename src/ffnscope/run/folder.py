@@ -12,9 +12,10 @@ import yaml
 
 from ffnscope.apply.folder import held, is_unfinished, sweep
 from ffnscope.errors import ArtifactError
-from ffnscope.io import check_writable, read_json, write_json, write_text, writing
+from ffnscope.io import read_json, write_json, write_text
 from ffnscope.run.load import dump_config
 from ffnscope.run.schema import RunConfig
+from ffnscope.saving import check_writable, writing
 
 CONFIG = "experiment_config.yaml"
 LOG_FILE = "run.log"

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ffnscope.io import writing
+from ffnscope.saving import writing
 
 LOG = logging.getLogger("ffnscope.run")
 QUIET_SECONDS = 15.0

@@ -13,11 +13,12 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.offload import is_offloaded
-from ffnscope.io import hash_json, read_state, read_tensors, write_csv, write_json, writing
+from ffnscope.io import hash_json, read_state, read_tensors, write_csv, write_json
 from ffnscope.report.card_plot import plot_card
 from ffnscope.report.sparse_plots import plot_quality
 from ffnscope.run.progress import LOG, QUIET_SECONDS, Reporter, Update
 from ffnscope.run.steps import discard_damaged
+from ffnscope.saving import writing
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
 from ffnscope.sparse.card_files import read_card, write_card
@@ -32,6 +33,7 @@ from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.traces import Traces, read_traces
 from ffnscope.sparse.tracing import TraceOptions, check_traces, trace, traces_size
 from ffnscope.types import FFNSite
+from ffnscope.unchanged import while_unchanged
 
 
 def traced(
@@ -57,11 +59,17 @@ def _discard_damaged(reporter: Reporter, folder: Path) -> None:
     """Delete traces of which a file cannot be read, and say so."""
     try:
         for file in read_traces(folder).files.values():
-            read_tensors(file)
+            _check(file)
     except (ArtifactError, ValueError) as error:
         reporter.say(f"{error} These traces are deleted, and made again.")
         with writing(folder):
             shutil.rmtree(folder)
+
+
+@while_unchanged
+def _check(file: Path) -> None:
+    """Raise ArtifactError for a damaged file of traces, which is read as a whole."""
+    read_tensors(file)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

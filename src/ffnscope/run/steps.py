@@ -22,8 +22,9 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError
 from ffnscope.evaluate.compare import EvalRow, compare_plans
 from ffnscope.evaluate.tasks import TaskOptions, TaskSet, load_tasks
-from ffnscope.io import read_stats, read_tensors, writing
+from ffnscope.io import read_stats, read_tensors
 from ffnscope.run.progress import Reporter
+from ffnscope.saving import writing
 from ffnscope.types import FFNSite, PruningPlan
 
 ANNOUNCED_BYTES = 2**28

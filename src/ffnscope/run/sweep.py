@@ -11,13 +11,7 @@ from typing import Any
 
 from ffnscope.apply.folder import held
 from ffnscope.errors import ArtifactError, ConfigError, FFNScopeError, SweepError
-from ffnscope.io import (
-    check_writable,
-    hash_json,
-    write_csv,
-    write_json,
-    writing,
-)
+from ffnscope.io import hash_json, write_csv, write_json
 from ffnscope.report.sweep_page import CellResult, sweep_rows, write_sweep_page
 from ffnscope.run.executors import JOBS, check_executor, execute
 from ffnscope.run.folder import CONFIG, check_folder
@@ -28,6 +22,7 @@ from ffnscope.run.schema import RunConfig
 from ffnscope.run.sweep_cells import Cell, SweepConfig, in_cells
 from ffnscope.run.sweep_record import RECORD, SweepRecord
 from ffnscope.run.windows import check_texts
+from ffnscope.saving import check_writable, writing
 
 RESULTS = ("sweep_results.csv", "sweep_results.json")
 

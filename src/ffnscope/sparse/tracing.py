@@ -17,7 +17,8 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.projection import owner_of
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import SCHEMA, disposable, hash_json, read_tensors, write_state, write_tensors, writing
+from ffnscope.io import SCHEMA, disposable, hash_json, read_tensors, write_state, write_tensors
+from ffnscope.saving import writing
 from ffnscope.sparse.ffn import check_site
 from ffnscope.sparse.split import split_documents
 from ffnscope.sparse.streaming import OnRound, trace_rounds

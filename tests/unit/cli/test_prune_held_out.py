@@ -19,6 +19,7 @@ from checkpoints import small_tokenizer
 from ffnscope.apply.record import read_record, text_source
 from ffnscope.calibrate.corpora import corpus
 from ffnscope.calibrate.text import load_documents
+from ffnscope.cli import prune_texts
 from ffnscope.io import read_plan
 from ffnscope.run import find_record
 from tiny import tiny
@@ -69,6 +70,18 @@ def test_own_documents_are_held_out(ok: Ok, base: tuple[Any, ...], own: Path, ch
     again = ("prune", "--from", tmp_path / "out", "--sparsity", 0.3, "--out", tmp_path / "cut", "--device", "cpu")
     ok(*again, "--text", moved)
     assert told[0] in (tmp_path / "cut" / "README.md").read_text()
+
+
+def test_each_text_is_cut_once(ok: Ok, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    cut, load_cut = list[tuple[str, str | None]](), prune_texts.load_cut
+
+    def counted(source: ffnscope.TextSource, *rest: Any) -> Any:
+        cut.append((source.name, source.split))
+        return load_cut(source, *rest)
+
+    monkeypatch.setattr(prune_texts, "load_cut", counted)
+    ok(*base, "--text", "sotu", "--held-out-text", "pydoc_topics")
+    assert sorted(cut) == [("pydoc_topics", "test"), ("sotu", "train")]
 
 
 def test_a_text_to_measure_on(ok: Ok, base: tuple[Any, ...], own: Path, tmp_path: Path) -> None:

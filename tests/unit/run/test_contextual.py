@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import ffnscope
 from checkpoints import write_documents
 from faults import stop_at
 from ffnscope.errors import ConfigError, UsageError
-from ffnscope.run import RunConfig, config_from_dict, dump_config
+from ffnscope.run import RunConfig, config_from_dict, dump_config, sparse_steps
 from ffnscope.run.dry_run import dry_run
+from ffnscope.run.progress import Reporter
 from ffnscope.sparse import card_curve, fit
 from ffnscope.sparse.evaluation import DENSE
+from ffnscope.sparse.tracing import TraceOptions
+from reference import text as windows_of_text
 from runs import merged, quiet_run, results, strict_json
 from tiny import LAYERS
 
@@ -219,3 +223,21 @@ def test_the_dry_run_tells_steps(asked: dict[str, Any], tmp_path: Path) -> None:
     assert f"low_bit and calibrate top_k to density 0.5 in {LAYERS} FFNs" in told
     assert "5 models x 48 tokens: 1 densities" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_traces_are_checked_once_as_long_as_they_stay(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, windows, read = ffnscope.load_model(str(checkpoint)), windows_of_text(6), list[Path]()
+    monkeypatch.setattr(sparse_steps, "read_tensors", read.append)
+
+    def traced() -> list[Path]:
+        found = sparse_steps.traced(loaded, windows, tmp_path / "t", "the text", Reporter(), TraceOptions())
+        return list(found.files.values())
+
+    files = traced()
+    assert not read and traced() == traced() == read == files
+    entry = files[0].stat()
+    os.utime(files[0], ns=(entry.st_atime_ns, entry.st_mtime_ns + 1))
+    traced()
+    assert read == [*files, files[0]]

@@ -15,7 +15,7 @@ from ffnscope.budget import Budget
 from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.errors import ArtifactError, NotAvailableError, UnknownNameError, UsageError
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import write_plan
+from ffnscope.io import read_plan, write_plan
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard, WantedChannels
 from ffnscope.sparse.card_curve import card_curve
@@ -24,9 +24,9 @@ from ffnscope.sparse.card_options import ParameterTarget
 from ffnscope.sparse.fit import fit_card
 from ffnscope.sparse.labels import top_mass
 from ffnscope.sparse.masking import masked_by
-from ffnscope.sparse.monitor import MonitorOptions
+from ffnscope.sparse.monitor import Monitor, MonitorOptions
 from ffnscope.sparse.placement.selections import card_selections
-from ffnscope.sparse.predictors import training
+from ffnscope.sparse.predictors import fixed, training
 from ffnscope.sparse.predictors.fc_files import write_fc_predictors
 from ffnscope.sparse.predictors.fixed import griffin_scores
 from ffnscope.sparse.predictors.interface import FitTokens
@@ -35,7 +35,7 @@ from ffnscope.sparse.prompts import begin_prompt
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import Runtime, unwrap_, wrap_
 from ffnscope.sparse.selector import HandsOn
-from ffnscope.sparse.site_params import ffn_norms
+from ffnscope.sparse.site_params import check_predictor_params, ffn_norms
 from ffnscope.types import PruningPlan
 from tiny import D_FF, HIDDEN, tiny
 
@@ -69,6 +69,18 @@ def decoded_logits(model: Any, ids: Tensor) -> Tensor:
     """Logits of the last token, decoded after the others as the prompt."""
     cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
     return model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[0, -1]
+
+
+def decoded_as_expected(runtime: Runtime, model: Any, ids: Tensor, expected: Tensor) -> Monitor:
+    """Decode with a wrapped model, unwrap it, compare the logits; what has monitored it."""
+    try:
+        found = decoded_logits(model, ids)
+        monitor = runtime.monitor
+    finally:
+        unwrap_(model)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert monitor is not None
+    return monitor
 
 
 class TestLookahead:
@@ -117,13 +129,8 @@ class TestLookahead:
         ids = one.windows.input_ids[:1, :9]
         expected = masked_logits(one, card, ids, 8)
         runtime = wrap_(one.model, card, break_even=1.0, monitor=QUIET)
-        try:
-            found = decoded_logits(one.model, ids)
-            monitor = runtime.monitor
-        finally:
-            unwrap_(one.model)
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        assert monitor is not None and isinstance(monitor.selectors[card.sites[0].site], HandsOn) == first_dense
+        monitor = decoded_as_expected(runtime, one.model, ids, expected)
+        assert isinstance(monitor.selectors[card.sites[0].site], HandsOn) == first_dense
         levels = [runtime.levels[row.site] for row in card.sites]
         assert levels == ["masked" if first_dense else "module", "module"]
         assert runtime.copied_bytes == (1 if first_dense else 2) * 4 * D_FF * HIDDEN
@@ -131,7 +138,7 @@ class TestLookahead:
 
     @pytest.mark.parametrize("slow", [0, 1])
     def test_left_dense_the_input_is_handed_on_still(
-        self, one: Set, card: SparsityCard, slow: int, monkeypatch
+        self, one: Set, card: SparsityCard, slow: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         site = card.sites[slow].site
         monkeypatch.setattr(Runtime, "_pays", lambda self, s, *rest: s != site)
@@ -141,13 +148,8 @@ class TestLookahead:
         expected = masked_logits(one, replace(card, sites=sites), ids, 8)
         with pytest.warns(UserWarning, match="left dense in LlamaForCausalLM"):
             runtime = wrap_(one.model, card, monitor=QUIET, never_slower=True)
-        try:
-            found = decoded_logits(one.model, ids)
-            monitor = runtime.monitor
-        finally:
-            unwrap_(one.model)
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        assert monitor is not None and len(monitor.report()) == 1
+        monitor = decoded_as_expected(runtime, one.model, ids, expected)
+        assert len(monitor.report()) == 1
         first, second = (s.site for s in card.sites)
         assert runtime.levels == ({first: "masked", second: "module"} if slow == 0 else {first: "module"})
         assert runtime.copied_bytes == 4 * D_FF * HIDDEN  # down of the FFN that reads rows
@@ -251,6 +253,20 @@ class TestPlans:
             mask = selector(one.traces.x(site)[:2])
             assert mask.nonzero()[:, 1].tolist() == 2 * list(range(5 + site.layer, 29))
         assert [round(row.density * row.site.d_ff, 9) for row in card.sites] == [24, 23]
+
+    def test_the_file_is_read_once_as_long_as_it_stays(
+        self, one: Set, plan: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[Path] = []
+        monkeypatch.setattr(fixed, "read_plan", lambda path: (read.append(path), read_plan(path))[1])
+        names = [site.name for site in find_sites(one.model)]
+        SelectionRule("low_bit", "hybrid", {}, {"core": str(plan)}).check_core(names)
+        static = SelectionRule("static", "threshold", {"plan": str(plan)})
+        check_predictor_params(static, one.model, find_sites(one.model))
+        fixed.kept_by(plan, names[0]).zero_()  # the caller's own
+        assert fixed.kept_by(plan, names[0]).tolist() == list(range(5, 29)) and read == [plan]
+        write_plan(plan, PruningPlan({site: torch.arange(3) for site in find_sites(one.model)}, "w", "a", Budget(0.4)))
+        assert fixed.kept_by(plan, names[0]).tolist() == [0, 1, 2] and read == [plan, plan]
 
     def test_an_edited_plan_is_fitted_again(self, one: Set, plan: Path, tmp_path: Path) -> None:
         rule = SelectionRule("static", "threshold", {"plan": str(plan)})

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.function import FFN
-from ffnscope.io import replacing
 from ffnscope.registry import predictor
-from ffnscope.saving import torch_saving
+from ffnscope.saving import replacing
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor
 from ffnscope.sparse.predictors.low_rank import LowRank
 
@@ -55,7 +54,7 @@ def write_fc_predictors(
         if norm_weights is not None:
             weight = norm_weights[layer].detach().cpu()
             state["fc1.weight"] = (state["fc1.weight"].double() * weight.double()).to(state["fc1.weight"].dtype)
-        with replacing(file_of(folder, layer)) as part, torch_saving(part):
+        with replacing(file_of(folder, layer)) as part:
             torch.save(state, part)
 
 

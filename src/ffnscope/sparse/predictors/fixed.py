@@ -14,6 +14,7 @@ from ffnscope.io import read_plan
 from ffnscope.registry import predictor
 from ffnscope.sparse.ffn import check_input
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor, Prompted, needed, token_mean
+from ffnscope.unchanged import while_unchanged
 
 
 class Constant(Predictor):
@@ -132,10 +133,16 @@ def kept_by(path: Path, name: str) -> Tensor:
         UnknownNameError: the plan has no such FFN.
         ArtifactError: a plan that cannot be read.
     """
-    kept = {site.name: index for site, index in read_plan(path).kept.items()}
+    kept = _kept(path)
     if name not in kept:
         raise unknown_name(f"FFN of the plan {path}", name, kept)
-    return kept[name]
+    return kept[name].clone()
+
+
+@while_unchanged
+def _kept(path: Path) -> dict[str, Tensor]:
+    """The same of every FFN of the plan, by name."""
+    return {site.name: index for site, index in read_plan(path).kept.items()}
 
 
 @predictor("griffin", source="GRIFFIN (arXiv:2404.01365)")

@@ -20,17 +20,8 @@ from ffnscope.errors import ArtifactError, ModelError, UsageError
 from ffnscope.evaluate.perplexity import check_targets
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.sites import find_sites
-from ffnscope.io import (
-    SCHEMA,
-    check_writable,
-    disposable,
-    hash_json,
-    read_state,
-    write_json,
-    write_state,
-    write_text,
-    writing,
-)
+from ffnscope.io import SCHEMA, disposable, hash_json, read_state, write_json, write_state, write_text
+from ffnscope.saving import check_writable, writing
 from ffnscope.sparse.relu.activation import replace_activation_, set_thresholds_
 from ffnscope.sparse.relu.card import relu_card
 from ffnscope.sparse.relu.measure import measure_zeros

@@ -17,8 +17,8 @@ from ffnscope.calibrate.forward import memory_errors
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, NonFiniteError, UsageError, unknown_name
 from ffnscope.ffn.messages import quiet_transformers
-from ffnscope.io import SCHEMA, complete, disposable, expect_kind, hash_file, read_state, write_state, writing
-from ffnscope.saving import torch_saving
+from ffnscope.io import SCHEMA, complete, disposable, expect_kind, hash_file, read_state, write_state
+from ffnscope.saving import writing
 from ffnscope.sparse.relu.activation import ACTIVATIONS, check_threshold
 from ffnscope.sparse.relu.measure import measure_zeros
 from ffnscope.sparse.relu.penalty import Penalty, ProgressiveL1
@@ -153,7 +153,7 @@ class Training:
         )
         _silence(trainer)
         cure = "lower the batch size, accumulate more, or shorten windows"
-        with quiet_transformers(), memory_errors(f"out of memory while training; {cure}."), torch_saving(folder):
+        with quiet_transformers(), memory_errors(f"out of memory while training; {cure}."):
             if done == self.options.steps:  # the Trainer would take one more step
                 trainer.restore(str(last))
             else:
@@ -300,6 +300,10 @@ def _trainer_class(job: Training) -> Any:
         def restore(self, path: str) -> None:
             """Load the weights of a checkpoint."""
             self._load_from_checkpoint(path)
+
+        def _save_checkpoint(self, *given: Any, **named: Any) -> None:
+            with writing(Path(str(self.args.output_dir))):
+                super()._save_checkpoint(*given, **named)
 
     return PenaltyTrainer
 

@@ -176,6 +176,22 @@ def test_a_call_that_is_cut_off_after_the_training_trains_no_more(folders, texts
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), r"No space left on device\. Make room"),
+        (RuntimeError("PytorchStreamWriter failed"), r"torch\.save failed \(PytorchStreamWriter failed\), with "),
+    ],
+)
+def test_a_disk_that_is_full_at_a_checkpoint_is_told(folders, texts, tmp_path, monkeypatch, error, told):
+    def full(*given, **named):
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ArtifactError, match=rf"cannot write .*checkpoints: {told}"):
+        made(folders, texts, tmp_path / "out")
+
+
 def test_two_calls_do_not_share_a_folder(folders, texts, tmp_path):
     out = tmp_path / "out"
 
