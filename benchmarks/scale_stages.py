@@ -78,11 +78,10 @@ def read_seconds(folder: Path) -> tuple[float, int]:
     return min(times), total
 
 
-def flop_per_second(asked: dict[str, Any]) -> float:
-    """Measured speed of the FFN's matrix product for the tokens of one batch, the best of five."""
-    device, dtype = asked["device"], getattr(torch, asked["dtype"])
-    a = torch.randn(asked["batch"] * asked["length"], asked["hidden"], device=device, dtype=dtype)
-    b = torch.randn(asked["hidden"], 4 * asked["hidden"], device=device, dtype=dtype)
+def flop_per_second(asked: dict[str, Any], rows: int, dtype: torch.dtype) -> float:
+    """Measured speed of a matrix product of so many rows with a matrix of the FFN's shape, the best of five."""
+    a = torch.randn(rows, asked["hidden"], device=asked["device"], dtype=dtype)
+    b = torch.randn(asked["hidden"], 4 * asked["hidden"], device=asked["device"], dtype=dtype)
     times: list[float] = []
     for _ in range(5):
         start = time.perf_counter()
@@ -180,9 +179,12 @@ def bounds(stage: str, asked: dict[str, Any]) -> dict[str, float]:
     """Seconds that reading and multiplying take at least, for a machine that does not hold the weights.
 
     Gradients need two readings (forward and backward) and three products per weight (forward, again, and the gradient
-    of the input); a reconstruction one reading, the dense and the cut block, and the Gram matrix of the channels; its
-    writing is not in the bound. An evaluation runs the cut model.
+    of the input); a reconstruction one reading, the dense and the cut block, the Gram matrix of the channels, and in
+    float64 a Cholesky factorisation and two triangular solves for every damping that is tried and the one that is
+    taken; its writing is not in the bound. An evaluation runs the cut model.
     """
+    from ffnscope.apply.refit import DAMPINGS
+
     hidden, tokens = asked["hidden"], asked["windows"] * asked["length"]
     attention, ffn, head = 4 * hidden**2, 12 * hidden**2, asked["vocabulary"] * hidden
     dense, cut = asked["layers"] * (attention + ffn), asked["layers"] * (attention + ffn / 2)
@@ -193,8 +195,13 @@ def bounds(stage: str, asked: dict[str, Any]) -> dict[str, float]:
         "plan": (1, 0),
     }[stage]
     seconds, size = read_seconds(root(asked) / ("half" if stage == "evaluate" else "dense"))
-    speed = flop_per_second(asked)
-    return {"io": reads * seconds, "flop": flop / speed, "read_rate": size / seconds, "flop_rate": speed}
+    speed = flop_per_second(asked, asked["batch"] * asked["length"], getattr(torch, asked["dtype"]))
+    found = {"io": reads * seconds, "flop": flop / speed, "read_rate": size / seconds, "flop_rate": speed}
+    if stage == "reconstruct":
+        kept = 2 * hidden
+        solves = asked["layers"] * (len(DAMPINGS) + 1) * (kept**3 / 3 + 2 * kept**2 * hidden)
+        found["flop"] += solves / flop_per_second(asked, kept, torch.float64)
+    return found
 
 
 STAGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
