@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ffnscope.calibrate.documents import Chat
-from ffnscope.calibrate.tokens import Row, Tokenizer, row_of, special_id
+from ffnscope.calibrate.tokens import Row, Tokenizer, special_id
 from ffnscope.errors import TextError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -38,7 +38,7 @@ def chat_rows(chats: Iterable[Chat], tokenizer: Tokenizer, length: int, answers_
         else:
             ids = _ids(tokenizer, chat, index)
             targets = answer_mask(tokenizer, chat, ids, index)
-        yield row_of(ids[:length], index, None if targets is None else targets[:length])
+        yield Row(ids[:length], index, None if targets is None else targets[:length])
 
 
 def answer_mask(tokenizer: Tokenizer, chat: Chat, ids: list[int], index: int = 0) -> list[bool]:

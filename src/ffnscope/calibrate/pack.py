@@ -11,7 +11,7 @@ import torch
 
 from ffnscope.calibrate.chat import chat_rows
 from ffnscope.calibrate.documents import Chat, Document
-from ffnscope.calibrate.tokens import Row, Tokenizer, encode, leading_bos, pieces, row_of, special_id
+from ffnscope.calibrate.tokens import Row, Tokenizer, encode, leading_bos, pieces, special_id
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import TextError, UsageError, unknown_name
 
@@ -138,17 +138,17 @@ def contiguous_rows(texts: Iterable[str], tokenizer: Tokenizer, length: int, bos
             owners += [index] * len(ids)
             full = len(buffer) // body * body
             for start in range(0, full, body):
-                yield row_of([*bos, *buffer[start : start + body]], owners[start])
+                yield Row([*bos, *buffer[start : start + body]], owners[start])
             del buffer[:full], owners[:full]
     if buffer:
-        yield row_of([*bos, *buffer], owners[0])
+        yield Row([*bos, *buffer], owners[0])
 
 
 def line_rows(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[Row]:
     """Yield one row per text that is not blank, with the tokenizer's default special tokens, cut at ``length``."""
     for index, text in enumerate(texts):
         if text.strip():
-            yield row_of(encode(tokenizer, text, special=True)[:length], index)
+            yield Row(encode(tokenizer, text, special=True)[:length], index)
 
 
 def choose(total: int, n: int, seed: int) -> list[int]:
@@ -182,7 +182,7 @@ def _pool(rows: Iterable[Row], cut: Cut, shortest: int) -> tuple[list[Row], bool
             whole = False
             break
         tokens, last = tokens + len(row.ids), row.document
-        if len(row.ids) >= shortest and bool(row.targets.any()):
+        if len(row.ids) >= shortest and row.predicts:
             pool.append(row)
     if not tokens:
         raise TextError(f"{cut.source} holds no text: every document is empty.")
@@ -205,7 +205,7 @@ def _stack(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> Windows:
     valid = torch.zeros_like(ids, dtype=torch.bool)
     targets = torch.zeros_like(valid)
     for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = row.ids
+        ids[i, : len(row.ids)] = torch.tensor(row.ids, dtype=torch.int64)
         valid[i, : len(row.ids)] = True
         targets[i, : len(row.ids)] = row.targets
     return Windows(ids, valid, targets, torch.tensor([row.document for row in rows]), source)

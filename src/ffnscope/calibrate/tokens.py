@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,18 +31,28 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """Tokens of one future window: ids [t] int64, targets [t] bool, and the index of the document it starts in."""
+    """Tokens of one future window, of which a long text has many more than are chosen: no tensors yet.
 
-    ids: Tensor
-    targets: Tensor
+    Attributes:
+        ids: of the tokens.
+        document: index of the document it starts in.
+        answers: whether each token is one that is to be predicted; None = all are. The first never counts.
+    """
+
+    ids: Sequence[int]
     document: int
+    answers: Sequence[bool] | None = None
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the prediction of any token counts."""
+        return len(self.ids) > 1 if self.answers is None else any(self.answers[1:])
 
-def row_of(ids: list[int], document: int, targets: list[bool] | None = None) -> Row:
-    """Make a row; without ``targets`` every token but the first is one. The first never is."""
-    mask = torch.ones(len(ids), dtype=torch.bool) if targets is None else torch.tensor(targets, dtype=torch.bool)
-    mask[:1] = False
-    return Row(torch.tensor(ids, dtype=torch.int64), mask, document)
+    @property
+    def targets(self) -> Tensor:
+        """Whose prediction counts, [t] bool."""
+        given = [True] * len(self.ids) if self.answers is None else self.answers
+        return torch.tensor([False, *given[1:]], dtype=torch.bool)
 
 
 def encode(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
