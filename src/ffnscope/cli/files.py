@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from ffnscope.run.progress import Reporter
 from ffnscope.run.steps import discard_damaged
 from ffnscope.saving import check_writable, writing
 from ffnscope.types import PruningPlan, Scores
+from ffnscope.unchanged import Stamp, stamp
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 INPUTS = "inputs.json"
@@ -42,10 +43,14 @@ def check_folder_output(out: Path, overwrite: bool, unfinished_name: str) -> Non
 
 
 @contextlib.contextmanager
-def working_folder(part: Path) -> Generator[Path]:
+def working_folder(part: Path, stays: Callable[[], bool] = lambda: False) -> Generator[Path]:
     """Yield a folder for what has been found, from which the same call goes on; remove it at the end.
 
     After an interrupt or error it stays, unless nothing was found yet. No other process works in it meanwhile.
+
+    Args:
+        part: the folder.
+        stays: asked after an interrupt or error, whether it stays although nothing lies in it.
 
     Raises:
         ArtifactError: another process is at work in it, or it cannot be written.
@@ -58,9 +63,10 @@ def working_folder(part: Path) -> Generator[Path]:
             yield part
         except BaseException:
             with contextlib.suppress(OSError):  # not empty
-                if [path.name for path in part.iterdir()] == [INPUTS]:
-                    (part / INPUTS).unlink()
-                part.rmdir()
+                if not stays():
+                    if [path.name for path in part.iterdir()] == [INPUTS]:
+                        (part / INPUTS).unlink()
+                    part.rmdir()
             raise
         with writing(part):
             shutil.rmtree(part)
@@ -81,16 +87,32 @@ def tell_changes(part: Path, found: Mapping[str, str], reporter: Reporter) -> No
 def unfinished(part: Path) -> Generator[Path]:
     """A `working_folder` in an output, which marks it as not finished; a new output in which nothing is goes too.
 
+    After an interrupt or error it also stays where the output has only some of its files: those that were written, or
+    that an earlier call had left. A finished output, of which nothing is replaced yet, is still finished.
     Files of the output that a killed process had only half written are deleted.
     """
+    out = part.parent
+    was_unfinished, before = part.is_dir(), _files_beside(part)
+
+    def is_incomplete() -> bool:
+        found = _files_beside(part)
+        return bool(found) and (was_unfinished or found != before)
+
     try:
-        with working_folder(part):
-            sweep(part.parent)
+        with working_folder(part, is_incomplete):
+            sweep(out)
+            before = _files_beside(part)
             yield part
     except BaseException:
         with contextlib.suppress(OSError):  # not empty
-            part.parent.rmdir()
+            out.rmdir()
         raise
+
+
+def _files_beside(part: Path) -> dict[Path, Stamp | None]:
+    """What lies in an output beside its working folder."""
+    found = (path for path in part.parent.rglob("*") if path.is_file() and part not in path.parents)
+    return {path: stamp(path) for path in found}
 
 
 def check_table(path: Path | None, overwrite: bool) -> None:
