@@ -199,10 +199,16 @@ def prepare(
 def run_validation(one: Measurement, reporter: Reporter, out: Path | None, *, plots: bool) -> Validation:
     """Score, ablate and prune; with a folder, write validation.json, .csv, .md and plots there. It can be continued."""
     with contextlib.nullcontext() if out is None else unfinished(out / UNFINISHED) as part:
+        options = PassOptions(batch_size=one.options.batch_size)
         if part is not None:
+            known = weights_hash(one.asked.model)
             texts = {"the calibration text": one.calibration.hash, "the held-out text": one.held_out.hash}
-            tell_changes(part, {"the model": weights_hash(one.asked.model), **texts}, reporter)
-        found = _measure(one, reporter, part)
+            tell_changes(part, {"the model": known, **texts}, reporter)
+            sums = part / "calibrate.safetensors"
+            for path in part.glob(f"*{sums.name}"):
+                discard_damaged(reporter, path)
+            options = replace(options, checkpoint=sums, keep_checkpoint=True, model_hash=known)
+        found = _measure(one, reporter, part, options)
         if out is not None:
             write_json(out / "validation.json", validation_facts(found))
             write_csv(out / "validation.csv", found.rows())
@@ -212,9 +218,9 @@ def run_validation(one: Measurement, reporter: Reporter, out: Path | None, *, pl
     return found
 
 
-def _measure(one: Measurement, reporter: Reporter, part: Path | None) -> Validation:
+def _measure(one: Measurement, reporter: Reporter, part: Path | None, passes: PassOptions) -> Validation:
     model, options = one.asked.model, one.options
-    scores, failed = _scores(one, reporter)
+    scores, failed = _scores(one, reporter, passes)
     scores = with_floor(model, scores)
     states = {name: part / f"{name}.json" if part else None for name in ("ablate", "prune")}
     for path in states.values():
@@ -233,9 +239,9 @@ def _measure(one: Measurement, reporter: Reporter, part: Path | None) -> Validat
     return replace(found, skipped={**one.skipped, **failed})
 
 
-def _scores(one: Measurement, reporter: Reporter) -> tuple[dict[str, Scores], dict[str, str]]:
+def _scores(one: Measurement, reporter: Reporter, options: PassOptions) -> tuple[dict[str, Scores], dict[str, str]]:
     """Scores of every metric, and the reasons of those that failed; a metric that was named must not fail."""
-    asked, options = one.asked, PassOptions(batch_size=one.options.batch_size)
+    asked = one.asked
     given: Any = {"sites": asked.sites, "rule": asked.rule, "options": options}
     announce(reporter, calibration_bytes(asked.model, one.calibration, asked.params, **given))
     found: dict[str, Scores] = {}

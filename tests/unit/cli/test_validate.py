@@ -11,6 +11,8 @@ import pytest
 from click.testing import Result
 
 from checkpoints import make_checkpoint
+from faults import stop_at
+from ffnscope.calibrate import passes as calibrating
 from ffnscope.cli import validate as command
 from ffnscope.io import read_json
 from ffnscope.registry import METRICS
@@ -93,6 +95,50 @@ def test_an_interrupted_call_goes_on(
     monkeypatch.setattr("ffnscope.analyze.ablation._losses_without", None)  # everything is in the file
     ok(*options)
     assert (out / "validation.json").exists() and not (out / command.UNFINISHED).exists()
+
+
+@pytest.mark.parametrize(("function", "expected"), [("observe_batch", 1), ("ablate_channels", 0)])
+def test_a_calibration_is_kept_for_the_next_call(
+    ok: Ok,
+    fails: Fails,
+    base: tuple[Any, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    expected: int,
+) -> None:
+    """Cut off at the last of five batches, that one is left to run; while channels are ablated, none."""
+    batches: list[int] = []
+    real = calibrating.observe_batch
+
+    def counted(*args: Any) -> None:
+        batches.append(1)
+        real(*args)
+
+    options = (*base, "-m", "wanda", "--sparsity", 0, "--num-samples", 40, "--batch-size", 8, "--out")
+    ok(*options, tmp_path / "whole")
+    out, module = tmp_path / "out", calibrating if function == "observe_batch" else command
+    with monkeypatch.context() as patch:
+        stop_at(patch, module, function, 5 if module is calibrating else 1)
+        fails(130, *options, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrating, "observe_batch", counted)
+        ok(*options, out)
+    assert len(batches) == expected
+    assert (out / "validation.json").read_text() == (tmp_path / "whole" / "validation.json").read_text()
+
+
+def test_damaged_sums_of_a_calibration_are_told_and_made_again(
+    ok: Ok, fails: Fails, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*base, "-m", "wanda", "--sparsity", 0, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_at(patch, command, "ablate_channels", 1)
+        fails(130, *options)
+    sums = tmp_path / "out" / command.UNFINISHED / "calibrate.safetensors"
+    sums.write_bytes(sums.read_bytes()[:-7])
+    said = ok(*options).stderr
+    assert str(sums) in said and "It is deleted, and this stage starts anew." in said
 
 
 def test_dry_run_computes_nothing(ok: Ok, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
