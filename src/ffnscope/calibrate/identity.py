@@ -20,12 +20,13 @@ from ffnscope.ffn.frozen import frozen
 from ffnscope.ffn.offload import Stored, is_offloaded, stored
 from ffnscope.ffn.survey import probe_ids
 from ffnscope.io import checksum_tensors, hash_json
+from ffnscope.unchanged import Stamp, stamp
 
 TOKENS = 8
 ROUNDING = 64  # times the precision of the weights: what other kernels or threads may change in the logits
 MOST = 0.05
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_READ: dict[tuple[Path, str, str, int, int], int] = {}
+_READ: dict[tuple[Path, str, str], tuple[Stamp, int]] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +61,7 @@ def identity_of(model: nn.Module) -> Identity:
     """Read every value and run a few tokens.
 
     Nothing is remembered from call to call but the checksums of values that stay in files, which are taken anew when
-    the size or time of the file has changed: a model that is streamed is read once, by the tokens.
+    the `stamp` of the file has changed: a model that is streamed is read once, by the tokens.
 
     Raises:
         ModelError: a weight is on the meta device without a value.
@@ -104,8 +105,11 @@ def _stored_checksum(place: Stored) -> int:
     if place.file is None:
         return checksum_tensors({"": place.value})
     path, name = place.file
-    found = path.stat()
-    key = (path, name, str(place.dtype), found.st_size, found.st_mtime_ns)
-    if key not in _READ:
-        _READ[key] = checksum_tensors({"": place.value})
-    return _READ[key]
+    key, now = (path, name, str(place.dtype)), stamp(path)
+    known = _READ.get(key)
+    if known is not None and known[0] == now:
+        return known[1]
+    found = checksum_tensors({"": place.value})
+    if now is not None:
+        _READ[key] = now, found
+    return found

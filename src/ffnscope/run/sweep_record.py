@@ -104,7 +104,10 @@ def _made_from(config: RunConfig) -> str:
 def _read_files(config: RunConfig) -> Iterator[list[Any]]:
     """The content of texts, tasks and statistics; of models, which are large, sizes and times.
 
-    Whoever sets back the time of a file's content cannot set back that of its entry.
+    Whoever sets back the time of a file's content cannot set back that of its entry, which is why it is read here and
+    `ffnscope.unchanged.stamp` is not: that would miss content rewritten in place under its old time. And it has device
+    and inode, which tell files apart within one process. Here they are compared with what an earlier one recorded, and
+    after a restart or on another machine an unchanged file may have others.
     """
     texts = (config.dataset, *config.mixed_texts, *config.evaluation_texts, *config.stability_texts)
     second = config.contextual_text

@@ -172,6 +172,20 @@ def test_values_in_files_are_read_again_only_when_the_file_changes(tmp_path: Pat
     assert not identity_of(model).agrees(first)
 
 
+def test_another_file_of_the_same_size_and_time_is_read(tmp_path: Path, reads: list[int]) -> None:
+    """As `rsync --times` or an unpacked archive puts it there: all that differs is that it is another file."""
+    folder = make_checkpoint(tmp_path / "llama")
+    model = loaded(str(folder), None, stream="cpu")
+    first = identity_of(model)
+    file = folder / "model.safetensors"
+    other, times = bytearray(file.read_bytes()), file.stat()
+    other[-1] ^= 1
+    (tmp_path / "other").write_bytes(other)
+    os.utime(tmp_path / "other", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (tmp_path / "other").replace(file)
+    assert identity_of(model).exact != first.exact
+
+
 def test_a_changed_model_is_run_alone(checkpoint: Path, relu: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{SCRIPT}")
