@@ -38,7 +38,7 @@ def task_tokens(tasks: TaskSet, tokenizer: Any) -> TaskTokens:
     for task in (task for items in tasks.loaded.values() for task in items["tasks"].values()):
         n = min(len(task.eval_docs), tasks.options.limit or len(task.eval_docs))
         some = min(n, QUESTIONS)
-        with tasks.prepared(task), contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
+        with tasks.prepared([task]), contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
             task.build_all_requests(limit=some)
         sizes = [_size(one.args, tokenizer) for one in task.instances]
         read += sum(size for size, _ in sizes) * n / some

@@ -11,7 +11,7 @@ import difflib
 import logging
 import math
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,11 @@ class TaskSet:
         return found
 
     @contextlib.contextmanager
-    def prepared(self, task: Any) -> Generator[None]:
-        """Within the block, a task's requests can be made: its examples are chosen by the seed, without advice."""
+    def prepared(self, tasks: Iterable[Any]) -> Generator[None]:
+        """Within the block, requests of tasks can be made: their examples are chosen by the seed, without advice."""
         with _quiet(), _own_seeds(self.options.seed):
-            task.set_fewshot_seed(seed=self.options.seed)
+            for task in tasks:
+                task.set_fewshot_seed(seed=self.options.seed)
             yield
 
 
@@ -283,9 +284,7 @@ def _run(
 
     evaluate: Any = lm_eval.evaluate
     options, loaded = tasks.options, tasks.loaded[name]
-    with _quiet(), _own_seeds(options.seed):
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=options.seed)
+    with tasks.prepared(loaded["tasks"].values()):
         model = reporting_model(model, tokenizer, options.batch_size, on_requests)
         found: Any = evaluate(model, loaded, limit=options.limit, log_samples=False)
     shots, better, counts = found["n-shot"], found["higher_is_better"], found["n-samples"]
