@@ -87,8 +87,8 @@ def _call() -> int | str | None:
         return 2 if isinstance(error, UsageError) else 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            going_on = "`run`, `score`, `prune`, `curves`, `sparsify`, `answer`, `relufy`, `place` and "
-            going_on += "`rank --validate`"
+            going_on = "`run`, `score`, `prune`, `curves`, `sparsify`, `answer`, `relufy`, `place`, "
+            going_on += "`rank --validate` and `eval --out`"
             _say(f"interrupted. Called again, {going_on} go on where they stopped.")
         return end.code
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,16 +13,20 @@ from rich.console import Console
 from ffnscope.analyze.levels import needs_core
 from ffnscope.analyze.memory import calibration_bytes
 from ffnscope.analyze.question import Question
+from ffnscope.apply.folder import sweep
+from ffnscope.apply.pruned import Pruned
 from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
-from ffnscope.cli.files import Overwrite, check_table, read_plans, write_table
+from ffnscope.cli.files import Overwrite, check_table, read_plans, tell_changes, working_folder, write_table
 from ffnscope.cli.groups import grouped
 from ffnscope.cli.passes import calibrate_and_score
 from ffnscope.errors import UsageError
-from ffnscope.evaluate.tasks import TaskOptions, compare_tasks
+from ffnscope.evaluate.compare import EvalRow
+from ffnscope.evaluate.tasks import TaskOptions, TaskRow, TaskSet, compare_tasks
 from ffnscope.ffn.load import LoadedModel
-from ffnscope.io import write_scores, write_stats
+from ffnscope.ffn.streamed import wait_in
+from ffnscope.io import read_state, write_scores, write_stats
 from ffnscope.report.tables import print_results, results_rows
 from ffnscope.report.task_table import print_tasks
 from ffnscope.run.progress import Reporter
@@ -69,7 +74,10 @@ def eval_command(
     loading: opt.Loading,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure perplexity on held-out text, for plans KL to the dense model and top-1; downstream tasks too."""
+    """Measure perplexity on held-out text, for plans KL to the dense model and top-1; downstream tasks too.
+
+    With --out, an interrupted call goes on.
+    """
     options = tasks.options(text.seed)
     of_tasks = None if out is None or options is None else out.with_suffix(f".tasks{out.suffix}")
     check_table(out, overwrite)
@@ -79,16 +87,54 @@ def eval_command(
     reporter = Reporter()
     chosen = open_tasks(options, reporter)
     loaded = loading.open(reporter, model)
-    rows = compare_with_dense(reporter, loaded.model, plans, text.held_out(loaded), text.batch_size)
-    print_results(rows, OUT)
-    if out is not None:
-        write_table(out, results_rows(rows))
-    if chosen is not None:
-        with reporter.task("downstream tasks", "requests") as update:
-            found = compare_tasks(loaded.model, loaded.tokenizer, plans, chosen, on_requests=update)
-        print_tasks(found, OUT)
+    one = _Evaluation(loaded, plans, text.held_out(loaded), text.batch_size, chosen)
+    if out is None:
+        one.measure(reporter)
+        return
+    with working_folder(out.with_name(f".{out.name}.eval.part")) as part:
+        for path in (out, of_tasks):
+            if path is not None:
+                sweep(path.parent, path.name)
+        wait_in(loaded.model, part)
+        tell_changes(part, one.hashes, reporter)
+        rows, found = one.measure(reporter, part)
         if of_tasks is not None:
             write_table(of_tasks, [row.as_dict() for row in found])
+        write_table(out, results_rows(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """What an evaluation measures, and on what."""
+
+    loaded: LoadedModel
+    plans: Mapping[str, Pruned]
+    held_out: Windows
+    batch_size: int
+    tasks: TaskSet | None
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Of what a call that goes on must not have changed, by its name in words."""
+        found = {"the model": weights_hash(self.loaded.model), "the held-out text": self.held_out.hash}
+        return found if self.tasks is None else {**found, "the tasks": self.tasks.key}
+
+    def measure(self, reporter: Reporter, part: Path | None = None) -> tuple[list[EvalRow], list[TaskRow]]:
+        """Measure and print perplexities, then tasks; with a folder, what is measured is kept there on the way."""
+        of_text, of_tasks = (part / f"{name}.json" if part else None for name in ("text", "tasks"))
+        for path in (of_text, of_tasks):
+            if path is not None:
+                discard_damaged(reporter, path, read_state)
+        model = self.loaded.model
+        rows = compare_with_dense(reporter, model, self.plans, self.held_out, self.batch_size, of_text)
+        print_results(rows, OUT)
+        if self.tasks is None:
+            return rows, []
+        with reporter.task("downstream tasks", "requests") as update:
+            given = model, self.loaded.tokenizer, self.plans, self.tasks
+            found = compare_tasks(*given, state=of_tasks, on_requests=update)
+        print_tasks(found, OUT)
+        return rows, found
 
 
 def score_all(

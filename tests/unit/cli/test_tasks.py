@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from faults import stop_at
+from ffnscope.cli import channels
+from ffnscope.evaluate import tasks as evaluating
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what lm-eval imports
 SMALL = ("--num-samples", 2, "--max-length", 16)
 
@@ -31,6 +35,43 @@ def test_tasks_beside_the_perplexity(
     rows = json.loads((tmp_path / "rows.tasks.json").read_text())
     assert [row["metric"] for row in rows["rows"]] == ["acc", "acc_norm"]
     assert json.loads(out.read_text())["rows"][0]["label"] == "dense"
+
+
+def test_an_interrupted_evaluation_goes_on(
+    ok: Callable[..., Result],
+    fails: Callable[..., str],
+    checkpoint: Path,
+    texts: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cut off in the second of two tasks, or between its two tables: only the second task is left to run, or none."""
+    second = tmp_path / "second.jsonl"
+    second.write_text(questions.read_text())
+    common = ("eval", checkpoint, "--text", texts / "test.txt", *SMALL, "--task", questions, "--task", second, "--out")
+    ok(*common, tmp_path / "whole.json")
+    out = tmp_path / "out" / "rows.json"
+    out.parent.mkdir()
+    with monkeypatch.context() as patch:
+        stop_at(patch, evaluating, "_run", 2)
+        said = fails(130, *common, out)
+    assert "and `eval --out` go on" in said
+    assert [path.name for path in out.parent.iterdir()] == [".rows.json.eval.part"]
+    kept = {path.name for path in out.with_name(".rows.json.eval.part").iterdir()}
+    assert kept == {"inputs.json", "text.json", "tasks.json"}
+    with monkeypatch.context() as patch:
+        left = stop_at(patch, evaluating, "_run", 0)
+        stop_at(patch, channels, "write_table", 2)
+        fails(130, *common, out)
+    assert len(left) == 1
+    with monkeypatch.context() as patch:
+        left = stop_at(patch, evaluating, "_run", 0)
+        ok(*common, out, "--overwrite")
+    assert not left
+    assert {path.name for path in out.parent.iterdir()} == {"rows.json", "rows.tasks.json"}
+    for name in ("rows.json", "rows.tasks.json"):
+        assert (out.parent / name).read_text() == (tmp_path / name.replace("rows", "whole")).read_text()
 
 
 def test_what_is_refused_before_the_model_loads(fails: Callable[..., str], tmp_path: Path, questions: Path) -> None:
