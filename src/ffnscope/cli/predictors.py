@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from ffnscope.apply.folder import sweep
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
+from ffnscope.cli.files import working_folder
 from ffnscope.cli.groups import grouped
 from ffnscope.errors import UsageError
 from ffnscope.registry import POLICIES, PREDICTORS, Registry
@@ -84,6 +86,8 @@ def predictors_export(
             raise UsageError(f"{card} holds no predictor of {one.site.name}; make the card again by this version.")
         made.append(known[0])
     norms = [*ffn_norms(loaded, sites).values()] if before_norm else None
-    write_fc_predictors(out, made, norms)
+    with working_folder(out.with_name(f".{out.name}.export.part")):
+        sweep(out.parent, out.name)
+        write_fc_predictors(out, made, norms)
     read = "what is before the norm of each FFN" if before_norm else "the input of each FFN"
     OUT.print(Text(f"{len(made)} predictors of {read} in {out}"))

@@ -211,7 +211,10 @@ class TestPredictors:
         assert "train the predictor of model.layers.1.mlp: epoch 2 of at most 2, missed mass" in told
         card = ("--card", trained / "card.json")
         export = ("predictors", "export", checkpoint, "--device", "cpu", "--out", out)
+        left = tmp_path / f".fc.{'0' * 32}.tmp"  # of a process that was killed
+        left.mkdir()
         assert "2 predictors of what is before the norm" in ok(*export, *card).stdout
+        assert not list(tmp_path.glob(".fc.*"))
         assert {path.name for path in out.iterdir()} == {"model_0.pt", "model_1.pt"}
         assert "is not empty" in fails(1, *export, *card)
         files = ("--predictor", "fc_files", "--predictor-param", f"folder={out}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from faults import stop_at
 from ffnscope.errors import ArtifactError, NonFiniteError, UnknownNameError, UsageError
 from ffnscope.ffn.function import FFN
 from ffnscope.sparse.labels import largest
@@ -234,7 +235,26 @@ class TestFilesOfOtherTools:
         (found,) = read_fc_predictors(tmp_path, [ffn()], relu=False)
         assert torch.allclose(found.logits(x), x @ first.T @ second.T + bias, atol=1e-5)
 
-    def test_refusals(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("there", [True, False])
+    def test_a_folder_has_all_files_or_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+        """Cut off at the second file, the same call again is not refused."""
+        made, out = self.trained(), tmp_path / "p"
+        if there:
+            out.mkdir()
+        with monkeypatch.context() as patch:
+            stop_at(patch, torch, "save", 2)
+            with pytest.raises(KeyboardInterrupt):
+                write_fc_predictors(out, made)
+        assert list(tmp_path.iterdir()) == ([out] if there else [])
+        assert list(tmp_path.rglob("*.pt")) == []
+        write_fc_predictors(out, made)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["model_0.pt", "model_1.pt", "p"]
+
+    def test_refusals(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path / "empty")
+        with pytest.raises(ArtifactError, match="is the current folder"):
+            write_fc_predictors(Path(), self.trained())
         with pytest.raises(UsageError, match="no ReLU"):
             write_fc_predictors(tmp_path / "p", self.trained(relu=False))
         with pytest.raises(UsageError, match="a lookahead"):

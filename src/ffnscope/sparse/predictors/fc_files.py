@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffnscope.apply.folder import replacing_folder
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.ffn.function import FFN
 from ffnscope.registry import predictor
-from ffnscope.saving import replacing
 from ffnscope.sparse.predictors.interface import FitTokens, Predictor
 from ffnscope.sparse.predictors.low_rank import LowRank
 
@@ -27,7 +27,7 @@ from ffnscope.sparse.predictors.low_rank import LowRank
 def write_fc_predictors(
     folder: Path, predictors: Sequence[LowRank], norm_weights: Sequence[Tensor] | None = None
 ) -> None:
-    """Write a file per layer, in their order.
+    """Write a file per layer, in their order. The folder appears with all of them, or not at all.
 
     Args:
         folder: a new or empty folder.
@@ -37,7 +37,7 @@ def write_fc_predictors(
 
     Raises:
         UsageError: a predictor without ReLU, one that looks ahead, or other numbers of norms and predictors.
-        ArtifactError: the folder holds something, or cannot be written.
+        ArtifactError: the folder holds something, is the current one, or cannot be written.
     """
     if not predictors or (norm_weights is not None and len(norm_weights) != len(predictors)):
         n_norms = "no" if norm_weights is None else len(norm_weights)
@@ -49,13 +49,13 @@ def write_fc_predictors(
                 "for predictors of their own layer with a ReLU. Train with relu=True and lookahead=0."
             )
     check_new(folder)
-    for layer, one in enumerate(predictors):
-        state = {name: value.detach().cpu().clone() for name, value in one.state_dict().items()}
-        if norm_weights is not None:
-            weight = norm_weights[layer].detach().cpu()
-            state["fc1.weight"] = (state["fc1.weight"].double() * weight.double()).to(state["fc1.weight"].dtype)
-        with replacing(file_of(folder, layer)) as part:
-            torch.save(state, part)
+    with replacing_folder(folder.resolve(), overwrite=folder.exists()) as made:  # what may be there is empty
+        for layer, one in enumerate(predictors):
+            state = {name: value.detach().cpu().clone() for name, value in one.state_dict().items()}
+            if norm_weights is not None:
+                weight = norm_weights[layer].detach().cpu()
+                state["fc1.weight"] = (state["fc1.weight"].double() * weight.double()).to(state["fc1.weight"].dtype)
+            torch.save(state, file_of(made, layer))
 
 
 def read_fc_predictors(
@@ -113,11 +113,15 @@ def fc_files(
 
 
 def check_new(folder: Path) -> None:
-    """Raise ArtifactError unless a folder is new or empty."""
+    """Raise ArtifactError unless a folder is new or empty, and not the current one, which cannot be replaced."""
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; predictors are written to a folder.")
     if folder.exists() and any(folder.iterdir()):
         raise ArtifactError(f"{folder} is not empty. Choose another folder.")
+    if folder.resolve() == Path.cwd():
+        raise ArtifactError(
+            f"{folder} is the current folder, and a finished one takes its place. Choose another folder."
+        )
 
 
 def file_of(folder: Path, layer: int) -> Path:
