@@ -9,10 +9,15 @@ import tempfile
 import uuid
 from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffnscope.errors import ArtifactError
 
+if TYPE_CHECKING:
+    from safetensors import SafetensorError
+
 _TORCH_SIGNS = ("inline_container", "PytorchStreamWriter", "iostream")
+_SAFETENSORS_SIGN = "Error while serializing"
 
 
 @contextlib.contextmanager
@@ -36,8 +41,9 @@ def replacing(path: Path) -> Generator[Path]:
 def writing(path: Path) -> Generator[None]:
     """Turn every failure of writing ``path`` into an ArtifactError that names it, also those of torch.save.
 
-    torch writes its zip files by itself, and of the RuntimeError that it raises does not tell the reason, which mostly
-    is a full disk.
+    What is written may be read meanwhile, from shards of a large model: a failure of that is told as such. torch writes
+    its zip files by itself, and of the RuntimeError that it raises does not tell the reason, which mostly is a full
+    disk.
     """
     from safetensors import SafetensorError
 
@@ -46,6 +52,11 @@ def writing(path: Path) -> Generator[None]:
     except ArtifactError:
         raise
     except (OSError, SafetensorError) as error:
+        if _is_of_reading(error):
+            raise ArtifactError(
+                f"while {path} was made, a safetensors file could not be read: {error}. Put an intact copy there, and "
+                "call again."
+            ) from error
         what = getattr(error, "strerror", None) or str(error)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in what
         todo = " Make room, and call again." if full else ""
@@ -57,6 +68,13 @@ def writing(path: Path) -> Generator[None]:
         raise ArtifactError(
             f"cannot write {path}: torch.save failed ({error}), with {free:,.1f} MiB free. Make room, and call again."
         ) from error
+
+
+def _is_of_reading(error: OSError | SafetensorError) -> bool:
+    """Whether safetensors raised it on reading: without a number of the system's, or not as it does on writing."""
+    if isinstance(error, OSError):
+        return error.errno is None and type(error) is FileNotFoundError
+    return _SAFETENSORS_SIGN not in str(error)
 
 
 def check_writable(folder: Path) -> None:

@@ -1,11 +1,12 @@
-"""What `transformers` and the hub say while a model is loaded: silenced, or turned into one error with the cure."""
+"""What `transformers` and the hub say while a model is loaded or read: silenced, or one error with the cure."""
 
 from __future__ import annotations
 
 import contextlib
 import pickle
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,29 @@ def explained(model_id: str, *, offline: bool = False) -> Generator[None]:
             ) from error
         cure = _cure(error, model_id, offline)
         raise ModelError(f"cannot load {model_id!r}: {_first_line(error)}.{cure}") from error
+
+
+@contextlib.contextmanager
+def reading(weight: str, place: Callable[[], tuple[Path, str] | None]) -> Generator[None]:
+    """Turn a failure of reading a weight of a loaded model into a ModelError, also while something is written.
+
+    Args:
+        weight: its name.
+        place: finds its file, and its name there; None where it is in no safetensors.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FFNScopeError:
+        raise
+    except (OSError, SafetensorError) as error:
+        found = place()
+        where = f" of {found[0]}" if found else ""
+        raise ModelError(
+            f"the weight {weight}{where} cannot be read: {error}. Its file was moved, changed or damaged since the "
+            "model was loaded. Put an intact copy there, and call again."
+        ) from error
 
 
 def _hub_cure(error: OSError, model_id: str, offline: bool) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import ModelError, UsageError
 from ffnscope.ffn.heap import give_back_free
+from ffnscope.ffn.messages import reading
 from ffnscope.ffn.own_folder import OwnFolder
 from ffnscope.ffn.projection import coupled
 from ffnscope.io import write_tensors
@@ -40,8 +41,9 @@ class Stored:
 
     @property
     def value(self) -> Tensor:
-        """The value, where it is kept; read from disk now when it is there."""
-        return self.hook.weights_map[self.key].to(self.dtype)
+        """The value, where it is kept; read from disk now when it is there. Raises ModelError where it cannot be."""
+        with reading(self.key, lambda: self.file):
+            return self.hook.weights_map[self.key].to(self.dtype)
 
     @property
     def has_rows(self) -> bool:
@@ -63,7 +65,11 @@ class Stored:
         return Path(root.index[name]["safetensors_file"]), root.index[name].get("weight_name", name)
 
     def rows(self, which: slice | Tensor) -> Tensor:
-        """Some rows of the value, a slice or those of some indices, read now, on the CPU; see `has_rows`."""
+        """Some rows of the value, a slice or those of some indices, read now, on the CPU; see `has_rows`.
+
+        Raises:
+            ModelError: the file is gone or damaged.
+        """
         from safetensors import safe_open
 
         root, name = _root(self.hook.weights_map, self.key)
@@ -71,7 +77,7 @@ class Stored:
         if name in memory:
             return memory[name][which].to(self.dtype)
         place = root.index[name]
-        with safe_open(place["safetensors_file"], framework="pt") as file:
+        with reading(self.key, lambda: self.file), safe_open(place["safetensors_file"], framework="pt") as file:
             stored = file.get_slice(place.get("weight_name", name))
             if isinstance(which, slice):
                 return stored[which].to(self.dtype)

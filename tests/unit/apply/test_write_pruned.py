@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import ffnscope
+from ffnscope.apply.block_writer import BlockWriter
 from ffnscope.apply.export import prune_, save_model
 from ffnscope.apply.reconstruction import Reconstruction, reconstruct_
 from ffnscope.apply.sequential import SequentialOptions, reconstruct_sequential
 from ffnscope.apply.write_pruned import Destination, reconstruct_to, write_pruned
 from ffnscope.calibrate.collect import weights_hash
-from ffnscope.errors import ArtifactError, NotAvailableError
+from ffnscope.errors import ArtifactError, ModelError, NotAvailableError
 from ffnscope.ffn.load import ModelSource, load_model
 from ffnscope.ffn.sites import find_sites
 from ffnscope.ffn.streamed import is_streamed
@@ -127,8 +128,6 @@ def test_streams_wait_elsewhere(place: Any, tmp_path: Path) -> None:
 def test_one_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamed(tiny("llama", num_hidden_layers=4))
     most: list[int] = []
-    from ffnscope.apply.block_writer import BlockWriter
-
     save = BlockWriter._save
 
     def look(self: Any, names: Any) -> Any:
@@ -181,6 +180,27 @@ def small_tokenizer(folder: Path) -> None:
     vocabulary = {f"t{i}": i for i in range(64)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="t2").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_shard_that_cannot_be_read_is_not_called_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    small_tokenizer(tmp_path / "dense")
+    model = load_model(ModelSource(str(tmp_path / "dense"), device="cpu", stream="cpu")).model
+    plan, shard = a_plan(model), tmp_path / "dense" / "model.safetensors"
+    real = BlockWriter._save
+
+    def damaged(self: Any, names: Any) -> Any:
+        shard.write_bytes(shard.read_bytes()[:-7]) if damage == "cut" else shard.unlink()
+        monkeypatch.setattr(BlockWriter, "_save", real)
+        return real(self, names)
+
+    monkeypatch.setattr(BlockWriter, "_save", damaged)
+    with pytest.raises(ModelError, match=rf"the weight \S+ of {shard} cannot be read: .*Put an intact copy there"):
+        write_pruned(model, None, Destination(tmp_path / "out"), plan)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
