@@ -18,10 +18,26 @@ _ID = "[0-9a-f]" * 32
 """Of the names that `staged` and `ffnscope.saving.replacing` give."""
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise ArtifactError when an output exists and may not be replaced."""
-    if path.exists() and not overwrite:
-        raise ArtifactError(f"{path} already exists. Choose another output, or pass --overwrite to replace it.")
+def refuse_existing(path: Path, overwrite: bool, option: str = "output") -> None:
+    """Raise ArtifactError when an output exists and may not be replaced; names what a broken-off call left beside it.
+
+    That stays: it may be of a call with --overwrite that is to go on, or still runs. ``option`` is what names ``path``.
+    """
+    if not path.exists() or overwrite:
+        return
+    left = [found.name for found in _working_folders(path) if any(found.iterdir())]
+    told = f" Beside it lies {', '.join(left)}, of a call that did not end; delete it unless that is to go on."
+    raise ArtifactError(
+        f"{path} already exists. Choose another {option}, or pass --overwrite to replace it.{told if left else ''}"
+    )
+
+
+def _working_folders(path: Path) -> list[Path]:
+    """Hidden folders ``.NAME.COMMAND.part`` beside an output, in which commands keep what they have found so far."""
+    if not path.name:
+        return []
+    found = path.parent.glob(f".{glob.escape(path.name)}.*.part")
+    return sorted(one for one in found if one.is_dir() and one.name.count(".") == path.name.count(".") + 3)
 
 
 @contextlib.contextmanager

@@ -98,9 +98,9 @@ def eval_command(
         wait_in(loaded.model, part)
         tell_changes(part, one.hashes, reporter)
         rows, found = one.measure(reporter, part)
+        write_table(out, results_rows(rows))
         if of_tasks is not None:
             write_table(of_tasks, [row.as_dict() for row in found])
-        write_table(out, results_rows(rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ffnscope.apply.folder import held, sweep
+from ffnscope.apply.folder import held, refuse_existing, sweep
 from ffnscope.errors import ArtifactError, UsageError
 from ffnscope.evaluate.progress import DENSE
 from ffnscope.io import read_plan, read_scores, read_state, write_csv, write_json, write_state
@@ -28,8 +28,7 @@ Out = Annotated[Path, typer.Option("--out", help="Output; must not exist, unless
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise ArtifactError when an output exists and may not be replaced, or when its folder cannot be written."""
-    if path.exists() and not overwrite:
-        raise ArtifactError(f"{path} already exists. Choose another --out, or pass --overwrite to replace it.")
+    refuse_existing(path, overwrite, "--out")
     for folder in (path.parent, path) if path.is_dir() else (path.parent,):
         check_writable(folder)
 

@@ -65,6 +65,7 @@ def test_an_interrupted_evaluation_goes_on(
         stop_at(patch, channels, "write_table", 2)
         fails(130, *common, out)
     assert len(left) == 1
+    assert "Beside it lies .rows.json.eval.part, of a call that did not end" in fails(1, *common, out)
     with monkeypatch.context() as patch:
         left = stop_at(patch, evaluating, "_run", 0)
         ok(*common, out, "--overwrite")
