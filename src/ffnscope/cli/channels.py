@@ -95,6 +95,7 @@ def eval_command(
         for path in (out, of_tasks):
             if path is not None:
                 sweep(path.parent, path.name)
+                check_table(path, overwrite)  # of another process, since the first check
         wait_in(loaded.model, part)
         tell_changes(part, one.hashes, reporter)
         rows, found = one.measure(reporter, part)
