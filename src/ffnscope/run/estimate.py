@@ -24,7 +24,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel, quiet_transformers
 from ffnscope.ffn.offload import resident
 from ffnscope.ffn.sites import find_sites
-from ffnscope.run.bounds import Load, Workload, load_of_steps, load_of_text, refit_of
+from ffnscope.run.bounds import Workload, load_of_steps, load_of_text, refit_of
 from ffnscope.run.checkpoints import check_format
 from ffnscope.run.choices import (
     calibration_extra,
@@ -44,11 +44,12 @@ from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
 from ffnscope.run.seconds import REFIT_SECONDS, SAVE_SECONDS, distillation_seconds, seconds_per_token
 from ffnscope.run.solve_costs import moment_operations, refit_operations, score_line, seconds_per_operation
-from ffnscope.run.sparse_estimate import card_lines, card_work
+from ffnscope.run.sparse_estimate import card_lines, card_work, probe_card
 from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.switches import FILE, Bounds, bounds_of, load_to_estimate, print_advice
 from ffnscope.run.task_estimate import TOKENS_OF_ONE_STEP, load_of_tasks, tasks_lines, tasks_of
 from ffnscope.run.windows import evaluation_windows, sized
+from ffnscope.sparse.probe import FitTime
 from ffnscope.types import FFNSite
 
 _CHECK = 2  # readings of a streamed model by which it is checked to be a chain of blocks
@@ -102,6 +103,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     found = calibration_bytes(loaded.model, calibration, metrics, **given)
     speed, operation = seconds_per_token(loaded.model, sites), seconds_per_operation(loaded.model)
     holds_out, card = config.pruning.holds_out, open_card(config, loaded, sites, calibration)
+    probed = None if card is None else probe_card(card)
     lines = [
         *_calibrate_lines(each, passes, sites, speed, operation),
         *_curves_lines(config, sites, calibration, speed),
@@ -113,7 +115,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, loaded.tokenizer, speed),
         *tasks_lines(tasks, 1 + _n_plans(config), speed),
-        *_contextual_lines(card, speed),
+        *_contextual_lines(card, probed, speed),
         *_checkpoint_lines(config, loaded.model),
     ]
     refit = (0, 0)
@@ -122,21 +124,17 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     work = Workload(
         load_of_steps(max(each, key=_tokens, default=[]), backward=False),
         load_of_steps(max(each, key=_tokens, default=[]), backward=True),
-        _larger(load_of_text(held_out, config.dataset.batch_size), load_of_tasks(tasks)),
+        load_of_text(held_out, config.dataset.batch_size),
         max(found.beside_batches, found.disk + (held_out_bytes(sites, calibration) if holds_out else 0)),
         *refit,
-        contextual=0 if card is None else card_work(card).contextual,
+        contextual=0 if card is None else card_work(card, probed).contextual,
         more=reference_bytes(config),
+        tasks=load_of_tasks(tasks),
         reloads=config.output.checkpoints and config.model.device_map is None,
     )
     bounds = bounds_of(loaded, sites, work, libraries)
     few = few_tokens(loaded.model, sites, calibration.n_tokens) if config.pruning.refitted else None
     return Estimate(with_reading(lines, loaded, sites), bounds, passes, found, few)
-
-
-def _larger(one: Load, other: Load) -> Load:
-    """The load of which more runs at once."""
-    return one if one.at_once(None) >= other.at_once(None) else other
 
 
 def _tokens(steps: Sequence[Step]) -> int:
@@ -355,8 +353,8 @@ def _ablation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float
     return found
 
 
-def _contextual_lines(asked: CardJob | None, speed: float) -> list[Line]:
-    lines = [] if asked is None else card_lines(asked, speed)
+def _contextual_lines(asked: CardJob | None, probed: FitTime | None, speed: float) -> list[Line]:
+    lines = [] if asked is None else card_lines(asked, probed, speed)
     return [replace(line, stage=f"contextual {line.stage}") for line in lines]
 
 

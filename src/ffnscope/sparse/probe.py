@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.offload import materialised
@@ -35,15 +35,17 @@ TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class FitTime:
-    """Seconds of a fit.
+    """Seconds of a fit, and memory of what it makes.
 
     Attributes:
         fixed: of each FFN, whatever the text.
         per_token: of each token in each FFN.
+        predictor_bytes: that the predictor of an FFN holds beside the model.
     """
 
     fixed: float
     per_token: float
+    predictor_bytes: int = 0
 
     def of(self, n_sites: int, rows: float) -> float:
         """Seconds for so many FFNs, and tokens of all of them together."""
@@ -66,7 +68,7 @@ def probe_fit(
     """
     job = site_job(rule, target, options)
 
-    def fit(traces: Traces) -> int:
+    def fit(traces: Traces) -> tuple[int, int]:
         site = _of_most_tokens(traces, lookahead=rule.lookahead)
         source = traces.before(site) if rule.lookahead else None
         ahead = int(source is not None)
@@ -74,8 +76,8 @@ def probe_fit(
         with materialised(model, site):
             params = site_params(rule, model, [site])[site]
             ffn = ffn_of(model, site, traces.activation(site))
-            fit_site(ffn, SiteTokens(given, judged, None, source, params), job)
-        return len(traces.tokens(site))
+            fitted = fit_site(ffn, SiteTokens(given, judged, None, source, params), job)
+        return len(traces.tokens(site)), predictor_bytes(fitted.predictor)
 
     layers = sorted({site.layer for site in sites})[: 2 if rule.lookahead else 1]
     return fit_time(model, [windows], [s for s in sites if s.layer in layers], lambda traces: fit(*traces), rule.prompt)
@@ -85,23 +87,39 @@ def fit_time(
     model: nn.Module,
     texts: Sequence[Windows],
     sites: Sequence[FFNSite],
-    fit: Callable[[Sequence[Traces]], int],
+    fit: Callable[[Sequence[Traces]], tuple[int, int]],
     prompt: int = 0,
 ) -> FitTime:
-    """Time ``fit`` on traces of some documents of each text; it returns how many tokens of FFNs it was given."""
+    """Time ``fit`` on traces of some documents of each text.
+
+    It returns how many tokens of FFNs it was given, and the bytes that a predictor holds.
+    """
     found: list[tuple[int, float]] = []
+    size = 0
     for i, n in enumerate((DOCUMENTS[0], *DOCUMENTS)):  # the first is slower than any other, and does not count
         with tempfile.TemporaryDirectory() as folder:
             small = [_documents(one, n, max(TOKENS, 2 * prompt)) for one in texts]
             traces = [_traces(model, one, sites, Path(folder) / f"text_{k}") for k, one in enumerate(small)]
             start = time.perf_counter()
-            rows = fit(traces)
+            rows, size = fit(traces)
             found += [(rows, time.perf_counter() - start)] if i else []
     (few, short), (many, long) = found
     if many == few:
-        return FitTime(0.0, short / few)
+        return FitTime(0.0, short / few, size)
     per_token = max(0.0, (long - short) / (many - few))
-    return FitTime(max(0.0, short - per_token * few), per_token)
+    return FitTime(max(0.0, short - per_token * few), per_token, size)
+
+
+def predictor_bytes(predictor: nn.Module) -> int:
+    """Memory that a predictor holds: its tensors, and what it made of them; not the weights of the FFN."""
+    tensors = [
+        value
+        for module in predictor.modules()
+        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
+        if isinstance(value, Tensor)
+    ]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
 
 
 def _documents(windows: Windows, n: int, length: int) -> Windows:
