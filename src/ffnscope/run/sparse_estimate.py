@@ -72,7 +72,9 @@ def card_lines(job: CardJob, probed: FitTime | None, speed: float) -> list[Line]
     parts = {part: _part(job.windows, part, job.seed) for part in ("calibrate", "test")}
     wanted = target_words(*measure_and_value(job.target))
     what = f"{job.rule.predictor} and calibrate {job.rule.policy} to {wanted} in {len(job.sites)} FFNs"
-    found.append(Line("fit", what, _seconds(probed, len(job.sites), _rows(job.loaded, job.sites, job.texts))))
+    found.append(
+        Line("fit and measure", what, _seconds(probed, len(job.sites), _rows(job.loaded, job.sites, job.texts)))
+    )
     ladder = site_job(job.rule, job.target, job.options).ladder
     batches = most_batches(len(job.sites), ladder, job.target, job.options, len(parts["calibrate"]))
     if batches:
@@ -80,7 +82,7 @@ def card_lines(job: CardJob, probed: FitTime | None, speed: float) -> list[Line]
         what = f"up to {batches:,} batches, {tokens:,} tokens forward: the loss of the model decides"
         found.append(Line("choose", what, _SELECTED * tokens * speed))
     tokens = sum(one.n_tokens for one in (*parts.values(), *job.texts[1:]))
-    found.append(Line("measure", f"the dense model and the card x {tokens:,} tokens", (1 + _SELECTED) * tokens * speed))
+    found.append(Line("loss", f"the dense model and the card x {tokens:,} tokens", (1 + _SELECTED) * tokens * speed))
     if job.densities:
         models, tokens = n_forms(job.densities), parts["test"].n_tokens
         what = f"{models} models x {tokens:,} tokens: {len(job.densities)} densities"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.offload import materialised
 from ffnscope.io import write_tensors
+from ffnscope.sparse.card_figures import CardFigures
 from ffnscope.sparse.card_options import CardOptions, CardTarget
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.fit import site_job
@@ -28,7 +29,8 @@ from ffnscope.sparse.streaming import trace_rounds
 from ffnscope.sparse.traces import Traces
 from ffnscope.types import FFNSite
 
-DOCUMENTS = (3, 6)
+DOCUMENTS = (5, 10)
+"""Of each text: a fifth of either calibrates, and a fifth tests."""
 TOKENS = 128
 """Of each document, and of a prompt twice as many as it has."""
 
@@ -60,7 +62,7 @@ def probe_fit(
     target: CardTarget,
     options: CardOptions,
 ) -> FitTime:
-    """Time the fit of one FFN of a card (`fit_site`): the predictor, its settings, what these lose.
+    """Time one FFN of a card: its predictor, its settings, what these lose, and the figures of one of them.
 
     Raises:
         UsageError: so little text has no setting that meets the target, or fewer than three documents.
@@ -77,6 +79,7 @@ def probe_fit(
             params = site_params(rule, model, [site])[site]
             ffn = ffn_of(model, site, traces.activation(site))
             fitted = fit_site(ffn, SiteTokens(given, judged, None, source, params), job)
+            CardFigures(traces, None, options.wanted).site(site, fitted, len(fitted.parameters) - 1)
         return len(traces.tokens(site)), predictor_bytes(fitted.predictor)
 
     layers = sorted({site.layer for site in sites})[: 2 if rule.lookahead else 1]

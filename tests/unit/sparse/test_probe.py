@@ -28,11 +28,11 @@ def text(n_documents: int) -> Windows:
 def test_a_line_through_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 100.0, 105.0, 200.0, 208.0])
     monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    model, given = tiny("llama"), text(7)
+    model, given = tiny("llama"), text(11)
     each = given.length
     found = fit_time(model, [given], find_sites(model)[:1], lambda traces: (len(traces[0].document), 5))
-    assert found.per_token == pytest.approx(3 / (3 * each)) and found.fixed == pytest.approx(2.0)
-    assert found.of(10, 1000) == pytest.approx(20 + 1000 / each) and found.predictor_bytes == 5
+    assert found.per_token == pytest.approx(3 / (5 * each)) and found.fixed == pytest.approx(2.0)
+    assert found.of(10, 1000) == pytest.approx(20 + 600 / each) and found.predictor_bytes == 5
 
 
 def test_a_text_of_few_documents_is_all_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_a_text_of_few_documents_is_all_per_token(monkeypatch: pytest.MonkeyPatc
 def test_a_card(model: Any, rule: SelectionRule) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     site = find_sites(model)[0]
-    found = probe_fit(model, text(6), find_sites(model), rule, Target("density", 0.5), CardOptions())
+    found = probe_fit(model, text(10), find_sites(model), rule, Target("density", 0.5), CardOptions())
     dense = 2 * 4 * site.d_model * site.d_ff  # what the codes of gate and up stand for
     assert found.predictor_bytes > dense if rule.predictor == "low_bit" else found.predictor_bytes < dense
     assert found.fixed >= 0 and found.per_token >= 0 and found.of(1, 1) > 0
