@@ -42,8 +42,14 @@ from ffnscope.run.machine import library_bytes
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
-from ffnscope.run.seconds import REFIT_SECONDS, SAVE_SECONDS, distillation_seconds, seconds_per_token
-from ffnscope.run.solve_costs import moment_operations, refit_operations, score_line, seconds_per_operation
+from ffnscope.run.seconds import SAVE_SECONDS, distillation_seconds, seconds_per_token
+from ffnscope.run.solve_costs import (
+    curve_operations,
+    moment_operations,
+    refit_operations,
+    score_line,
+    seconds_per_operation,
+)
 from ffnscope.run.sparse_estimate import card_lines, card_work
 from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.switches import FILE, Bounds, bounds_of, load_to_estimate, print_advice
@@ -104,7 +110,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     holds_out, card = config.pruning.holds_out, open_card(config, loaded, sites, calibration)
     lines = [
         *_calibrate_lines(each, passes, sites, speed, operation),
-        *_curves_lines(config, sites, calibration, speed),
+        *_curves_lines(config, sites, calibration, speed, operation),
         *_decision_lines(config, sites, operation),
         *(held_out_lines(sites, calibration, speed) if holds_out else []),
         *_round_lines(config, steps, speed),
@@ -202,28 +208,34 @@ def held_out_lines(sites: Sequence[FFNSite], calibration: Windows, speed: float)
 
 
 def curves_line(
-    sites: Sequence[FFNSite], rounds: CurveRounds, calibration: Windows, speed: float, *, refits: bool
+    sites: Sequence[FFNSite], rounds: CurveRounds, calibration: Windows, speed: float, operation: float | None
 ) -> Line:
-    """Tell the measuring of loss curves; ``speed`` in seconds per token of a forward, ``refits``: of every cut."""
+    """Tell the measuring of loss curves.
+
+    ``speed`` in seconds per token of a forward; ``operation`` in those per operation of least squares in float64, see
+    `seconds_per_operation`, None = no cut is refitted.
+    """
     cuts = curve_cuts(sites, rounds)
     windows = rounds.windows(calibration)
     tokens, forwards = windows.n_tokens, cuts / 2 + 2 * rounds.rounds
     seconds, reads = forwards * tokens * speed, math.ceil(forwards * len(windows) / rounds.options.batch_size)
-    if refits:
-        seconds += cuts * REFIT_SECONDS * (max(s.d_ff for s in sites) / 1536) ** 3
+    if operation is not None:
+        seconds += operation * curve_operations(sites, rounds)
     what = f"{cuts:,} cuts in {rounds.rounds} round(s) x {tokens:,} tokens, on average half of the layers"
-    return Line("measure curves", what + (", each refitted" if refits else ""), seconds, reads)
+    return Line("measure curves", what + ("" if operation is None else ", each refitted"), seconds, reads)
 
 
-def _curves_lines(config: RunConfig, sites: Sequence[FFNSite], calibration: Windows, speed: float) -> list[Line]:
+def _curves_lines(
+    config: RunConfig, sites: Sequence[FFNSite], calibration: Windows, speed: float, operation: float
+) -> list[Line]:
     """The first round for every metric, the others for every plan."""
     asked = config.pruning
     if not asked.measures:
         return []
     rounds = asked.curve_rounds(config.calibration.batch_size)
-    refits = asked.chosen(asked.algorithms[0]).refits
-    first = curves_line(sites, replace(rounds, rounds=1), calibration, speed, refits=refits)
-    every = curves_line(sites, rounds, calibration, speed, refits=refits)
+    fits = operation if asked.chosen(asked.algorithms[0]).refits else None
+    first = curves_line(sites, replace(rounds, rounds=1), calibration, speed, fits)
+    every = curves_line(sites, rounds, calibration, speed, fits)
     n_metrics, n_plans = len(asked.algorithms), _n_plans(config)
     seconds = n_metrics * (first.seconds or 0) + n_plans * ((every.seconds or 0) - (first.seconds or 0))
     what = f"{every.what}; the first round for {n_metrics} metric(s), the others for {n_plans} plan(s)"
