@@ -24,7 +24,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel, quiet_transformers
 from ffnscope.ffn.offload import resident
 from ffnscope.ffn.sites import find_sites
-from ffnscope.run.bounds import Load, Workload, load_of_steps, load_of_text, refit_of
+from ffnscope.run.bounds import Load, Workload, curve_bytes, load_of_steps, load_of_text, refit_of
 from ffnscope.run.checkpoints import check_format
 from ffnscope.run.choices import (
     calibration_extra,
@@ -125,6 +125,7 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     refit = (0, 0)
     if config.pruning.enabled and config.pruning.reconstruct == "sequential":
         refit = refit_of(loaded.model, sites, calibration, distils=config.pruning.distill is not None)
+    curves, columns = _curve_work(config, loaded.model, sites, calibration, found.disk)
     work = Workload(
         load_of_steps(max(each, key=_tokens, default=[]), backward=False),
         load_of_steps(max(each, key=_tokens, default=[]), backward=True),
@@ -134,10 +135,24 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         contextual=0 if card is None else card_work(card).contextual,
         more=reference_bytes(config),
         reloads=config.output.checkpoints and config.model.device_map is None,
+        curves=curves,
+        columns=columns,
     )
     bounds = bounds_of(loaded, sites, work, libraries)
     few = few_tokens(loaded.model, sites, calibration.n_tokens) if config.pruning.refitted else None
     return Estimate(with_reading(lines, loaded, sites), bounds, passes, found, few)
+
+
+def _curve_work(
+    config: RunConfig, model: Any, sites: Sequence[FFNSite], calibration: Windows, statistics: int
+) -> tuple[Load, int]:
+    """The text on which curves are measured, and bytes beside its logits: all statistics of the run are in memory."""
+    asked = config.pruning
+    if not asked.measures:
+        return Load(), 0
+    rounds, refits = asked.curve_rounds(config.calibration.batch_size), asked.chosen(asked.algorithms[0]).refits
+    text, beside = curve_bytes(model, sites, rounds, calibration, statistics if refits else 0)
+    return text, beside if refits else beside + statistics
 
 
 def _larger(one: Load, other: Load) -> Load:
