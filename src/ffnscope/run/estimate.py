@@ -195,17 +195,6 @@ def with_reading(lines: Sequence[Line], loaded: LoadedModel, sites: Sequence[FFN
     ]
 
 
-def print_peak(model: Any, peak: int, libraries: int, console: Console) -> None:
-    """Print the peak memory in bytes."""
-    console.print(Text(f"peak memory about {with_libraries(model, peak, libraries) / 2**30:.1f} GiB"))
-
-
-def with_libraries(model: Any, peak: int, libraries: int) -> int:
-    """Peak memory with what the libraries take, where the model is on the CPU or offloaded from it."""
-    on_cpu = all(p.device.type in ("cpu", "meta") for p in model.parameters())
-    return peak + libraries * on_cpu
-
-
 def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     """Tell one pass over the text; ``speed`` in seconds per token of a forward."""
     forward = sum(s.batch.n_tokens for s in steps)
