@@ -46,7 +46,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what a process takes")
-@pytest.mark.parametrize("command", ["prune", "score", "relufy", "run", "curves", "sparsify"])
+@pytest.mark.parametrize("command", ["prune", "score", "rank", "relufy", "run", "curves", "sparsify"])
 def test_a_model_is_counted_once(
     checkpoint: Path, texts: Path, tmp_path: Path, ok: Callable[..., Result], large: list[int], command: str
 ) -> None:
@@ -54,6 +54,7 @@ def test_a_model_is_counted_once(
     given: dict[str, tuple[Any, ...]] = {
         "prune": (checkpoint, *text, "--no-evaluate", "--sparsity", 0.5, "--out", tmp_path / "out"),
         "score": (checkpoint, *text, "-m", "wanda", "--out", tmp_path / "out"),
+        "rank": (checkpoint, "--validate", *text, "-m", "wanda", "--held-out", texts / "test.txt"),
         "relufy": (checkpoint, "--max-length", 16, "--steps", 2, "--held-out-samples", 2, "--out", tmp_path / "out"),
         "run": (tmp_path / "run.yaml",),
         "curves": (checkpoint, *text, "-m", "wanda", "--out", tmp_path / "out"),
