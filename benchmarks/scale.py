@@ -26,6 +26,8 @@ HERE = Path(__file__).parent
 OUT = HERE / "results" / "scale.md"
 FAULTS = HERE / "results" / "faults.md"
 STAGES = ("make", "idle", "calibrate", "plan", "reconstruct", "evaluate")
+UNLIMITED = ("make",)
+RANKS = "ranks.json"
 MIB, GB = 2**20, 10**9
 
 
@@ -75,11 +77,10 @@ def run_stage(stage: str, told: Path, work: Path, limit: float) -> dict[str, Any
     """Run one stage, end it when it passes the limit, and return its result with the peaks of its memory."""
     result, record = (work / f"{stage}.{kind}.json" for kind in ("result", "record"))
     if result.exists() and record.exists():
-        print(f"{stage}: is there", flush=True)
-        return json.loads(record.read_text())
+        return read_record(stage, record, limit)
     child = subprocess.Popen([sys.executable, HERE / "scale_stages.py", stage, told], stderr=sys.stderr)
     peak: dict[str, int] = {}
-    limited = stage != "make"
+    limited = stage not in UNLIMITED
     while child.poll() is None:
         for name, value in memory_of(child.pid).items():
             peak[name] = max(peak.get(name, 0), value)
@@ -92,12 +93,26 @@ def run_stage(stage: str, told: Path, work: Path, limit: float) -> dict[str, Any
         raise StageError(f"{stage}: failed ({child.returncode})")
     found = json.loads(result.read_text())
     peak["VmHWM"] = found["VmHWM"]  # at its end, where no moment is missed
-    found = {**found, **peak}
-    if limited and peak["VmHWM"] > limit:
-        raise StageError(f"{stage}: took {peak['VmHWM'] / MIB:,.0f} MiB, above {limit / MIB:,.0f} MiB: {peak}")
+    found = {**found, **peak, "load": os.getloadavg()[0]}
+    check_peak(stage, found, limit)
     record.write_text(json.dumps(found))
     shown = ", ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in peak.items())
     print(f"{stage}: {found['seconds']:.1f} s, {shown}", flush=True)
+    return found
+
+
+def check_peak(stage: str, found: dict[str, Any], limit: float) -> None:
+    """Raise StageError where a stage took more than the limit."""
+    if stage not in UNLIMITED and found["VmHWM"] > limit:
+        peak = {name: found[name] for name in ("VmHWM", "RssAnon", "RssFile") if name in found}
+        raise StageError(f"{stage}: took {found['VmHWM'] / MIB:,.0f} MiB, above {limit / MIB:,.0f} MiB: {peak}")
+
+
+def read_record(stage: str, record: Path, limit: float) -> dict[str, Any]:
+    """The result of a stage that was run by an earlier call, perhaps under a higher limit; raises StageError."""
+    found = json.loads(record.read_text())
+    check_peak(stage, found, limit)
+    print(f"{stage}: is there", flush=True)
     return found
 
 
@@ -115,6 +130,19 @@ def run_ranks(size: int, work: Path, told: Path) -> Path:
     return out
 
 
+def ranks_settings(asked: argparse.Namespace, told: dict[str, Any]) -> dict[str, Any]:
+    """What the comparison of one process with two is told: a small model in float32, on the CPU."""
+    return {**told, "hidden": asked.hidden // 2, "layers": asked.ranks_layers, "dtype": "float32", "device": "cpu"}
+
+
+def check_settings(path: Path, told: dict[str, Any], results: str) -> None:
+    """End the program where a folder holds results of other settings."""
+    if path.exists() and json.loads(path.read_text()) != told:
+        raise SystemExit(
+            f"{path.parent} holds results of other settings ({path}); name another folder, or delete {results}."
+        )
+
+
 def compare_ranks(asked: argparse.Namespace, told: dict[str, Any]) -> list[str]:
     """One process against two: lines of the table."""
     sys.path.insert(0, str(HERE))
@@ -122,12 +150,11 @@ def compare_ranks(asked: argparse.Namespace, told: dict[str, Any]) -> list[str]:
 
     import ffnscope as fs
 
-    small = {**told, "hidden": asked.hidden // 2, "layers": asked.ranks_layers, "dtype": "float32", "device": "cpu"}
+    small, path = ranks_settings(asked, told), asked.work / RANKS
     folder = asked.work / "small"
     if not (folder / "model.safetensors.index.json").exists():
         folder.mkdir(exist_ok=True)
         write_model(folder, small)
-    path = asked.work / "ranks.json"
     path.write_text(json.dumps(small))
     one, two = (run_ranks(size, asked.work, path) for size in (1, 2))
     times = [json.loads((out / "times.json").read_text()) for out in (one, two)]
@@ -171,14 +198,15 @@ def table(asked: argparse.Namespace, told: dict[str, Any], found: dict[str, dict
     """The stages as Markdown."""
     weights, limit = found["make"]["weights"], asked.limit_gigabytes * GB
     idle = found["idle"]
-    load = f"{os.getloadavg()[0]:.1f}"
+    shown = [stage for stage in STAGES[2:] if stage in found]
+    loads = any("load" in found[stage] for stage in shown)
     lines = [
         "# A model larger than memory",
         "",
         f"Random Llama: hidden size {told['hidden']}, {told['layers']} layers, vocabulary {told['vocabulary']:,}, "
         f"{told['dtype']}, {weights / MIB:,.0f} MiB. {told['windows']} windows of {told['length']} tokens, batches of "
         f"{told['batch']}; hidden states wait: {told['place']}. Device: {told['device']}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, load {load} at the end.",
+        f"{os.cpu_count()} cores.",
         "",
         f"Limit of peak memory (VmHWM, mapped pages of files included): {limit / MIB:,.0f} MiB; "
         f"the weights are {weights / limit:.2f} times that. Libraries alone (a streamed model of no size, with "
@@ -188,25 +216,28 @@ def table(asked: argparse.Namespace, told: dict[str, Any], found: dict[str, dict
         "The page cache of files that are read and not mapped belongs to no process, and is in none of these numbers.",
         "",
         "The bound is the larger of reading the weights that the stage needs (the quicker of two readings of the same "
-        "files, so from the page cache where it holds them) and of its FLOP at the measured speed of a matrix product.",
+        "files, so from the page cache where it holds them) and of its FLOP at the measured speed of a matrix product. "
+        "Those of a reconstruction have its factorisations and triangular solves in float64, at the speed of a product "
+        "in float64."
+        + (" Load: of the machine in the last minute of the stage, which counts itself." if loads else ""),
         "",
-        "| stage | VmHWM, MiB | above libraries | anonymous | mapped | time, s | reading | FLOP | time / bound |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| stage | VmHWM, MiB | above libraries | anonymous | mapped | time, s | reading | FLOP | time / bound |"
+        + " load |" * loads,
+        "|---" * (9 + loads) + "|",
     ]
-    for stage in STAGES[2:]:
-        if stage in found:
-            lines.append(_row(stage, found[stage], idle))
+    lines += [_row(stage, found[stage], idle, loads=loads) for stage in shown]
     if "evaluate" in found:
         lines += ["", f"Perplexity of the pruned model: {found['evaluate']['perplexity']:,.1f} (random weights)."]
     return lines
 
 
-def _row(stage: str, one: dict[str, Any], idle: dict[str, Any]) -> str:
+def _row(stage: str, one: dict[str, Any], idle: dict[str, Any], *, loads: bool) -> str:
     bound = max(one["io"], one["flop"])
     memory = [one["VmHWM"], one["VmHWM"] - idle["VmHWM"], one["RssAnon"], one["RssFile"]]
     cells = [f"{value / MIB:,.0f}" for value in memory]
     cells += [f"{one[name]:.1f}" for name in ("seconds", "io", "flop")]
     cells.append(f"{one['seconds'] / bound:.1f}")
+    cells += [f"{one['load']:.1f}" if "load" in one else "not noted"] * loads
     return f"| {' | '.join([stage, *cells])} |"
 
 
@@ -215,17 +246,18 @@ def main() -> None:
     asked.work.mkdir(parents=True, exist_ok=True)
     told = settings(asked)
     path = asked.work / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != told:
-        raise SystemExit(f"{asked.work} holds results of other settings ({path}); name another folder, or delete it.")
-    path.write_text(json.dumps(told))
     wanted = asked.stages.split(",")
+    check_settings(path, told, "it")
+    if "ranks" in wanted:
+        check_settings(asked.work / RANKS, ranks_settings(asked, told), f"{RANKS}, small, ranks1 and ranks2 in it")
+    path.write_text(json.dumps(told))
     found: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
         record = asked.work / f"{stage}.record.json"
         if stage in wanted:
             found[stage] = run_stage(stage, path, asked.work, asked.limit_gigabytes * GB)
         elif record.exists():
-            found[stage] = json.loads(record.read_text())
+            found[stage] = read_record(stage, record, asked.limit_gigabytes * GB)
     lines = table(asked, told, found) if {"make", "idle"} <= found.keys() else []
     lines += compare_ranks(asked, told) if "ranks" in wanted else []
     lines += faults()

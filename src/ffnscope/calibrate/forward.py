@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import DeviceError, UsageError
+from ffnscope.ffn.streamed import streaming_device
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter that is in memory."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    """Device that a streamed model computes on, of others that of the first parameter that is in memory."""
+    first = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return streaming_device(model) or first
 
 
 def forward_logits(model: nn.Module, batch: Windows) -> Tensor:

@@ -24,8 +24,8 @@ from ffnscope.report.answer_table import answer_markdown, print_answer, write_an
 from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
 from ffnscope.run.seconds import seconds_per_token
-from ffnscope.run.sparse_estimate import answer_lines, answer_work, print_sparse_estimate
-from ffnscope.run.sparse_steps import traced
+from ffnscope.run.sparse_estimate import answer_lines, answer_work, print_sparse_estimate, probe_answer
+from ffnscope.run.sparse_steps import check_in_memory, traced
 from ffnscope.run.steps import discard_damaged
 from ffnscope.run.switches import bounds_of
 from ffnscope.run.texts import SHIPPED_TEXTS
@@ -140,12 +140,15 @@ def _estimate(
     libraries: int,
 ) -> None:
     """Print what an answer for one model would take."""
+    check_in_memory(loaded)
     (options, limit), sites = asked, find_sites(loaded.model)
     read = {name: (one.calibration(loaded), other.held_out(loaded)) for name, (one, other) in texts.items()}
     for one, _ in read.values():
         check_traces(loaded.model, one, sites, TraceOptions(batch_size=options.batch_size, max_bytes=limit))
-    lines = answer_lines(loaded, sites, read, options, seconds_per_token(loaded.model, sites))
-    work = answer_work(loaded, sites, [one for one, _ in read.values()], options.batch_size)
+    texts_read = [one for one, _ in read.values()]
+    probed = probe_answer(loaded, sites, texts_read, options)
+    lines = answer_lines(loaded, sites, read, probed, seconds_per_token(loaded.model, sites))
+    work = answer_work(loaded, sites, texts_read, probed, options.batch_size)
     print_sparse_estimate(f"answer {model}", lines, bounds_of(loaded, sites, work, libraries), OUT)
 
 
@@ -160,6 +163,7 @@ def _page(
 ) -> str:
     options, tracing = asked
     loaded = loading.open(reporter, model)
+    check_in_memory(loaded)
     label, known = _label(model), weights_hash(loaded.model)
     read = {name: (one.calibration(loaded), other.held_out(loaded)) for name, (one, other) in texts.items()}
     hashes = {f"the calibration text {name} of {label}": one.hash for name, (one, _) in read.items()}

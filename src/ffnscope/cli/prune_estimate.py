@@ -48,7 +48,8 @@ def print_curves_estimate(job: PruneJob, rounds: CurveRounds, libraries: int, co
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
     each = [plan_steps(job.windows, names, job.options()) for names in passes]
     lines = [calibrate_line("calibrate", steps, speed) for steps in each]
-    lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=job.method.refits))
+    fits = seconds_per_operation(model) if job.method.refits else None
+    lines.append(curves_line(asked.sites, rounds, job.windows, speed, fits))
     memory = job.memory() if any(each) else None
     work = replace(_workload(job, each, memory, None, rounds), only=("calibrate", "score", "curves"))
     bounds = bounds_of(job.loaded, asked.sites, work, libraries)
@@ -78,7 +79,8 @@ def print_prune_estimate(
     lines += held_out_lines(asked.sites, job.windows, speed) if holds_out else []
     channels = sum(site.d_ff for site in asked.sites)
     if rounds is not None:
-        lines.append(curves_line(asked.sites, rounds, job.windows, speed, refits=method.refits))
+        fits = operation if method.refits else None
+        lines.append(curves_line(asked.sites, rounds, job.windows, speed, fits))
     if asked.params:
         what = f"{method.metric} x {channels:,} channels of {len(asked.sites)} FFNs"
         lines.append(score_line(what, asked.sites, [method.metric], operation))

@@ -20,16 +20,13 @@ from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import Out, Overwrite
 from ffnscope.cli.groups import grouped
+from ffnscope.cli.relufy_estimate import print_relufy_estimate
 from ffnscope.errors import UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.report.relufy_plot import plot_relufy
-from ffnscope.run.estimate import print_peak
-from ffnscope.run.lines import Line, print_lines
 from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
-from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.texts import held_out_split
-from ffnscope.sparse.relu.activation import replace_activation_
 from ffnscope.sparse.relu.convert import CALIBRATION, ReluModel, Watch, relufy_
 from ffnscope.sparse.relu.penalty import PROSPARSE, ProgressiveL1
 from ffnscope.sparse.relu.training import ReluOptions
@@ -161,7 +158,7 @@ def relufy_command(
     read = options.steps * options.batch_size * options.accumulate
     windows, held_out = text.windows(sources, loaded, read)
     if dry_run:
-        _estimate(loaded, windows, held_out, options, libraries)
+        print_relufy_estimate(loaded, windows, held_out, options, libraries, OUT)
         return
     with reporter.task("train", "steps") as on_step:
         trials = _Trials(reporter)
@@ -199,28 +196,3 @@ def _print(found: ReluModel, console: Console) -> None:
         cells = (str(row["step"]), f"{row['perplexity']:.4g}", f"{row['sparsity']:.2%}")
         table.add_row(str(row["stage"]), *cells)
     console.print(table)
-
-
-def _estimate(loaded: LoadedModel, text: Windows, held_out: Windows, options: ReluOptions, libraries: int) -> None:
-    """Print what would run; the activation is replaced in memory to see whether it can be."""
-    model: Any = loaded.model
-    sites = replace_activation_(model, options.activation)
-    speed = seconds_per_token(model, sites)
-    forward = options.batch_size * text.length
-    tokens = options.steps * options.accumulate * forward
-    times = -(-options.steps // options.every)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    lines = [
-        Line("replace", f"{len(sites)} FFNs get {options.activation}; plain transformers loads the result"),
-        Line("train", f"{options.steps} steps, {tokens:,} tokens of {text.source}", 3 * speed * tokens),
-        Line("measure", f"{times + 3} times {held_out.n_tokens:,} tokens", (times + 3) * speed * held_out.n_tokens),
-    ]
-    if options.rise is not None:
-        n_tokens = min(CALIBRATION, max(1, len(text) // 4)) * text.length
-        lines.append(Line("shift", f"12 times {n_tokens:,} tokens", 12 * speed * n_tokens))
-    disk = f"up to {2 * 12 * n_parameters / 2**30:.1f} GiB beside the output until it is finished"
-    lines.append(Line("checkpoints", f"one every {options.every} steps, {disk}"))
-    print_lines(lines, "relufy", OUT)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    saved = sum(4 * s.d_ff + 12 * s.d_model for s in sites) * 4
-    print_peak(model, 16 * n_parameters + forward * (saved + 12 * vocabulary), libraries, OUT)

@@ -60,7 +60,7 @@ def print_score_estimate(
         load_of_steps(steps, backward=False),
         load_of_steps(steps, backward=True),
         sums=held,
-        more=_reference_bytes(asked),
+        more=reference_weights(asked),
     )
     bounds = bounds_of(loaded, asked.sites, work, libraries)
     print_lines(with_reading(lines, loaded, asked.sites), "score", console)
@@ -86,6 +86,7 @@ def _stages(
     return [*found, (f"{prefix}score", what)]
 
 
-def _reference_bytes(asked: Question) -> int:
+def reference_weights(asked: Question) -> int:
+    """Bytes of the model before fine-tuning; 0 where there is none."""
     parameters = asked.reference.parameters() if asked.reference is not None else ()
     return sum(p.numel() * p.element_size() for p in parameters)

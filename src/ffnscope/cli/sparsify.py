@@ -21,7 +21,7 @@ from ffnscope.report.card_table import print_card
 from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
 from ffnscope.run.seconds import seconds_per_token
-from ffnscope.run.sparse_estimate import card_lines, card_work, print_sparse_estimate
+from ffnscope.run.sparse_estimate import card_lines, card_work, print_sparse_estimate, probe_card
 from ffnscope.run.sparse_steps import CardJob, draw_card_plots, write_curve
 from ffnscope.run.switches import bounds_of
 from ffnscope.sparse.card_curve import check_densities
@@ -117,8 +117,9 @@ def sparsify_command(
     job = CardJob(loaded, sites, selection, asked, options, windows, held, densities, max_bytes=limit)
     job.check()
     if dry_run:
-        lines = card_lines(job, seconds_per_token(loaded.model, sites))
-        print_sparse_estimate("sparsify", lines, bounds_of(loaded, sites, card_work(job), libraries), OUT)
+        probed = probe_card(job)
+        lines = card_lines(job, probed, seconds_per_token(loaded.model, sites))
+        print_sparse_estimate("sparsify", lines, bounds_of(loaded, sites, card_work(job, probed), libraries), OUT)
         return
     job = replace(job, model_hash=weights_hash(loaded.model))
     with unfinished(out / UNFINISHED) as part:

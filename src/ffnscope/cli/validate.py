@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ffnscope.analyze.ablation import ablate_channels
-from ffnscope.analyze.levels import calibrate_all, calibration_passes
+from ffnscope.analyze.levels import calibrate_all
 from ffnscope.analyze.memory import calibration_bytes
 from ffnscope.analyze.paths import strongest_paths, top_nodes
 from ffnscope.analyze.question import Question
 from ffnscope.analyze.sample import ChannelSample
-from ffnscope.analyze.suffix import prefix_of
 from ffnscope.analyze.validate import (
-    FLOOR,
     Validation,
     ValidationOptions,
     computable_metrics,
@@ -30,25 +27,24 @@ from ffnscope.analyze.validate import (
     validation_plans,
     with_floor,
 )
-from ffnscope.calibrate.collect import PassOptions, plan_steps, weights_hash
+from ffnscope.calibrate.collect import PassOptions, weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.cli import options as opt
 from ffnscope.cli.channels import OUT
 from ffnscope.cli.files import check_folder_output, tell_changes, unfinished
+from ffnscope.cli.validate_estimate import print_validation_estimate
 from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.io import read_state, write_csv, write_json, write_text
 from ffnscope.plan.build import check_allocator_name
 from ffnscope.registry import METRICS
 from ffnscope.report.validation_table import print_validation, validation_facts, validation_markdown
-from ffnscope.run.estimate import calibrate_line
-from ffnscope.run.lines import Line, print_lines
+from ffnscope.run.machine import library_bytes
 from ffnscope.run.progress import Reporter
-from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.steps import announce, compare_with_dense, discard_damaged
 from ffnscope.run.texts import held_out_split
 from ffnscope.scoring import naming_weights
-from ffnscope.types import FFNSite, Scores
+from ffnscope.types import Scores
 
 UNFINISHED = "validate.part"
 """Folder in an output that is not finished: what has been measured so far."""
@@ -168,10 +164,14 @@ def validate_command(
     every = [rule.name for rule in rules if "reference" not in rule.inputs or needs.reference is not None]
     inputs = needs.inputs(context, named or every, text.seed)
     reporter = Reporter()
-    loaded = loading.open(reporter, model)
+    libraries = library_bytes() if checks.dry_run else 0  # before the model is loaded
+    loaded = loading.open(reporter, model, only_estimate=checks.dry_run)
     one = prepare(loaded, inputs.question(loaded, tracked), texts, checks, named=bool(named))
     if checks.dry_run:
-        print_validation_estimate(one, OUT)
+        windows = one.calibration, one.held_out
+        print_validation_estimate(loaded, one.asked, windows, one.options, libraries, OUT)
+        for metric, why in one.skipped.items():
+            OUT.print(f"no row for {metric}: {why}", highlight=False, markup=False)
         return
     found = run_validation(one, reporter, out, plots=checks.plots)
     print_validation(found, OUT)
@@ -269,28 +269,3 @@ def _plot(found: Validation, model: Any, folder: Path) -> None:
     plot_layered_graph(
         every, strongest_paths(model, nodes), folder / "paths.png", f"scores: {best}; strengths: weights"
     )
-
-
-def print_validation_estimate(one: Measurement, console: Console) -> None:
-    """Print the passes, ablations and prunings of a validation, with their times; nothing is computed."""
-    asked, held_out, options = one.asked, one.held_out, one.options
-    speed = seconds_per_token(asked.model, asked.sites)
-    sizes = PassOptions(batch_size=options.batch_size)
-    passes = calibration_passes(asked.sites, asked.params, asked.rule, sizes)
-    lines = [calibrate_line("calibrate", plan_steps(one.calibration, names, sizes), speed) for names in passes]
-    shares = options.sample.shares(asked.sites)
-    rerun = sum(n * _share_from(asked.model, site) for site, n in shares.items())
-    what = f"{sum(shares.values())} channels of {len(shares)} FFNs x {held_out.n_tokens:,} tokens, from their block on"
-    lines.append(Line("ablate", what, rerun * held_out.n_tokens * speed))
-    n_plans = len({*asked.params, FLOOR}) * len(options.sparsities) * len(options.allocators)
-    what = f"{1 + n_plans} models x {held_out.n_tokens:,} tokens"
-    lines.append(Line("prune", what, (1 + n_plans) * held_out.n_tokens * speed))
-    print_lines(lines, "rank --validate", console)
-    for metric, why in one.skipped.items():
-        console.print(f"no row for {metric}: {why}", highlight=False, markup=False)
-
-
-def _share_from(model: Any, site: FFNSite) -> float:
-    """Share of the weights in a site's block and all that is after it."""
-    skipped = sum(p.numel() for block in prefix_of(model, [site]).blocks for p in block.parameters())
-    return 1 - skipped / sum(p.numel() for p in model.parameters())

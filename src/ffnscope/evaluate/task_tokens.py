@@ -21,11 +21,13 @@ class TaskTokens:
     """Tokens of all questions.
 
     Attributes:
+        requests: each of which is run forward.
         read: forward, contexts with their continuations.
         generated: at most, one forward each.
         longest: of a request.
     """
 
+    requests: int = 0
     read: int = 0
     generated: int = 0
     longest: int = 0
@@ -33,18 +35,21 @@ class TaskTokens:
 
 def task_tokens(tasks: TaskSet, tokenizer: Any) -> TaskTokens:
     """Count the tokens of all tasks, the limit and the examples applied."""
-    read = generated = 0.0
+    requests = read = generated = 0.0
     longest = 0
     for task in (task for items in tasks.loaded.values() for task in items["tasks"].values()):
         n = min(len(task.eval_docs), tasks.options.limit or len(task.eval_docs))
+        if not n:
+            continue
         some = min(n, QUESTIONS)
         with tasks.prepared([task]), contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
             task.build_all_requests(limit=some)
         sizes = [_size(one.args, tokenizer) for one in task.instances]
+        requests += len(sizes) * n / some
         read += sum(size for size, _ in sizes) * n / some
         generated += sum(more for _, more in sizes) * n / some
         longest = max(longest, *(size for size, _ in sizes))
-    return TaskTokens(round(read), round(generated), longest)
+    return TaskTokens(round(requests), round(read), round(generated), longest)
 
 
 def _size(request: Iterable[Any], tokenizer: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,17 @@ from ffnscope.ffn.own_folder import OwnFolder
 Place = Literal["device", "cpu", "disk"]
 PLACES: tuple[str, ...] = get_args(Place)
 
-_STREAMED: weakref.WeakKeyDictionary[nn.Module, tuple[Place, Path | None]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True, slots=True)
+class _Streaming:
+    """How a model is streamed: see `stream_`."""
+
+    place: Place
+    device: torch.device
+    folder: Path | None
+
+
+_STREAMED: weakref.WeakKeyDictionary[nn.Module, _Streaming] = weakref.WeakKeyDictionary()
 
 
 def offload_to(folder: str | None) -> str:
@@ -52,14 +63,14 @@ def stream_(model: nn.Module, place: Place, device: torch.device, folder: Path |
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.device.type != "meta":
                 setattr(module, name, buffer.to(device))
-    _STREAMED[model] = place, folder
+    _STREAMED[model] = _Streaming(place, device, folder)
     return model
 
 
 def wait_in(model: nn.Module, folder: Path) -> None:
     """Let hidden states on disk wait in this folder, if the model is streamed and was given none."""
-    if model in _STREAMED and _STREAMED[model][1] is None:
-        _STREAMED[model] = _STREAMED[model][0], folder
+    if model in _STREAMED and _STREAMED[model].folder is None:
+        _STREAMED[model] = replace(_STREAMED[model], folder=folder)
 
 
 def is_streamed(model: nn.Module) -> bool:
@@ -69,4 +80,11 @@ def is_streamed(model: nn.Module) -> bool:
 
 def waiting_place(model: nn.Module) -> tuple[Place, Path | None]:
     """Where the hidden states of a model wait between blocks, and the folder of those on disk."""
-    return _STREAMED.get(model, ("device", None))
+    found = _STREAMED.get(model)
+    return ("device", None) if found is None else (found.place, found.folder)
+
+
+def streaming_device(model: nn.Module) -> torch.device | None:
+    """The device on which a streamed model computes; None for one that is not streamed."""
+    found = _STREAMED.get(model)
+    return None if found is None else found.device

@@ -77,7 +77,8 @@ class Workload:
         more: bytes that stay beside the model all the time, for example a reference model.
         reloads: whether it is loaded once more into main memory to be cut and saved; one that is streamed is not.
         curves: text on which curves are measured.
-        columns: bytes of the statistics, fitted columns and hidden states that this takes beside it.
+        columns: bytes of the statistics and fitted columns that this takes beside logits and hidden states.
+        tasks: requests of downstream tasks, in batches of their own.
         only: stages that there are; empty = all that have something to do.
     """
 
@@ -92,6 +93,7 @@ class Workload:
     reloads: bool = False
     curves: Load = Load()
     columns: int = 0
+    tasks: Load = Load()
     only: tuple[str, ...] = ()
 
 
@@ -163,8 +165,8 @@ def setting_of(loaded: LoadedModel) -> Setting:
     """How a model is asked for; its dtype is that of its first weight."""
     model: Any = loaded.model
     item, places = next(iter(model.parameters())).element_size(), getattr(model, "hf_device_map", None) or {}
-    if loaded.source.stream is not None or "meta" not in {p.device.type for p in model.parameters()}:
-        return Setting(item, loaded.source.stream)
+    if loaded.source.device_map is None or "meta" not in {p.device.type for p in model.parameters()}:
+        return Setting(item, loaded.source.stream)  # of what is loaded to estimate, the weights may be missing
     away = {name: p.numel() for name, p in model.named_parameters() if p.device.type == "meta"}
     on_disk = sum(size for name, size in away.items() if _placed(name, places) == "disk")
     return Setting(item, elsewhere=sum(away.values()), beside=sum(away.values()) - on_disk)
@@ -200,7 +202,8 @@ def stage_bytes(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, B
     Stages of which the work has nothing are left out, but scoring and saving.
     """
     found = _streamed(shapes, work, setting) if setting.stream else _resident(shapes, work, setting)
-    given = {"calibrate": work.forward.tokens, "reconstruct": work.refit_states, "evaluate": work.held_out.tokens}
+    evaluated = work.held_out.tokens + work.tasks.tokens
+    given = {"calibrate": work.forward.tokens, "reconstruct": work.refit_states, "evaluate": evaluated}
     given |= {"contextual": work.contextual, "curves": work.curves.tokens}
     wanted = set(work.only or found)
     return {stage: size for stage, size in found.items() if given.get(stage, 1) and stage in wanted}
@@ -215,13 +218,15 @@ def _resident(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Byt
         work.backward.at_once(setting.batch) * (shapes.saved * item + logits),
     )
     copy = shapes.weights * item * work.reloads
-    pair = 2 * item * shapes.vocabulary  # dense and pruned logits
+    pair = 2 * item * shapes.vocabulary  # dense and pruned logits; of tasks, logits and their logarithms
+    cut = pair + shapes.d_model * item * max(1, shapes.blocks)  # what every block is given waits
+    evaluate = max(work.held_out.at_once(setting.batch), work.tasks.at_once(None)) * pair
     return {
         "calibrate": Bytes(base + calibrate + work.sums, beside),
         "score": Bytes(base + work.sums, beside),
         "reconstruct": Bytes(base + work.refit_states * item + work.refit, beside),
-        "curves": Bytes(base + work.curves.at_once(setting.batch) * pair + work.columns, beside),
-        "evaluate": Bytes(base + work.held_out.at_once(setting.batch) * pair, beside),
+        "curves": Bytes(base + work.curves.at_once(setting.batch) * cut + work.columns, beside),
+        "evaluate": Bytes(base + evaluate, beside),
         "contextual": Bytes(base + work.contextual + work.forward.at_once(setting.batch) * logits),
         "save": Bytes(base, beside + copy) if shapes.accelerator else Bytes(base + copy),
     }
@@ -244,13 +249,15 @@ def _streamed(shapes: Shapes, work: Workload, setting: Setting) -> dict[str, Byt
         beside = setting.stream == "cpu" and shapes.accelerator
         return Bytes(taken, host=states) if beside else Bytes(taken + states)
 
-    curves = work.curves.at_once(setting.batch) * (graph + 2 * item * shapes.vocabulary) + work.columns
+    whole = graph + 2 * item * shapes.vocabulary  # of forwards that do not go block by block
+    curves = work.curves.at_once(setting.batch) * (whole + width * shapes.blocks) + work.columns
+    tasks = block + work.tasks.at_once(None) * whole
     return {
         "calibrate": placed(calibrate, waiting),
         "score": placed(max(block, outside) + work.sums, 0),
         "curves": placed(max(block, outside) + curves, 0),
         "reconstruct": placed(2 * max(block, outside) + work.refit, work.refit_states * item),
-        "evaluate": placed(max(block + per_batch[2], head), 3 * work.held_out.tokens * width),
+        "evaluate": placed(max(block + per_batch[2], head, tasks), 3 * work.held_out.tokens * width),
         "save": placed(2 * max(block, outside), 0),
     }
 
@@ -286,7 +293,7 @@ def refit_of(model: Any, sites: Sequence[FFNSite], windows: Windows, *, distils:
 def curve_bytes(
     model: Any, sites: Sequence[FFNSite], rounds: CurveRounds, windows: Windows, statistics: int
 ) -> tuple[Load, int]:
-    """The text on which curves are measured, and bytes beside its logits: see `measure_curves`.
+    """The text on which curves are measured, and bytes beside its logits and hidden states: see `measure_curves`.
 
     ``statistics``: bytes of those with which every cut is refitted; 0 = none is.
     """
@@ -295,5 +302,4 @@ def curve_bytes(
     shares = (*rounds.options.shares, 1.0) if rounds.rounds > 1 else rounds.options.shares
     columns = size * sum(s.d_model * s.d_ff for s in sites) * math.ceil(sum(shares)) if statistics else 0
     solved = 4 * 8 * max(s.d_ff**2 + s.d_model * s.d_ff for s in sites) if statistics else 0
-    hidden = text.at_once(None) * size * max(s.d_model for s in sites) * len({s.layer for s in sites})
-    return text, statistics + columns + solved + hidden
+    return text, statistics + columns + solved

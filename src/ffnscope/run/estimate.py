@@ -24,7 +24,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.load import LoadedModel, quiet_transformers
 from ffnscope.ffn.offload import resident
 from ffnscope.ffn.sites import find_sites
-from ffnscope.run.bounds import Load, Workload, load_of_steps, load_of_text, refit_of
+from ffnscope.run.bounds import Load, Workload, curve_bytes, load_of_steps, load_of_text, refit_of
 from ffnscope.run.checkpoints import check_format
 from ffnscope.run.choices import (
     calibration_extra,
@@ -42,13 +42,20 @@ from ffnscope.run.machine import library_bytes
 from ffnscope.run.outputs import check_plots
 from ffnscope.run.reconstructions import check_sites
 from ffnscope.run.schema import RunConfig
-from ffnscope.run.seconds import REFIT_SECONDS, SAVE_SECONDS, distillation_seconds, seconds_per_token
-from ffnscope.run.solve_costs import moment_operations, refit_operations, score_line, seconds_per_operation
-from ffnscope.run.sparse_estimate import card_lines, card_work
+from ffnscope.run.seconds import SAVE_SECONDS, distillation_seconds, seconds_per_token
+from ffnscope.run.solve_costs import (
+    curve_operations,
+    moment_operations,
+    refit_operations,
+    score_line,
+    seconds_per_operation,
+)
+from ffnscope.run.sparse_estimate import card_lines, card_work, probe_card
 from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.switches import FILE, Bounds, bounds_of, load_to_estimate, print_advice
 from ffnscope.run.task_estimate import TOKENS_OF_ONE_STEP, load_of_tasks, tasks_lines, tasks_of
 from ffnscope.run.windows import evaluation_windows, sized
+from ffnscope.sparse.probe import FitTime
 from ffnscope.types import FFNSite
 
 _CHECK = 2  # readings of a streamed model by which it is checked to be a chain of blocks
@@ -102,9 +109,10 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
     found = calibration_bytes(loaded.model, calibration, metrics, **given)
     speed, operation = seconds_per_token(loaded.model, sites), seconds_per_operation(loaded.model)
     holds_out, card = config.pruning.holds_out, open_card(config, loaded, sites, calibration)
+    probed = None if card is None else probe_card(card)
     lines = [
         *_calibrate_lines(each, passes, sites, speed, operation),
-        *_curves_lines(config, sites, calibration, speed),
+        *_curves_lines(config, sites, calibration, speed, operation),
         *_decision_lines(config, sites, operation),
         *(held_out_lines(sites, calibration, speed) if holds_out else []),
         *_round_lines(config, steps, speed),
@@ -113,30 +121,57 @@ def estimate(config: RunConfig, *, overwrite: bool = False, libraries: int | Non
         *_analysis_lines(config, len(sites), calibration, speed),
         *_evaluation_lines(config, held_out, loaded.tokenizer, speed),
         *tasks_lines(tasks, 1 + _n_plans(config), speed),
-        *_contextual_lines(card, speed),
+        *_contextual_lines(card, probed, speed),
         *_checkpoint_lines(config, loaded.model),
     ]
-    refit = (0, 0)
-    if config.pruning.enabled and config.pruning.reconstruct == "sequential":
-        refit = refit_of(loaded.model, sites, calibration, distils=config.pruning.distill is not None)
-    work = Workload(
-        load_of_steps(max(each, key=_tokens, default=[]), backward=False),
-        load_of_steps(max(each, key=_tokens, default=[]), backward=True),
-        _larger(load_of_text(held_out, config.dataset.batch_size), load_of_tasks(tasks)),
-        max(found.beside_batches, found.disk + (held_out_bytes(sites, calibration) if holds_out else 0)),
-        *refit,
-        contextual=0 if card is None else card_work(card).contextual,
-        more=reference_bytes(config),
-        reloads=config.output.checkpoints and config.model.device_map is None,
+    work = replace(
+        _work(config, loaded.model, sites, calibration, held_out, each, found),
+        contextual=0 if card is None else card_work(card, probed).contextual,
+        tasks=load_of_tasks(tasks),
     )
     bounds = bounds_of(loaded, sites, work, libraries)
     few = few_tokens(loaded.model, sites, calibration.n_tokens) if config.pruning.refitted else None
     return Estimate(with_reading(lines, loaded, sites), bounds, passes, found, few)
 
 
-def _larger(one: Load, other: Load) -> Load:
-    """The load of which more runs at once."""
-    return one if one.at_once(None) >= other.at_once(None) else other
+def _work(
+    config: RunConfig,
+    model: Any,
+    sites: Sequence[FFNSite],
+    calibration: Windows,
+    held_out: Sequence[Windows],
+    passes: Sequence[Sequence[Step]],
+    found: CalibrationBytes,
+) -> Workload:
+    """What the stages run on, without tasks and contextual sparsity."""
+    refit, most = (0, 0), max(passes, key=_tokens, default=[])
+    if config.pruning.enabled and config.pruning.reconstruct == "sequential":
+        refit = refit_of(model, sites, calibration, distils=config.pruning.distill is not None)
+    held = held_out_bytes(sites, calibration) if config.pruning.holds_out else 0
+    curves, columns = _curve_work(config, model, sites, calibration, found.disk)
+    return Workload(
+        load_of_steps(most, backward=False),
+        load_of_steps(most, backward=True),
+        load_of_text(held_out, config.dataset.batch_size),
+        max(found.beside_batches, found.disk + held),
+        *refit,
+        more=reference_bytes(config),
+        reloads=config.output.checkpoints and config.model.device_map is None,
+        curves=curves,
+        columns=columns,
+    )
+
+
+def _curve_work(
+    config: RunConfig, model: Any, sites: Sequence[FFNSite], calibration: Windows, statistics: int
+) -> tuple[Load, int]:
+    """The text on which curves are measured, and bytes beside its logits: all statistics of the run are in memory."""
+    asked = config.pruning
+    if not asked.measures:
+        return Load(), 0
+    rounds, refits = asked.curve_rounds(config.calibration.batch_size), asked.chosen(asked.algorithms[0]).refits
+    text, beside = curve_bytes(model, sites, rounds, calibration, statistics if refits else 0)
+    return text, beside if refits else beside + statistics
 
 
 def _tokens(steps: Sequence[Step]) -> int:
@@ -174,17 +209,6 @@ def with_reading(lines: Sequence[Line], loaded: LoadedModel, sites: Sequence[FFN
     ]
 
 
-def print_peak(model: Any, peak: int, libraries: int, console: Console) -> None:
-    """Print the peak memory in bytes."""
-    console.print(Text(f"peak memory about {with_libraries(model, peak, libraries) / 2**30:.1f} GiB"))
-
-
-def with_libraries(model: Any, peak: int, libraries: int) -> int:
-    """Peak memory with what the libraries take, where the model is on the CPU or offloaded from it."""
-    on_cpu = all(p.device.type in ("cpu", "meta") for p in model.parameters())
-    return peak + libraries * on_cpu
-
-
 def calibrate_line(stage: str, steps: Sequence[Step], speed: float) -> Line:
     """Tell one pass over the text; ``speed`` in seconds per token of a forward."""
     forward = sum(s.batch.n_tokens for s in steps)
@@ -202,28 +226,34 @@ def held_out_lines(sites: Sequence[FFNSite], calibration: Windows, speed: float)
 
 
 def curves_line(
-    sites: Sequence[FFNSite], rounds: CurveRounds, calibration: Windows, speed: float, *, refits: bool
+    sites: Sequence[FFNSite], rounds: CurveRounds, calibration: Windows, speed: float, operation: float | None
 ) -> Line:
-    """Tell the measuring of loss curves; ``speed`` in seconds per token of a forward, ``refits``: of every cut."""
+    """Tell the measuring of loss curves.
+
+    ``speed`` in seconds per token of a forward; ``operation`` in those per operation of least squares in float64, see
+    `seconds_per_operation`, None = no cut is refitted.
+    """
     cuts = curve_cuts(sites, rounds)
     windows = rounds.windows(calibration)
     tokens, forwards = windows.n_tokens, cuts / 2 + 2 * rounds.rounds
     seconds, reads = forwards * tokens * speed, math.ceil(forwards * len(windows) / rounds.options.batch_size)
-    if refits:
-        seconds += cuts * REFIT_SECONDS * (max(s.d_ff for s in sites) / 1536) ** 3
+    if operation is not None:
+        seconds += operation * curve_operations(sites, rounds)
     what = f"{cuts:,} cuts in {rounds.rounds} round(s) x {tokens:,} tokens, on average half of the layers"
-    return Line("measure curves", what + (", each refitted" if refits else ""), seconds, reads)
+    return Line("measure curves", what + ("" if operation is None else ", each refitted"), seconds, reads)
 
 
-def _curves_lines(config: RunConfig, sites: Sequence[FFNSite], calibration: Windows, speed: float) -> list[Line]:
+def _curves_lines(
+    config: RunConfig, sites: Sequence[FFNSite], calibration: Windows, speed: float, operation: float
+) -> list[Line]:
     """The first round for every metric, the others for every plan."""
     asked = config.pruning
     if not asked.measures:
         return []
     rounds = asked.curve_rounds(config.calibration.batch_size)
-    refits = asked.chosen(asked.algorithms[0]).refits
-    first = curves_line(sites, replace(rounds, rounds=1), calibration, speed, refits=refits)
-    every = curves_line(sites, rounds, calibration, speed, refits=refits)
+    fits = operation if asked.chosen(asked.algorithms[0]).refits else None
+    first = curves_line(sites, replace(rounds, rounds=1), calibration, speed, fits)
+    every = curves_line(sites, rounds, calibration, speed, fits)
     n_metrics, n_plans = len(asked.algorithms), _n_plans(config)
     seconds = n_metrics * (first.seconds or 0) + n_plans * ((every.seconds or 0) - (first.seconds or 0))
     what = f"{every.what}; the first round for {n_metrics} metric(s), the others for {n_plans} plan(s)"
@@ -355,8 +385,8 @@ def _ablation_lines(config: RunConfig, held_out: Sequence[Windows], speed: float
     return found
 
 
-def _contextual_lines(asked: CardJob | None, speed: float) -> list[Line]:
-    lines = [] if asked is None else card_lines(asked, speed)
+def _contextual_lines(asked: CardJob | None, probed: FitTime | None, speed: float) -> list[Line]:
+    lines = [] if asked is None else card_lines(asked, probed, speed)
     return [replace(line, stage=f"contextual {line.stage}") for line in lines]
 
 

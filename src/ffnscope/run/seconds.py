@@ -12,7 +12,6 @@ from ffnscope.calibrate.forward import input_device
 from ffnscope.types import FFNSite
 
 EFFICIENCY = 0.6  # share of a bare matrix product's speed that a whole forward, or a factorisation, reaches
-REFIT_SECONDS = 0.25  # least squares of a cut of 1,536 channels on a processor core; it grows with the cube
 SAVE_SECONDS = 7e-9  # of a processor core per byte of a model that is read, cut, written and hashed
 
 

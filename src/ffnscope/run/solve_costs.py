@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ffnscope.analyze.measured import CurveRounds, curve_cuts
 from ffnscope.apply.method import Method
-from ffnscope.apply.refit import DAMPINGS
+from ffnscope.apply.refit import DAMPING, DAMPINGS
 from ffnscope.calibrate.collect import required_statistics
 from ffnscope.calibrate.forward import input_device
 from ffnscope.run.lines import Line, with_more
@@ -74,6 +75,16 @@ def refit_operations(sites: Sequence[FFNSite], method: Method, density: float, n
     if method.reconstruct == "sequential":
         solves += moment_operations(sites, n_tokens) + _cross_operations(sites, n_tokens)
     return solves
+
+
+def curve_operations(sites: Sequence[FFNSite], rounds: CurveRounds) -> float:
+    """Operations of the least squares of every cut of measured loss curves, each with one damping.
+
+    Of a further round, the three widths and the solution that is measured around count as the first round's on average.
+    """
+    method, shares = Method(reconstruct="one_shot", damping=DAMPING), rounds.options.shares
+    mean = sum(refit_operations(sites, method, share, 0) for share in shares) / (len(shares) * len(sites))
+    return curve_cuts(sites, rounds) * mean
 
 
 def score_line(what: str, sites: Sequence[FFNSite], metrics: Sequence[str], operation: float) -> Line:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ffnscope.calibrate.forward import experts_per_token
 from ffnscope.calibrate.windows import Windows
-from ffnscope.errors import FFNScopeError
+from ffnscope.errors import FFNScopeError, UsageError
 from ffnscope.ffn.load import LoadedModel
 from ffnscope.ffn.offload import materialised
 from ffnscope.run.bounds import Load, Workload
@@ -26,9 +26,9 @@ from ffnscope.sparse.card_options import measure_and_value
 from ffnscope.sparse.choose import most_batches
 from ffnscope.sparse.fit import site_job
 from ffnscope.sparse.predictors.interface import CHUNK
-from ffnscope.sparse.probe import FitTime, fit_time, probe_fit
+from ffnscope.sparse.probe import FitTime, fit_time, predictor_bytes, probe_fit
 from ffnscope.sparse.site_fit import HELD_BYTES, HELD_VALUES
-from ffnscope.sparse.split import Part, split_documents
+from ffnscope.sparse.split import PARTS, Part, split_documents
 from ffnscope.sparse.traces import Traces
 from ffnscope.sparse.tracing import traces_size
 from ffnscope.types import FFNSite
@@ -50,20 +50,31 @@ def held_bytes(loaded: LoadedModel, sites: Sequence[FFNSite], texts: Sequence[Wi
     return max(tracing, together * tokens * width * 4 + scores)
 
 
-def card_work(job: CardJob) -> Workload:
-    """What the making of a card runs on."""
+def probe_card(job: CardJob) -> FitTime | None:
+    """A short probe of the fits of a card; None where so little text cannot meet its target."""
+    try:
+        return probe_fit(job.loaded.model, job.windows, job.sites, job.rule, job.target, job.options)
+    except FFNScopeError:
+        return None
+
+
+def card_work(job: CardJob, probed: FitTime | None) -> Workload:
+    """What the making of a card runs on; its predictors stay until the end."""
     text = Load(job.windows.input_ids.numel(), job.windows.length, job.options.batch_size)
-    return Workload(text, contextual=held_bytes(job.loaded, job.sites, job.texts), only=("contextual",))
+    held = held_bytes(job.loaded, job.sites, job.texts) + _predictors(job.sites, probed)
+    return Workload(text, contextual=held, only=("contextual",))
 
 
-def card_lines(job: CardJob, speed: float) -> list[Line]:
+def card_lines(job: CardJob, probed: FitTime | None, speed: float) -> list[Line]:
     """Tell the steps of a card; ``speed`` in seconds per token of a forward."""
     labels = zip(("", " of a second text"), job.texts, strict=False)
     found = [_trace_line("trace", job.loaded, job.sites, text, speed, label) for label, text in labels]
     parts = {part: _part(job.windows, part, job.seed) for part in ("calibrate", "test")}
     wanted = target_words(*measure_and_value(job.target))
     what = f"{job.rule.predictor} and calibrate {job.rule.policy} to {wanted} in {len(job.sites)} FFNs"
-    found.append(Line("fit", what, _card_fit(job)))
+    found.append(
+        Line("fit and measure", what, _seconds(probed, len(job.sites), _rows(job.loaded, job.sites, job.texts)))
+    )
     ladder = site_job(job.rule, job.target, job.options).ladder
     batches = most_batches(len(job.sites), ladder, job.target, job.options, len(parts["calibrate"]))
     if batches:
@@ -71,7 +82,7 @@ def card_lines(job: CardJob, speed: float) -> list[Line]:
         what = f"up to {batches:,} batches, {tokens:,} tokens forward: the loss of the model decides"
         found.append(Line("choose", what, _SELECTED * tokens * speed))
     tokens = sum(one.n_tokens for one in (*parts.values(), *job.texts[1:]))
-    found.append(Line("measure", f"the dense model and the card x {tokens:,} tokens", (1 + _SELECTED) * tokens * speed))
+    found.append(Line("loss", f"the dense model and the card x {tokens:,} tokens", (1 + _SELECTED) * tokens * speed))
     if job.densities:
         models, tokens = n_forms(job.densities), parts["test"].n_tokens
         what = f"{models} models x {tokens:,} tokens: {len(job.densities)} densities"
@@ -79,28 +90,54 @@ def card_lines(job: CardJob, speed: float) -> list[Line]:
     return found
 
 
+def probe_answer(
+    loaded: LoadedModel, sites: Sequence[FFNSite], texts: Sequence[Windows], options: AnswerOptions
+) -> FitTime | None:
+    """A short probe of all rules in one FFN (of experts, those that are given enough tokens); None if there is none."""
+    layer = [site for site in sites if site.group == sites[0].group]
+
+    def fit(traces: Sequence[Traces]) -> tuple[int, int]:
+        some = [s for s in layer if all(len(one.tokens(s, part)) for one in traces for part in PARTS)]
+        if not some:
+            raise UsageError("no FFN of the first layer is given tokens of all parts of so little text.")
+        domains = {f"text {i}": Domain(one) for i, one in enumerate(traces)}
+        with materialised(loaded.model, *some):
+            rules = calibrate_rules(loaded.model, domains, some, options, None)
+            measure_rules(domains, rules, options, None)
+        sizes = [predictor_bytes(one) for one in rules.predictors.values()]
+        return sum(len(one.tokens(site)) for one in traces for site in some), max(sizes)
+
+    try:
+        return fit_time(loaded.model, texts, layer, fit)
+    except FFNScopeError:
+        return None
+
+
 def answer_lines(
     loaded: LoadedModel,
     sites: Sequence[FFNSite],
     texts: Mapping[str, tuple[Windows, Windows]],
-    options: AnswerOptions,
+    probed: FitTime | None,
     speed: float,
 ) -> list[Line]:
     """Tell the steps of an answer; ``texts``: name -> windows to calibrate on, and held-out ones."""
     read = [one for one, _ in texts.values()]
     found = [_trace_line("trace", loaded, sites, text, speed) for text in read]
     what = f"{len(RULES)} rules x {len(texts)} texts in {len(sites)} FFNs"
-    found.append(Line("calibrate and measure", what, _answer_fit(loaded, sites, read, options)))
+    layers = len({site.group for site in sites})
+    found.append(Line("calibrate and measure", what, _seconds(probed, layers, _rows(loaded, sites, read))))
     tokens = sum(held.n_tokens for _, held in texts.values())
     what = f"the dense model and {len(RULES)} rules x {tokens:,} tokens"
     return [*found, Line("perplexity", what, (1 + _SELECTED * len(RULES)) * tokens * speed)]
 
 
-def answer_work(loaded: LoadedModel, sites: Sequence[FFNSite], read: Sequence[Windows], batch_size: int) -> Workload:
-    """What an answer runs on; what is measured of every token and FFN stays until the end."""
+def answer_work(
+    loaded: LoadedModel, sites: Sequence[FFNSite], read: Sequence[Windows], probed: FitTime | None, batch_size: int
+) -> Workload:
+    """What an answer runs on; predictors, and what is measured of every token and FFN, stay until the end."""
     values = len(RULES) * (2 * (len(read) + 1) + 4)
     kept = 8 * values * len(sites) * sum(_part(text, "test").n_tokens for text in read)
-    held = held_bytes(loaded, sites, read, together=len(read)) + kept
+    held = held_bytes(loaded, sites, read, together=len(read)) + kept + _predictors(sites, probed)
     longest = max(read, key=lambda one: one.input_ids.numel())
     text = Load(longest.input_ids.numel(), longest.length, batch_size)
     return Workload(text, contextual=held, only=("contextual",))
@@ -153,29 +190,13 @@ def _rows(loaded: LoadedModel, sites: Sequence[FFNSite], texts: Sequence[Windows
     return each * sum(text.n_tokens for text in texts)
 
 
-def _card_fit(job: CardJob) -> float:
-    """Seconds of all fits, from a probe; NaN where that finds none: the targets of so little text are out of reach."""
-    try:
-        time = probe_fit(job.loaded.model, job.windows, job.sites, job.rule, job.target, job.options)
-    except FFNScopeError:
-        return math.nan
-    return time.of(len(job.sites), _rows(job.loaded, job.sites, job.texts))
+def _seconds(probed: FitTime | None, n_fits: int, rows: int) -> float:
+    """Seconds of all fits; NaN without a probe."""
+    return math.nan if probed is None else probed.of(n_fits, rows)
 
 
-def _answer_fit(
-    loaded: LoadedModel, sites: Sequence[FFNSite], texts: Sequence[Windows], options: AnswerOptions
-) -> float:
-    """Seconds of all rules in all FFNs, from a probe of one; NaN where that finds none."""
-    some = [site for site in sites if site.group == sites[0].group]
-
-    def fit(traces: Sequence[Traces]) -> int:
-        domains = {f"text {i}": Domain(one) for i, one in enumerate(traces)}
-        with materialised(loaded.model, *some):
-            measure_rules(domains, calibrate_rules(loaded.model, domains, some, options, None), options, None)
-        return sum(len(one.tokens(site)) for one in traces for site in some)
-
-    try:
-        time: FitTime = fit_time(loaded.model, texts, some, fit)
-    except FFNScopeError:
-        return math.nan
-    return time.of(len(sites) // len(some), _rows(loaded, sites, texts))
+def _predictors(sites: Sequence[FFNSite], probed: FitTime | None) -> int:
+    """Bytes of the predictors of all FFNs; without a probe as of copies of their first two matrices in float32."""
+    if probed is not None:
+        return len(sites) * probed.predictor_bytes
+    return sum(2 * 4 * site.d_model * site.d_ff for site in sites)

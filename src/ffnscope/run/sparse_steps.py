@@ -131,14 +131,7 @@ class CardJob:
                 not in memory.
             ArtifactError: a file that a parameter names is not there.
         """
-        source = self.loaded.source
-        offloaded = source.device_map is not None and any(map(is_offloaded, self.loaded.model.parameters()))
-        if source.stream is not None or offloaded:
-            raise NotAvailableError(
-                f"contextual sparsity fits and measures on weights in memory, and {source.model_id} has them elsewhere "
-                "(stream, or device_map). Load it without these, on a machine that holds it, or leave contextual "
-                "sparsity out."
-            )
+        check_in_memory(self.loaded)
         check_densities(self.rule, self.densities)
         check_readable(self.rule, self.options, self.sites)
         check_predictor_params(self.rule, self.loaded.model, self.sites)
@@ -200,6 +193,18 @@ class CardJob:
     def _text_key(self, windows: Windows) -> str:
         names = [site.name for site in self.sites]
         return hash_json([self.model_hash, windows.hash, windows.document.tolist(), names, self.seed])
+
+
+def check_in_memory(loaded: LoadedModel) -> None:
+    """Raise NotAvailableError for a model whose weights are not in memory."""
+    source = loaded.source
+    offloaded = source.device_map is not None and any(map(is_offloaded, loaded.model.parameters()))
+    if source.stream is not None or offloaded:
+        raise NotAvailableError(
+            f"contextual sparsity fits and measures on weights in memory, and {source.model_id} has them elsewhere "
+            "(stream, or device_map). Load it without these, on a machine that holds it, or leave contextual "
+            "sparsity out."
+        )
 
 
 def _check_prompt(windows: Windows, prompt: int) -> None:

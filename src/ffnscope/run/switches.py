@@ -133,7 +133,8 @@ def alternatives(
     """
     found: list[Need] = []
     small = replace(setting, batch=1)
-    batches = any(load.batch > 1 and load.tokens for load in (work.forward, work.backward, work.held_out))
+    texts = (work.forward, work.backward, work.held_out, work.curves)
+    batches = any(load.batch > 1 and load.tokens for load in texts)
 
     def offer(setting: Setting, *switches: str, spread: bool = False) -> None:
         found.append(need(shapes, work, setting, machine, " ".join(switches), spread=spread))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +38,12 @@ def tasks_lines(asked: AskedTasks | None, n_models: int, speed: float) -> list[L
         return []
     found = asked.tokens
     what = " and ".join(f"{n:,} questions of {name}" for name, n in asked.tasks.n_questions.items())
-    steps = found.generated / asked.tasks.options.batch_size * TOKENS_OF_ONE_STEP
+    size = asked.tasks.options.batch_size
+    steps = found.generated / size
     told = f"{n_models} models x {what}, about {found.read:,} tokens"
     told += f" and up to {found.generated:,} generated" if found.generated else ""
-    return [Line("tasks", told, n_models * (found.read + steps) * speed, n_models)]
+    reads = n_models * math.ceil(found.requests / size + steps)  # every forward of a streamed model is one
+    return [Line("tasks", told, n_models * (found.read + steps * TOKENS_OF_ONE_STEP) * speed, reads)]
 
 
 def load_of_tasks(asked: AskedTasks | None) -> Load:

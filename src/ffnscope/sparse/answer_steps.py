@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnscope.evaluate.intervals import Estimate, over_documents
+from ffnscope.ffn.heap import give_back_free
 from ffnscope.registry import POLICIES
 from ffnscope.sparse.answer_rows import RULES, AnswerOptions, Calibration, Domain, EqualDensity, OnStep, Reuse
 from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored
@@ -109,6 +110,7 @@ def calibrate_rules(
             for rule, policy in policies.items():
                 found = k if rule == "top_k" else calibrate_policy(policy, chunks, target).parameter
                 equal[name, site, rule] = found
+        give_back_free()
         if on_step is not None:
             on_step("calibrating", done, len(sites))
     return Rules(predictors, policies, calibrated, equal)
@@ -135,6 +137,7 @@ def measure_rules(
                 density = summarise(found.values[name, key, "density"][-1])
                 parameter = rules.calibrated[name, site, rule]
                 found.calibrations.append(Calibration(name, site.name, site.layer, rule, parameter, reached, density))
+        give_back_free()
         if on_step is not None:
             on_step("measuring", done, len(rules.predictors))
     return found

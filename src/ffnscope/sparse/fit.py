@@ -13,6 +13,7 @@ from ffnscope.calibrate.collect import weights_hash
 from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import ArtifactError, NotAvailableError, UsageError
 from ffnscope.ffn.function import FFN
+from ffnscope.ffn.heap import give_back_free
 from ffnscope.io import hash_json
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import LossChange, SiteCard, Source, SparsityCard
@@ -227,6 +228,7 @@ class _Fitting:
         for done, site in enumerate(self.traces.sites, start=1):
             if all(len(self.traces.tokens(site, part)) for part in ("fit", "calibrate")):
                 found[site] = self._site(done - 1, site, key, gradients.get(site))
+                give_back_free()
             self.meter.say("fit", done, len(self.traces.sites))
         if not found:
             raise UsageError("no FFN of these traces has tokens to fit and to calibrate with; trace a longer text.")

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.offload import materialised
 from ffnscope.io import write_tensors
+from ffnscope.sparse.card_figures import CardFigures
 from ffnscope.sparse.card_options import CardOptions, CardTarget
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.fit import site_job
@@ -28,22 +29,25 @@ from ffnscope.sparse.streaming import trace_rounds
 from ffnscope.sparse.traces import Traces
 from ffnscope.types import FFNSite
 
-DOCUMENTS = (3, 6)
+DOCUMENTS = (5, 10)
+"""Of each text: a fifth of either calibrates, and a fifth tests."""
 TOKENS = 128
 """Of each document, and of a prompt twice as many as it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitTime:
-    """Seconds of a fit.
+    """Seconds of a fit, and memory of what it makes.
 
     Attributes:
         fixed: of each FFN, whatever the text.
         per_token: of each token in each FFN.
+        predictor_bytes: that the predictor of an FFN holds beside the model.
     """
 
     fixed: float
     per_token: float
+    predictor_bytes: int = 0
 
     def of(self, n_sites: int, rows: float) -> float:
         """Seconds for so many FFNs, and tokens of all of them together."""
@@ -58,7 +62,7 @@ def probe_fit(
     target: CardTarget,
     options: CardOptions,
 ) -> FitTime:
-    """Time the fit of one FFN of a card (`fit_site`): the predictor, its settings, what these lose.
+    """Time one FFN of a card: its predictor, its settings, what these lose, and the figures of one of them.
 
     Raises:
         UsageError: so little text has no setting that meets the target, or fewer than three documents.
@@ -66,7 +70,7 @@ def probe_fit(
     """
     job = site_job(rule, target, options)
 
-    def fit(traces: Traces) -> int:
+    def fit(traces: Traces) -> tuple[int, int]:
         site = _of_most_tokens(traces, lookahead=rule.lookahead)
         source = traces.before(site) if rule.lookahead else None
         ahead = int(source is not None)
@@ -74,8 +78,9 @@ def probe_fit(
         with materialised(model, site):
             params = site_params(rule, model, [site])[site]
             ffn = ffn_of(model, site, traces.activation(site))
-            fit_site(ffn, SiteTokens(given, judged, None, source, params), job)
-        return len(traces.tokens(site))
+            fitted = fit_site(ffn, SiteTokens(given, judged, None, source, params), job)
+            CardFigures(traces, None, options.wanted).site(site, fitted, len(fitted.parameters) - 1)
+        return len(traces.tokens(site)), predictor_bytes(fitted.predictor)
 
     layers = sorted({site.layer for site in sites})[: 2 if rule.lookahead else 1]
     return fit_time(model, [windows], [s for s in sites if s.layer in layers], lambda traces: fit(*traces), rule.prompt)
@@ -85,23 +90,39 @@ def fit_time(
     model: nn.Module,
     texts: Sequence[Windows],
     sites: Sequence[FFNSite],
-    fit: Callable[[Sequence[Traces]], int],
+    fit: Callable[[Sequence[Traces]], tuple[int, int]],
     prompt: int = 0,
 ) -> FitTime:
-    """Time ``fit`` on traces of some documents of each text; it returns how many tokens of FFNs it was given."""
+    """Time ``fit`` on traces of some documents of each text.
+
+    It returns how many tokens of FFNs it was given, and the bytes that a predictor holds.
+    """
     found: list[tuple[int, float]] = []
+    size = 0
     for i, n in enumerate((DOCUMENTS[0], *DOCUMENTS)):  # the first is slower than any other, and does not count
         with tempfile.TemporaryDirectory() as folder:
             small = [_documents(one, n, max(TOKENS, 2 * prompt)) for one in texts]
             traces = [_traces(model, one, sites, Path(folder) / f"text_{k}") for k, one in enumerate(small)]
             start = time.perf_counter()
-            rows = fit(traces)
+            rows, size = fit(traces)
             found += [(rows, time.perf_counter() - start)] if i else []
     (few, short), (many, long) = found
     if many == few:
-        return FitTime(0.0, short / few)
+        return FitTime(0.0, short / few, size)
     per_token = max(0.0, (long - short) / (many - few))
-    return FitTime(max(0.0, short - per_token * few), per_token)
+    return FitTime(max(0.0, short - per_token * few), per_token, size)
+
+
+def predictor_bytes(predictor: nn.Module) -> int:
+    """Memory that a predictor holds: its tensors, and what it made of them; not the weights of the FFN."""
+    tensors = [
+        value
+        for module in predictor.modules()
+        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
+        if isinstance(value, Tensor)
+    ]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
 
 
 def _documents(windows: Windows, n: int, length: int) -> Windows:

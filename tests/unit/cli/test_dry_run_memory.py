@@ -12,6 +12,7 @@ import torch
 import yaml
 from click.testing import Result
 
+from checkpoints import write_documents
 from ffnscope.cli import options
 from ffnscope.run import estimate
 from runs import small_run
@@ -45,18 +46,22 @@ def large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what a process takes")
-@pytest.mark.parametrize("command", ["prune", "score", "relufy", "run"])
+@pytest.mark.parametrize("command", ["prune", "score", "rank", "relufy", "run", "curves", "sparsify"])
 def test_a_model_is_counted_once(
     checkpoint: Path, texts: Path, tmp_path: Path, ok: Callable[..., Result], large: list[int], command: str
 ) -> None:
-    text = ("--text", texts / "train.txt", "--num-samples", 4, "--max-length", 16)
+    text = ("--text", texts / "train.txt", "--num-samples", 12, "--max-length", 16)
     given: dict[str, tuple[Any, ...]] = {
         "prune": (checkpoint, *text, "--no-evaluate", "--sparsity", 0.5, "--out", tmp_path / "out"),
         "score": (checkpoint, *text, "-m", "wanda", "--out", tmp_path / "out"),
+        "rank": (checkpoint, "--validate", *text, "-m", "wanda", "--held-out", texts / "test.txt"),
         "relufy": (checkpoint, "--max-length", 16, "--steps", 2, "--held-out-samples", 2, "--out", tmp_path / "out"),
         "run": (tmp_path / "run.yaml",),
+        "curves": (checkpoint, *text, "-m", "wanda", "--out", tmp_path / "out"),
+        "sparsify": (checkpoint, *text[:1], tmp_path / "train.jsonl", *text[2:], "--out", tmp_path / "out"),
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small_run(checkpoint, texts, tmp_path / "out")))
+    write_documents(tmp_path)
     told = ok(command, *given[command], "--dry-run").stdout
     (peak,) = re.findall(r"peak memory about ([\d.]+) GiB", told)
     assert float(peak) == pytest.approx(large[0] / GIB, abs=0.15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -11,6 +12,12 @@ from typer.testing import CliRunner
 from checkpoints import make_checkpoint
 from faults import stop_at
 from ffnscope.cli import app, relufy
+from ffnscope.cli.relufy_estimate import training_advice
+from ffnscope.run.bounds import Shapes
+from ffnscope.run.switches import Machine
+from ffnscope.sparse.relu.training import ReluOptions
+
+MEBI = 2**20
 
 QUICK = ("--max-length", 32, "--steps", 4, "--held-out-samples", 4, "--learning-rate", 1e-3)
 
@@ -57,7 +64,36 @@ def test_dry_run_changes_nothing(checkpoint, tmp_path, ok):
     result = ok("relufy", checkpoint, "--out", tmp_path / "out", *QUICK, "--dry-run")
     assert "4 steps, 512 tokens" in result.output and "2 FFNs get relu" in result.output
     assert "one every 1 steps" in result.output
-    assert "peak memory" in result.output and list(tmp_path.iterdir()) == []
+    assert (
+        "peak memory" in result.output
+        and "GiB of main memory: it fits" in result.output
+        and list(tmp_path.iterdir()) == []
+    )
+
+
+def test_what_the_training_takes_by_hand():
+    """A weight takes 16 bytes; a token 4 per value that is kept and 12 per logit."""
+    shapes = Shapes(1000 * MEBI, 0, 0, 0, 64, 2**18, 2**16)
+    options = ReluOptions(batch_size=4, accumulate=2)
+    weights, window = 16_000, 512 * (4 * 2**18 + 12 * 2**16) // MEBI  # MiB
+    machine = Machine(2 * (weights + 4 * window) * MEBI, None, 2**30)
+    (line,) = training_advice(shapes, 512, options, machine)
+    peak = (weights + 4 * window) / 1024 + 1
+    assert (
+        line
+        == f"peak memory about {peak:.2f} GiB, in stage train; there are {2 * peak - 2:.2f} GiB of main memory: it fits"
+    )
+    first, second = training_advice(shapes, 512, options, replace(machine, ram=int((peak - 0.1) * 2**30)))
+    assert first.endswith("it does NOT fit")
+    small = (weights + window) / 1024 + 1
+    assert second == f"  --batch-size 1 --accumulate 8 would take {small:.2f} GiB: fits"
+    assert "does NOT fit either" in training_advice(shapes, 512, options, replace(machine, ram=2**30))[1]
+    one = training_advice(shapes, 512, replace(options, batch_size=1), replace(machine, ram=2**30))
+    assert len(one) == 1 and "no option but a shorter --max-length" in one[0]
+    assert "could not be found out" in training_advice(shapes, 512, options, replace(machine, ram=None))[0]
+    gpu = training_advice(replace(shapes, accelerator=True), 512, options, replace(machine, device=80 * 2**30))
+    assert f"about {peak - 1:.2f} GiB and 1.00 GiB of main memory" in gpu[0] and "of the device's memory and" in gpu[0]
+    assert gpu[0].endswith("GiB of main memory: it fits")
 
 
 @pytest.mark.parametrize(

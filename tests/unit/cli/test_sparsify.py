@@ -280,6 +280,11 @@ class TestAnswer:
         told = fails(2, "answer", checkpoint, "--out", tmp_path / "out", "--target", "perplexity=+1%", *SMALL)
         assert "--target perplexity=+1% is for sparsify" in told
 
+    @pytest.mark.parametrize("more", [(), ("--dry-run",)])
+    def test_weights_that_are_not_in_memory(self, fails: Fails, checkpoint: Path, tmp_path: Path, more: Any) -> None:
+        told = fails(2, "answer", checkpoint, "--out", tmp_path / "out", "--stream", "cpu", *SMALL, *more)
+        assert "measures on weights in memory" in told
+
     def test_dry_run(self, ok: Ok, checkpoint: Path, tmp_path: Path) -> None:
         told = ok("answer", checkpoint, "--out", tmp_path / "out", "--dry-run", *SMALL).stdout
         assert told.count("removed at the end") == 3 and "nothing was computed" in told

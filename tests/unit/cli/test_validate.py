@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 
 from checkpoints import make_checkpoint
 from faults import stop_at
+from ffnscope.analyze.question import Question
+from ffnscope.analyze.sample import ChannelSample
+from ffnscope.analyze.validate import ValidationOptions
 from ffnscope.calibrate import passes as calibrating
+from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.cli import validate as command
+from ffnscope.cli.validate_estimate import validation_lines, validation_work
+from ffnscope.ffn.sites import find_sites
 from ffnscope.io import read_json
 from ffnscope.registry import METRICS
+from ffnscope.run import switches
+from ffnscope.run.bounds import Load
+from tiny import tiny
 
 Ok = Callable[..., Result]
 Fails = Callable[..., str]
@@ -148,6 +159,39 @@ def test_dry_run_computes_nothing(ok: Ok, base: tuple[Any, ...], monkeypatch: py
     assert "12 channels of 2 FFNs x 192 tokens" in printed
     assert "calibrate" in printed and "prune" in printed
     assert "no row for delta_alignment" in printed
+
+
+def test_dry_run_tells_memory_and_needs_none(ok: Ok, base: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ffnscope.cli.options.load_model", None)  # which would load all weights
+    monkeypatch.setattr(switches, "main_memory", lambda: 2**19)
+    monkeypatch.setattr(command, "library_bytes", lambda: 0)
+    printed = ok(*base, "-m", "scar_loss_proxy", "-m", "obs", "--dry-run").stdout
+    assert "memory by stage: calibrate " in printed and "score " in printed and "evaluate " in printed
+    assert "there are 0.00 GiB of main memory: it does NOT fit" in printed
+    assert "--batch-size 1 would take" in printed and printed.count(": fits") > 1
+    streamed = ok(*base, "-m", "wanda", "--stream", "disk", "--sparsity", 0, "--dry-run").stdout
+    assert "GiB on disk meanwhile" in streamed and "prune" not in streamed
+
+
+def test_stages_of_the_dry_run_by_hand() -> None:
+    """6 windows of 8 tokens to calibrate on, 5 of 4 to measure on, 2 at a time; each of the blocks is a share b."""
+    model = tiny("llama")
+    asked = Question(model, find_sites(model), {"wanda": {}, "scar_loss_proxy": {}})
+    texts = tuple(contiguous_windows(torch.zeros(shape, dtype=torch.long), "zeros") for shape in ((6, 8), (5, 4)))
+    options = ValidationOptions(ChannelSample(5, 2), (0.5,), ("local", "global"), 2)
+    lines = {line.stage: line for line in validation_lines(asked, (texts[0], texts[1]), options, 1.0, 1.0)}
+    whole = sum(p.numel() for p in model.parameters())
+    b = sum(p.numel() for p in model.model.layers[0].parameters()) / whole
+    assert (lines["calibrate"].seconds, lines["calibrate"].reads) == (2 * 48, 4)
+    assert lines["ablate"].seconds == pytest.approx(20 * (2 + 3 + 2 * (1 - b)))  # 3 channels of the first FFN
+    tried, each = 3 + (3 - b), 5 * (1 + 2) + 5 * (1 + 1 - b)  # pairs of channels, for one window each
+    assert lines["ablate"].reads == math.ceil(tried + each)
+    n_models = 1 + 3 * 2  # random is the third metric
+    assert (lines["prune"].seconds, lines["prune"].reads) == (n_models * 20, 2 + n_models)
+    assert lines["score"].seconds is None
+    work = validation_work(asked, (texts[0], texts[1]), options)
+    assert (work.forward, work.backward, work.held_out) == (Load(48, 8, 2), Load(48, 8, 2), Load(20, 4, 2))
+    assert work.only == ("calibrate", "score", "evaluate") and work.sums > 0
 
 
 def test_a_metric_that_was_named_must_not_fail(fails: Fails, base: tuple[Any, ...]) -> None:

@@ -78,7 +78,7 @@ def test_tokens_of_tasks(tokenizer, questions):
 
     each = [size(row["query"]) + size(f" {choice}") for row in QUESTIONS for choice in row["choices"]]
     found = task_tokens(load_tasks(TaskOptions((str(questions),))), tokenizer)
-    assert found == TaskTokens(sum(each), 0, max(each))
+    assert found == TaskTokens(len(each), sum(each), 0, max(each))
     assert task_tokens(load_tasks(TaskOptions((str(questions),), limit=1)), tokenizer).read == sum(each[:3])
 
 

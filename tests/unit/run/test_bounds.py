@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ffnscope.analyze.curves import CurveOptions
+from ffnscope.analyze.measured import CurveRounds
 from ffnscope.calibrate.windows import contiguous_windows
 from ffnscope.ffn.load import ModelSource, load_model
 from ffnscope.ffn.sites import find_sites
@@ -18,6 +20,7 @@ from ffnscope.run.bounds import (
     Shapes,
     Workload,
     all_stage_bytes,
+    curve_bytes,
     load_of_text,
     setting_of,
     shapes_of,
@@ -87,6 +90,39 @@ def test_smaller_batches_and_a_shorter_dtype() -> None:
 def test_stages_that_are_not_asked_for_are_left_out() -> None:
     assert set(stage_bytes(SHAPES, Workload(), Setting(4))) == {"score", "save"}
     assert stage_bytes(SHAPES, Workload(more=11), Setting(4, "cpu"))["save"].device == 4000 + 11
+
+
+def test_curves_hold_logits_hidden_states_and_columns() -> None:
+    work = Workload(curves=Load(40, 8, 3), columns=77)
+    blocks, logits = SHAPES.blocks * SHAPES.d_model * 4, 2 * 4 * SHAPES.vocabulary
+    for batch, tokens_at_once in ((None, 24), (1, 8)):
+        found = stage_bytes(SHAPES, work, Setting(4, batch=batch))["curves"]
+        assert found.device == SHAPES.weights * 4 + tokens_at_once * (blocks + logits) + 77
+    streamed = stage_bytes(SHAPES, work, Setting(4, "disk"))["curves"].device
+    graph = SHAPES.saved * 4 // SHAPES.blocks
+    assert streamed == max(SHAPES.block, SHAPES.outside) * 4 + 24 * (graph + blocks + logits) + 77
+
+
+def test_tasks_have_batches_of_their_own_and_leave_no_states() -> None:
+    work = Workload(tasks=Load(10**6, 8, 3))
+    logits = 2 * 4 * SHAPES.vocabulary
+    assert stage_bytes(SHAPES, work, Setting(4, batch=1))["evaluate"].device == SHAPES.weights * 4 + 24 * logits
+    assert stage_bytes(SHAPES, work, Setting(4, "disk"))["evaluate"].disk == 0
+
+
+def test_stages_of_one_command_alone() -> None:
+    work = Workload(Load(8, 8, 1), contextual=5, only=("contextual",))
+    assert set(stage_bytes(SHAPES, work, Setting(4))) == {"contextual"}
+
+
+def test_bytes_of_curves() -> None:
+    model = tiny("llama")
+    sites, windows = find_sites(model), contiguous_windows(tokens(4, 8), "random")
+    rounds = CurveRounds(1, 4, CurveOptions((0.5, 0.25), 2))
+    text, columns = curve_bytes(model, sites, rounds, windows, 100)
+    assert text == Load(32, 8, 2)
+    assert columns == 100 + 4 * LAYERS * HIDDEN * D_FF + 4 * 8 * (D_FF**2 + HIDDEN * D_FF)
+    assert curve_bytes(model, sites, rounds, windows, 0)[1] == 0
 
 
 def test_the_largest_text_counts() -> None:

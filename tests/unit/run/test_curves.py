@@ -14,9 +14,11 @@ from faults import stop_at
 from ffnscope.analyze import curves
 from ffnscope.errors import UsageError
 from ffnscope.run import config_from_dict
+from ffnscope.run.bounds import Load
 from ffnscope.run.dry_run import dry_run
+from ffnscope.run.estimate import estimate
 from runs import quiet_run, results, small_run, strict_json
-from tiny import D_FF, LAYERS
+from tiny import D_FF, HIDDEN, LAYERS
 
 BASE: dict[str, Any] = {"enabled": True, "algorithms": ["magnitude"], "ratios": [0.25, 0.5], "allocator": "measured"}
 ROUNDS = {"num_samples": 6, "shares": [0.25, 0.75]}
@@ -119,6 +121,21 @@ def test_the_dry_run_tells_cuts(checkpoint: Path, texts: Path, tmp_path: Path) -
     told = console.export_text()
     assert f"{LAYERS * (2 + 4)} cuts in 2 round(s) x 192 tokens" in told
     assert "the first round for 1 metric(s), the others for 2 plan(s)" in told
+
+
+def test_the_dry_run_tells_the_memory_of_curves(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    """Hidden states of a batch for every layer; with a refit also the kept columns, and four matrices of a solve."""
+    plain, fitted, local = (
+        estimate(config(checkpoint, texts, tmp_path / "out", {"curves": ROUNDS, "ratios": [0.5], **changes}))
+        for changes in ({}, {"reconstruct": "one_shot"}, {"allocator": "local", "curves": {}})
+    )
+    hidden = 2 * 32 * HIDDEN * LAYERS * 4  # 2 windows of 32 tokens at a time
+    assert plain.bounds.work.curves == fitted.bounds.work.curves == Load(6 * 32, 32, 2)
+    assert plain.bounds.work.columns == plain.calibration.disk + hidden
+    columns = 4 * LAYERS * HIDDEN * D_FF * 2  # of a quarter, three quarters and a whole solution
+    solve = 4 * 8 * (D_FF**2 + HIDDEN * D_FF)
+    assert fitted.bounds.work.columns == fitted.calibration.disk + columns + solve + hidden
+    assert "curves" in plain.bounds.stages and "curves" not in local.bounds.stages
 
 
 def test_bias(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

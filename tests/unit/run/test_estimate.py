@@ -11,10 +11,10 @@ from rich.console import Console
 
 from ffnscope.errors import ArtifactError, DeviceError, TextError
 from ffnscope.run import RunConfig
-from ffnscope.run.estimate import estimate, print_estimate, with_libraries
+from ffnscope.run.estimate import estimate, print_estimate
 from ffnscope.run.lines import Line
 from runs import quiet_run
-from tiny import D_FF, LAYERS, tiny
+from tiny import D_FF, LAYERS
 
 
 def whats(config: RunConfig) -> dict[str, str]:
@@ -95,10 +95,3 @@ def test_a_metric_that_needs_the_core_is_no_second_pass_where_its_sums_fit(small
 def test_second_moments_are_announced(small: Callable[..., RunConfig]) -> None:
     found = estimate(small(metrics={"enabled": ["sparsegpt"]}))
     assert found.calibration.disk == found.calibration.sums == 8 * LAYERS * D_FF * (D_FF + 4)
-
-
-def test_libraries_count_beside_a_model_on_the_cpu_or_offloaded_from_it() -> None:
-    model = tiny("llama")
-    assert with_libraries(model, 5, 2) == 7
-    model.lm_head.to("meta")
-    assert with_libraries(model, 5, 2) == 7

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from ffnscope import FFNSite
+from ffnscope.analyze.curves import CurveOptions
+from ffnscope.analyze.measured import CurveRounds
 from ffnscope.apply.method import Method
+from ffnscope.calibrate.windows import contiguous_windows
+from ffnscope.run.estimate import curves_line
 from ffnscope.run.lines import Line, with_more
 from ffnscope.run.solve_costs import (
+    curve_operations,
     moment_operations,
     order_operations,
     refit_operations,
@@ -49,6 +54,19 @@ def test_every_damping_is_a_factorisation() -> None:
     assert sequential - one_shot == pytest.approx(moment_operations(sites(4096), 1000) + cross)
     assert refit_operations(sites(4096), Method(reconstruct="none"), 0.5, 1000) == 0
     assert refit_operations(sites(4096), Method(), 0.5, 0) < refit_operations(sites(4096), Method(), 0.9, 0)
+
+
+def test_curves_are_solved_once_per_cut_at_the_measured_speed() -> None:
+    """Half of 8 channels, d_model 16: 4^3 / 3 for the factor, 2 * 4^2 * 16 to solve, 4 * 4 * 8 * 16 for the errors."""
+    one = CurveRounds(1, 2, CurveOptions((0.5,), 1))
+    each = 4**3 / 3 + 2 * 4**2 * 16 + 4 * 4 * 8 * 16
+    assert curve_operations(sites(8, 3), one) == pytest.approx(3 * each)
+    assert curve_operations(sites(8, 3), replace(one, rounds=2)) == pytest.approx(3 * 5 * each)
+    text = contiguous_windows(torch.zeros(2, 4, dtype=torch.long), "zeros")
+    plain, slow, quick = (curves_line(sites(8, 3), one, text, 1.0, speed) for speed in (None, 1.0, 1e-9))
+    assert (slow.seconds or 0) - (plain.seconds or 0) == pytest.approx(3 * each)
+    assert quick.seconds == pytest.approx(plain.seconds)
+    assert slow.what == f"{plain.what}, each refitted"
 
 
 def test_lines() -> None:

@@ -12,7 +12,7 @@ import pytest
 from ffnscope.ffn.load import ModelSource, stored_bytes
 from ffnscope.ffn.streamed import is_streamed
 from ffnscope.run import switches
-from ffnscope.run.bounds import Load, Processes, Setting, Shapes, Workload
+from ffnscope.run.bounds import Load, Processes, Setting, Shapes, Workload, setting_of
 from ffnscope.run.switches import COMMAND, FILE, GIB, Bounds, Machine, Need, alternatives, load_to_estimate, need
 
 MEBI = 2**20
@@ -135,6 +135,7 @@ class TestLoading:
             found = load_to_estimate(source)
             assert is_streamed(found.model) is streamed
             assert found.source == source
+            assert setting_of(found) == Setting(4)  # its weights count, though they were not read
 
     def test_what_was_asked_for_stays(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(switches, "main_memory", lambda: 1)
