@@ -78,7 +78,7 @@ def dry_run_sweep(sweep: SweepConfig, console: Console, *, overwrite: bool = Fal
             about, peak = duration(found.seconds), f"{found.peak_bytes / 2**30:.2f} GiB"
             table.add_row(Text(cell.name), record.state(cell) if new else "finished", about, peak)
     console.print(table)
-    told = f"{len(todo)} of {len(sweep.cells)} cells to run ({sweep.asked.executor}), together about {duration(total)}"
+    told = f"{len(todo)} of {len(sweep.cells)} cells to run ({sweep.asked.engine}), together about {duration(total)}"
     console.print(Text(f"{told}; output in {sweep.folder}"))
     _print_at_once(sweep, {name: one for name, one in bounds.items() if name in todo}, console)
     _print_bounds(bounds, console)
@@ -88,7 +88,7 @@ def dry_run_sweep(sweep: SweepConfig, console: Console, *, overwrite: bool = Fal
 
 def _print_at_once(sweep: SweepConfig, bounds: Mapping[str, Bounds], console: Console) -> None:
     """Print what cells that run at the same time take, if they share a machine or a device."""
-    n = min(len(bounds), 1 if sweep.asked.executor == "sequential" else sweep.asked.workers or len(bounds))
+    n = min(len(bounds), 1 if sweep.asked.engine == "sequential" else sweep.asked.workers or len(bounds))
     if n > 1:
         peaks = sorted((one.need.device for one in bounds.values()), reverse=True)
         taken = f"{sum(peaks[:n]) / 2**30:.2f} GiB together where they share a machine or a device"

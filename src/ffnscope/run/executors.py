@@ -98,9 +98,9 @@ def attempt(config: RunConfig, reporter: Reporter, *, overwrite: bool) -> str | 
 
 def check_executor(asked: Sweep) -> None:
     """Raise UsageError when the executor of a sweep is not installed."""
-    if asked.executor != "sequential" and find_spec(asked.executor) is None:
+    if asked.engine != "sequential" and find_spec(asked.engine) is None:
         raise UsageError(
-            f"sweep.executor: {asked.executor} is not installed: {_INSTALL[asked.executor]}, or set sweep.executor: "
+            f"sweep.executor: {asked.engine} is not installed: {_INSTALL[asked.engine]}, or set sweep.executor: "
             "sequential."
         )
 
@@ -111,13 +111,13 @@ def execute(asked: Sweep, folder: Path, cells: Sequence[Cell], *, overwrite: boo
     Raises:
         UsageError: the executor does not take ``resources``.
     """
-    if asked.executor == "sequential":
+    if asked.engine == "sequential":
         return _sequential(cells, reporter, overwrite=overwrite)
     backends: Mapping[str, Callable[[], Backend]] = {
         "ray": lambda: RayBackend(asked.resources),
         "submitit": lambda: SubmititBackend(asked.resources, folder / JOBS),
     }
-    return distribute(backends[asked.executor](), cells, asked.workers or len(cells), overwrite=overwrite)
+    return distribute(backends[asked.engine](), cells, asked.workers or len(cells), overwrite=overwrite)
 
 
 def _sequential(cells: Sequence[Cell], reporter: Reporter, *, overwrite: bool) -> Execution:

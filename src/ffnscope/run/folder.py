@@ -94,12 +94,13 @@ def differing(old: Any, new: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def write_if_changed(path: Path, value: Any) -> None:
-    """Write strict JSON, unless the file holds the same already."""
+def write_if_changed(path: Path, value: Any) -> bool:
+    """Write strict JSON, unless the file holds the same already; tell whether it was written."""
     with contextlib.suppress(ArtifactError):
         if read_json(path) == json.loads(json.dumps(value)):  # a tuple is read as a list
-            return
+            return False
     write_json(path, value)
+    return True
 
 
 def _read(path: Path) -> Any:

@@ -78,7 +78,10 @@ def report_stage(
 def page_stage(job: Job, made: Mapping[str, Any]) -> None:
     """Write ``summary.json`` and, where it is asked for, ``report.html``: of the folder's files alone."""
     job.ledger.keep([*job.keys, *([PAGE_STAGE] if job.config.output.report else [])])
-    write_if_changed(job.folder / "summary.json", made)
+    path = job.folder / "summary.json"
+    there = path.exists()
+    if write_if_changed(path, made) and there and not job.made:
+        job.reporter.say(f"{path} was damaged or changed, and is written again: all results are those it is made from")
     if not job.config.output.report:
         return
     path = job.folder / PAGE

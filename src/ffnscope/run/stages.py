@@ -94,6 +94,7 @@ class Job:
     reference_hash: str | None = None
     background_hash: str | None = None
     keys: dict[str, str] = field(default_factory=dict[str, str])
+    made: list[str] = field(default_factory=list[str])
 
     @property
     def pruned_key(self) -> str:
@@ -115,6 +116,7 @@ class Job:
         self.ledger.begin(name, files)
         start = time.perf_counter()
         make()
+        self.made.append(name)
         give_back_free()  # else the next stage begins with what this one has freed
         seconds = round(time.perf_counter() - start, 3)
         self.ledger.record(name, key, files, {"seconds": seconds, "peak_memory_bytes": peak_memory()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import combinations, product
 from typing import Any, Literal
 
@@ -28,8 +29,9 @@ class Sweep(Block):
 
     cells: tuple[Settings, ...] = ()
     """Further cells: what each sets in the rest of the file, by dotted keys."""
-    executor: Literal["sequential", "ray", "submitit"] = "sequential"
-    """sequential: one cell after the other in this process; ray; submitit: SLURM, or processes where there is none."""
+    executor: Literal["sequential", "auto", "ray", "submitit"] = "sequential"
+    """sequential: one cell after the other in this process; auto: ray if it is installed, else sequential; ray;
+    submitit: SLURM, or processes where there is none."""
     workers: Count | None = None
     """Cells at the same time, with ray and submitit; null: all are handed over at once."""
     resources: Keywords = Field(default_factory=dict)
@@ -43,6 +45,13 @@ class Sweep(Block):
         if not (self.listed or self.cells):
             raise refuse("asks for no run: list the values of a key, for example experiment.seed: [0, 1]")
         return self
+
+    @property
+    def engine(self) -> Literal["sequential", "ray", "submitit"]:
+        """The executor that is taken on this machine."""
+        if self.executor == "auto":
+            return "sequential" if find_spec("ray") is None else "ray"
+        return self.executor
 
     @property
     def listed(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from ffnscope.errors import UsageError
-from ffnscope.run import SweepResult, executors, load_sweep, run_sweep
+from ffnscope.run import SweepResult, executors, load_sweep, run_sweep, sweep_block
 from ffnscope.run.executors import Task, distribute
 from ffnscope.run.progress import Reporter
 from runs import merged, results, small_run
@@ -164,6 +164,17 @@ def test_ray_runs_the_same_cells(swept: Callable[..., SweepResult], ray: dict[st
     assert ray["begun"]
     assert ray["options"] == {"max_retries": 0, "num_cpus": 2}
     assert result.rows == swept("alone", {}).rows
+
+
+def test_auto_is_ray_where_it_is_installed(
+    swept: Callable[..., SweepResult], ray: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, found in (("there", object()), ("not_there", None)):
+        monkeypatch.setattr(sweep_block, "find_spec", lambda asked, found=found: found)
+        monkeypatch.setattr(executors, "find_spec", lambda asked, found=found: found)
+        ray.pop("begun", None)
+        assert swept(name, {"executor": "auto"}).failed == {}
+        assert bool(ray.get("begun")) is (found is not None)
 
 
 def test_ray_gives_a_cell_a_gpu_where_there_are_any_and_tells_dead_workers(

@@ -138,6 +138,9 @@ def test_a_damaged_report_is_written_again(small: Callable[..., RunConfig], name
     changed = (folder / name).read_bytes()
     if name == "summary.json":
         assert strict_json(folder / name)["stages"].keys() == stages(folder).keys()
+        assert (folder / "run.log").read_text().count("summary.json was damaged or changed, and is written again") == 1
+        quiet_run(small())
+        assert (folder / "run.log").read_text().count("summary.json was damaged or changed") == 1
     else:
         assert changed == before
 

@@ -221,7 +221,7 @@ def test_committed_json_schema_is_current(tmp_path):
 def test_json_schema_takes_a_sweep():
     schema = json_schema()
     sweep = schema["properties"]["sweep"]
-    assert sweep["properties"]["executor"]["enum"] == ["sequential", "ray", "submitit"]
+    assert sweep["properties"]["executor"]["enum"] == ["sequential", "auto", "ray", "submitit"]
     (dotted,) = sweep["patternProperties"]
     assert re.search(dotted, "experiment.seed")
     assert not re.search(dotted, "method")
