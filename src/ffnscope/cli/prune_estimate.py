@@ -47,8 +47,15 @@ def print_curves_estimate(job: PruneJob, rounds: CurveRounds, libraries: int, co
     speed = seconds_per_token(model, asked.sites)
     passes = calibration_passes(asked.sites, job.params, asked.rule, job.options()) if job.params else []
     each = [plan_steps(job.windows, names, job.options()) for names in passes]
-    lines = [calibrate_line("calibrate", steps, speed) for steps in each]
-    fits = seconds_per_operation(model) if job.method.refits else None
+    operation, tokens = seconds_per_operation(model), job.windows.n_tokens
+    lines = [
+        with_more(calibrate_line("calibrate", steps, speed), operation * moment_operations(asked.sites, tokens, names))
+        for steps, names in zip(each, passes, strict=True)
+    ]
+    if asked.params:
+        what = f"{job.method.metric} x {sum(site.d_ff for site in asked.sites):,} channels of {len(asked.sites)} FFNs"
+        lines.append(score_line(what, asked.sites, [job.method.metric], operation))
+    fits = operation if job.method.refits else None
     lines.append(curves_line(asked.sites, rounds, job.windows, speed, fits))
     memory = job.memory() if any(each) else None
     work = replace(_workload(job, each, memory, None, rounds), only=("calibrate", "score", "curves"))

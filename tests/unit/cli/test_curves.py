@@ -16,8 +16,9 @@ import ffnscope
 from faults import stop_at
 from ffnscope.analyze import curves
 from ffnscope.calibrate import passes as calibrating
-from ffnscope.cli import app, files
+from ffnscope.cli import app, files, prune_estimate
 from ffnscope.io import read_plan
+from ffnscope.run.lines import duration
 from tiny import D_FF, LAYERS
 
 Ok = Callable[..., Result]
@@ -164,7 +165,19 @@ def test_the_dry_run_computes_nothing(
     assert "by measured: widths differ" in told
     told = ok("curves", *text, "--dry-run", "--out", tmp_path / "c").stdout
     assert "512 tokens forward" in told and f"{3 * LAYERS} cuts in 1 round(s) x 512 tokens" in told
+    assert f"scar_loss_proxy x {LAYERS * D_FF} channels of {LAYERS} FFNs" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dry_run_of_curves_tells_the_sums(
+    ok: Ok, text: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the products of h h^T of 512 tokens, if one of them took a hundredth of a second."""
+    monkeypatch.setattr(prune_estimate, "seconds_per_token", lambda *_: 0.0)
+    monkeypatch.setattr(prune_estimate, "seconds_per_operation", lambda *_: 1e-2)
+    told = ok("curves", *text, "-m", "magnitude", "--dry-run", "--out", tmp_path / "c").stdout
+    (line,) = [one for one in told.splitlines() if "1 pass" in one]
+    assert duration(0.5 * 512 * LAYERS * D_FF**2 * 1e-2) in line
 
 
 @pytest.mark.parametrize("keep", [0.75, 40])
