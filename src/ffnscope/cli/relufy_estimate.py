@@ -14,7 +14,7 @@ from ffnscope.ffn.load import LoadedModel
 from ffnscope.run.bounds import Shapes, shapes_of
 from ffnscope.run.lines import Line, print_lines
 from ffnscope.run.seconds import seconds_per_token
-from ffnscope.run.switches import GIB, Machine, Need, machine_of
+from ffnscope.run.switches import GIB, Machine, Need, machine_of, peak_line
 from ffnscope.sparse.relu.activation import replace_activation_
 from ffnscope.sparse.relu.convert import CALIBRATION
 from ffnscope.sparse.relu.training import ReluOptions
@@ -61,21 +61,15 @@ def training_advice(shapes: Shapes, length: int, options: ReluOptions, machine: 
     Steps of as many tokens in smaller batches are the same training. Weights must all be there, in float32.
     """
     asked = _need(shapes, length, options, machine)
-    limit, place = (machine.ram, "main memory") if machine.device is None else (machine.device, "the device's memory")
-    first = f"peak memory about {asked.told()}, in stage {asked.stage}"
-    if limit is None:
-        return [f"{first}; how much memory there is could not be found out"]
-    first += f"; there are {limit / GIB:.2f} GiB of {place}"
-    if asked.host and machine.ram is not None:
-        first += f" and {machine.ram / GIB:.2f} GiB of main memory"
+    first = peak_line(asked, machine)
     if asked.fits(machine):
-        return [f"{first}: it fits"]
+        return [first]
     if options.batch_size == 1:
-        return [f"{first}: it does NOT fit, and no option but a shorter --max-length or a smaller model takes less"]
+        return [f"{first}, and no option but a shorter --max-length or a smaller model takes less"]
     small = _need(shapes, length, replace(options, batch_size=1), machine)
     fits = "fits" if small.fits(machine) else "does NOT fit either"
     switch = f"--batch-size 1 --accumulate {options.batch_size * options.accumulate}"
-    return [f"{first}: it does NOT fit", f"  {switch} would take {small.told()}: {fits}"]
+    return [first, f"  {switch} would take {small.told()}: {fits}"]
 
 
 def _need(shapes: Shapes, length: int, options: ReluOptions, machine: Machine) -> Need:

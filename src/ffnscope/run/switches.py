@@ -160,6 +160,18 @@ def alternatives(
     return found
 
 
+def peak_line(asked: Need, machine: Machine) -> str:
+    """The peak of the largest stage, how much memory there is, and whether it fits."""
+    limit, place = (machine.ram, "main memory") if machine.device is None else (machine.device, "the device's memory")
+    first = f"peak memory about {asked.told()}, in stage {asked.stage}"
+    if limit is None:
+        return f"{first}; how much memory there is could not be found out"
+    first += f"; there are {limit / GIB:.2f} GiB of {place}"
+    if asked.host and machine.ram is not None:
+        first += f" and {machine.ram / GIB:.2f} GiB of main memory"
+    return f"{first}: it {'fits' if asked.fits(machine) else 'does NOT fit'}"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Bounds:
     """Bounds of a command on a model as it is loaded: see `bounds_of`."""
@@ -196,23 +208,16 @@ class Bounds:
     def advice(self, names: Mapping[str, str]) -> list[str]:
         """Lines: whether it fits, and if not, what each option would take, those that fit first."""
         asked, machine = self.need, self.machine
-        place = "main memory" if machine.device is None else "the device's memory"
-        limit = machine.ram if machine.device is None else machine.device
-        first = f"peak memory about {asked.told()}, in stage {asked.stage}"
-        if limit is None:
-            return [f"{first}; how much memory there is could not be found out"]
-        first += f"; there are {limit / GIB:.2f} GiB of {place}"
-        if asked.host and machine.ram is not None:
-            first += f" and {machine.ram / GIB:.2f} GiB of main memory"
+        first = peak_line(asked, machine)
         if asked.fits(machine):
-            return [f"{first}: it fits"]
+            return [first]
         found = alternatives(self.shapes, self.work, self.setting, machine, names)
         fitting = [one for one in found if one.fits(machine)]
         if fitting:
-            return [f"{first}: it does NOT fit", *(f"  {one.switch} would take {one.told()}: fits" for one in fitting)]
+            return [first, *(f"  {one.switch} would take {one.told()}: fits" for one in fitting)]
         least = min(found, key=lambda one: one.device, default=None)
         told = "" if least is None else f" (the least, {least.switch}: {least.told()}, in stage {least.stage})"
-        return [f"{first}: it does NOT fit, and no option would make it fit{told}"]
+        return [f"{first}, and no option would make it fit{told}"]
 
 
 def bounds_of(loaded: LoadedModel, sites: Sequence[FFNSite], work: Workload, libraries: int) -> Bounds:
