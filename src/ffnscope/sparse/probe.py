@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ffnscope.calibrate.windows import Windows
 from ffnscope.ffn.offload import materialised
-from ffnscope.io import write_tensors
 from ffnscope.sparse.card_figures import CardFigures
 from ffnscope.sparse.card_options import CardOptions, CardTarget
 from ffnscope.sparse.ffn import ffn_of
@@ -27,6 +26,7 @@ from ffnscope.sparse.site_params import site_params
 from ffnscope.sparse.split import PARTS, split_documents
 from ffnscope.sparse.streaming import trace_rounds
 from ffnscope.sparse.traces import Traces
+from ffnscope.sparse.tracing import tokens_of, write_inputs
 from ffnscope.types import FFNSite
 
 DOCUMENTS = (5, 10)
@@ -139,12 +139,9 @@ def _traces(model: nn.Module, windows: Windows, sites: Sequence[FFNSite], folder
     files = {site: folder / f"site_{i:04d}.safetensors" for i, site in enumerate(sites)}
     for found in trace_rounds(model, sites, list(windows.batches(1))):
         for site, one in found.items():
-            tensors = {"x": one.x} if one.tokens is None else {"x": one.x, "tokens": one.tokens}
-            write_tensors(files[site], tensors, {"activation": one.activation})
-    counts = windows.valid.sum(1)
-    document = windows.document.repeat_interleave(counts)
-    window = torch.arange(len(windows)).repeat_interleave(counts)
-    return Traces(folder, files, document, window, split_documents(document), {})
+            write_inputs(files[site], one, {})
+    tokens = tokens_of(windows)
+    return Traces(folder, files, **tokens, parts=split_documents(tokens["document"]), facts={})
 
 
 def _of_most_tokens(traces: Traces, *, lookahead: int) -> FFNSite:

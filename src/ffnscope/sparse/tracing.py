@@ -21,7 +21,7 @@ from ffnscope.io import SCHEMA, disposable, hash_json, read_tensors, write_state
 from ffnscope.saving import writing
 from ffnscope.sparse.ffn import check_site
 from ffnscope.sparse.split import split_documents
-from ffnscope.sparse.streaming import OnRound, trace_rounds
+from ffnscope.sparse.streaming import Inputs, OnRound, trace_rounds
 from ffnscope.sparse.traces import INDEX, KIND, TOKENS, Traces, read_traces
 from ffnscope.types import FFNSite
 
@@ -70,7 +70,7 @@ def check_traces(
     options = options or TraceOptions()
     for site in sites:
         check_site(site)
-    split_documents(windows.document.repeat_interleave(windows.valid.sum(1)), options.seed)
+    split_documents(tokens_of(windows)["document"], options.seed)
     return _checked_size(model, windows, sites, options.max_bytes)
 
 
@@ -112,8 +112,8 @@ def trace(
     options = options or TraceOptions()
     chosen = list(find_sites(model) if sites is None else sites)
     size = check_traces(model, windows, chosen, options)
-    documents = windows.document.repeat_interleave(windows.valid.sum(1))
-    parts = split_documents(documents, options.seed)
+    tokens = tokens_of(windows)
+    parts = split_documents(tokens["document"], options.seed)
     hashes = {"weights_hash": weights_hash(model), "windows_hash": windows.hash}
     key = hash_json([hashes, windows.document.tolist(), [site.name for site in chosen]])
     if out.exists():
@@ -121,7 +121,6 @@ def trace(
     partial = out.with_name(f".{out.name}.partial")
     files = {site: partial / f"site_{i:04d}.safetensors" for i, site in enumerate(chosen)}
     _write_sites(model, list(windows.batches(options.batch_size)), files, key, on_round)
-    tokens = {"document": documents, "window": torch.arange(len(windows)).repeat_interleave(windows.valid.sum(1))}
     write_tensors(partial / TOKENS, tokens, {"kind": "trace tokens"})
     facts = {"key": key, **hashes, "source": windows.source, "bytes": size, "n_tokens": windows.n_tokens}
     facts |= {"seed": options.seed, "parts": {name: part.tolist() for name, part in parts.items()}}
@@ -142,9 +141,20 @@ def _write_sites(
     with contextlib.closing(trace_rounds(model, todo, batches, on_round)) as rounds:
         for found in rounds:
             for site, one in found.items():
-                tensors = {"x": one.x} if one.tokens is None else {"x": one.x, "tokens": one.tokens}
-                facts = {"kind": "trace", "key": key, "site": site.name, "activation": one.activation}
-                write_tensors(files[site], tensors, facts)
+                write_inputs(files[site], one, {"kind": "trace", "key": key, "site": site.name})
+
+
+def write_inputs(path: Path, one: Inputs, facts: Mapping[str, Any]) -> None:
+    """Write the inputs of one FFN as `Traces` reads them."""
+    tensors = {"x": one.x} if one.tokens is None else {"x": one.x, "tokens": one.tokens}
+    write_tensors(path, tensors, {**facts, "activation": one.activation})
+
+
+def tokens_of(windows: Windows) -> dict[str, Tensor]:
+    """``document`` and ``window`` of every valid token, in the order of `Traces`."""
+    counts = windows.valid.sum(1)
+    window = torch.arange(len(windows)).repeat_interleave(counts)
+    return {"document": windows.document.repeat_interleave(counts), "window": window}
 
 
 def _checked_size(model: nn.Module, windows: Windows, sites: Sequence[FFNSite], limit: int) -> int:
