@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
+
+from scripts import load_script
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "structured_table.py"
 pytestmark = pytest.mark.skipif(not PATH.exists(), reason="benchmarks are not part of a source distribution")
@@ -15,10 +16,7 @@ pytestmark = pytest.mark.skipif(not PATH.exists(), reason="benchmarks are not pa
 
 @pytest.fixture(scope="module")
 def table():
-    spec = importlib.util.spec_from_file_location("structured_table", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PATH)
 
 
 def cell(row, sparsity, perplexity, seed=0, **more):

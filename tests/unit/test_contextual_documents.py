@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from ffnscope.ffn.sites import find_sites
 from ffnscope.sparse.tracing import trace
 from reference import exact, text
+from scripts import load_script
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks are not part of a source distribution")
@@ -21,12 +21,9 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks are not 
 def documents():
     sys.path.insert(0, str(FOLDER))
     try:
-        spec = importlib.util.spec_from_file_location("contextual_documents", FOLDER / "contextual_documents.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return load_script(FOLDER / "contextual_documents.py")
     finally:
         sys.path.remove(str(FOLDER))
-    return module
 
 
 @pytest.fixture(scope="module")

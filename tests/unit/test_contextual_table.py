@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+
+from scripts import load_script
 
 GRID = [0.05, 0.1, 0.15]
 PATH = Path(__file__).parents[2] / "benchmarks" / "contextual_table.py"
@@ -17,10 +18,7 @@ pytestmark = pytest.mark.skipif(not PATH.exists(), reason="benchmarks are not pa
 
 @pytest.fixture(scope="module")
 def table():
-    spec = importlib.util.spec_from_file_location("contextual_table", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PATH)
 
 
 def falling(n_documents, seed):

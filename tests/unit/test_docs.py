@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import shlex
@@ -13,15 +12,13 @@ import typer
 
 from ffnscope.cli import app
 from ffnscope.registry import ALLOCATORS, METRICS, STATISTICS
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 
 
 def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "tools" / f"{name}.py")
 
 
 def test_metrics_page_is_current():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+
+from scripts import load_script
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "scale.py"
 pytestmark = pytest.mark.skipif(not PATH.exists(), reason="benchmarks are not part of a source distribution")
@@ -19,10 +20,7 @@ TOLD |= {"batch": 2, "place": "disk"}
 
 @pytest.fixture(scope="module")
 def scale():
-    spec = importlib.util.spec_from_file_location("scale", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PATH)
 
 
 def stage(peak, **more):

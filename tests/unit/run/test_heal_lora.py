@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 import ffnscope
 from checkpoints import make_checkpoint
+from scripts import load_script
 from tiny import logits
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "heal_lora.py"
@@ -20,11 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what peft and the Trainer w
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("heal_lora", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(params=["local", "global"])
