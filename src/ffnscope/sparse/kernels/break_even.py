@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 DENSITIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 ROUNDS = 7
+MOST_ROUNDS = 49
+SECONDS = 0.3
+"""A measurement has seven rounds, and more of them, up to 49, until it took so long: small FFNs are quick and noisy."""
 MARGIN = 0.97
 """Share of the dense time that the sparse form may take: so much is noise."""
 
@@ -61,7 +64,7 @@ def row_times(
     """Time an FFN that reads rows against the dense one, at several densities.
 
     In every round the dense form runs first and last and all densities, on random channels, between; the ratio of that
-    round is to the mean of the two, so a machine that gets slower in the meantime does not show. The median of seven
+    round is to the mean of the two, so a machine that gets slower in the meantime does not show. The median of the
     rounds counts, after one that compiles and allocates: what another job disturbs for less than half of them is not
     in it. FFNs take turns, and before each call the one before it runs dense, so that weights and code come from where
     they do in a decoding step.
@@ -82,7 +85,7 @@ def row_times(
 def share_of_dense(
     what: Hashable, dense: Sequence[Callable[[], object]], runs: Sequence[Callable[[], object]], device: torch.device
 ) -> float:
-    """Time of what runs before an FFN over that of its dense form: the median of seven rounds, as in `row_times`.
+    """Time of what runs before an FFN over that of its dense form: the median of rounds, as in `row_times`.
 
     Args:
         what: what the answer depends on; a second call with the same one measures nothing.
@@ -93,13 +96,23 @@ def share_of_dense(
     key = (what, str(device), torch.get_num_threads())
     if key not in _shares:
         rounds: list[float] = []
-        for turn in range(ROUNDS + 1):
+        for turn in _turns():
             dense[turn % len(dense)]()
             whole = seconds(dense[(turn + 1) % len(dense)], device)
             one = seconds(runs[turn % len(runs)], device)
             rounds += [one / whole] if turn else []
         _shares[key] = statistics.median(rounds)
     return _shares[key]
+
+
+def _turns() -> Iterator[int]:
+    """0, of the round that compiles and allocates and does not count, then 1, 2, ... of those that do."""
+    yield 0
+    start = time.perf_counter()
+    for turn in range(1, MOST_ROUNDS + 1):
+        if turn > ROUNDS and time.perf_counter() - start > SECONDS:
+            return
+        yield turn
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -120,7 +133,7 @@ def _measure(
     random = torch.Generator().manual_seed(0)
     rounds: list[list[float]] = []
     turn = 0
-    for round_ in range(ROUNDS + 1):
+    for round_ in _turns():
         times: list[float] = []
         for density in (0.0, *DENSITIES, 0.0):  # 0: the dense form
             turn += 1
