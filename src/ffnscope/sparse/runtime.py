@@ -95,9 +95,10 @@ class Runtime:
             use.undo()
 
     def close(self) -> None:
-        """Put everything back as it was."""
+        """Put everything back as it was, and give back the memory of the rows."""
         for site in list(self._uses):
             self.remove(site)
+        self._rows.clear()  # the runtime is in cycles, which wait for a collection
         for handle in self._handles:
             handle.remove()
 

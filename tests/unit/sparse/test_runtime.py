@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ from ffnscope.sparse import runtime as module
 from ffnscope.sparse import timing
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.kernels.break_even import DENSITIES, RowTimes
+from ffnscope.sparse.kernels.ffn import RowWeights
 from ffnscope.sparse.monitor import MonitorOptions
 from ffnscope.sparse.policies import TopK
 from ffnscope.sparse.predictors import fixed
@@ -357,6 +362,26 @@ class TestRefusals:
         with pytest.raises(ZeroDivisionError):
             wrap_(llama, selectors(llama))
         assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in llama.modules())
+
+
+def test_unwrapping_gives_the_rows_back_at_once(llama, monkeypatch) -> None:
+    seen = []
+
+    def of(weights):
+        made = RowWeights.of(weights)
+        seen.append(weakref.ref(made.down.weight))
+        return made
+
+    monkeypatch.setattr(module, "RowWeights", SimpleNamespace(of=of))
+    gc.collect()
+    gc.disable()
+    try:
+        _, runtime = wrapped(llama, selectors(llama), break_even=1.0)
+        alive = [row() is not None for row in seen]
+    finally:
+        gc.enable()
+    assert alive and not any(alive)
+    assert runtime.copied_bytes > 0  # what was told stays
 
 
 def test_break_even_is_measured_once_per_shape(llama, monkeypatch) -> None:
