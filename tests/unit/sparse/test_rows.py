@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -116,6 +118,7 @@ class TestBreakEven:
     def nothing_measured(self, monkeypatch) -> None:
         monkeypatch.setattr(timing, "_rows", {})
         monkeypatch.setattr(timing, "_shares", {})
+        monkeypatch.setattr(timing, "SECONDS", 0)
 
     @pytest.mark.parametrize(
         ("slope", "expected"),
@@ -162,6 +165,18 @@ class TestBreakEven:
         found = timing.row_times("shape", 64, [lambda: None], [lambda index: None], torch.device("cpu"))
         assert found.ratios[3] == pytest.approx(0.5, rel=0.1) and clock["rounds"] == timing.ROUNDS + 1
         assert found.limit == 1.0
+
+    @pytest.mark.parametrize(("each", "rounds"), [(0.001, timing.MOST_ROUNDS), (0.0125, 24), (1.0, timing.ROUNDS)])
+    def test_what_is_quick_is_timed_in_more_rounds(self, monkeypatch, each, rounds) -> None:
+        """A clock on which every round takes so many seconds; measuring goes on until 0.3 s have passed."""
+        clock = {"now": 0.0}
+        monkeypatch.setattr(timing, "SECONDS", 0.3 - 1e-9)
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+        turns = []
+        for turn in timing._turns():
+            turns.append(turn)
+            clock["now"] += each if turn else 100.0
+        assert turns == list(range(rounds + 1))
 
     def test_a_share_is_the_median_and_measured_once(self, monkeypatch) -> None:
         lasting = iter([9.0, 9.0, *[v for share in (0.2, 9, 0.3, 0.1, 8, 0.25, 0.3) for v in (2.0, 2 * share)]])
