@@ -75,7 +75,7 @@ class Layer:
 
     def dense(self, index=None, mask=None):
         h = functional.silu(functional.linear(self.x, self.gate)) * functional.linear(self.x, self.up)
-        return functional.linear(h if mask is None else h * mask, self.down)
+        return functional.linear(h if mask is None else torch.where(mask, h, 0.0), self.down)
 
     def sparse(self, index):
         return sparse_ffn(self.x, self.rows, index, "silu")
@@ -116,7 +116,7 @@ class Shape:
 
     def automatic(self, density):
         """Rows, or the dense FFN under the mask, for a selection that is there; decided before the clock runs."""
-        mask = self.masks[density]
+        mask = self.masks[density] if density < 1 else None  # as the runtime, which sees that nothing is left out
         return Layer.sparse if density <= self.times.limit else lambda layer, index: layer.dense(mask=mask)
 
     def bytes_of(self, density):

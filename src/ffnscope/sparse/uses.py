@@ -76,11 +76,13 @@ class Choice:
         mask: [T, d_ff].
         index: int32, of their union; None to run dense under the mask.
         known: products on the index [T, k] that the selector has made.
+        whole: the mask keeps every channel, so what runs dense needs none.
     """
 
     mask: Tensor
     index: Tensor | None
     known: Products = field(default_factory=Products)
+    whole: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -125,7 +127,7 @@ class Selection:
         sparse = density <= self.limit(flat.shape[0])
         self._count(mask, index, density, sparse)
         if not sparse:
-            return Choice(mask, None)
+            return Choice(mask, None, whole=len(mask) == 1 and index.numel() == self.site.d_ff)
         return Choice(mask, index, known.at(index, x.dtype))
 
     def _select(self, x: Tensor) -> tuple[Tensor, Products]:
@@ -176,12 +178,15 @@ class Use:
         return before
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Where a call runs dense, multiply h [.., d_ff] by the mask before down, or the norm before it, reads it."""
+        """Where a call runs dense, mask h [.., d_ff] before down, or the norm before it, reads it."""
         choice = self._choice
         if choice is None or choice.index is not None:
             return None
         self._choice = None
-        return (args[0] * choice.mask.view(args[0].shape), *args[1:])
+        if choice.whole:
+            return None
+        h = args[0]  # a product with bools takes twice as long
+        return (torch.where(choice.mask.view(h.shape), h, 0.0), *args[1:])
 
 
 class ModuleUse(Use):
@@ -250,7 +255,7 @@ class ProjectionUse(Use):
             return None
         choice = self.selection.choose(x)
         if choice.index is None or self._rows is None:
-            return Choice(choice.mask, None)
+            return Choice(choice.mask, None, whole=choice.whole)
         # code that takes apart a fused gate and up cannot do so with nothing
         return choice if choice.index.numel() else Choice(choice.mask, choice.index.new_zeros(1))
 

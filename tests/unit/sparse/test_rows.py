@@ -122,7 +122,7 @@ class TestBreakEven:
 
     @pytest.mark.parametrize(
         ("slope", "expected"),
-        [(0.0, 1.0), (0.97, 1.0), (1.94, 0.5), (1.552, 0.625), (3.88, 0.25), (1.746, 1 / 1.8), (40.0, 0.0)],
+        [(0.0, 1.0), (0.95, 1.0), (1.9, 0.5), (1.52, 0.625), (3.8, 0.25), (1.71, 1 / 1.8), (40.0, 0.0)],
     )
     def test_where_a_line_crosses(self, slope, expected) -> None:
         assert timing.RowTimes(tuple(slope * d for d in timing.DENSITIES)).limit == pytest.approx(expected)

@@ -280,6 +280,26 @@ class TestDecoding:
             _, runtime = wrapped(llama, selectors(llama), n_rows=n_rows)
             assert {row.sparse_steps for row in runtime.measured().values()} == {share}
 
+    def test_all_channels(self, llama) -> None:
+        """A selection of everything leaves h as it is; a union of everything is none."""
+        down, seen = llama.model.layers[0].mlp.down_proj, []
+        for n_rows, rule, same in (
+            (1, keep(torch.ones(D_FF, dtype=torch.bool)), True),
+            (2, lambda x: (torch.arange(D_FF) + torch.arange(len(x))[:, None]) % 2 > 0, False),
+        ):
+            runtime = wrap_(llama, dict.fromkeys(find_sites(llama), rule), break_even=0.0)
+            first = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]), prepend=True)
+            last = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            with torch.no_grad():
+                llama(input_ids=tokens(n_rows, 1), use_cache=False)
+            for handle in (first, last):
+                handle.remove()
+            unwrap_(llama)
+            before, after = seen[-2:]
+            assert (after is before) == same
+            assert {row.union for row in runtime.measured().values()} == {1.0}
+            assert same or ((after == 0).sum(-1) == D_FF // 2).all()
+
     def test_gradients_take_the_dense_path(self, llama) -> None:
         ids = tokens(1, 1)
         runtime = wrap_(llama, selectors(llama), break_even=1.0)
