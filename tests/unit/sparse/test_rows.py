@@ -150,7 +150,7 @@ class TestBreakEven:
 
     @pytest.mark.parametrize(("disturbed", "rows"), [((1, 5), True), ((1, 3, 5), False)])
     def test_rounds_that_get_slower(self, monkeypatch, disturbed, rows) -> None:
-        """The first round compiles; the machine gets slower; rows are disturbed in some of the seven rounds that count."""
+        """The first round compiles; the machine gets slower; rows are disturbed in some of the others."""
         clock = {"calls": 0, "rounds": 0}
 
         def seconds(run, device):
