@@ -3,7 +3,6 @@
     python benchmarks/contextual.py perplexity [--rows LABEL ...] [--densities 0.5 0.3 0.15] [--domains NAME ...]
     python benchmarks/contextual.py targets|certificates [--layers 0 6 12 18 29] [--domains NAME ...]
     python benchmarks/contextual.py losses [--domains NAME ...]
-    python benchmarks/contextual.py answer [--layers ...]
     python benchmarks/contextual.py table
 
 perplexity: 16 windows of 256 tokens of each domain's test split, of which the first 64 are a prompt that runs dense and
@@ -33,11 +32,6 @@ import contextual_table
 import torch
 
 import ffnscope
-from ffnscope.ffn.sites import find_sites
-from ffnscope.io import write_text
-from ffnscope.report.answer_table import answer_markdown, write_answer
-from ffnscope.sparse.answer import answer
-from ffnscope.sparse.answer_rows import Domain
 from ffnscope.sparse.baselines import BASELINES, at_density, fit_predictors
 from ffnscope.sparse.evaluation import form_losses, mean_density
 from ffnscope.sparse.forms import MaskedForm, dense_bytes, low_bit_form, low_rank_form
@@ -53,11 +47,11 @@ ROWS = (*BASELINES, *BITS, LOW_RANK)
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["perplexity", "targets", "certificates", "losses", "answer", "table"])
+    parser.add_argument("part", choices=["perplexity", "targets", "certificates", "losses", "table"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="LABEL")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.3, 0.15])
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
-    parser.add_argument("--layers", type=int, nargs="+", help="default: 0 6 12 18 29; of the answer: all")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 6, 12, 18, 29])
     parser.add_argument("--windows", type=int, default=16, help="of 256 tokens, to evaluate on")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "ffnscope" / "contextual")
     return parser.parse_args()
@@ -68,12 +62,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.part == "perplexity":
         Perplexities(args).measure()
-    elif args.part == "answer":
-        write_answers(args)
     elif args.part == "losses":
         contextual_documents.measure_losses(args, ffnscope.load_model(MODEL), add)
     elif args.part != "table":
-        args.layers = args.layers or [0, 6, 12, 18, 29]
         contextual_documents.measure(args, ffnscope.load_model(MODEL), add)
     contextual_table.write(args.work)
 
@@ -88,8 +79,8 @@ def windows_of(loaded, name: str, split: str, n: int, length: int) -> ffnscope.W
     return ffnscope.load_windows(ffnscope.TextSource(name, split=split), loaded.tokenizer, n=n, length=length, seed=0)
 
 
-def traced(loaded, name: str, work: Path, n: int = 64):
-    windows = windows_of(loaded, name, "train", n, 128)
+def traced(loaded, name: str, work: Path):
+    windows = windows_of(loaded, name, "train", 64, 128)
     return trace(loaded.model, windows, work / f"traces_{windows.hash[:12]}")
 
 
@@ -144,20 +135,6 @@ class Perplexities:
             cell["seconds"] = round(time.perf_counter() - start, 1)
             cell["perplexity"] = round(contextual_table.perplexity(cell), 3)
             add(cell)
-
-
-def write_answers(args) -> None:
-    """The page of `ffnscope.sparse.answer` for all three domains."""
-    loaded = ffnscope.load_model(MODEL)
-    domains = {
-        name: Domain(traced(loaded, name, args.work, 32), windows_of(loaded, name, "test", args.windows // 2, 256))
-        for name in args.domains
-    }
-    sites = [site for site in find_sites(loaded.model) if args.layers is None or site.layer in args.layers]
-    found = answer(loaded.model, domains, sites=sites, on_step=lambda *step: print(*step, flush=True))
-    folder = contextual_table.CELLS.parent
-    write_answer(folder / "answer_smollm2.json", found)
-    write_text(folder / "answer_smollm2.md", answer_markdown(found, "SmolLM2: top-k or threshold, and which k?"))
 
 
 if __name__ == "__main__":
