@@ -24,7 +24,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, builtin: Iterable[str], group: str):
         self.kind = kind
         self.group = group
-        self._builtin = tuple(builtin)
+        self.builtin = tuple(builtin)
         self._items: dict[str, T] = {}
         self._loaded = False
 
@@ -51,7 +51,7 @@ class Registry(Generic[T]):
             return
         self._loaded = True
         try:
-            for module in self._builtin:
+            for module in self.builtin:
                 importlib.import_module(module)
             for point in importlib.metadata.entry_points(group=self.group):
                 self._load_point(point)
