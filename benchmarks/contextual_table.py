@@ -67,7 +67,7 @@ def qualities(cells: list[dict], plots: Path) -> list[str]:
         lines += ["| row | density | bytes of dense at 16 bits, % | perplexity | over dense, % |"]
         lines += ["|---|---|---|---|---|"]
         for label, found in rows.items():
-            lines += [table_line(label, one) for one in sorted(found, key=lambda one: -one.bytes_share)]
+            lines += [table_line(label.replace("|", "\\|"), one) for one in sorted(found, key=lambda one: -one.bytes_share)]
         lines.append("")
         curves: dict[str, list[FormRow]] = defaultdict(list)
         for label, found in rows.items():
