@@ -67,7 +67,7 @@ def qualities(cells: list[dict], plots: Path) -> list[str]:
         lines += ["| row | density | bytes of dense at 16 bits, % | perplexity | over dense, % |"]
         lines += ["|---|---|---|---|---|"]
         for label, found in rows.items():
-            lines += [table_line(label.replace("|", "\\|"), one) for one in sorted(found, key=lambda one: -one.bytes_share)]
+            lines += [table_line(label, one) for one in sorted(found, key=lambda one: -one.bytes_share)]
         lines.append("")
         curves: dict[str, list[FormRow]] = defaultdict(list)
         for label, found in rows.items():
@@ -90,6 +90,7 @@ def table_line(label: str, one: FormRow) -> str:
     density = "–" if one.density is None else f"{one.density:.3f}"
     less = one.difference
     ends = "" if less.low is None else f" ({change(less.low)} to {change(less.high)})"
+    label = label.replace("|", "\\|")
     words = (label, density, f"{100 * one.bytes_share:.1f}", f"{one.perplexity.value:.2f}", change(less.value) + ends)
     return "| " + " | ".join(words) + " |"
 

@@ -47,7 +47,8 @@ class DomainChoice:
     """The texts that are compared, and how much is read of each."""
 
     text: Annotated[
-        list[str] | None, typer.Option("--text", help="Text domain, two or more; repeatable [all shipped texts].")
+        list[str] | None,
+        typer.Option("--text", help="Text domain, two or more; all shipped ones without."),
     ] = None
     num_samples: Annotated[int, typer.Option("--num-samples", help="Windows of each text to calibrate on.")] = 96
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens per window.")] = 128

@@ -44,9 +44,9 @@ class MachineChoice:
     """The two devices; a token is decoded on both."""
 
     fast_bandwidth: Annotated[
-        float | None, typer.Option(help="GB/s that the device of the hot channels reads [measured on CUDA].")
+        float | None, typer.Option(help="GB/s that the device of the hot channels reads; measured on CUDA.")
     ] = None
-    slow_bandwidth: Annotated[float | None, typer.Option(help="GB/s that the CPU reads [measured].")] = None
+    slow_bandwidth: Annotated[float | None, typer.Option(help="GB/s that the CPU reads; measured without it.")] = None
     sync: Annotated[float, typer.Option(help="Microseconds more for an FFN that both devices compute.")] = 20.0
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode where the speed can be measured.")] = 32
 

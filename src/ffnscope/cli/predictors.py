@@ -24,7 +24,7 @@ from ffnscope.sparse.rule import DEFAULTS
 from ffnscope.sparse.site_params import check_layers, ffn_norms
 
 predictors_app = typer.Typer(no_args_is_help=True, help="What scores the channels of a token, and trained predictors.")
-INTERNAL = ("kept", "layer", "norm", "gain", "core")
+INTERNAL = {"static": ("kept",), "fc_files": ("layer", "norm"), "channel_threshold": ("gain",)}
 """Parameters that a card finds itself."""
 
 
@@ -39,8 +39,9 @@ def _print(registry: Registry[Any]) -> None:
     OUT.print(Text(f"{registry.kind} (--{registry.kind}, --{registry.kind}-param NAME=VALUE)", style="bold underline"))
     for name in registry.names():
         item = registry.get(name)
-        values = {k: p.default for k, p in item.params.items() if k not in INTERNAL} | dict(DEFAULTS.get(name, {}))
-        values |= _WORDS.get(name, {})
+        hidden = INTERNAL.get(name, ())
+        values = {k: p.default for k, p in item.params.items() if k not in hidden}
+        values |= {**DEFAULTS.get(name, {}), **_WORDS.get(name, {})}
         params = "".join(f" {k}" if v is inspect.Parameter.empty else f" {k}={v}" for k, v in values.items())
         OUT.print(Text.assemble((name, "bold"), (_HYBRID if name == "hybrid" else params, "cyan")))
         OUT.print(Text(f"    {item.summary}" + (f" Source: {item.source}" if item.source else "")))

@@ -32,7 +32,7 @@ def rank_command(
     model: Annotated[str | None, typer.Argument(help="Model to score; leave out with --scores.")] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option("--metric", "-m", help="Metric that ranks the channels [scar_loss_proxy]; with --validate any."),
+        typer.Option("--metric", "-m", help="Metric that ranks, scar_loss_proxy without; with --validate any."),
     ] = None,
     scores: Annotated[Path | None, typer.Option(help="Rank these scores instead of calibrating.")] = None,
     top: Annotated[int, typer.Option(help="Rows to print (--out writes all).")] = 20,

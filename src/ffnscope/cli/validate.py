@@ -66,7 +66,7 @@ class ValidateOptions:
     sparsity: Annotated[
         list[float] | None, typer.Option(help="Also prune by this fraction; repeatable; 0 for none [0.1 0.3 0.5].")
     ] = None
-    allocator: Annotated[list[str] | None, typer.Option(help="For --sparsity; repeatable [local global].")] = None
+    allocator: Annotated[list[str] | None, typer.Option(help="For --sparsity; local and global without.")] = None
     held_out: Annotated[str | None, typer.Option(help="Text to measure on, if not the test split of --text.")] = None
     held_out_samples: Annotated[int, typer.Option(help="Token windows of the text to measure on.")] = 8
     plots: Annotated[bool, typer.Option("--plots", help="Also draw, into OUT/plots.")] = False

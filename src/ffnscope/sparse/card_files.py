@@ -53,12 +53,13 @@ def write_card(path: Path, card: SparsityCard, *, overwrite: bool = False) -> No
     write_json(path, value)
 
 
-def read_card(path: Path) -> SparsityCard:
+def read_card(path: Path | str) -> SparsityCard:
     """Read what `write_card` wrote. Whether it is for a model is checked when it is used with one.
 
     Raises:
         ArtifactError: another schema, a changed or damaged file, or tensors that are not those of this card.
     """
+    path = Path(path)
     value = read_json(path)
     expect_kind(path, value, KIND)
     if value.get("schema") != CARD_SCHEMA:

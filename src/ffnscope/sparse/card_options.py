@@ -130,6 +130,8 @@ def parse_target(text: str) -> CardTarget:
         raise UsageError(
             f"the target {text!r} would keep no channel at all; give a share above 0, such as {measure}=0.3."
         )
+    if measure not in get_args(Measure):
+        raise unknown_name("target", measure, (*get_args(Measure), "perplexity", "parameter", "bytes"))
     return Target(measure, number)  # type: ignore[arg-type]
 
 

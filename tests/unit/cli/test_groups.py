@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
+import click
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from ffnscope.cli import app as cli
 from ffnscope.cli.groups import grouped, option_names
 
 
@@ -49,3 +52,14 @@ def test_help_and_bounds_are_those_of_the_fields(program: typer.Typer) -> None:
 
 def test_names_in_order() -> None:
     assert option_names(Place, Place) == ("street", "number") * 2
+
+
+def test_no_help_has_words_in_brackets_which_rich_reads_as_markup() -> None:
+    todo: list[click.Command] = [typer.main.get_command(cli)]
+    helps: list[str] = []
+    while todo:
+        command = todo.pop()
+        todo += getattr(command, "commands", {}).values()
+        helps += [command.help or "", *(getattr(param, "help", None) or "" for param in command.params)]
+    assert len(helps) > 200
+    assert [text for text in helps if re.search(r"\[/?[a-z]", text)] == []

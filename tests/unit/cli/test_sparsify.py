@@ -117,6 +117,7 @@ class TestSparsify:
         [
             (("--target", "recall"), "is not MEASURE=VALUE, for example recall=0.95"),
             (("--target", "recal=0.9"), "Unknown target 'recal'. Did you mean 'recall'?"),
+            (("--target", "perplxity=+1%"), "Unknown target 'perplxity'. Did you mean 'perplexity'?"),
             (("--target", "density=0"), "would keep no channel at all"),
             (
                 ("--policy", "capped_threshold"),
@@ -198,6 +199,7 @@ class TestPredictors:
         assert "low_rank rank=128 relu=True lookahead=0 density=that of the target, or 0.3 loss=mass" in told
         assert "griffin prompt=32" in told and "low_bit bits=4 group=64" in told
         assert "hybrid core=0.02 rest=nucleus" in told and "kept=" not in told
+        assert "exact_gate up_size=True norm=True" in told and "norm=None" not in told and "layer=" not in told
 
     def test_out_and_in(
         self, ok: Ok, fails: Fails, checkpoint: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

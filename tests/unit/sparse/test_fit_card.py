@@ -300,7 +300,7 @@ class TestFiles:
     def path(self, one: Set, tmp_path: Path) -> Path:
         card = one.fit(target=Target("recall", 0.7), certify=Certify())
         write_card(tmp_path / "card.json", card)
-        again = read_card(tmp_path / "card.json")
+        again = read_card(str(tmp_path / "card.json"))
         assert (again.certificate, again.loss, again.allocation) == (card.certificate, card.loss, card.allocation)
         return tmp_path / "card.json"
 
