@@ -42,7 +42,7 @@ DOMAINS = ("sotu", "pydoc_topics", "stdlib_source")
 PROMPT = 64
 BITS = {f"{bits}-bit dense FFN": bits for bits in (2, 3, 4, 6, 8)}
 LOW_RANK = "whitened low-rank FFN"
-ROWS = (*BASELINES, *BITS, LOW_RANK)
+ROWS = (*(label for label, row in BASELINES.items() if row.parameter is None), *BITS, LOW_RANK)
 
 
 def arguments() -> argparse.Namespace:

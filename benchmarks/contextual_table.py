@@ -102,7 +102,8 @@ def change(value: float) -> str:
 def targets(cells: list[dict]) -> list[str]:
     if not cells:
         return []
-    lines = ["## Calibrated recall on unseen documents", "", TARGETS_HEAD, ""]
+    layers = ", ".join(map(str, cells[0]["layers"]))
+    lines = ["## Calibrated recall on unseen documents", "", TARGETS_HEAD.format(layers=layers), ""]
     lines += [
         "| calibrated on | used on | documents | rule | target | recall | within 1 point | density |",
         "|---|---|---|---|---|---|---|---|",
@@ -134,8 +135,13 @@ def certificates(cell: dict) -> list[str]:
             of, bound = (losses / (CAP * math.log1p(limit))).clamp(0, 1), 1 / CAP
         for what, certify in PROMISES.items():
             lines.append(promise(certify, of, cell["grid"], bound, what.format(words=words, limit=f"{limit:g}")))
-    note = f"A rise counts up to {CAP:g} times the limit and over that, so a mean of {1 / CAP:g} is the limit."
-    return [*lines, "", *([note, ""] if cell.get("measure") == "perplexity" else [])]
+    notes = [
+        "Learn then test promises an expected loss; the mean over all documents, from which both halves are drawn, is "
+        "taken for it."
+    ]
+    if cell.get("measure") == "perplexity":
+        notes.append(f"A rise counts up to {CAP:g} times the limit and over that; a mean of {1 / CAP:g} is the limit.")
+    return [*lines, "", " ".join(notes), ""]
 
 
 def promise(certify, losses, grid: list[float], limit: float, what: str) -> str:
@@ -149,7 +155,8 @@ def promise(certify, losses, grid: list[float], limit: float, what: str) -> str:
     wrong, density = (torch.tensor([one[i] for one in found], dtype=torch.float64) for i in (0, 1))
     mean, error = float(wrong.mean()), float(wrong.std()) / math.sqrt(SPLITS)
     holds = "yes" if mean <= promised + 2 * error else "no"
-    return f"| {what} | {promised:g} | {mean:.4f} | {error:.4f} | {holds} | {float(density.mean()):.3f} |"
+    told = f"{error:.4f}" if error >= 1e-4 or not error else "< 0.0001"
+    return f"| {what} | {promised:g} | {mean:.4f} | {told} | {holds} | {float(density.mean()):.3f} |"
 
 
 def conformal(losses, limit: float) -> Certificate:
@@ -190,5 +197,5 @@ HEAD = (
 )
 TARGETS_HEAD = (
     "Recall of the 30 % of the channels with the largest contributions, 4-bit proxy in groups of 64, mean over the "
-    "FFNs measured; 95 % intervals over documents. None of the documents was calibrated on."
+    "FFNs of layers {layers}; 95 % intervals over documents. None of the documents was calibrated on."
 )

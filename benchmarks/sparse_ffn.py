@@ -6,9 +6,9 @@
 Per shape, dtype and density: the kernel alone, the kernel with a predictor and the selection (a random low-rank
 predictor, x A B with rank d_model / 8, its top k, sorted), and the same product by gathers in torch. All take turns
 with torch dense and with plain reads of memory, in an order that is drawn in every round, with random channels each
-time. As in a decoding step, FFNs take turns, more than the last cache holds, and before each call another one runs
-dense. Times are medians (quartiles), speed-ups dense median over quartiles. The bound is the bytes of the selected
-rows, and in the second table of the predictor, at the speed of the faster of two plain reads.
+time. As in a decoding step, FFNs take turns, more than the last cache holds, and before each call another one runs in
+the same form. Times are medians (quartiles), speed-ups dense median over quartiles. The bound is the bytes of the
+selected rows, and in the second table of the predictor, at the speed of the faster of two plain reads.
 
 "Automatic" is what the runtime runs by itself, as a share of the time of the dense FFN right before or after it: rows
 up to the measured break-even and the dense FFN under the mask above it (kernel), or the dense FFN without any selection
@@ -35,9 +35,10 @@ import torch
 from torch.nn import functional
 
 from ffnscope.io import write_text
-from ffnscope.sparse.kernels.break_even import MARGIN, row_times, share_of_dense
+from ffnscope.sparse.kernels.break_even import MARGIN, Forms, row_times, share_of_dense
 from ffnscope.sparse.kernels.ffn import RowWeights, sparse_ffn
 from ffnscope.sparse.kernels.rows import RowMatrix, has_compiler
+from ffnscope.sparse.uses import masked
 from ffnscope.types import FFNWeights
 
 RECORD = Path(__file__).parent / "results" / "sparse_ffn.txt"
@@ -75,7 +76,7 @@ class Layer:
 
     def dense(self, index=None, mask=None):
         h = functional.silu(functional.linear(self.x, self.gate)) * functional.linear(self.x, self.up)
-        return functional.linear(h if mask is None else torch.where(mask, h, 0.0), self.down)
+        return functional.linear(h if mask is None else masked(h, mask), self.down)
 
     def sparse(self, index):
         return sparse_ffn(self.x, self.rows, index, "silu")
@@ -103,16 +104,19 @@ class Shape:
         self.masks = {density: torch.rand(1, d_ff, generator=draw) < density for density in DENSITIES}
         start = time.perf_counter()
         key, cpu, dense = ("benchmark", d_model, dtype), torch.device("cpu"), [one.dense for one in self.layers]
-        self.times = row_times(key, d_ff, dense, [one.sparse for one in self.layers], cpu)
-        self.selecting = {density: self.share_of_selecting(density, key, dense) for density in DENSITIES}
+        under_masks = [lambda one=one: one.dense(mask=self.masks[0.5]) for one in self.layers]
+        self.times = row_times(key, d_ff, Forms(dense, under_masks, [one.sparse for one in self.layers]), cpu)
+        self.deciding = {density: self.share_of_deciding(density, key, dense) for density in DENSITIES}
         self.once = time.perf_counter() - start
 
-    def share_of_selecting(self, density, key, dense):
-        choose = [lambda one=one: one.choose(round(density * self.d_ff)) for one in self.layers]
-        return share_of_dense((density, *key), dense, choose, torch.device("cpu"))
+    def share_of_deciding(self, density, key, dense):
+        """Time of selecting and reading over dense, as the runtime measures it for the density of a card."""
+        index = torch.empty(round(density * self.d_ff))  # which channels are read is decided by the predictor
+        runs = [lambda one=one: one.selected(index) for one in self.layers]
+        return share_of_dense((density, *key), dense, runs, torch.device("cpu"))
 
     def pays(self, density):
-        return self.selecting[density] + self.times.at(density) <= MARGIN
+        return density <= self.times.limit and self.deciding[density] <= MARGIN
 
     def automatic(self, density):
         """Rows, or the dense FFN under the mask, for a selection that is there; decided before the clock runs."""
@@ -156,18 +160,20 @@ class Machine:
 
 
 class Turns:
-    """Runs forms on one FFN after the other, each after another one ran dense."""
+    """Runs forms on one FFN after the other, each after another one ran in the same form, as in a decoding step."""
 
     def __init__(self, shape, machine):
         self.layers, self.d_ff, self.machine = shape.layers, shape.d_ff, machine
         self.draw, self.turn = torch.Generator().manual_seed(1), itertools.count(1)
 
     def seconds(self, run, density):
-        index = torch.randperm(self.d_ff, generator=self.draw)[: round(density * self.d_ff)].sort().values.int()
         now = next(self.turn)
         before, layer = (self.layers[i % len(self.layers)] for i in (now - 1, now))
-        before.dense()
-        return self.machine.seconds(run, layer, index)
+        run(before, self.index(density))
+        return self.machine.seconds(run, layer, self.index(density))
+
+    def index(self, density):
+        return torch.randperm(self.d_ff, generator=self.draw)[: round(density * self.d_ff)].sort().values.int()
 
     def ratio(self, run, density, *, dense_first):
         """Time over that of the dense FFN right before or after: a difference of 2 % would drown in drift otherwise."""
@@ -227,8 +233,7 @@ class Table:
         yield (
             f"{shape.d_model} x {shape.d_ff}, {shape.name}: torch dense {median(self.dense, 2, 1e3)} ms, "
             f"{self.now / self.bound(1.0, False):.2f} of its bound; plain read {self.speed / 1e9:.1f} GB/s; break-even "
-            f"at density {shape.times.limit:.2f}, selecting 10 % takes {shape.selecting[0.1]:.2f} of dense (measured "
-            f"in {shape.once:.1f} s)"
+            f"at density {shape.times.limit:.2f} (measured in {shape.once:.1f} s)"
         )
         for kind, title in (("sparse", "kernel alone"), ("selected", "kernel + predictor + selection")):
             automatic = "automatic" if kind == "sparse" else "automatic selected"

@@ -11,10 +11,6 @@ from ffnscope.registry import METRICS, STATISTICS, cost_of
 TARGET = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
-def _place(name: str) -> int:
-    return METRICS.builtin.index(METRICS.get(name).fn.__module__)
-
-
 def metrics_page() -> str:
     """Markdown page of all metrics and statistics."""
     lines = [
@@ -29,8 +25,7 @@ def metrics_page() -> str:
         "| metric | scope | cost | needs | natural sign | parameters | source |",
         "|---|---|---|---|---|---|---|",
     ]
-    names = sorted(METRICS.names(), key=_place)  # whatever was imported first
-    for name in names:
+    for name in METRICS.names():
         rule = METRICS.get(name)
         sign = "high = keep" if rule.natural_sign > 0 else "low = keep"
         params = ", ".join(f"`{p}`" for p in rule.params.values()) or "–"
@@ -38,7 +33,7 @@ def metrics_page() -> str:
         lines.append(
             f"| [`{name}`](#{name}) | {rule.scope} | {cost_of(rule)} | {needs} | {sign} | {params} | {rule.source} |"
         )
-    for name in names:
+    for name in METRICS.names():
         lines += ["", f"## {name}", "", inspect.getdoc(METRICS.get(name).fn) or ""]
     lines += ["", "# Statistics", "", "| statistic | reads | reduction | shape | what |", "|---|---|---|---|---|"]
     for name in STATISTICS.names():

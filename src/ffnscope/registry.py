@@ -24,15 +24,17 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, builtin: Iterable[str], group: str):
         self.kind = kind
         self.group = group
-        self.builtin = tuple(builtin)
+        self._builtin = tuple(builtin)
         self._items: dict[str, T] = {}
+        self._modules: dict[str, str] = {}
         self._loaded = False
 
-    def add(self, name: str, item: T) -> None:
-        """Register an item; a name can be taken once."""
+    def add(self, name: str, item: T, module: str) -> None:
+        """Register an item of a module; a name can be taken once."""
         if name in self._items:
             raise UsageError(f"{self.kind} {name!r} is already registered; choose another name.")
         self._items[name] = item
+        self._modules[name] = module
 
     def get(self, name: str) -> T:
         """Return the item; raises UnknownNameError with a suggestion."""
@@ -42,7 +44,7 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def names(self) -> list[str]:
-        """All names in order of registration."""
+        """All names: built-in ones by module, whatever was imported first; then others in order of registration."""
         self._load()
         return list(self._items)
 
@@ -51,13 +53,20 @@ class Registry(Generic[T]):
             return
         self._loaded = True
         try:
-            for module in self.builtin:
+            for module in self._builtin:
                 importlib.import_module(module)
             for point in importlib.metadata.entry_points(group=self.group):
                 self._load_point(point)
+            self._order()
         except BaseException:
             self._loaded = False  # a failed import must fail again, not leave half a registry
             raise
+
+    def _order(self) -> None:
+        places = {module: place for place, module in enumerate(self._builtin)}
+        items = sorted(self._items.items(), key=lambda one: places.get(self._modules.get(one[0], ""), len(places)))
+        self._items.clear()
+        self._items.update(items)
 
     def _load_point(self, point: importlib.metadata.EntryPoint) -> None:
         try:
@@ -159,9 +168,9 @@ def statistic(
 
     def add(fn: F) -> F:
         item = Statistic(name, fn, reads, reduce, shape, every, _first_line(fn), counts, in_place)
-        STATISTICS.add(name, item)
+        STATISTICS.add(name, item, fn.__module__)
         if _is_vector_sum(item):
-            STATISTICS.add(by_document(name), _sibling(item))
+            STATISTICS.add(by_document(name), _sibling(item), fn.__module__)
         return fn
 
     return add
@@ -198,7 +207,8 @@ def stream_statistic(
     """Register a sum that is also (or only) taken outside FFNs, at sites of the roles ``at`` (see `Statistic`)."""
 
     def add(fn: F) -> F:
-        STATISTICS.add(name, Statistic(name, fn, reads, "sum", shape, 1, _first_line(fn), at=at))
+        item = Statistic(name, fn, reads, "sum", shape, 1, _first_line(fn), at=at)
+        STATISTICS.add(name, item, fn.__module__)
         return fn
 
     return add
@@ -218,7 +228,8 @@ def metric(
 
     def add(fn: F) -> F:
         family = fn.__module__.rsplit(".", 1)[-1]
-        METRICS.add(name, Metric(name, fn, needs, source, natural_sign, family, _first_line(fn), inputs, scope, check))
+        item = Metric(name, fn, needs, source, natural_sign, family, _first_line(fn), inputs, scope, check)
+        METRICS.add(name, item, fn.__module__)
         return fn
 
     return add
@@ -228,7 +239,7 @@ def allocator(name: str) -> Callable[[F], F]:
     """Register an allocator (see `Allocator`)."""
 
     def add(fn: F) -> F:
-        ALLOCATORS.add(name, Allocator(name, fn, _first_line(fn)))
+        ALLOCATORS.add(name, Allocator(name, fn, _first_line(fn)), fn.__module__)
         return fn
 
     return add
@@ -238,7 +249,7 @@ def predictor(name: str, *, source: str = "", options: type | None = None) -> Ca
     """Register what makes a predictor of channel contributions: ``make(ffn, fit, **params)`` (see `Factory`)."""
 
     def add(fn: F) -> F:
-        PREDICTORS.add(name, Factory(name, fn, source, _first_line(fn), options))
+        PREDICTORS.add(name, Factory(name, fn, source, _first_line(fn), options), fn.__module__)
         return fn
 
     return add
@@ -248,7 +259,7 @@ def policy(name: str, *, source: str = "") -> Callable[[F], F]:
     """Register a policy, a class of ``ffnscope.sparse.policies.Policy`` or what makes one (see `Factory`)."""
 
     def add(fn: F) -> F:
-        POLICIES.add(name, Factory(name, fn, source, _first_line(fn)))
+        POLICIES.add(name, Factory(name, fn, source, _first_line(fn)), fn.__module__)
         return fn
 
     return add

@@ -246,3 +246,31 @@ def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split() for line in said.splitlines()[-2:]]
     changes = {words[0]: float(words[3]) for words in lines}
     assert changes["core"] > 3 * abs(changes["random"])
+
+
+def test_decoding_by_a_card(loaded: ffnscope.LoadedModel, tmp_path: Path) -> None:
+    """Traced, fitted, written and read: 30 FFNs that read rows give the logits and tokens that their masks give."""
+    model, source = loaded.model, ffnscope.TextSource("sotu", split="train")
+    windows = ffnscope.load_windows(source, loaded.tokenizer, n=20, length=64, seed=0)
+    traces = ffnscope.trace(model, windows, tmp_path / "traces")
+    rule = ffnscope.SelectionRule("whitened_svd", "top_k", {"rank": 64})
+    made, _ = ffnscope.fit_card(model, traces, rule, ffnscope.Target("density", 0.5), texts=ffnscope.CardTexts(windows))
+    ffnscope.write_card(tmp_path / "card.json", made)
+    card = ffnscope.read_card(tmp_path / "card.json")
+    assert card.figures["test"]["density"].mean == pytest.approx(0.5) and card.bytes_read < 0.7 * card.bytes_dense
+    change = card.loss["test"]
+    assert change.dense < change.sparse < 2 * change.dense
+    ids, found = windows.input_ids[:1, :24], []
+    for limit in (0.0, 1.0):
+        runtime = ffnscope.sparse.wrap_(model, card, break_even=limit)
+        out = model.generate(ids, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        found.append((out.sequences, torch.cat(out.logits)))
+        told = runtime.measured().values()
+        assert len(runtime.levels) == 30 and set(runtime.levels.values()) == {"module"}
+        assert {(row.tokens, row.sparse_steps) for row in told} == {(8, limit)}
+        assert all(row.density == pytest.approx(0.5) for row in told)
+        ffnscope.sparse.unwrap_(model)
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-3, rtol=1e-3)
+    dense = model.generate(ids, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert not torch.allclose(torch.cat(dense.logits)[1:], found[0][1][1:], atol=0.1)

@@ -185,10 +185,19 @@ def test_built_in_modules_are_imported_at_the_first_look_up(tmp_path: Path, monk
     (tmp_path / "lazy_module_of_a_test.py").write_text("LOADED = True")
     monkeypatch.syspath_prepend(tmp_path)
     lazy: Registry[int] = Registry("thing", ("lazy_module_of_a_test",), "ffnscope.no_such_group")
-    lazy.add("one", 1)
+    lazy.add("one", 1, __name__)
     assert "lazy_module_of_a_test" not in sys.modules
     assert lazy.get("one") == 1
     assert "lazy_module_of_a_test" in sys.modules
+
+
+def test_names_come_module_by_module_whatever_was_imported_first() -> None:
+    found: Registry[int] = Registry("thing", ("json", "string"), "ffnscope.no_such_group")
+    for n, (name, module) in enumerate([("own", "mine"), ("b", "string"), ("a", "string"), ("c", "json")]):
+        found.add(name, n, module)
+    assert found.names() == ["c", "b", "a", "own"]
+    found.add("later", 9, "json")
+    assert found.names() == ["c", "b", "a", "own", "later"]
 
 
 def test_a_module_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

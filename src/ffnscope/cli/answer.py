@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -22,6 +22,7 @@ from ffnscope.ffn.sites import find_sites
 from ffnscope.io import hash_json, read_state, write_state, write_text
 from ffnscope.report.answer_table import answer_markdown, print_answer, write_answer
 from ffnscope.run.machine import library_bytes
+from ffnscope.run.outputs import versions
 from ffnscope.run.progress import Reporter
 from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.sparse_estimate import answer_lines, answer_work, print_sparse_estimate, probe_answer
@@ -29,9 +30,11 @@ from ffnscope.run.sparse_steps import check_in_memory, traced
 from ffnscope.run.steps import discard_damaged
 from ffnscope.run.switches import bounds_of
 from ffnscope.run.texts import SHIPPED_TEXTS
+from ffnscope.run.windows import describe_windows
 from ffnscope.sparse.answer import answer
 from ffnscope.sparse.answer_rows import Answer, AnswerOptions, Domain
 from ffnscope.sparse.calibration import Target
+from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.card_options import parse_target
 from ffnscope.sparse.rule import DEFAULTS
 from ffnscope.sparse.tracing import TraceOptions, check_traces
@@ -47,12 +50,11 @@ class DomainChoice:
     """The texts that are compared, and how much is read of each."""
 
     text: Annotated[
-        list[str] | None,
-        typer.Option("--text", help="Text domain, two or more; all shipped ones without."),
+        list[str] | None, typer.Option("--text", help="Text domain, two or more; all shipped ones without.")
     ] = None
     num_samples: Annotated[int, typer.Option("--num-samples", help="Windows of each text to calibrate on.")] = 96
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens per window.")] = 128
-    held_out_samples: Annotated[int, typer.Option(help="Held-out windows of each text to measure perplexity on.")] = 8
+    held_out_samples: Annotated[int, typer.Option(help="Held-out windows of each text to measure perplexity on.")] = 32
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per forward.")] = 4
     seed: Annotated[int, typer.Option(help="Seed that chooses the windows.")] = 42
     max_traces: MaxTraces = MAX_TRACES
@@ -83,7 +85,7 @@ def answer_command(
     ] = "recall=0.95",
     wanted: Annotated[
         float, typer.Option(help="Recall is of the fewest channels that miss this share; 0: of all that are not zero.")
-    ] = 0.2,
+    ] = WantedChannels().share,
     predictor: Annotated[str, typer.Option(help="What scores the channels of a token.")] = "low_bit",
     predictor_param: Annotated[
         list[str] | None, typer.Option("--predictor-param", help="NAME=VALUE of the predictor; repeatable.")
@@ -181,10 +183,38 @@ def _page(
     found_answer = _answer(loaded, domains, options, reporter)
     OUT.print(Text(f"{model}: top-k or threshold, and which k?", style="bold"))
     print_answer(found_answer, OUT)
-    write_answer(out / f"{label}.json", found_answer)
-    page = answer_markdown(found_answer, f"{model}: top-k or threshold, and which k?")
+    made_from = _made_from(loaded, known, read, next(one.seed for one, _ in texts.values()))
+    write_answer(out / f"{label}.json", found_answer, made_from)
+    page = answer_markdown(found_answer, f"{model}: top-k or threshold, and which k?", _sentences(made_from))
     write_state(done, {"key": key, "page": page})
     return page
+
+
+def _made_from(loaded: LoadedModel, known: str, read: dict[str, tuple[Windows, Windows]], seed: int) -> dict[str, Any]:
+    """What an answer depends on, beside what was asked."""
+    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    return {
+        "versions": versions(),
+        "model": {**loaded.facts, "weights_hash": known, "dtype": dtype},
+        "texts": {
+            name: {"calibration": describe_windows(one), "perplexity": describe_windows(held)}
+            for name, (one, held) in read.items()
+        },
+        "seed": seed,
+    }
+
+
+def _sentences(made_from: dict[str, Any]) -> list[str]:
+    """The same in words."""
+    model, told = made_from["model"], ", ".join(f"{name} {value}" for name, value in made_from["versions"].items())
+    found = [f"{told}; weights {model['weights_hash'][:16]} in {model['dtype']}; seed {made_from['seed']}"]
+    for name, parts in made_from["texts"].items():
+        one, held = (
+            f"{part['windows']} windows of {part['length']} tokens ({part['text']}, {part['hash'][:16]})"
+            for part in (parts["calibration"], parts["perplexity"])
+        )
+        found.append(f"{name}: {one} to fit, calibrate and measure on, by document; {held} for the perplexity")
+    return found
 
 
 def _key(known: str, read: dict[str, tuple[Windows, Windows]], options: AnswerOptions) -> str:

@@ -20,6 +20,7 @@ from ffnscope.run.progress import Reporter
 from ffnscope.sparse.card_files import read_card
 from ffnscope.sparse.predictors.fc_files import check_new, write_fc_predictors
 from ffnscope.sparse.predictors.low_rank import LowRank
+from ffnscope.sparse.rivals import RIVALS, USUAL
 from ffnscope.sparse.rule import DEFAULTS
 from ffnscope.sparse.site_params import check_layers, ffn_norms
 
@@ -30,9 +31,13 @@ INTERNAL = {"static": ("kept",), "fc_files": ("layer", "norm"), "channel_thresho
 
 @predictors_app.command("list")
 def predictors_list() -> None:
-    """List predictors and policies, with their parameters and sources."""
+    """List predictors and policies, with their parameters and sources, and what a curve may set beside them."""
     _print(PREDICTORS)
     _print(POLICIES)
+    OUT.print(Text("row of a curve (--against ROW, contextual.against)", style="bold underline"))
+    for label in RIVALS:
+        OUT.print(Text(label + (" *" if label in USUAL else "")))
+    OUT.print(Text("    * without --against"))
 
 
 def _print(registry: Registry[Any]) -> None:

@@ -24,9 +24,20 @@ from ffnscope.run.seconds import seconds_per_token
 from ffnscope.run.sparse_estimate import card_lines, card_work, print_sparse_estimate, probe_card
 from ffnscope.run.sparse_steps import CardJob, draw_card_plots, write_curve
 from ffnscope.run.switches import bounds_of
+from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.card_curve import check_densities
 from ffnscope.sparse.card_files import write_card
-from ffnscope.sparse.card_options import CardOptions, CardTarget, Certify, check_offered, parse_target, wanted_channels
+from ffnscope.sparse.card_options import (
+    CardOptions,
+    CardTarget,
+    Certify,
+    ParameterTarget,
+    check_offered,
+    parse_target,
+    wanted_channels,
+)
+from ffnscope.sparse.rivals import USUAL, check_rivals
+from ffnscope.sparse.rule import SelectionRule
 
 UNFINISHED = "sparsify.part"
 CURVE_FILES = ("curve.csv", "curve.json", "curve.png", "curve_bytes.png")
@@ -47,7 +58,7 @@ class CardChoice:
     floor: Annotated[float, typer.Option(help="Lowest density of the first and last layer in an allocation.")] = 0.3
     wanted: Annotated[
         float, typer.Option(help="Recall is of the fewest channels that miss this share; 0: of all that are not zero.")
-    ] = 0.1
+    ] = WantedChannels().share
     max_traces: MaxTraces = MAX_TRACES
 
     def options(self, context: typer.Context, target: CardTarget, batch_size: int) -> CardOptions:
@@ -68,6 +79,34 @@ class CardChoice:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class CurveChoice:
+    """The densities at which the perplexity is measured, and what stands beside the rule there."""
+
+    curve: Annotated[
+        list[float] | None,
+        typer.Option("--curve", help="Density to measure the perplexity at, by this rule and others; repeatable."),
+    ] = None
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="ROW",
+            help="Which others: `ffnscope predictors list` has their names; repeatable. Without, the oracle, one "
+            "selection for all tokens, and 4-bit dense FFNs.",
+        ),
+    ] = None
+
+    def check(self, context: typer.Context, rule: SelectionRule) -> tuple[tuple[float, ...], tuple[str, ...]]:
+        """Densities and rows; raises UsageError for what cannot be measured."""
+        densities, rivals = tuple(self.curve or ()), tuple(self.against or USUAL)
+        check_densities(rule, densities)
+        if not densities:
+            opt.refuse_useless(context, "no --curve", ("against",))
+        check_rivals(rivals, densities, prompt=rule.prompt)
+        return densities, rivals
+
+
 @grouped
 def sparsify_command(
     *,
@@ -82,10 +121,7 @@ def sparsify_command(
         ),
     ] = "recall=0.95",
     rule: RuleChoice,
-    curve: Annotated[
-        list[float] | None,
-        typer.Option("--curve", help="Density to measure the perplexity at, by this rule and others; repeatable."),
-    ] = None,
+    around: CurveChoice,
     choice: CardChoice,
     second: Annotated[str | None, typer.Option(help="Another text, to see what the card does there.")] = None,
     text: opt.TextChoice,
@@ -100,8 +136,11 @@ def sparsify_command(
     `ffnscope.wrap_(model, ffnscope.read_card("OUT/card.json"))` decodes by the card.
     """
     check_folder_output(out, overwrite, UNFINISHED)
-    asked, selection, densities = parse_target(target), rule.rule(), tuple(curve or ())
-    check_densities(selection, densities)
+    asked, selection = parse_target(target), rule.rule()
+    selection.identity()  # refuses files that are not there
+    if isinstance(asked, ParameterTarget):
+        selection.check_parameter(asked.value)
+    densities, rivals = around.check(context, selection)
     options = choice.options(context, asked, text.batch_size)
     if second == text.text:
         raise UsageError(f"--second {second} is the text of the calibration. Name another, or leave it out.")
@@ -114,7 +153,7 @@ def sparsify_command(
     loaded = loading.open(reporter, model, only_estimate=dry_run)
     held = None if other is None else other.held_out(loaded)
     sites, windows = find_sites(loaded.model), text.calibration(loaded)
-    job = CardJob(loaded, sites, selection, asked, options, windows, held, densities, max_bytes=limit)
+    job = CardJob(loaded, sites, selection, asked, options, windows, held, densities, max_bytes=limit, against=rivals)
     job.check()
     if dry_run:
         probed = probe_card(job)

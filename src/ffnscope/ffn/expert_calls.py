@@ -123,6 +123,22 @@ def expert_calls(model: nn.Module, experts: Sequence[Experts], observe: Observe)
             handle.remove()
 
 
+def observed_forward(module: nn.Module, experts: Experts, observe: Observe) -> Callable[..., Any]:
+    """The forward that a module of fused experts has now, with all its products going through ``observe``.
+
+    As `expert_calls`, but for a caller that puts it in the place of the forward.
+    """
+    before = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        watch = _Watch(observe)
+        watch.opener(experts)(module, args, kwargs)
+        with _eager([module]), watch:
+            return before(*args, **kwargs)
+
+    return forward
+
+
 @contextlib.contextmanager
 def _eager(modules: Sequence[nn.Module]) -> Generator[None]:
     configs: dict[int, Any] = {}

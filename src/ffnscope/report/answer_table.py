@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ffnscope.evaluate.intervals import Estimate
 from ffnscope.io import write_json
@@ -22,13 +23,15 @@ def answer_grids(answer: Answer) -> list[Grid]:
     return [_parameters(answer), _reached(answer), _equal(answer), _reuse(answer)]
 
 
-def answer_markdown(answer: Answer, title: str) -> str:
-    """The page as Markdown, with the recommendation first."""
+def answer_markdown(answer: Answer, title: str, made_from: Sequence[str] = ()) -> str:
+    """The page as Markdown, with the recommendation first, and what it was made from last."""
     lines = [f"# {title}", "", f"**Recommended: {answer.rule}.** {answer.reason}", ""]
     for grid in answer_grids(answer):
         lines += [f"## {grid.title}", "", "| " + " | ".join(grid.columns) + " |", "|---" * len(grid.columns) + "|"]
         lines += ["| " + " | ".join(cell.text for cell in line) + " |" for line in grid.lines]
         lines += ["", *grid.notes, ""]
+    if made_from:
+        lines += ["## Made from", "", *(f"- {one}" for one in made_from), ""]
     return "\n".join(lines)
 
 
@@ -43,9 +46,9 @@ def print_answer(answer: Answer, console: Console) -> None:
     console.print(Text(answer.reason))
 
 
-def write_answer(path: Path, answer: Answer) -> Path:
-    """Write all numbers as JSON; returns ``path``."""
-    write_json(path, {"kind": "answer", **answer.to_dict()})
+def write_answer(path: Path, answer: Answer, made_from: Mapping[str, Any] | None = None) -> Path:
+    """Write all numbers as JSON, with what they were made from; returns ``path``."""
+    write_json(path, {"kind": "answer", "made_from": dict(made_from or {}), **answer.to_dict()})
     return path
 
 
@@ -99,10 +102,15 @@ def _of_sites(rows: list[Calibration]) -> list[Cell]:
 
 
 def _equal(answer: Answer) -> Grid:
-    columns = ["domain", "rule", "density", "recall", "missed mass", "relative error", "perplexity", "against top_k"]
+    columns = ["domain", "rule", "density", "recall", "missed mass", "relative error"]
+    columns += ["perplexity", "density there", "against top_k"]
     lines = [_equal_line(one) for one in answer.equal]
     dense = {one.domain: one.dense_perplexity for one in answer.equal if one.dense_perplexity is not None}
-    notes = ["Every FFN has the density of top_k. Against top_k: of the perplexity, paired by document, 95 % interval."]
+    notes = [
+        "Calibrated in every FFN to the density of top_k; on documents that had no part in it, densities differ as the "
+        "column tells. Perplexity on other held-out windows, with the density there. Against top_k: change of the "
+        "perplexity, paired by document, 95 % interval."
+    ]
     if dense:
         notes.append("Dense perplexity: " + ", ".join(f"{name} {number(value)}" for name, value in dense.items()) + ".")
     return Grid("The rules at one density", columns, lines, notes)
@@ -111,7 +119,8 @@ def _equal(answer: Answer) -> Grid:
 def _equal_line(one: EqualDensity) -> list[Cell]:
     measures = [f"{one.measures[m].value:.3f}" for m in ("density", "recall", "missed_mass", "relative_error")]
     perplexity = BLANK if one.perplexity is None else number(one.perplexity)
-    return [Cell(text) for text in (one.domain, one.rule, *measures, perplexity, _change(one.loss))]
+    there = BLANK if one.text_density is None else f"{one.text_density:.3f}"
+    return [Cell(text) for text in (one.domain, one.rule, *measures, perplexity, there, _change(one.loss))]
 
 
 def _change(loss: Estimate | None) -> str:

@@ -32,8 +32,9 @@ HEAT = (
 )
 CELLS = ("recall", "precision", "density", "missed_mass", "missed_mass_gap", "relative_error")
 CURVES: dict[Cost, str] = {
-    "density": "Perplexity on the test documents against density: the rule of the card, the best order there is, and "
-    "one selection for all tokens. Bars are 95 % intervals over documents.",
+    "density": "Perplexity on the test documents against density: the rule of the card, and others. An oracle orders "
+    "channels by what they do contribute; a static rule selects the same ones for all tokens. Bars are 95 % intervals "
+    "over documents.",
     "bytes_share": "The same against the bytes that the FFNs read per token, those of the predictor included, in "
     f"{UNIT}.",
 }

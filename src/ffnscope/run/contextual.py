@@ -52,6 +52,7 @@ def open_card(
         config.experiment.seed,
         round(asked.max_traces * 2**30),
         model_hash,
+        asked.against,
     )
     found.check()
     return found
@@ -113,7 +114,7 @@ def _curve(job: Job, asked: CardJob, card: SparsityCard, folder: Path, part: Pat
     def make() -> None:
         write_curve(asked.curve(card, part, job.reporter), files)
 
-    job.stage(CURVE, [job.keys[CARD], sorted(asked.densities)], files, make)
+    job.stage(CURVE, [job.keys[CARD], sorted(asked.densities), asked.against], files, make)
     return [form_row_of(row) for row in read_json(files[1])["rows"]]
 
 

@@ -11,8 +11,10 @@ from ffnscope.errors import UsageError
 from ffnscope.registry import POLICIES, PREDICTORS, Registry
 from ffnscope.run.fields import Block, Distinct, Fraction, Keywords, Share, did_you_mean, refuse
 from ffnscope.run.texts import TextSource
+from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.card_options import Allocation, CardOptions, CardTarget, Certify, parse_target, wanted_channels
 from ffnscope.sparse.certificate import Method
+from ffnscope.sparse.rivals import RIVALS, USUAL
 from ffnscope.sparse.rule import SelectionRule, rule_of
 from ffnscope.sparse.tracing import TraceOptions
 
@@ -33,6 +35,12 @@ def _target(text: str) -> str:
     except UsageError as error:
         raise refuse(str(error).rstrip(".")) from error
     return text
+
+
+def _rival(label: str) -> str:
+    if label not in RIVALS:
+        raise refuse(f"unknown row {label!r}.{did_you_mean(label, RIVALS)} Known: {', '.join(RIVALS)}")
+    return label
 
 
 class SecondText(TextSource):
@@ -64,14 +72,16 @@ class Contextual(Block):
     """The same density in every FFN, or densities by curves of damage: relative_error, fisher or measured."""
     floor: Share | None = None
     """Lowest density of the first and the last layer in an allocation; null: 0.3."""
-    wanted: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.1
+    wanted: Annotated[float, Strict(), Field(ge=0, lt=1)] = WantedChannels().share
     """Recall is about the fewest channels that miss this share of a token's contributions; 0: all that are not zero."""
     max_traces: Annotated[float, Strict(), Field(gt=0, lt=2**20)] = TraceOptions().max_bytes / 2**30
     """GiB of disk that the traces of a text may take."""
     second: SecondText | None = None
     """Another text, to see what the card does there; null: the first of evaluation.extra, if there is one."""
     curves: Annotated[tuple[Fraction, ...], Distinct] = ()
-    """Densities at which the perplexity of this rule, of the oracle and of one selection for all tokens is measured."""
+    """Densities at which the perplexity of this rule and of others is measured."""
+    against: Annotated[tuple[Annotated[StrictStr, AfterValidator(_rival)], ...], Distinct] = USUAL
+    """The others, of which `ffnscope predictors list` tells the names."""
 
     @property
     def rule(self) -> SelectionRule:

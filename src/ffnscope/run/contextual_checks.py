@@ -10,6 +10,7 @@ from ffnscope.run.finding import Finding, finding
 from ffnscope.run.schema import RunConfig
 from ffnscope.sparse.card_curve import check_densities
 from ffnscope.sparse.card_options import check_offered
+from ffnscope.sparse.rivals import USUAL, check_rivals
 from ffnscope.sparse.rule import rule_of
 
 BLOCK = "contextual"
@@ -27,9 +28,14 @@ def contextual_findings(config: RunConfig) -> Iterator[Finding]:
     yield from rules
     yield from _promise(config)
     yield from _second(config)
+    if asked.against != USUAL and not asked.curves:
+        yield finding((BLOCK, "against"), "would do nothing without contextual.curves", (BLOCK, "curves"))
     if not rules:
         needs = [(BLOCK, key) for key in ("predictor", "predictor_params", "policy", "policy_params")]
         yield from _tried((BLOCK, "curves"), lambda: check_densities(asked.rule, asked.curves), *needs)
+        yield from _tried(
+            (BLOCK, "against"), lambda: check_rivals(asked.against, asked.curves, prompt=asked.rule.prompt), *needs
+        )
 
 
 def _rule(config: RunConfig) -> Iterator[Finding]:

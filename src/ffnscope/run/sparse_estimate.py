@@ -20,6 +20,7 @@ from ffnscope.run.sparse_steps import CardJob
 from ffnscope.run.switches import COMMAND, Bounds, print_advice
 from ffnscope.sparse.answer_rows import RULES, AnswerOptions, Domain
 from ffnscope.sparse.answer_steps import calibrate_rules, measure_rules
+from ffnscope.sparse.baselines import BASELINES
 from ffnscope.sparse.card import target_words
 from ffnscope.sparse.card_curve import n_forms
 from ffnscope.sparse.card_options import measure_and_value
@@ -27,6 +28,8 @@ from ffnscope.sparse.choose import most_batches
 from ffnscope.sparse.fit import site_job
 from ffnscope.sparse.predictors.interface import CHUNK
 from ffnscope.sparse.probe import FitTime, fit_time, predictor_bytes, probe_fit
+from ffnscope.sparse.rivals import LOW_BIT, LOW_RANK
+from ffnscope.sparse.rule import TRAINED
 from ffnscope.sparse.site_fit import HELD_BYTES, HELD_VALUES
 from ffnscope.sparse.split import PARTS, Part, split_documents
 from ffnscope.sparse.traces import Traces
@@ -61,8 +64,16 @@ def probe_card(job: CardJob) -> FitTime | None:
 def card_work(job: CardJob, probed: FitTime | None) -> Workload:
     """What the making of a card runs on; its predictors stay until the end."""
     text = Load(job.windows.input_ids.numel(), job.windows.length, job.options.batch_size)
-    held = held_bytes(job.loaded, job.sites, job.texts) + _predictors(job.sites, probed)
+    held = max(held_bytes(job.loaded, job.sites, job.texts), _copied_bytes(job)) + _predictors(job.sites, probed)
     return Workload(text, contextual=held, only=("contextual",))
+
+
+def _copied_bytes(job: CardJob) -> int:
+    """Dense FFNs of fewer bytes in a curve: their weights, and those that they stand in for."""
+    if not job.densities or not any(label in LOW_BIT or label == LOW_RANK for label in job.against):
+        return 0
+    item = next(iter(job.loaded.model.parameters())).element_size()
+    return 2 * item * sum((2 if s.gate is None else 3) * s.d_model * s.d_ff for s in job.sites)
 
 
 def card_lines(job: CardJob, probed: FitTime | None, speed: float) -> list[Line]:
@@ -84,8 +95,10 @@ def card_lines(job: CardJob, probed: FitTime | None, speed: float) -> list[Line]
     tokens = sum(one.n_tokens for one in (*parts.values(), *job.texts[1:]))
     found.append(Line("loss", f"the dense model and the card x {tokens:,} tokens", (1 + _SELECTED) * tokens * speed))
     if job.densities:
-        models, tokens = n_forms(job.densities), parts["test"].n_tokens
+        models, tokens = n_forms(job.densities, job.against), parts["test"].n_tokens
         what = f"{models} models x {tokens:,} tokens: {len(job.densities)} densities"
+        trained = [one for one in job.against if one in BASELINES and BASELINES[one].predictor in TRAINED]
+        what += f"; training the predictors of {', '.join(trained)} comes on top" if trained else ""
         found.append(Line("curve", what, _SELECTED * models * tokens * speed))
     return found
 

@@ -20,13 +20,14 @@ from ffnscope.run.progress import LOG, QUIET_SECONDS, Reporter, Update
 from ffnscope.run.steps import discard_damaged
 from ffnscope.saving import writing
 from ffnscope.sparse.card import SparsityCard
-from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of, n_forms
+from ffnscope.sparse.card_curve import CurveOptions, card_curve, check_densities, lines_of
 from ffnscope.sparse.card_files import read_card, write_card
 from ffnscope.sparse.card_options import CardOptions, CardTarget, CardTexts, ParameterTarget
 from ffnscope.sparse.choose import check_certificate
 from ffnscope.sparse.costs import UNIT
 from ffnscope.sparse.evaluation import FormRow
 from ffnscope.sparse.fit import OnStep, check_readable, fit_card
+from ffnscope.sparse.rivals import USUAL, check_rivals
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.site_params import check_predictor_params
 from ffnscope.sparse.split import split_documents
@@ -85,6 +86,7 @@ class CardJob:
         windows: the text that calibrates.
         second: another text.
         densities: of the curve; empty for none.
+        against: rows beside the rule there.
         seed: splits the documents.
         max_bytes: of the traces of a text.
         model_hash: of the weights; only where something is made, since it takes time.
@@ -101,6 +103,7 @@ class CardJob:
     seed: int = 0
     max_bytes: int = TraceOptions().max_bytes
     model_hash: str = ""
+    against: tuple[str, ...] = USUAL
 
     @property
     def key(self) -> str:
@@ -126,13 +129,15 @@ class CardJob:
 
         Raises:
             UsageError: too few documents for a split or for the certificate, traces that are too large, impossible
-                densities, a prompt as long as the windows, or a predictor's parameter of an FFN that is not there.
+                densities or rows of the curve, a prompt as long as the windows, or a predictor's parameter of an FFN
+                that is not there.
             NotAvailableError: an FFN that cannot be traced, or that the predictor is not for; weights that are
                 not in memory.
             ArtifactError: a file that a parameter names is not there.
         """
         check_in_memory(self.loaded)
         check_densities(self.rule, self.densities)
+        check_rivals(self.against, self.densities, self.sites, self.rule.prompt)
         check_readable(self.rule, self.options, self.sites)
         check_predictor_params(self.rule, self.loaded.model, self.sites)
         if isinstance(self.target, ParameterTarget):
@@ -167,16 +172,10 @@ class CardJob:
             return []
         traces, state = self._traces(folder, reporter), folder / "curve.json"
         discard_damaged(reporter, state, read_state)
-        options = CurveOptions(self.options.batch_size, state)
+        options = CurveOptions(self.options.batch_size, state, self.against)
         with reporter.task("curve", "steps") as update:
-            first = (n_forms(self.densities) - 2) * len(self.windows)  # a selection takes about as long as a form
-
-            def on_step(stage: str, done: int, total: int) -> None:
-                share = done / total
-                update(round(first * (share / 2 if stage == "fit" else 0.5 + share / 2)), first)
-
             return card_curve(
-                self.loaded.model, traces, card, self.windows, self.densities, options=options, on_step=on_step
+                self.loaded.model, traces, card, self.windows, self.densities, options=options, on_step=update
             )
 
     @property

@@ -11,6 +11,7 @@ from ffnscope.calibrate.windows import Windows
 from ffnscope.errors import UsageError
 from ffnscope.evaluate.intervals import Estimate
 from ffnscope.sparse.calibration import Target
+from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.labels import nonzero, top_mass
 from ffnscope.sparse.measures import Label, Summary
 from ffnscope.sparse.rule import SelectionRule
@@ -50,7 +51,7 @@ class AnswerOptions:
     """
 
     target: Target = field(default_factory=lambda: Target("recall", 0.95))
-    wanted: float | None = 0.2
+    wanted: float | None = WantedChannels().share
     predictor: str = "low_bit"
     params: Mapping[str, Any] = field(default_factory=lambda: {"bits": 4, "group": 64})
     batch_size: int = 1
@@ -100,7 +101,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EqualDensity:
-    """One rule on held-out documents of one domain, with the density of top-k in every FFN.
+    """One rule on held-out documents of one domain, calibrated in every FFN to the density that top-k has there.
 
     Attributes:
         domain: name.
@@ -110,6 +111,7 @@ class EqualDensity:
         perplexity: with the rule in all FFNs; None without windows.
         dense_perplexity: of the dense model on the same windows.
         loss: mean NLL less that of top-k, nats per token, paired by document; None for top-k and without windows.
+        text_density: share of channels kept on these windows, mean of FFNs; None without windows.
     """
 
     domain: str
@@ -119,6 +121,7 @@ class EqualDensity:
     perplexity: float | None = None
     dense_perplexity: float | None = None
     loss: Estimate | None = None
+    text_density: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,7 @@ def _equal_row(one: EqualDensity) -> dict[str, Any]:
         "measures": {name: asdict(value) for name, value in one.measures.items()},
         "against_top_k": {name: asdict(value) for name, value in one.against.items()},
         "perplexity": one.perplexity,
+        "text_density": one.text_density,
         "dense_perplexity": one.dense_perplexity,
         "loss_against_top_k": None if one.loss is None else asdict(one.loss),
     }

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from ffnscope.calibrate.windows import Windows
 from ffnscope.evaluate.intervals import Estimate, over_documents
 from ffnscope.ffn.heap import give_back_free
 from ffnscope.registry import POLICIES
 from ffnscope.sparse.answer_rows import RULES, AnswerOptions, Calibration, Domain, EqualDensity, OnStep, Reuse
 from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored
-from ffnscope.sparse.evaluation import Losses, form_losses
+from ffnscope.sparse.evaluation import Losses, form_losses, mean_density
 from ffnscope.sparse.ffn import ffn_of
 from ffnscope.sparse.forms import MaskedForm
 from ffnscope.sparse.measures import MEASURES, of_mask, summarise, truths
@@ -159,8 +160,8 @@ def equal_rows(
             key, first = (EQUAL, rule), (EQUAL, RULES[0])
             measures = {m: measured.estimate(name, key, m) for m in MEASURES}
             against = {} if key == first else {m: measured.estimate(name, key, m, first) for m in MEASURES}
-            perplexity, dense, difference = _of_losses(losses, rule, domain)
-            found.append(EqualDensity(name, rule, measures, against, perplexity, dense, difference))
+            row = EqualDensity(name, rule, measures, against)
+            found.append(_with_losses(row, losses, domain.windows))
         if on_step is not None:
             on_step("perplexity", done, len(domains))
     return tuple(found)
@@ -242,15 +243,13 @@ def _losses(
     return found
 
 
-def _of_losses(
-    losses: Mapping[str | None, Losses], rule: str, domain: Domain
-) -> tuple[float | None, float | None, Estimate | None]:
-    """Perplexity of a rule, of the dense model, and the paired difference to the first rule."""
-    windows = domain.windows
+def _with_losses(row: EqualDensity, losses: Mapping[str | None, Losses], windows: Windows | None) -> EqualDensity:
+    """Add what a rule does to the perplexity, with the paired difference to the first rule."""
     if windows is None or not losses:
-        return None, None, None
-    counts = windows.targets.sum(1)
-    perplexity, dense = (math.exp(float(losses[one].nll.sum() / counts.sum())) for one in (rule, None))
-    if rule == RULES[0]:
-        return perplexity, dense, None
-    return perplexity, dense, over_documents(losses[rule].nll - losses[RULES[0]].nll, windows.document, counts)
+        return row
+    counts, nll = windows.targets.sum(1), losses[row.rule].nll
+    perplexity, dense = (math.exp(float(one.sum() / counts.sum())) for one in (nll, losses[None].nll))
+    first = row.rule == RULES[0]
+    loss = None if first else over_documents(nll - losses[RULES[0]].nll, windows.document, counts)
+    density = mean_density(losses[row.rule].densities)
+    return replace(row, perplexity=perplexity, dense_perplexity=dense, loss=loss, text_density=density)

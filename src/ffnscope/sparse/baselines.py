@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ffnscope.errors import unknown_name
@@ -67,6 +68,7 @@ class Baseline:
         policy_params: parameters of the policy for an FFN and a density.
         gated: whether it is for gated FFNs only.
         needs_prompt: whether its selection is that of the prompt of a window, so that it needs one to be fair.
+        parameter: of the policy, where the rule comes with one, so that its density is its own; None calibrates.
     """
 
     label: str
@@ -76,6 +78,7 @@ class Baseline:
     policy_params: Callable[[FFN, float], Mapping[str, Any]] = field(default=_plain)
     gated: bool = False
     needs_prompt: bool = False
+    parameter: float | None = None
 
     def make_policy(self, predictor: Predictor, fit: FitTokens, density: float) -> Policy:
         """The policy for the scores of a predictor, at a density."""
@@ -108,6 +111,8 @@ _ROWS = (
     Baseline("trained low rank without ReLU", "low_rank", params=_same_bytes(1, relu=False)),
     Baseline("trained low rank, one layer ahead", "low_rank", params=_same_bytes(1, lookahead=1)),
     Baseline("Deja Vu", "deja_vu", params=_same_bytes(1)),
+    Baseline("Deja Vu, logit >= 0", "deja_vu", "threshold", _same_bytes(1), parameter=0.5),
+    Baseline("exact zeros (ReLU)", "oracle", "threshold", parameter=float(torch.finfo(torch.float32).tiny)),
     Baseline("sign bits", "sign_bit"),
     Baseline("static mean", "static"),
     Baseline("GRIFFIN", "griffin", needs_prompt=True),
@@ -157,12 +162,18 @@ def at_density(
 ) -> dict[FFNSite, Selector]:
     """Selectors of a row; the mean density over calibrating tokens is alike in all FFNs, and never above ``density``.
 
+    A row with a parameter of its own has the density that this gives.
+
     Raises:
         UsageError: a density that the policy cannot meet.
     """
     found: dict[FFNSite, Selector] = {}
     for site, one in predictors.items():
         policy = row.make_policy(one, traces.fit_tokens(site, lookahead=one.lookahead), density)
+        if row.parameter is not None:
+            source = traces.before(site) if one.lookahead else None
+            found[site] = Selector(one, policy, row.parameter, source)
+            continue
         found[site] = site_at_density(traces, site, one, policy, density)
     return found
 

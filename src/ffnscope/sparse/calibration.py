@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,10 +15,12 @@ from ffnscope.ffn.function import FFN
 from ffnscope.sparse.measures import Label, Truth, of_mask, truth_of, truths
 from ffnscope.sparse.policies import Policy
 from ffnscope.sparse.predictors.interface import Predictor
-from ffnscope.sparse.quantile import Quantile, float_of, order_of, reach
+from ffnscope.sparse.quantile import Quantile, float_of, order_of, reach_all
 from ffnscope.sparse.readings import Readings
 
-Measure = Literal["recall", "missed_mass", "density", "relative_error"]
+QuantileMeasure = Literal["recall", "missed_mass", "density"]
+"""Sums over channels, of which a level is a quantile of keys."""
+Measure = Literal[QuantileMeasure, "relative_error"]
 
 ERROR_TOLERANCE = 0.01
 """A search for a relative error ends when the error is at most this share below the target."""
@@ -114,7 +116,29 @@ def calibrate_policy(policy: Policy, chunks: Chunks, target: Target) -> Calibrat
     """
     if target.measure == "relative_error":
         return _bisect_error(policy, chunks, target.value)
-    found, free, n_tokens = _quantile(policy, chunks, target)
+    (found,), free, n_tokens = _quantiles(policy, chunks, target.measure, [target.value])
+    return _calibrated(policy, target, found, free, n_tokens)
+
+
+def calibrate_ladder(
+    policy: Policy, chunks: Chunks, measure: QuantileMeasure, values: Sequence[float]
+) -> list[Calibrated | None]:
+    """The same for several values of a measure, in two passes for all; None for a value that the policy cannot meet.
+
+    Raises:
+        UsageError: no token.
+    """
+    quantiles, free, n_tokens = _quantiles(policy, chunks, measure, values)
+    found: list[Calibrated | None] = []
+    for value, one in zip(values, quantiles, strict=True):
+        try:
+            found.append(_calibrated(policy, Target(measure, value), one, free, n_tokens))
+        except UsageError:
+            found.append(None)
+    return found
+
+
+def _calibrated(policy: Policy, target: Target, found: Quantile, free: float, n_tokens: int) -> Calibrated:
     level, weight = found.level, found.weight
     if level == -math.inf:  # these are never kept
         weight = found.above
@@ -135,54 +159,27 @@ def mean_of(policy: Policy, chunks: Chunks, parameter: float, measure: Measure) 
     return total / n_tokens, n_tokens
 
 
-def bisect_density(
-    measure: Callable[[float], float], limit: float, *, low: float = 0.0, high: float = 1.0, tolerance: float = 0.005
-) -> float:
-    """The lowest density, to a tolerance, at which a measure is at most a limit: for targets such as perplexity.
-
-    Args:
-        measure: density -> value, which falls with density but for noise; called log2(range / tolerance) times.
-        limit: highest value that is accepted.
-        low: lowest density to try.
-        high: highest density; it must be accepted.
-        tolerance: width of the range at which the search ends. What is returned was measured and accepted.
-
-    Raises:
-        UsageError: the value at ``high`` is above the limit, or an impossible range.
-    """
-    if not 0 <= low < high <= 1 or tolerance <= 0:
-        raise UsageError(
-            f"expected 0 <= low < high <= 1 and a positive tolerance; got low {low:g}, high {high:g}, tolerance "
-            f"{tolerance:g}."
-        )
-    at_high = measure(high)
-    if not at_high <= limit:
-        raise UsageError(f"the measure is {at_high:g} at density {high:g}, above the limit {limit:g}; raise the limit.")
-    while high - low > tolerance:
-        middle = (low + high) / 2
-        low, high = (low, middle) if measure(middle) <= limit else (middle, high)
-    return high
-
-
-def _quantile(policy: Policy, chunks: Chunks, target: Target) -> tuple[Quantile, float, int]:
-    """The level of a target, the number of tokens that want nothing, and the number of tokens."""
+def _quantiles(
+    policy: Policy, chunks: Chunks, measure: QuantileMeasure, values: Sequence[float]
+) -> tuple[list[Quantile], float, int]:
+    """The level of each value of a measure, the number of tokens that want nothing, and the number of tokens."""
     free, n_tokens = 0.0, 0
 
     def weighted() -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal free, n_tokens
         free, n_tokens = 0.0, 0
         for one in chunks():
-            weights, without = _WEIGHTS[target.measure](one.truth)
+            weights, without = _WEIGHTS[measure](one.truth)
             free, n_tokens = free + without, n_tokens + len(weights)
             yield policy.keys(one.scores), weights
 
-    def wanted(total: float) -> float:
-        if target.measure == "density":
-            return target.value * total
-        kept = 1 - target.value if target.measure == "missed_mass" else target.value
-        return kept * n_tokens - free
+    def wanted(total: float) -> list[float]:
+        if measure == "density":
+            return [value * total for value in values]
+        kept = [1 - value if measure == "missed_mass" else value for value in values]
+        return [share * n_tokens - free for share in kept]
 
-    return reach(weighted, wanted), free, n_tokens
+    return reach_all(weighted, wanted), free, n_tokens
 
 
 def _bisect_error(policy: Policy, chunks: Chunks, limit: float) -> Calibrated:
@@ -245,7 +242,7 @@ def _equal_weights(truth: Truth) -> tuple[Tensor, float]:
     return torch.ones_like(truth.contributions), 0.0
 
 
-_WEIGHTS: dict[str, Callable[[Truth], tuple[Tensor, float]]] = {
+_WEIGHTS: dict[QuantileMeasure, Callable[[Truth], tuple[Tensor, float]]] = {
     "recall": _recall_weights,
     "missed_mass": _mass_weights,
     "density": _equal_weights,

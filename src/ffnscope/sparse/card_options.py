@@ -22,6 +22,9 @@ OnSiteEpoch = Callable[[FFNSite, int, int, float], None]
 """Called with the FFN, epochs done, epochs at most, and the missed mass on the tokens that training is judged by."""
 Allocation = Literal["uniform", "relative_error", "fisher", "measured"]
 DENSITIES = tuple(round(0.95 - 0.05 * i, 2) for i in range(19))
+"""Settings of which a certificate or an allocation measures many."""
+FINE_DENSITIES = tuple(round(0.99 - 0.01 * i, 2) for i in range(99))
+"""Settings among which one density is bisected."""
 LOSS_STEPS = tuple((i + 1) / 16 for i in range(24))
 """Settings of a certificate for recall or missed mass, as shares of the loss that is allowed."""
 CAP = 10.0
@@ -70,7 +73,7 @@ class ParameterTarget:
 
 @dataclass(frozen=True, slots=True)
 class BytesTarget:
-    """A budget of bytes: the highest of `CardOptions.densities` at which all FFNs and predictors read no more.
+    """A budget of bytes: the highest of `CardOptions.settings` at which all FFNs and predictors read no more.
 
     Per token, of `ffnscope.sparse.costs.UNIT`. Of kept channels it is one of FLOPs as well, two for each weight.
 
@@ -89,6 +92,8 @@ class BytesTarget:
 
 
 CardTarget = Target | PerplexityTarget | ParameterTarget | BytesTarget
+_TARGETS = {"perplexity": PerplexityTarget, "parameter": ParameterTarget, "bytes": BytesTarget}
+"""What is no measure of `Target`, by the name that it is asked for with."""
 
 
 def measure_and_value(target: CardTarget) -> tuple[str, float]:
@@ -120,18 +125,14 @@ def parse_target(text: str) -> CardTarget:
             "relative_error=0.2, perplexity=+1%, bytes=50%, of the dense FFNs, or parameter=0.5, that of the policy "
             "itself."
         )
-    if measure == "perplexity":
-        return PerplexityTarget(number)
-    if measure == "parameter":
-        return ParameterTarget(number)
-    if measure == "bytes":
-        return BytesTarget(number)
+    if measure in _TARGETS:
+        return _TARGETS[measure](number)
     if number == 0 and measure in ("recall", "density"):
         raise UsageError(
             f"the target {text!r} would keep no channel at all; give a share above 0, such as {measure}=0.3."
         )
     if measure not in get_args(Measure):
-        raise unknown_name("target", measure, (*get_args(Measure), "perplexity", "parameter", "bytes"))
+        raise unknown_name("target", measure, (*get_args(Measure), *_TARGETS))
     return Target(measure, number)  # type: ignore[arg-type]
 
 
@@ -188,7 +189,8 @@ class CardOptions:
             "fisher" (error weighted with the squared gradient of the loss) or "measured" (loss with that FFN alone
             sparse), which is only used where it lowers the loss on the calibration's windows beyond its interval.
         floor: lowest density of the first and the last layer in such an allocation.
-        densities: settings that are tried where one density is searched for, from high to low.
+        densities: settings that are tried where one density is searched for, from high to low; None takes `DENSITIES`
+            for a certificate or an allocation, else `FINE_DENSITIES`.
         gradient_windows: that "fisher" runs a backward on, and "measured" its forwards.
         batch_size: windows per forward.
         checkpoint: folder of a file per FFN: a call that was cut off, or has another way to choose, goes on from them;
@@ -200,7 +202,7 @@ class CardOptions:
     certify: Certify | None = None
     allocation: Allocation = "uniform"
     floor: float = 0.3
-    densities: tuple[float, ...] = DENSITIES
+    densities: tuple[float, ...] | None = None
     gradient_windows: int = 8
     batch_size: int = 4
     checkpoint: Path | None = None
@@ -209,14 +211,22 @@ class CardOptions:
     def __post_init__(self) -> None:
         if self.allocation not in get_args(Allocation):
             raise unknown_name("allocation", self.allocation, get_args(Allocation))
-        falling = all(a > b for a, b in itertools.pairwise(self.densities))
-        if not self.densities or not falling or not 0 < self.densities[-1] <= self.densities[0] < 1:
-            raise UsageError(f"densities must fall and be in (0, 1), such as 0.9, 0.8, ...; got {self.densities}.")
+        given = DENSITIES if self.densities is None else self.densities
+        falling = all(a > b for a, b in itertools.pairwise(given))
+        if not given or not falling or not 0 < given[-1] <= given[0] < 1:
+            raise UsageError(f"densities must fall and be in (0, 1), such as 0.9, 0.8, ...; got {given}.")
         if not 0 <= self.floor <= 1:
             raise UsageError(f"floor must be a density in [0, 1]; got {self.floor:g}.")
         for name in ("gradient_windows", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """The densities that are tried."""
+        if self.densities is not None:
+            return self.densities
+        return FINE_DENSITIES if self.certify is None and self.allocation == "uniform" else DENSITIES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,9 +273,9 @@ def ladder_of(target: CardTarget, options: CardOptions) -> Ladder:
     check_offered(target, options)
     part: Part = "calibrate" if options.certify is None else "fit"
     if isinstance(target, BytesTarget | PerplexityTarget) or target.measure == "relative_error":
-        return Ladder("density", options.densities, part)
+        return Ladder("density", options.settings, part)
     if target.measure == "density":
-        values = {*options.densities, target.value}
+        values = {*options.settings, target.value}
         return Ladder("density", tuple(sorted(values, reverse=True)), part)
     allowed = loss_limit(target)
     losses = [allowed * step for step in LOSS_STEPS if allowed * step < 1]

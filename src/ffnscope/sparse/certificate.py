@@ -180,9 +180,10 @@ def check_documents(
     needed = needed_documents(method, limit, failure, p_value)
     if n < needed:
         asked = f"{limit:g}" if method == "risk_control" else f"{limit:g} and a failure of {failure:g}"
+        cure = "" if method == "risk_control" else " or the failure"
         raise UsageError(
             f"a certificate by {method} with a limit of {asked} needs at least {needed} calibration documents; there "
-            f"are {n}. Trace more documents, or raise the limit{'' if method == 'risk_control' else ' or the failure'}."
+            f"are {n}. Trace more documents, or raise the limit{cure}."
         )
 
 

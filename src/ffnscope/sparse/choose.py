@@ -31,6 +31,7 @@ from ffnscope.sparse.certificate import (
     Certificate,
     check_documents,
     learn_then_test,
+    needed_documents,
     risk_control,
     split_conformal,
 )
@@ -162,6 +163,14 @@ def check_certificate(certify: Certify, target: CardTarget, n_documents: int) ->
     limit = loss_limit(target)
     if not 0 < limit < 1:
         raise UsageError(f"a target with the loss {limit:g} cannot be promised; allow a loss in (0, 1).")
+    if isinstance(target, PerplexityTarget):  # whose limit nobody has asked for
+        needed = needed_documents(certify.method, limit, certify.failure, certify.p_value)
+        if n_documents < needed:
+            raise UsageError(
+                f"a certificate of the perplexity by {certify.method} with a failure of {certify.failure:g} needs at "
+                f"least {needed} calibration documents; there are {n_documents}. Trace more documents, or raise the "
+                "failure."
+            )
     check_documents(certify.method, n_documents, limit, certify.failure, certify.p_value)
 
 

@@ -70,7 +70,7 @@ def fit_card(
     """Fit predictors, calibrate the policy to a target, and measure the result on documents that had no part in it.
 
     Predictors are made from the fit documents. A target is met on the calibration documents, in every FFN by itself; or
-    for perplexity, by one density for all of them, the lowest of ``options.densities`` that was measured to be within
+    for perplexity, by one density for all of them, the lowest of ``options.settings`` that was measured to be within
     it; for bytes, by the highest one that reads no more. With a certificate, settings are fixed on the fit documents
     and the calibration documents choose among them. The test documents, and a second text, only measure. An FFN that
     would read more bytes than it does dense stays dense, and so does one (an expert) without tokens to fit and

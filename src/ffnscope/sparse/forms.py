@@ -74,8 +74,11 @@ class MaskedForm:
         return masked_by(model, self.selectors, prompt)
 
     def bytes_read(self, densities: Mapping[FFNSite, float]) -> float:
-        """See `Form`."""
-        return sum(sparse_bytes(one.predictor, densities[site]) for site, one in self.selectors.items())
+        """See `Form`; an expert that no token has reached counts as dense."""
+        return sum(
+            sparse_bytes(one.predictor, densities[site]) if site in densities else matrix_bytes(one.predictor.ffn)
+            for site, one in self.selectors.items()
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,20 +174,29 @@ def low_bit_form(
 
 
 @torch.no_grad()
-def low_rank_form(model: nn.Module, traces: Traces, share: float, *, on_site: OnSite | None = None) -> WeightsForm:
+def low_rank_form(
+    model: nn.Module,
+    traces: Traces,
+    share: float,
+    *,
+    sites: Sequence[FFNSite] | None = None,
+    on_site: OnSite | None = None,
+) -> WeightsForm:
     """All matrices of the FFNs factored to a share of their bytes, each nearest on the inputs that it has in a text.
 
     Args:
         model: in memory.
         traces: their fitting part gives the inputs; those of down are h of the dense FFN.
         share: of the bytes of the dense FFN.
+        sites: FFNs; None takes those of the traces.
         on_site: see `fit_predictors`.
 
     Raises:
         UsageError: a share that is less than rank 1.
     """
     weights: dict[FFNSite, dict[str, Tensor]] = {}
-    for done, site in enumerate(traces.sites, 1):
+    chosen = list(traces.sites if sites is None else sites)
+    for done, site in enumerate(chosen, 1):
         ffn = ffn_of(model, site, traces.activation(site))
         own = _matrices(model, site)
         rank = rank_for(ffn, share, len(own))
@@ -194,8 +206,8 @@ def low_rank_form(model: nn.Module, traces: Traces, share: float, *, on_site: On
         made = {name: truncated(value, factors.get(name, factors["up"]), rank) for name, value in own.items()}
         weights[site] = {name: one.outer @ one.inner for name, one in made.items()}
         if on_site is not None:
-            on_site(done, len(traces.sites))
-    return WeightsForm("whitened low-rank FFN", weights, share * dense_bytes(model, traces.sites))
+            on_site(done, len(chosen))
+    return WeightsForm("whitened low-rank FFN", weights, share * dense_bytes(model, chosen))
 
 
 def pruned_form(model: nn.Module, label: str, pruned: Pruned) -> PrunedForm:

@@ -71,8 +71,8 @@ def masked_by(model: nn.Module, selectors: Mapping[FFNSite, Select], prompt: int
 
     Raises:
         UsageError: no selectors.
-        NotAvailableError: an expert in shared parameters; a prompt where an FFN is an expert; a predictor that looks
-            ahead, of a selector that does not say at the input of which FFN.
+        NotAvailableError: a prompt where an FFN is an expert; a predictor that looks ahead, of a selector that does
+            not say at the input of which FFN.
     """
     if not selectors:
         raise UsageError("no selectors were given; expected one per FFN that is to be masked, as {site: function}.")
@@ -98,11 +98,6 @@ def masked_by(model: nn.Module, selectors: Mapping[FFNSite, Select], prompt: int
 
 
 def _check(site: FFNSite, prompt: int) -> None:
-    if site.stacked:
-        raise NotAvailableError(
-            f"{site.name} is an expert in a parameter that all experts of its layer share; selecting channels per "
-            "token is supported for FFNs and experts that are modules. Leave it out."
-        )
     if prompt and site.expert is not None:
         raise NotAvailableError(
             f"{site.name} is an expert, which does not know where in a window its tokens are; use no prompt."
@@ -124,7 +119,7 @@ def _rule(site: FFNSite, select: Select, selected: Selected) -> Select:
     def rule(x: Tensor) -> Tensor:
         if site in selected.noted:
             selected.noted[site].x = x
-        counted = selected.rows(len(x))
+        counted = None if site.expert is not None else selected.rows(len(x))  # an expert's tokens are in its own order
         if counted is None:
             mask = select_by(x, None)
             _count(site, selected, mask)

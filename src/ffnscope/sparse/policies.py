@@ -164,7 +164,7 @@ class Nucleus(Policy):
         return 1.0 if level <= _NO_MASS else min(max(-_next(level, -math.inf), 0.0), _next(1.0, 0.0))
 
 
-@policy("capped_threshold")
+@policy("capped_threshold", source="own")
 @dataclass(frozen=True, slots=True)
 class CappedThreshold(Policy):
     """Channels whose score is at or above a threshold, but no fewer than k_min and no more than k_max per token.
@@ -231,7 +231,7 @@ class BankTopK(Policy):
         return max(0, math.floor(-level))
 
 
-@policy("hybrid")
+@policy("hybrid", source="own")
 @dataclass(frozen=True, slots=True, eq=False)
 class Hybrid(Policy):
     """A supernode core that is always kept, and of the other channels what another policy keeps.

@@ -2,12 +2,12 @@
 
 A float32 is ordered like a 32-bit whole number made of its bits. So one pass over the keys adds up weights by the upper
 16 bits, which finds the bin of 65,536 that holds the quantile, and a second one by the lower 16 bits within that bin.
-Nothing is sorted or kept, whatever the number of tokens and channels.
+Nothing is sorted or kept, whatever the number of tokens and channels, and many quantiles take no more passes than one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +51,22 @@ def reach(chunks: Weighted, wanted: Callable[[float], float]) -> Quantile:
     Raises:
         UsageError: there is no key.
     """
-    upper, counts, total = _tally(chunks, None)
+    return reach_all(chunks, lambda total: [wanted(total)])[0]
+
+
+def reach_all(chunks: Weighted, wanted: Callable[[float], Sequence[float]]) -> list[Quantile]:
+    """The same for several weights, in two passes all the same."""
+    upper, counts, total = _tally(chunks)
     if not int(counts.sum()):
         raise UsageError("there is no token to calibrate with; give a text of at least one.")
-    weight = wanted(total) - _SLACK * abs(total)
-    first = _from_above(upper, counts, weight)
-    lower, counts, _ = _tally(chunks, first)
+    weights = [weight - _SLACK * abs(total) for weight in wanted(total)]
+    firsts = [_from_above(upper, counts, weight) for weight in weights]
+    within = _tally_within(chunks, sorted(set(firsts)))
+    places = zip(firsts, weights, strict=True)
+    return [_quantile(upper, *within[first], first, weight, total) for first, weight in places]
+
+
+def _quantile(upper: Tensor, lower: Tensor, counts: Tensor, first: int, weight: float, total: float) -> Quantile:
     before = float(upper[first + 1 :].sum())
     second = _from_above(lower, counts, weight - before)
     above = before + float(lower[second + 1 :].sum())
@@ -75,20 +85,32 @@ def float_of(order: int) -> float:
     return float(torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32))
 
 
-def _tally(chunks: Weighted, upper: int | None) -> tuple[Tensor, Tensor, float]:
-    """Sums of weights and counts of keys by the upper half of the order; or by the lower one where it is ``upper``."""
+def _tally(chunks: Weighted) -> tuple[Tensor, Tensor, float]:
+    """Sums of weights and counts of keys by the upper half of the order [2^16], and the sum of all weights."""
     sums, counts = torch.zeros(_HALF, dtype=torch.float64), torch.zeros(_HALF, dtype=torch.int64)
     total = 0.0
     for keys, weights in chunks():
-        order, values = order_of(keys).flatten().cpu(), weights.double().flatten().cpu()
-        place = order // _HALF
-        if upper is not None:
-            here = place == upper
-            place, values = (order % _HALF)[here], values[here]
+        place, values = order_of(keys).flatten().cpu() // _HALF, weights.double().flatten().cpu()
         sums += torch.bincount(place, values, minlength=_HALF)
         counts += torch.bincount(place, minlength=_HALF)
         total += float(values.sum())
     return sums, counts, total
+
+
+def _tally_within(chunks: Weighted, uppers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Upper half -> the same sums and counts by the lower half of the order [2^16], of the keys in that bin."""
+    row = torch.full((_HALF,), -1)
+    row[list(uppers)] = torch.arange(len(uppers))
+    size = len(uppers) * _HALF
+    sums, counts = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
+    for keys, weights in chunks():
+        order = order_of(keys).flatten().cpu()
+        of = row[order // _HALF]
+        here = of >= 0
+        place = of[here] * _HALF + order[here] % _HALF
+        sums.index_add_(0, place, weights.double().flatten().cpu()[here])
+        counts.index_add_(0, place, torch.ones_like(place))
+    return dict(zip(uppers, zip(sums.view(-1, _HALF), counts.view(-1, _HALF), strict=True), strict=True))
 
 
 def _from_above(sums: Tensor, counts: Tensor, wanted: float) -> int:

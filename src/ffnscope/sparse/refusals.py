@@ -19,7 +19,7 @@ def check_selectors(model: nn.Module, selectors: Any) -> None:
 
     Raises:
         UsageError: something else, none, or sites of another model.
-        NotAvailableError: an expert in shared parameters, or a predictor that looks ahead.
+        NotAvailableError: a predictor that looks ahead.
         ModelError: weights are offloaded.
     """
     if not isinstance(selectors, Mapping):
@@ -55,11 +55,6 @@ def _check_kind(site: Any, select: Any) -> None:
 
 
 def _check_site(model: nn.Module, site: FFNSite) -> None:
-    if site.stacked:
-        raise NotAvailableError(
-            f"{site.name} is an expert in a parameter that all experts of its layer share; selecting channels per "
-            "token is supported for FFNs and experts that are modules. Leave it out."
-        )
     if shape_of(model, site) != (site.d_ff, site.d_model):
         raise UsageError(
             f"{site.name} has {site.d_ff} channels of width {site.d_model}; this model has "

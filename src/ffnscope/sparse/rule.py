@@ -28,6 +28,9 @@ FILES = {"static": "plan", "fc_files": "folder"}
 GAIN_TOKENS = 4096
 """Tokens on which gains of channels are measured, at most."""
 
+TRAINED = ("low_rank", "deja_vu")
+"""Predictors whose matrices are trained."""
+
 
 @dataclass(frozen=True, slots=True)
 class SelectionRule:
@@ -81,7 +84,7 @@ class SelectionRule:
     @property
     def trained(self) -> bool:
         """Whether its predictors are trained matrices, which a card keeps of FFNs that stay dense too."""
-        return self.predictor in ("low_rank", "deja_vu", "fc_files")
+        return self.predictor in (*TRAINED, "fc_files")
 
     def check_parameter(self, value: float) -> None:
         """Raise UsageError for a parameter that the policy cannot have."""
@@ -162,11 +165,13 @@ class SelectionRule:
         core = self.policy_params.get("core", 0.02)
         _check_type("core of policy 'hybrid'", "float | str", core)
         possible = core.endswith(".json") if isinstance(core, str) else 0 <= core < 1
-        if rest in ("hybrid", "channel_threshold") or not possible:
+        if not possible:
             raise UsageError(
-                "hybrid needs as core a share in [0, 1) or the .json file of a pruning plan, and another simple policy "
-                f"as rest; got {core!r} and {rest!r}."
+                f"hybrid needs as core a share in [0, 1) or the .json file of a pruning plan; got {core!r}."
             )
+        if rest in ("hybrid", "channel_threshold"):
+            simple = ", ".join(name for name in POLICIES.names() if name not in ("hybrid", "channel_threshold"))
+            raise UsageError(f"rest of hybrid must be a policy that fits no tensors ({simple}); got {rest!r}.")
         return rest, {k: v for k, v in self.policy_params.items() if k not in ("core", "rest")}
 
 
@@ -200,7 +205,11 @@ def rule_of(
 
 
 def tensors_of(predictor: Predictor, policy: Policy) -> dict[str, Tensor]:
-    """All tensors that a file needs to make these two again."""
+    """All tensors that a file needs to make these two again.
+
+    They are "predictor/NAME" in the shapes of its state_dict, "policy/gain" [d_ff] of a threshold per channel, and
+    "policy/core" [n] of hybrid.
+    """
     found = {f"predictor/{name}": value.detach().cpu() for name, value in predictor.state_dict().items()}
     if isinstance(policy, ChannelThreshold):
         found["policy/gain"] = policy.gain.cpu()

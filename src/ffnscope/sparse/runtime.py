@@ -20,7 +20,8 @@ from ffnscope.sparse.kernels.rows import RowMatrix, why_not_compiled
 from ffnscope.sparse.monitor import Monitor, MonitorOptions, Watched
 from ffnscope.sparse.refusals import check_selectors
 from ffnscope.sparse.selector import HandsOn
-from ffnscope.sparse.timing import reading_times, selecting_time, shape_key
+from ffnscope.sparse.shared_experts import ExpertUse, SharedExperts
+from ffnscope.sparse.timing import decoding_time, reading_times, shape_key
 from ffnscope.sparse.trial import differs, kinds_of, reached
 from ffnscope.sparse.uses import Counts, Level, ModuleUse, ProjectionUse, Selection, Selector, Step, projection_rows
 from ffnscope.types import FFNSite
@@ -73,7 +74,8 @@ class Runtime:
         self._model, self._step = model, step
         self._given_limit = limit
         self._selections = {s: Selection(s, rule, step, self._limit_of(s)) for s, rule in selectors.items()}
-        self._uses: dict[FFNSite, list[ModuleUse | ProjectionUse]] = {}
+        self._uses: dict[FFNSite, list[ModuleUse | ProjectionUse | ExpertUse]] = {}
+        self._experts: dict[str, SharedExperts] = {}
         self._rows: dict[tuple[FFNSite, Level], Any] = {}
         self._handles = [m.register_forward_pre_hook(self._note, with_kwargs=True) for m in _entrances(model)]
 
@@ -133,10 +135,9 @@ class Runtime:
         density = selector.card.density
         if density > self._limit_of(site)(1):  # dense under the mask
             return False
-        timed = {s: (self._uses[s][0], watched[s]) for s in self._alike(site) if s in watched}
+        timed = {s: (self._first(s), watched[s]) for s in self._alike(site) if s in watched}
         with torch.no_grad():
-            selecting = selecting_time(self._model, timed, selector)
-        return selecting + self._row_times(site, 1).at(density) <= MARGIN
+            return decoding_time(self._model, timed, selector) <= MARGIN
 
     def drop_rows(self) -> None:
         """Forget matrices of levels that no FFN runs at."""
@@ -148,8 +149,10 @@ class Runtime:
         for matrix in _matrices(self._rows.pop((site, self.levels.pop(site)), None)):
             self.copied_bytes -= matrix.copied_bytes
 
-    def _use(self, use: FFNSite, level: Level, selection: Selection) -> ModuleUse | ProjectionUse:
+    def _use(self, use: FFNSite, level: Level, selection: Selection) -> ModuleUse | ProjectionUse | ExpertUse:
         site, model = selection.site, self._model
+        if site.stacked:
+            return ExpertUse(model, use, selection, self._experts)
         if level == "masked":
             return ProjectionUse(model, use, selection, None)
         if (site, level) not in self._rows:
@@ -182,8 +185,13 @@ class Runtime:
         own = (self.levels[site], shape_key(site))
         return [site, *(s for s, level in self.levels.items() if (level, shape_key(s)) == own and s != site)]
 
+    def _first(self, site: FFNSite) -> ModuleUse | ProjectionUse:
+        use = self._uses[site][0]
+        assert not isinstance(use, ExpertUse), "no rows are read of it"
+        return use
+
     def _row_times(self, site: FFNSite, n_tokens: int) -> RowTimes:
-        uses = {s: self._uses[s][0] for s in self._alike(site)}
+        uses = {s: self._first(s) for s in self._alike(site)}
         with torch.no_grad():
             return reading_times(self._model, uses, self.levels[site], n_tokens)
 
@@ -237,7 +245,7 @@ def wrap_(
         UsageError: no selectors or something else, sites of another model, a model that is wrapped already, a
             ``break_even`` outside [0, 1], or ``never_slower`` or ``monitor`` without a card, which they need.
         NonFiniteError: an FFN puts out NaN or infinity.
-        NotAvailableError: an expert in shared parameters, or, without a card, a predictor that looks ahead.
+        NotAvailableError: without a card, a predictor that looks ahead.
         ModelError: weights are offloaded.
     """
     watch = None
@@ -327,6 +335,8 @@ def _leave_slower(model: nn.Module, runtime: Runtime, watch: Monitor, masked: Se
 
 def _level(model: nn.Module, runtime: Runtime, kind: Sequence[FFNSite]) -> tuple[Level, str | None]:
     """The fastest level at which FFNs compute what the mask defines; for "masked" also why no other does."""
+    if kind[0].stacked:
+        return "masked", "experts that share parameters have no module of their own that could be given fewer channels"
     site = reached(model, kind)
     if site is None:
         return "masked", "the token of the trial is routed to none of these experts"

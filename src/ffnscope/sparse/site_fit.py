@@ -10,11 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ffnscope.errors import UsageError
 from ffnscope.evaluate.intervals import sums_by_document
 from ffnscope.ffn.function import FFN, wide
 from ffnscope.io import disposable, expect_kind, read_tensors, write_tensors
-from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_policy, scored_readings
+from ffnscope.sparse.calibration import Chunks, Scored, Target, calibrate_ladder, calibrate_policy, scored_readings
 from ffnscope.sparse.card import WantedChannels
 from ffnscope.sparse.card_options import Ladder
 from ffnscope.sparse.costs import matrix_bytes, sparse_bytes
@@ -186,17 +185,18 @@ def _kept_share(ffn: FFN, x: Tensor, job: SiteJob) -> float | None:
 
 def _parameters(policy: Policy, chunks: Chunks, ladder: Ladder) -> Iterator[float | None]:
     """A parameter per setting. What a policy cannot reach is the setting before it, unless it is the only one."""
-    last: float | None = None
-    for value in ladder.values:
-        if ladder.measure == "parameter":
+    if ladder.measure == "parameter":
+        for value in ladder.values:
             policy.level(value)  # refuses what is impossible
             yield value
-            continue
-        try:
-            last = calibrate_policy(policy, chunks, Target(ladder.measure, value)).parameter
-        except UsageError:
-            if len(ladder.values) == 1:
-                raise
+        return
+    if len(ladder.values) == 1:
+        yield calibrate_policy(policy, chunks, Target(ladder.measure, ladder.values[0])).parameter
+        return
+    assert ladder.measure != "relative_error", "several settings of it are densities: ladder_of"
+    last: float | None = None
+    for found in calibrate_ladder(policy, chunks, ladder.measure, ladder.values):
+        last = last if found is None else found.parameter
         yield last
 
 
@@ -240,11 +240,14 @@ def _measured(fitted: FittedSite, tokens: SiteTokens, readings: Readings, chunks
     """Add density, losses by document and damage at every setting."""
     document = readings.document
     documents = document.unique()
+    policy, settings = _by_keys(fitted.policy, job), fitted.parameters[1:]
+    parts: list[list[dict[str, Tensor]]] = [[] for _ in settings]
+    for one in chunks():  # which may be made again whenever they are asked for
+        for found, parameter in zip(parts, settings, strict=True):
+            found.append(_measures(one, policy, parameter, job))
     densities, losses = [torch.ones(())], [torch.zeros(len(document), dtype=torch.float64)]
     errors: list[float] = [0.0]
-    policy = _by_keys(fitted.policy, job)
-    for parameter in fitted.parameters[1:]:
-        found = [_measures(one, policy, parameter, job) for one in chunks()]
+    for found in parts:
         rows = {name: torch.cat([row[name] for row in found]) for name in found[0]}
         densities.append(rows["density"].mean())
         losses.append(rows.get("loss", losses[0]))

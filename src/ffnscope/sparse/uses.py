@@ -142,6 +142,11 @@ class Selection:
         self.counts.sparse += sparse
 
 
+def masked(h: Tensor, mask: Tensor) -> Tensor:
+    """h [.., d_ff] with zeros where the mask [T, d_ff] is False, whatever was there."""
+    return torch.where(mask.view(h.shape), h, 0.0)  # a product with bools takes twice as long for many tokens
+
+
 def _nonzero(mask: Tensor) -> Tensor:
     if mask.device.type != "cpu":
         return mask.nonzero().flatten().int()
@@ -185,8 +190,7 @@ class Use:
         self._choice = None
         if choice.whole:
             return None
-        h = args[0]  # a product with bools takes twice as long
-        return (torch.where(choice.mask.view(h.shape), h, 0.0), *args[1:])
+        return (masked(args[0], choice.mask), *args[1:])
 
 
 class ModuleUse(Use):
@@ -210,9 +214,14 @@ class ModuleUse(Use):
         some = sparse_ffn(flat, self._weights, choice.index, self._act, token_mask=token_mask, known=choice.known)
         return some.view(x.shape)
 
-    def sparse(self, x: Tensor, index: Tensor) -> Tensor:
+    def under(self, mask: Tensor, x: Tensor) -> Tensor:
+        """The FFN under a mask [T, d_ff], for timing."""
+        self._choice = Choice(mask, None)
+        return self.dense(x)
+
+    def sparse(self, x: Tensor, index: Tensor, known: Products | None = None) -> Tensor:
         """The FFN on some channels, for timing."""
-        return sparse_ffn(x, self._weights, index, self._act)
+        return sparse_ffn(x, self._weights, index, self._act, known=known or Products())
 
 
 class ProjectionUse(Use):
@@ -254,8 +263,10 @@ class ProjectionUse(Use):
         if not self.selection.applies(x):
             return None
         choice = self.selection.choose(x)
-        if choice.index is None or self._rows is None:
-            return Choice(choice.mask, None, whole=choice.whole)
+        if choice.index is None:
+            return choice
+        if self._rows is None:
+            return Choice(choice.mask, None)
         # code that takes apart a fused gate and up cannot do so with nothing
         return choice if choice.index.numel() else Choice(choice.mask, choice.index.new_zeros(1))
 
@@ -285,10 +296,19 @@ class ProjectionUse(Use):
         h = [self._forwards[name](x) for name in self._names]
         return self._forwards[self.site.down](h[0][..., : self.site.d_ff])
 
-    def sparse(self, x: Tensor, index: Tensor) -> Tensor:
+    def under(self, mask: Tensor, x: Tensor) -> Tensor:
+        """All products and a mask [T, d_ff], for timing."""
+        h = [self._forwards[name](x) for name in self._names]
+        return self._forwards[self.site.down](masked(h[0][..., : self.site.d_ff], mask))
+
+    def sparse(self, x: Tensor, index: Tensor, known: Products | None = None) -> Tensor:
         """All products on some channels, for timing."""
-        h = [self._some(name, x, index) for name in self._names]
-        return self._sum(h[0][:, : index.numel()], index)
+        known = known or Products()
+        made = {name: self._known(name, known) for name in self._names}
+        h = [self._some(name, x, index) if made[name] is None else made[name] for name in self._names]
+        first = h[0]
+        assert first is not None
+        return self._sum(first[:, : index.numel()], index)
 
 
 def projection_rows(model: nn.Module, site: FFNSite) -> dict[str, RowMatrix]:

@@ -63,7 +63,7 @@ class TestSparsify:
     def test_a_curve(self, ok: Ok, fails: Fails, base: tuple[Any, ...], tmp_path: Path) -> None:
         out = tmp_path / "out"
         asked = (*base, "--curve", 0.25, "--curve", 0.5)
-        assert "8 models x" in ok(*asked, "--dry-run").stdout
+        assert "9 models x" in ok(*asked, "--dry-run").stdout
         result = ok(*asked)
         assert "Perplexity at several densities" in result.stdout
         names = {"card.json", "card.png", "card.safetensors", "report.html"}
@@ -76,6 +76,12 @@ class TestSparsify:
         ok(*base, "--overwrite")
         assert not list(out.glob("curve*"))
         assert "density of a curve must be in (0, 1)" in fails(2, *base, "--overwrite", "--curve", 30)
+        ok(*base, "--overwrite", "--curve", 0.5, "--against", "CATS", "--against", "3-bit dense FFN")
+        rows = json.loads((out / "curve.json").read_text())["rows"]
+        labels = [row["label"] for row in rows]
+        assert labels == ["dense", "low_bit, top_k", "CATS", "3-bit dense FFN", "the card"]
+        assert "Did you mean 'CATS'?" in fails(2, *base, "--overwrite", "--curve", 0.5, "--against", "CAT")
+        assert "--against would do nothing with no --curve" in fails(2, *base, "--overwrite", "--against", "CATS")
 
     def test_it_goes_on(self, ok: Ok, base: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
@@ -244,7 +250,11 @@ class TestAnswer:
             assert "was answered before the interrupt: " in ok(*asked).stderr
         assert "top-k or threshold, and which k?" in (out / "answer.md").read_text()
         (found,) = out.glob("*.json")
-        assert json.loads(found.read_text())["domains"] == ["sotu", "pydoc_topics"]
+        told = json.loads(found.read_text())
+        assert told["domains"] == ["sotu", "pydoc_topics"] and told["made_from"]["seed"] == 42
+        assert told["made_from"]["texts"]["sotu"]["perplexity"]["windows"] == 2
+        weights = told["made_from"]["model"]["weights_hash"][:16]
+        assert f"weights {weights} in float32; seed 42" in (out / "answer.md").read_text()
         assert not (out / "answer.part").exists()
 
     def test_one_text_is_no_answer(self, fails: Fails, checkpoint: Path, tmp_path: Path) -> None:

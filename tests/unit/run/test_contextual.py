@@ -18,6 +18,7 @@ from ffnscope.run.dry_run import dry_run
 from ffnscope.run.progress import Reporter
 from ffnscope.sparse import card_curve, fit
 from ffnscope.sparse.evaluation import DENSE
+from ffnscope.sparse.rivals import USUAL
 from ffnscope.sparse.tracing import TraceOptions
 from reference import text as windows_of_text
 from runs import merged, quiet_run, results, strict_json
@@ -72,10 +73,10 @@ def test_a_card_with_its_curve_and_report(asked: dict[str, Any]) -> None:
     assert card.figures["calibrate"]["density"].mean <= 0.5
     assert "second.jsonl" in card.facts["second"]["source"]
     labels = [row.label for row in found.card_curve]
-    assert labels[0] == DENSE and labels[1:4] == ["low_bit, top_k", "oracle top-k", "static mean"]
+    assert labels[0] == DENSE and labels[1:5] == ["low_bit, top_k", *USUAL]
     own = next(row for row in found.card_curve if row.label == "low_bit, top_k")
     assert own.density == pytest.approx(0.5) and own.difference is not None
-    assert labels[4:] == ["the card"] and found.card_curve[4].density == pytest.approx(0.5)
+    assert labels[5:] == ["the card"] and found.card_curve[5].density == pytest.approx(0.5)
     assert found.card_curve[0].perplexity.value == pytest.approx(card.loss["test"].dense)
     told = strict_json(found.folder / "summary.json")["contextual"]
     assert told["target"] == {"density": 0.5} and len(told["curve"]) == len(labels)
@@ -188,7 +189,7 @@ def test_all_errors_come_at_once(asked: dict[str, Any]) -> None:
         ({"policy": "hybrid", "policy_params": {"core": 0.6}}, "contextual.curves: hybrid always keeps 0.6"),
         (
             {"policy": "hybrid", "policy_params": {"core": "x"}},
-            "and another simple policy as rest; got 'x'",
+            "the .json file of a pruning plan; got 'x'",
         ),
     ],
 )
@@ -221,7 +222,7 @@ def test_the_dry_run_tells_steps(asked: dict[str, Any], tmp_path: Path) -> None:
     told = console.export_text()
     assert "contextual trace" in told and "288 tokens" in told and "144 tokens of a second text" in told
     assert f"low_bit and calibrate top_k to density 0.5 in {LAYERS} FFNs" in told
-    assert "5 models x 48 tokens: 1 densities" in told
+    assert "6 models x 48 tokens: 1 densities" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -16,6 +16,7 @@ from ffnscope.report.answer_table import answer_grids, answer_markdown, print_an
 from ffnscope.sparse.answer import answer
 from ffnscope.sparse.answer_choice import recommend
 from ffnscope.sparse.answer_rows import RULES, AnswerOptions, Calibration, Domain, EqualDensity, Reuse
+from ffnscope.sparse.answer_steps import calibrate_rules
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.evaluation import form_losses
 from ffnscope.sparse.ffn import ffn_of
@@ -90,6 +91,26 @@ def test_rules_are_compared_at_one_density(asked) -> None:
     row = next(e for e in found.equal if (e.domain, e.rule) == ("b", "top_k"))
     assert row.perplexity == pytest.approx(float(torch.exp(losses.nll.sum() / windows.n_targets)))
     assert row.dense_perplexity != row.perplexity
+    assert row.text_density == pytest.approx(sum(k.parameter for k in _of(found, "b", "top_k")) / (2 * site.d_ff))
+    for one in found.equal:
+        assert (one.text_density is None) == (one.perplexity is None)
+
+
+def _of(found, domain, rule):
+    return [c for c in found.calibrations if (c.domain, c.rule) == (domain, rule)]
+
+
+def test_densities_are_equal_on_the_documents_that_were_calibrated_on(asked) -> None:
+    model, domains, _, _ = asked
+    rules = calibrate_rules(model, {n: domains[n] for n in NAMES}, domains["a"].traces.sites, OPTIONS, None)
+    for site, predictor in rules.predictors.items():
+        scores = predictor(domains["a"].traces.x(site, "calibrate"))
+        shares = {
+            rule: float(policy.select(scores, rules.equal["a", site, rule]).float().mean())
+            for rule, policy in rules.policies.items()
+        }
+        assert shares["threshold"] == pytest.approx(shares["top_k"], abs=2 / scores.numel())
+        assert shares["nucleus"] == pytest.approx(shares["top_k"], abs=2 / scores.numel())
 
 
 def test_reuse_is_paired_with_own_parameters(asked) -> None:
@@ -108,12 +129,14 @@ def test_the_page(asked, tmp_path) -> None:
     parameters, reached, equal, reuse = answer_grids(found)
     assert len(parameters.columns) == 10 and len(parameters.lines) == 2 and len(reached.lines) == 9
     assert len(equal.lines) == 9 and len(reuse.lines) == 18
-    page = answer_markdown(found, "tiny")
+    page = answer_markdown(found, "tiny", ["ffnscope of today"])
+    assert page.endswith("## Made from\n\n- ffnscope of today\n")
     assert page.startswith("# tiny\n\n**Recommended: ") and "| a, b | top_k |" in page
     console = Console(width=100, record=True, file=io.StringIO())
     print_answer(found, console)
     assert "Recommended" in console.export_text()
-    written = json.loads(write_answer(tmp_path / "answer.json", found).read_text())
+    written = json.loads(write_answer(tmp_path / "answer.json", found, {"seed": 4}).read_text())
+    assert written["made_from"] == {"seed": 4}
     assert written["target"] == {"measure": "recall", "value": 0.9}
     assert len(written["parameters"]) == 18 and written["recommended"]["rule"] == found.rule
 

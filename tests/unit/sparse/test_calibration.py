@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ffnscope.errors import UnknownNameError, UsageError
 from ffnscope.ffn.function import FFN
-from ffnscope.sparse.calibration import Scored, Target, bisect_density, calibrate_policy, mean_of, scored
+from ffnscope.sparse.calibration import Scored, Target, calibrate_policy, mean_of, scored
 from ffnscope.sparse.labels import largest
 from ffnscope.sparse.measures import Truth
 from ffnscope.sparse.policies import (
@@ -212,23 +212,3 @@ def test_bad_targets_and_no_tokens() -> None:
     for measure in ("recall", "density", "relative_error"):
         with pytest.raises(UsageError, match="no token"):
             calibrate_policy(TopK(), lambda: [], Target(measure, 0.5))
-
-
-class TestBisectDensity:
-    def test_finds_the_lowest_accepted(self) -> None:
-        asked: list[float] = []
-
-        def perplexity(density: float) -> float:
-            asked.append(density)
-            return 10 / density
-
-        found = bisect_density(perplexity, 25.0, tolerance=0.01)
-        assert 0.4 <= found <= 0.41
-        assert found in asked
-        assert len(asked) == 8
-
-    def test_refuses_what_the_densest_does_not_reach(self) -> None:
-        with pytest.raises(UsageError, match="above the limit 5"):
-            bisect_density(lambda density: 10.0, 5.0)
-        with pytest.raises(UsageError, match="low < high"):
-            bisect_density(lambda density: 0.0, 5.0, low=0.6, high=0.5)

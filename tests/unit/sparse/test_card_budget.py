@@ -46,6 +46,13 @@ class TestBytes:
             assert card.target == ("bytes", budget) and card.bytes_read <= budget * card.bytes_dense * (1 + 1e-9)
             assert card.bytes_read / card.bytes_dense == pytest.approx(shares[0.5 if budget == shares[0.5] else 0.3])
 
+    def test_one_hundredth_of_the_channels_less_would_do(self, one: Set) -> None:
+        """Without densities of the caller, one density is found to a hundredth."""
+        card = one.fit(target=BytesTarget(0.6))
+        (k,) = {row.parameter for row in card.sites}
+        more = one.fit(target=Target("density", (k + 1) / card.sites[0].site.d_ff))
+        assert card.bytes_read <= 0.6 * card.bytes_dense < more.bytes_read
+
     @pytest.mark.parametrize("kind", ["relative_error", "measured"])
     def test_allocated_within_the_same_bytes(self, one: Set, kind: Any) -> None:
         uniform = one.fit(target=BytesTarget(0.7), densities=DENSITIES)

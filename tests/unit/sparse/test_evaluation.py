@@ -118,7 +118,7 @@ class TestSites:
 
 
 class TestBaselines:
-    @pytest.mark.parametrize("name", list(BASELINES))
+    @pytest.mark.parametrize("name", [name for name, row in BASELINES.items() if row.parameter is None])
     def test_every_row_has_the_density_asked(self, name, traced) -> None:
         model, traces = traced
         row = baseline(name)
@@ -131,6 +131,15 @@ class TestBaselines:
             assert mask.shape[1] == site.d_ff
             slack = 1 / site.d_ff if row.policy in ("top_k", "bank_top_k") else 1e-2
             assert 0.4 - slack <= float(mask.double().mean()) <= 0.4 + 1e-9
+
+    @pytest.mark.parametrize("name", [name for name, row in BASELINES.items() if row.parameter is not None])
+    def test_a_parameter_of_its_own_needs_no_density(self, name, traced) -> None:
+        model, traces = traced
+        one, other = (selectors_of(model, traces, baseline(name), density) for density in (0.4, 0.1))
+        for site, selector in one.items():
+            assert selector.parameter == other[site].parameter == baseline(name).parameter
+            x = traces.x(site, "test")
+            assert torch.equal(selector(x), selector.predictor(x) >= selector.parameter)
 
     def test_every_predictor_and_policy_has_a_row(self) -> None:
         """But for predictors from files, which are those of "trained low rank"."""

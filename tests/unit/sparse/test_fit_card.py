@@ -28,6 +28,7 @@ from ffnscope.sparse.losses import loss_change
 from ffnscope.sparse.masking import masked_by
 from ffnscope.sparse.measures import measure
 from ffnscope.sparse.rule import SelectionRule
+from ffnscope.sparse.runtime import unwrap_, wrap_
 from ffnscope.sparse.traces import Traces
 from ffnscope.sparse.tracing import trace
 from reference import padded, text
@@ -115,6 +116,21 @@ class TestTargets:
         expected = measure(selectors[site].predictor.ffn, selectors[site], second.x(site), WantedChannels().label)
         assert (list(card.loss), card.loss["second"].n_documents) == (["second"], 5)
         assert card.sites[0].figures["second"]["recall"].mean == pytest.approx(expected.summary()["recall"].mean)
+
+    @pytest.mark.filterwarnings("ignore:dense under the mask in")
+    def test_experts_that_share_parameters(self, tmp_path: Path) -> None:
+        """Fitted, measured in the loss, and decoded by."""
+        model, windows = tiny_moe("mixtral"), text(20, 24)
+        traces = trace(model, windows, tmp_path / "moe")
+        rule = SelectionRule("static", "top_k")
+        card, selectors = fit_card(model, traces, rule, Target("density", 0.5), texts=CardTexts(windows))
+        assert all(row.site.stacked for row in card.sites)
+        held = traces.windows_of(windows, "test")
+        runtime = wrap_(model, card, prefill=True, never_slower=False)
+        assert set(runtime.levels.values()) == {"masked"} and len(runtime.levels) == len(selectors) > 0
+        assert perplexity(model, held).value == pytest.approx(card.loss["test"].sparse, rel=1e-4)
+        assert perplexity(unwrap_(model), held).value == pytest.approx(card.loss["test"].dense, rel=1e-6)
+        assert card.loss["test"].sparse != pytest.approx(card.loss["test"].dense, rel=1e-4)
 
     def test_experts_without_tokens_are_left_out(self, tmp_path: Path) -> None:
         model = tiny_moe("mixtral")
@@ -291,7 +307,7 @@ class TestRules:
             SelectionRule("griffin")
         with pytest.raises(UsageError, match="lookahead must be 0 or 1 layers; got 2"):
             SelectionRule("low_rank", "top_k", {"lookahead": 2})
-        with pytest.raises(UsageError, match="another simple policy"):
+        with pytest.raises(UsageError, match="rest of hybrid must be a policy that fits no tensors"):
             SelectionRule("oracle", "hybrid", {}, {"rest": "hybrid"})
 
 
@@ -386,7 +402,7 @@ class TestProgress:
     def test_batches_of_a_search(self, one: Set) -> None:
         ladder = ladder_of(PerplexityTarget(0.05), CardOptions(batch_size=2))
         found = most_batches(2, ladder, PerplexityTarget(0.05), CardOptions(batch_size=2), 12)
-        assert found == 6 * (1 + 5)  # 19 densities and dense are halved at most five times
+        assert found == 6 * (1 + 7)  # 99 densities and dense are halved at most seven times
 
 
 class TestResume:

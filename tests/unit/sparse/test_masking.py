@@ -121,7 +121,7 @@ class TestPrompts:
     def test_experts_have_none(self) -> None:
         model = tiny_moe("qwen2_moe")
         site = next(s for s in find_sites(model) if s.expert is not None and s.stacked)
-        with pytest.raises(NotAvailableError, match="an expert"), masked_by(model, {site: lambda x: x}):
+        with pytest.raises(NotAvailableError, match="an expert"), masked_by(model, {site: lambda x: x}, prompt=1):
             pass
 
 

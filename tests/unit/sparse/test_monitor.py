@@ -15,7 +15,7 @@ from ffnscope.sparse import timing
 from ffnscope.sparse.calibration import Target
 from ffnscope.sparse.card import SparsityCard
 from ffnscope.sparse.fit import fit_card
-from ffnscope.sparse.kernels.break_even import DENSITIES, RowTimes
+from ffnscope.sparse.kernels.break_even import DENSITIES, Forms, RowTimes
 from ffnscope.sparse.monitor import HORIZON, Monitor, MonitorOptions, RunningMean, band_of, signals
 from ffnscope.sparse.rule import SelectionRule
 from ffnscope.sparse.runtime import unwrap_, wrap_
@@ -171,23 +171,23 @@ class TestWrapped:
             MonitorOptions(audit_every=0)
 
 
-def takes(monkeypatch: pytest.MonkeyPatch, rows: float, *selecting: float) -> None:
-    """Let rows take so much of the dense time at density 1, and selecting in each FFN so much more."""
+def takes(monkeypatch: pytest.MonkeyPatch, rows: float, *decoding: float) -> None:
+    """Let rows take so much of the dense time at density 1, and selecting and reading them so much in each FFN."""
     times = RowTimes(tuple(rows * density for density in DENSITIES))
     monkeypatch.setattr(runtime_module, "reading_times", lambda *args: times)
-    shares = iter(selecting)
-    monkeypatch.setattr(runtime_module, "selecting_time", lambda *args: next(shares))
+    shares = iter(decoding)
+    monkeypatch.setattr(runtime_module, "decoding_time", lambda *args: next(shares))
 
 
 class TestNeverSlower:
     def test_what_is_slower_is_left_dense(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        """At a density of 0.4 rows take 0.4 of the dense time; selecting takes 0.7 in one FFN, 0.5 in the other."""
+        """Selecting and reading rows takes 1.1 of the dense time in one FFN, 0.9 in the other."""
         model, card, selectors = made
         first, second = selectors
         wrap_(model, {second: selectors[second]}, break_even=1.0)
         expected = decode(model)
         unwrap_(model)
-        takes(monkeypatch, 1.0, 0.7, 0.5)
+        takes(monkeypatch, 1.0, 1.1, 0.9)
         with pytest.warns(
             UserWarning, match=rf"left dense in LlamaForCausalLM, which is faster: {PATH}: selecting .* takes longer"
         ):
@@ -234,9 +234,10 @@ class TestNeverSlower:
                 one()
             return 0.1
 
-        def rows(shape: Any, d_ff: int, dense: Any, sparse: Any, device: torch.device) -> RowTimes:
-            for one, some in zip(dense, sparse, strict=True):
+        def rows(shape: Any, d_ff: int, forms: Forms, device: torch.device) -> RowTimes:
+            for one, under, some in zip(forms.dense, forms.masked, forms.sparse, strict=True):
                 one()
+                under()
                 some(torch.arange(5, dtype=torch.int32))
             return RowTimes(tuple(DENSITIES))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ffnscope.errors import UsageError
-from ffnscope.sparse.quantile import float_of, order_of, reach
+from ffnscope.sparse.quantile import float_of, order_of, reach, reach_all
 
 
 def test_order_is_that_of_the_numbers() -> None:
@@ -48,3 +48,18 @@ def test_against_sorting(share: float, kind: str) -> None:
 def test_nothing_to_calibrate_with() -> None:
     with pytest.raises(UsageError, match="no token"):
         reach(lambda: [], lambda total: total)
+
+
+def test_many_take_two_passes_and_are_what_each_is_alone() -> None:
+    keys = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    weights, passes = torch.rand(40, 30, generator=torch.Generator().manual_seed(1)), [0]
+    shares = (0.9, 0.01, 0.5, 0.5, 1.0, 0.02)
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
+        passes[0] += 1
+        yield keys[:7], weights[:7]
+        yield keys[7:], weights[7:]
+
+    found = reach_all(chunks, lambda total: [share * total for share in shares])
+    assert passes == [2]
+    assert found == [reach(chunks, lambda total, share=share: share * total) for share in shares]  # type: ignore[misc]

@@ -127,10 +127,10 @@ class TestBreakEven:
     def test_where_a_line_crosses(self, slope, expected) -> None:
         assert timing.RowTimes(tuple(slope * d for d in timing.DENSITIES)).limit == pytest.approx(expected)
 
-    def test_the_ratio_at_a_density(self) -> None:
-        times = timing.RowTimes(tuple(2 * d for d in timing.DENSITIES))
-        for density, expected in ((0.0, 0.125), (0.05, 0.125), (1 / 16, 0.125), (0.3, 0.6), (1.0, 2.0)):
-            assert times.at(density) == pytest.approx(expected)
+    @pytest.mark.parametrize(("masked", "expected"), [(0.5, 0.475), (1.0, 0.5), (1.2, 0.6)])
+    def test_what_runs_otherwise_is_dense_under_a_mask(self, masked, expected) -> None:
+        times = timing.RowTimes(tuple(2 * d for d in timing.DENSITIES), masked)
+        assert times.limit == pytest.approx(expected)
 
     def test_measured_once(self) -> None:
         calls = []
@@ -142,11 +142,13 @@ class TestBreakEven:
             sum(range(20_000))
 
         for _ in range(2):
-            assert timing.row_times("shape", 64, [dense], [sparse], torch.device("cpu")).limit == 1.0
-        assert calls[:6] == [4, 8, 16, 32, 48, 64]
-        assert len(calls) == len(timing.DENSITIES) * (timing.ROUNDS + 1)
-        slower = timing.row_times("other", 64, [lambda: None], [lambda index: dense()], torch.device("cpu"))
-        assert slower.limit == 0.0 and slower.at(0.5) > 1
+            forms = timing.Forms([dense], [dense], [sparse])
+            assert timing.row_times("shape", 64, forms, torch.device("cpu")).limit == 1.0
+        assert calls[:12] == [4, 4, 8, 8, 16, 16, 32, 32, 48, 48, 64, 64]  # one before, not timed
+        assert len(calls) == 2 * len(timing.DENSITIES) * (timing.ROUNDS + 1)
+        forms = timing.Forms([lambda: None], [lambda: None], [lambda index: dense()])
+        slower = timing.row_times("other", 64, forms, torch.device("cpu"))
+        assert slower.limit == 0.0 and min(slower.ratios) > 1
 
     @pytest.mark.parametrize(("disturbed", "rows"), [((1, 5), True), ((1, 3, 5), False)])
     def test_rounds_that_get_slower(self, monkeypatch, disturbed, rows) -> None:
@@ -155,15 +157,16 @@ class TestBreakEven:
 
         def seconds(run, device):
             clock["calls"] += 1
-            place = (clock["calls"] - 1) % 8
+            place = (clock["calls"] - 1) % 9
             clock["rounds"] += place == 0
             speed = clock["rounds"] * (1 + 0.01 * place)
-            if place in (0, 7):
+            if place in (0, 8):
                 return speed
             return 0.5 * speed * (100 if clock["rounds"] in disturbed else 1)
 
         monkeypatch.setattr(timing, "seconds", seconds)
-        found = timing.row_times("shape", 64, [lambda: None], [lambda index: None], torch.device("cpu"))
+        forms = timing.Forms([lambda: None], [lambda: None], [lambda index: None])
+        found = timing.row_times("shape", 64, forms, torch.device("cpu"))
         assert clock["rounds"] == timing.ROUNDS + 1
         assert found.ratios[3] == pytest.approx(0.5 if rows else 50, rel=0.1) and found.limit == float(rows)
 

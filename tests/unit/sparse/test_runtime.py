@@ -25,7 +25,7 @@ from ffnscope.sparse.selector import Selector
 from tiny import ARCHITECTURES, D_FF, logits, tiny, tokens
 from tiny_all import tiny_causal_lm
 from tiny_listed import tiny_listed
-from tiny_moe import TOP_K
+from tiny_moe import MIXTURES, TOP_K, tiny_moe
 
 BY_PROJECTIONS = ("opt", "opt_projected", "bert", "bloom")
 
@@ -215,10 +215,37 @@ class TestOtherLayouts:
             unwrap_(model)
         assert levels.count("module") == TOP_K * 2 and levels.count("masked") == len(levels) - TOP_K * 2 > 0
 
-    def test_experts_that_share_parameters(self) -> None:
-        model = tiny_causal_lm("mixtral")
-        with pytest.raises(NotAvailableError, match="is an expert in a parameter that all experts"):
-            wrap_(model, dict.fromkeys(find_sites(model)[:1], keep(torch.ones(1))))
+    @pytest.mark.parametrize("arch", MIXTURES)
+    def test_experts_that_share_parameters(self, arch) -> None:
+        """One removed set of channels for every token gives what a replacement by zeros gives, and all goes back."""
+        model, ids = tiny_moe(arch), tokens(2, 6)
+        sites = [s for s in find_sites(model) if s.stacked]
+        kept = {s: torch.rand(s.d_ff, generator=torch.Generator().manual_seed(i)) < 0.6 for i, s in enumerate(sites)}
+        gone = {s: (~mask).nonzero().flatten() for s, mask in kept.items()}
+        with replaced(model, {s: (index, torch.zeros(len(index))) for s, index in gone.items()}):
+            expected = logits(model, ids)
+        dense = logits(model, ids)
+        with pytest.warns(UserWarning, match="dense under the mask in .*experts that share parameters have no module"):
+            runtime = wrap_(model, {s: keep(mask) for s, mask in kept.items()}, prefill=True)
+        assert set(runtime.levels.values()) == {"masked"}
+        assert torch.equal(logits(model, ids), expected) and not torch.equal(dense, expected)
+        assert torch.equal(logits(unwrap_(model), ids), dense)
+        assert all("forward" not in vars(model.get_submodule(s.path)) for s in sites)
+
+    @pytest.mark.filterwarnings("ignore:dense under the mask in")
+    def test_each_token_of_experts_that_share_parameters_has_its_own_channels(self) -> None:
+        """A batch of decoding steps gives each sequence what it gets alone, and prompts run dense."""
+        model, ids = tiny_moe("mixtral"), tokens(3, 1)
+        rules = {s: rule for s, rule in selectors(model, 0.4).items() if s.stacked}
+        dense = logits(model, tokens(2, 5))
+        runtime = wrap_(model, rules)
+        together, alone = logits(model, ids), torch.cat([logits(model, one[None]) for one in ids])
+        torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-6)
+        assert torch.equal(logits(model, tokens(2, 5)), dense)
+        n_layers, top_k = len({s.layer for s in rules}), model.config.num_experts_per_tok
+        assert sum(row.tokens for row in runtime.measured().values()) == 2 * 3 * n_layers * top_k
+        unwrap_(model)
+        assert not torch.allclose(logits(model, ids), together, atol=1e-4)
 
 
 def halves_of_48(self, x):
@@ -407,10 +434,11 @@ def test_unwrapping_gives_the_rows_back_at_once(llama, monkeypatch) -> None:
 def test_break_even_is_measured_once_per_shape(llama, monkeypatch) -> None:
     asked = []
 
-    def measure(shape, d_ff, dense, sparse, device):
-        asked.append((shape, len(dense)))
-        for run, some in zip(dense, sparse, strict=True):
+    def measure(shape, d_ff, forms, device):
+        asked.append((shape, len(forms.dense)))
+        for run, under, some in zip(forms.dense, forms.masked, forms.sparse, strict=True):
             run()
+            under()
             some(torch.arange(3, dtype=torch.int32))
         return RowTimes(tuple(1.94 * density for density in DENSITIES))
 

@@ -41,7 +41,7 @@ class ExactScore(Predictor):
         return self.ffn.act(gate) if up is None else self.ffn.act(gate) * up
 
 
-@predictor("oracle")
+@predictor("oracle", source="bound of any predictor")
 def oracle(ffn: FFN, fit: FitTokens | None = None, *, norm: bool = True) -> Predictor:
     """The true contributions c: what no predictor can beat in missed mass at the same density.
 

@@ -88,7 +88,7 @@ class Chance(Predictor):
         return torch.rand(self.ffn.d_ff, generator=random).to(row.device)
 
 
-@predictor("random")
+@predictor("random", source="baseline")
 def random(ffn: FFN, fit: FitTokens | None = None, *, seed: int = 0) -> Predictor:
     """Random channels, other ones for every token: the floor of every comparison.
 
@@ -100,7 +100,7 @@ def random(ffn: FFN, fit: FitTokens | None = None, *, seed: int = 0) -> Predicto
     return Chance(ffn, seed)
 
 
-@predictor("static")
+@predictor("static", source="baseline; a pruning plan as a constant selection is our own")
 def static(ffn: FFN, fit: FitTokens | None, *, kept: Tensor | None = None, plan: str | None = None) -> Predictor:
     """The mean contribution over calibration tokens, or the kept channels of a pruning plan, for every token.
 

@@ -102,7 +102,15 @@ def train_low_rank(
 
 
 def mass_loss(logits: Tensor, labels: Tensor, contributions: Tensor) -> Tensor:
-    """Mean binary cross-entropy, positives weighed by contribution over the mean one of the token's positives."""
+    """Mean binary cross-entropy, positives weighed by contribution over the mean one of the token's positives.
+
+    Unlike Deja Vu's (`published_loss`) a miss costs what it takes from the output.
+
+    Args:
+        logits: scores before the sigmoid [T, d_ff].
+        labels: wanted channels [T, d_ff] of bool.
+        contributions: |h_i| ||W_down[:, i]|| [T, d_ff].
+    """
     wanted = contributions * labels
     mean = wanted.sum(-1, keepdim=True) / labels.sum(-1, keepdim=True).clamp_min(1)
     weight = torch.where(labels, wanted / mean.where(mean > 0, 1.0), 1.0)
@@ -110,7 +118,11 @@ def mass_loss(logits: Tensor, labels: Tensor, contributions: Tensor) -> Tensor:
 
 
 def published_loss(logits: Tensor, labels: Tensor, contributions: Tensor) -> Tensor:
-    """Mean binary cross-entropy of Deja Vu: positives weigh 1, negatives the batch's share of positives + 0.005."""
+    """Mean binary cross-entropy of Deja Vu: positives weigh 1, negatives the batch's share of positives + 0.005.
+
+    Source: the training script that Deja Vu (arXiv:2310.17157) published. Args: see `mass_loss`; ``contributions`` do
+    not count.
+    """
     positive = labels.to(logits)
     base = positive.mean() + 0.005
     return nn.functional.binary_cross_entropy_with_logits(logits, positive, positive * (1 - base) + base)

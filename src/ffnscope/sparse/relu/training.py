@@ -204,7 +204,10 @@ class Training:
 
 
 def examples(windows: Windows) -> list[dict[str, Tensor]]:
-    """Rows for the Trainer; tokens that do not count in the loss have the label -100."""
+    """Rows for the Trainer, one per window: input_ids, attention_mask and labels [T] of int64.
+
+    Tokens that do not count in the loss have the label -100.
+    """
     labels = windows.input_ids.masked_fill(~windows.targets, -100)
     parts = zip(windows.input_ids, windows.valid.long(), labels, strict=True)
     return [{"input_ids": ids, "attention_mask": valid, "labels": row} for ids, valid, row in parts]
