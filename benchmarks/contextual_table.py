@@ -62,6 +62,8 @@ def qualities(cells: list[dict], plots: Path) -> list[str]:
         for one in own:
             if one is not dense:
                 rows[one["row"]].append(form_row(one, dense))
+        if not rows:
+            continue
         where = "in domain" if domain == "sotu" else "out of domain"
         lines += [f"## {domain} ({where}), {len(dense['nll'])} windows, dense {perplexity(dense):.2f}", ""]
         lines += ["| row | density | bytes of dense at 16 bits, % | perplexity | over dense, % |"]
