@@ -68,13 +68,12 @@ def draw_quality(lines: Mapping[str, Sequence[FormRow]], cost: Cost, title: str 
     """
     if cost not in AXES:
         raise UsageError(f"cost must be 'density' or 'bytes_share'; got {cost!r}.")
-    shown_lines = {label: _points(rows, cost) for label, rows in lines.items()}
-    shown_lines = {label: points for label, points in shown_lines.items() if points}
-    need(shown_lines, "rows with this cost")
+    points = {label: _points(rows, cost) for label, rows in lines.items()}
+    need(any(points.values()), "rows with this cost")
     figure = new_figure(7.2, 4.4, "Rise of the perplexity over dense, against what a token costs", title)
     axes = figure.add_subplot()
-    _quality_axes(axes, cost, [value for points in shown_lines.values() for point in points for value in point[1:]])
-    shown = {label: _line(axes, points, index) for index, (label, points) in enumerate(shown_lines.items())}
+    _quality_axes(axes, cost, [value for found in points.values() for point in found for value in point[1:]])
+    shown = {label: _line(axes, found, index) for index, (label, found) in enumerate(points.items()) if found}
     legend(figure, shown)
     return figure
 
@@ -143,7 +142,7 @@ def _line(axes: Axes, points: Sequence[Point], index: int) -> Any:
     marker, style = STYLES[index // len(COLOURS) % len(STYLES)]
     colour = COLOURS[index % len(COLOURS)]
     at, drawn = [point[0] for point in points], [_within(point[1]) for point in points]
-    line = axes.plot(at, drawn, style, marker=marker, color=colour, linewidth=1.1, markersize=4)[0]
+    line = axes.plot(at, drawn, style, marker=marker, color=colour, linewidth=1.1, markersize=4, clip_on=False)[0]
     axes.vlines(at, [_within(p[2]) for p in points], [_within(p[3]) for p in points], color=colour, linewidth=1)
     above, below = ([p[0] for p in points if p[1] > HIGHEST], [p[0] for p in points if p[1] < LOWEST])
     for edge, shape, beyond in ((HIGHEST, "^", above), (LOWEST, "v", below)):

@@ -70,6 +70,13 @@ class TestQuality:
         names = [text.get_text() for text in axes.figure.legends[0].get_texts()]
         assert names == list(LINES)
 
+    def test_a_row_has_the_same_colour_against_either_cost(self) -> None:
+        dense_first = dict(reversed(LINES.items()))
+        _, by_density = drawn(draw_quality(dense_first, "density"))
+        _, by_bytes = drawn(draw_quality(dense_first, "bytes_share"))
+        assert [one.get_color() for one in by_bytes[1:]] == [one.get_color() for one in by_density]
+        assert len({one.get_color() for one in by_bytes}) == 3
+
     def test_refusals(self, tmp_path) -> None:
         with pytest.raises(UsageError, match="nothing to plot"):
             draw_quality({"4-bit dense FFN": LINES["4-bit dense FFN"]}, "density")
